@@ -1,0 +1,77 @@
+"""The native backend's door: whether `txl_kernels._C` may be loaded here, and loading it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGE_DIR = Path(__file__).resolve().parents[1]
+RECORD_NAME = "_native_build.json"
+
+
+def load() -> None:
+    """Loads `_C` once, which registers the kernels as `torch.ops.txl_native.*`.
+
+    Raises:
+        ImportError: `_C` is missing or does not load; `unavailable_reason` says why without raising.
+    """
+    importlib.import_module("txl_kernels._C")
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """None where the native kernels are loaded and ready, else one sentence that says why not.
+
+    The build record beside `_C` is judged before anything is loaded. Never raises.
+    """
+    reason = _refusal(PACKAGE_DIR, torch.__version__)
+    if reason is None:
+        try:
+            load()
+        except (ImportError, OSError) as error:
+            reason = f"txl_kernels._C in {PACKAGE_DIR} does not load: {error}"
+    return reason
+
+
+def _refusal(package_dir: Path, torch_version: str) -> str | None:
+    """Why the build in `package_dir` must not be loaded under `torch_version`, or None."""
+    path = package_dir / RECORD_NAME
+    if not path.exists():
+        return _no_record(package_dir)
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not record["built"]:
+            return f"txl_kernels was installed without its native part: {record['reason']}"
+        built_for = str(record["torch"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"the build record {path} is unreadable ({error!r}): build again"
+    if _minor(built_for) != _minor(torch_version):
+        return (
+            f"txl_kernels._C was built for torch {built_for}, and torch {torch_version} is here: "
+            "build again"
+        )
+    return None
+
+
+def _no_record(package_dir: Path) -> str:
+    """Why there is no build record: an installed package hidden behind a checkout, or no build."""
+    for distribution in importlib.metadata.distributions(name="transformer-xl"):
+        installed = Path(str(distribution.locate_file("txl_kernels")))
+        if (installed / RECORD_NAME).exists() and installed.resolve() != package_dir:
+            return (
+                f"txl_kernels was imported from {package_dir}, where no _C is built, in front of "
+                f"the one installed in {installed}: run from another folder, or `make build` there"
+            )
+    return (
+        f"txl_kernels in {package_dir} has no _C: it was never built (pip install, or `make build`)"
+    )
+
+
+def _minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split("+")[0].split(".")[:2])
