@@ -1,0 +1,1 @@
+"""Transformer-XL: the language model, its layers, data, training, evaluation and generation."""
