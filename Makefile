@@ -1,7 +1,110 @@
-# Every command of the project; README, hooks and CI call these.
+# Every command of the project, in one place: README, hooks and CI call these.
+#
+#   PYTHON  the interpreter that makes the environment; its torch is used if it has one
+#   TORCH   what pip installs where that interpreter has no torch
+#   VENV    the environment; one that exists is used as it is
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
 SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
 
-help: ## print this
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
-.PHONY: help
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+HF_VENV ?= .venv-hf
+
+PY := $(VENV)/bin/python
+PIP := -m pip --quiet --disable-pip-version-check --no-input
+NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+help: ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+run: $(VENV)/.installed-lm ## train, evaluate and sample a small model; results in runs/demo
+	$(VENV)/bin/transformer-xl demo --out runs/demo
+
+test: $(VENV)/.installed-dev ## the full test suite
+	$(PY) -m pytest
+
+bench: $(VENV)/.installed-dev ## the benchmarks: one table, JSON and a plot
+	$(PY) -m benchmarks
+
+bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
+	$(PYTHON) -m venv $(HF_VENV)
+	$(HF_VENV)/bin/python $(PIP) install torch==2.13.0
+	$(HF_VENV)/bin/python $(PIP) install transformers==4.37.2 'numpy<2' torch==2.13.0
+
+venv: $(VENV)/.installed-dev ## the environment with everything that developing needs
+	@echo "$(PY) is ready"
+
+build: $(PY) ## build the native part again, in place
+	$(PY) $(PIP) install --no-deps -e .
+	@$(MAKE) native-status
+
+format: $(VENV)/.installed-dev ## format Python and C++
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(NATIVE_SOURCES)
+
+lint: $(VENV)/.installed-dev ## check Python's and C++'s form
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE_SOURCES)
+
+types: $(VENV)/.installed-dev ## mypy, strict, on both packages
+	$(PY) -m mypy
+
+wheel: $(VENV)/.installed-dev ## sdist, installed in a clean environment and tried from outside
+	rm -rf build/wheel
+	$(PY) -m build --sdist --outdir build/wheel . > /dev/null
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python $(PIP) install $(TORCH)
+	build/wheel/venv/bin/python $(PIP) install build/wheel/*.tar.gz
+	cd / && $(CURDIR)/build/wheel/venv/bin/python $(CURDIR)/tests/build/smoke.py
+
+ci: ## everything that must hold, in order
+	$(MAKE) venv CMAKE_ARGS=-DTXL_WERROR=ON
+	$(MAKE) lint
+	$(MAKE) types
+	$(MAKE) wheel
+	$(MAKE) test
+
+clean: ## remove what builds and tools leave; environments and runs stay
+	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f txl_kernels/_C.*.so txl_kernels/_native_build.json $(VENV)/.installed-*
+
+.PHONY: help run test bench bench-hf-env venv build format lint types wheel ci clean native-status
+
+# ---- the environment
+
+native-status:
+	@$(PY) -c 'from txl_kernels.backends import native; \
+	  print("native kernels:", native.unavailable_reason() or "built and loaded")'
+
+# Where the active Python has a torch that serves, the environment sees that Python's packages.
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+	@site=$$($(PYTHON) -c "$$FIND_SITE_OF_TORCH"); \
+	if [ -n "$$site" ]; then \
+	  echo "using the torch in $$site"; \
+	  echo "import site; site.addsitedir('$$site')" \
+	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active_python.pth"; \
+	fi
+
+$(VENV)/.installed-%: pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) | $(PY)
+	@$(PY) -c 'import torch' 2> /dev/null || { set -x; $(PY) $(PIP) install '$(TORCH)'; }
+	$(PY) $(PIP) install -e '.[$*]'
+	@$(MAKE) native-status
+	@touch $@
+
+define FIND_SITE_OF_TORCH
+try:
+    import torch
+except ImportError:
+    raise SystemExit
+import pathlib, re
+if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11):
+    print(pathlib.Path(torch.__file__).parents[1])
+endef
+export FIND_SITE_OF_TORCH

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import pybind11
 from setuptools import Distribution, Extension, setup
@@ -23,10 +24,9 @@ FIND_TORCH = (
 
 
 class NativeDistribution(Distribution):
-    """Adds the option `--torch-python`, which pip passes on as
-    `--config-settings=--global-option=--torch-python=PATH`."""
+    """Adds a config setting: `pip install . -C--global-option=--torch-python=PATH`."""
 
-    global_options = [
+    global_options: ClassVar = [
         *Distribution.global_options,
         ("torch-python=", None, "interpreter whose torch the native part is built for"),
     ]
@@ -34,7 +34,7 @@ class NativeDistribution(Distribution):
 
 
 class CMakeBuild(build_ext):
-    """Builds `txl_kernels._C`, or leaves beside its place the record that says why it is not built."""
+    """Builds `txl_kernels._C`, or leaves in its place the record that says why it is not built."""
 
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode

@@ -1,5 +1,5 @@
-// The Python module txl_kernels._C. Loading it registers the native kernels with torch's dispatcher;
-// Python sees the build record alone. No torch header, so that pybind11 and torch never meet.
+// The Python module txl_kernels._C. Loading it registers the native kernels with torch; Python sees
+// the build record alone. No torch header, so that pybind11 and torch never meet.
 #include <pybind11/pybind11.h>
 
 #include "txl_build_record.h"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def load() -> None:
     """Loads `_C` once, which registers the kernels as `torch.ops.txl_native.*`.
 
     Raises:
-        ImportError: `_C` is missing or does not load; `unavailable_reason` says why without raising.
+        ImportError: `_C` is missing or does not load (`unavailable_reason` says why).
     """
     importlib.import_module("txl_kernels._C")
 
