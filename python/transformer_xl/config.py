@@ -109,12 +109,13 @@ class DataConfig:
     """A corpus and how it becomes tokens.
 
     Args:
-        name: enwik8, text8, wt103, lm1b, ptb, wt2, stdlib (the source of this Python's standard
-            library) or text (plain files).
-        path: folder or file that holds it; None: the data set's own place.
+        name: enwik8, text8, wt103, lm1b, ptb, char_ptb, wt2, stdlib (the source of this Python's
+            standard library) or text (plain files).
+        path: folder or file that holds it; None: the folder data/<name> (stdlib needs none).
         tokenizer: "dataset" is the data set's own; else what a token is.
         bpe_size: subwords to learn, for the tokenizer "bpe".
-        protocol: which reading of a questionable corpus; the data set names its own.
+        tokenizer_file: a tokenizer.json to use instead of learning, for the tokenizer "bpe".
+        protocol: which reading of a questionable corpus; "dataset" is the data set's first.
         cache_dir: folder of the encoded token files.
     """
 
@@ -122,7 +123,8 @@ class DataConfig:
     path: str | None = None
     tokenizer: Literal["dataset", "byte", "char", "word", "bpe"] = "dataset"
     bpe_size: int = 8192
-    protocol: str = "original"
+    tokenizer_file: str | None = None
+    protocol: str = "dataset"
     cache_dir: str = "data/cache"
 
 
