@@ -1,0 +1,10 @@
+"""Fused kernels of Transformer-XL: functions on tensors, each with interchangeable backends."""
+
+from __future__ import annotations
+
+import txl_kernels._register
+from txl_kernels.backends import Resolution, resolve
+from txl_kernels.errors import BackendUnavailableError
+from txl_kernels.ops.rel_attention import rel_attention
+
+__all__ = ["BackendUnavailableError", "Resolution", "rel_attention", "resolve"]

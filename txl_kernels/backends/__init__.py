@@ -1,0 +1,152 @@
+"""Which implementation of an op runs: `resolve` answers with a backend, or says why none does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+
+from txl_kernels.backends import native
+from txl_kernels.errors import BackendUnavailableError
+
+BACKENDS = ("reference", "native", "triton")
+OPS = (
+    "rel_attention",
+    "rel_shift",
+    "adaptive_loss",
+    "adaptive_nll",
+    "adaptive_log_prob",
+    "adaptive_topk",
+    "adaptive_embedding",
+)
+_AUTO = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+_NATIVE_OPS = ("rel_attention", "rel_shift")
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NATIVE_MAX_HEAD_SIZE = 256
+_NATIVE_LACKS = ("q_pos", "bias", "dead_rows='uniform'")
+
+
+class Resolution(NamedTuple):
+    """The backend that runs a call; or None and one sentence that says why."""
+
+    backend: str | None
+    reason: str | None
+
+
+def resolve(
+    op: str,
+    *,
+    backend: str = "auto",
+    device: torch.device | str,
+    dtype: torch.dtype,
+    Tq: int = 1,
+    D: int = 64,
+    Dv: int | None = None,
+    needs_grad: bool = False,
+    uses: Collection[str] = (),
+) -> Resolution:
+    """Says which backend serves a call, or why none does. Only "auto" chooses.
+
+    The ops themselves, `transformer-xl doctor` and the skip reasons of tests all ask here.
+
+    Args:
+        op: name of a public op, such as "rel_attention".
+        backend: "auto", "reference", "native" or "triton".
+        device, dtype: of the tensors.
+        Tq: queries (for the adaptive ops: tokens).
+        D, Dv: head size of keys and of values (None: the same).
+        needs_grad: whether a backward pass will follow.
+        uses: the optional arguments that not every backend takes and that this call gives:
+            "q_pos", "bias", "dead_rows='uniform'".
+
+    Raises:
+        ValueError: no such op or backend.
+    """
+    if op not in OPS:
+        raise ValueError(f"resolve: op must be one of {', '.join(OPS)}; got {op!r}")
+    if backend != "auto" and backend not in BACKENDS:
+        names = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"{op}: backend must be one of {names}; got {backend!r}")
+    device_type = torch.device(device).type
+    candidates = _AUTO.get(device_type, ("reference",)) if backend == "auto" else (backend,)
+    reason = None
+    for name in candidates:
+        reason = _refusal(name, op, device_type, dtype, Tq, D, Dv or D, needs_grad, uses)
+        if reason is None:
+            return Resolution(name, None)
+    return Resolution(None, reason)
+
+
+def choose(
+    op: str,
+    *,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    Tq: int,
+    D: int,
+    Dv: int | None = None,
+    needs_grad: bool,
+    uses: Collection[str] = (),
+) -> str:
+    """`resolve`'s backend.
+
+    Raises:
+        BackendUnavailableError: with `resolve`'s sentence, where there is none.
+    """
+    name, reason = resolve(
+        op,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        Tq=Tq,
+        D=D,
+        Dv=Dv,
+        needs_grad=needs_grad,
+        uses=uses,
+    )
+    if name is None:
+        raise BackendUnavailableError(f"{op}: {reason}")
+    return name
+
+
+def _refusal(
+    name: str,
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    Tq: int,
+    D: int,
+    Dv: int,
+    needs_grad: bool,
+    uses: Collection[str],
+) -> str | None:
+    """Why backend `name` does not serve this call, or None where it does."""
+    if name == "reference":
+        return None
+    if name == "triton" or op not in _NATIVE_OPS:
+        return f"this package has no {name} backend for {op}"
+    reason = _native_refusal(op, device_type)
+    if reason is not None:
+        return reason
+    if dtype not in _NATIVE_DTYPES:
+        return f"native does not take {dtype}"
+    if max(D, Dv) > _NATIVE_MAX_HEAD_SIZE and op == "rel_attention":
+        return f"native takes head sizes up to {_NATIVE_MAX_HEAD_SIZE}, not {max(D, Dv)}"
+    for argument in _NATIVE_LACKS:
+        if argument in uses:
+            return f"native does not take {argument} yet"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _native_refusal(op: str, device_type: str) -> str | None:
+    """Why the native library cannot run `op` on this kind of device at all, or None."""
+    reason = native.unavailable_reason()
+    if reason is not None:
+        return reason
+    key = device_type.upper()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"txl_native::{op}_fwd", key):
+        return None
+    return f"the native library here has no {key} kernel for {op}"

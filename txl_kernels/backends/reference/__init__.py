@@ -1,0 +1,1 @@
+"""Plain, differentiable PyTorch for every op on any device: the specification of each."""

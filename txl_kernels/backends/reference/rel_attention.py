@@ -1,0 +1,127 @@
+"""Attention with Transformer-XL relative positions in plain PyTorch: the specification.
+
+    score[b,h,i,j] = scale · ((q_i + r_w_bias)·k_j + (q_i + r_r_bias)·r[m]) + bias,   m = j - i + offset
+    out_i = Σ_j dropout(softmax_j(mask(softcap(score))))_ij · v_j
+
+Materialises [B, H, Tq, Tk]. Differentiable any number of times, on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from txl_kernels.backends.reference.philox import dropout_keep
+from txl_kernels.backends.reference.rel_shift import rel_shift
+
+
+def rel_attention(
+    q: Tensor,  # [B, H, Tq, D]
+    k: Tensor,  # [B, H, Ts, D]
+    v: Tensor,  # [B, H, Ts, Dv]
+    r: Tensor,  # [1 or B, 1 or H, R, D or Dp]
+    *,
+    r_w_bias: Tensor | None,  # [H, D]
+    r_r_bias: Tensor | None,  # [H, D or Dp]
+    mem_k: Tensor | None,  # [B, H, Tm, D]
+    mem_v: Tensor | None,  # [B, H, Tm, Dv]
+    q_pos: Tensor | None,  # [B, H, Tq, Dp]
+    key_start: Tensor | None,  # [B]
+    key_lens: Tensor | None,  # [B]
+    mask: Tensor | None,  # bool, broadcastable to [B, H, Tq, Tk]
+    bias: Tensor | None,  # broadcastable to [B, H, Tq, Tk]
+    dropout_seed: Tensor | None,
+    offset: int,
+    clamp: bool,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    chunk: Sequence[int],  # empty, or size, left, phase
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    dead_uniform: bool,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns out [B, H, Tq, Dv] in q's dtype and lse [B, H, Tq], without gradient.
+
+    The arguments are those of the op's schema, in its words. Everything between is in `compute_dtype`: by default float64 for float64, else float32.
+    """
+    work = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    keys = _joined(mem_k, k).to(work)
+    values = _joined(mem_v, v).to(work)
+    Tq, Tk = q.shape[2], keys.shape[2]
+
+    content = _plus_head_bias(q, r_w_bias, work) @ keys.mT
+    position = _plus_head_bias(q if q_pos is None else q_pos, r_r_bias, work) @ r.to(work).mT
+    scores = scale * (content + rel_shift(position, Tk, offset, clamp=clamp))  # [B, H, Tq, Tk]
+    if bias is not None:
+        scores = scores + bias.to(work)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    allowed = _allowed_keys(
+        Tq, Tk, q.device, causal, window_left, window_right, chunk, key_start, key_lens, mask
+    )
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+
+    lse = scores.detach().logsumexp(-1)  # [B, H, Tq]
+    dead = (lse == -torch.inf)[..., None]
+    probs = scores.masked_fill(dead, 0.0).softmax(-1)
+    if not dead_uniform:
+        probs = probs.masked_fill(dead, 0.0)
+    if dropout_p > 0:
+        assert dropout_seed is not None
+        keep = dropout_keep(dropout_seed, dropout_p, (q.shape[0], q.shape[1], Tq, Tk))
+        probs = (probs / (1.0 - dropout_p)).masked_fill(~keep, 0.0)
+    return (probs @ values).to(q.dtype), lse
+
+
+def _joined(memory: Tensor | None, segment: Tensor) -> Tensor:
+    return segment if memory is None else torch.cat([memory, segment], dim=2)
+
+
+def _plus_head_bias(q: Tensor, head_bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return q.to(dtype) if head_bias is None else q.to(dtype) + head_bias.to(dtype)[:, None]
+
+
+def _allowed_keys(
+    Tq: int,
+    Tk: int,
+    device: torch.device,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    chunk: Sequence[int],
+    key_start: Tensor | None,
+    key_lens: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor | None:
+    """bool, broadcastable to [B, H, Tq, Tk]: True where all given conditions let i see j."""
+    j = torch.arange(Tk, device=device)
+    p = torch.arange(Tq, device=device)[:, None] + (Tk - Tq)  # the key position of each query
+    conditions: list[Tensor] = []
+    if causal:
+        conditions.append(j <= p)
+    if window_left is not None:
+        conditions.append(j >= p - window_left)
+    if window_right is not None:
+        conditions.append(j <= p + window_right)
+    if chunk:
+        size, left_chunks, phase = chunk
+        behind = (p + phase) // size - (j + phase) // size  # in chunks, true floors
+        conditions.append((behind >= 0) & (behind <= left_chunks))
+    if key_start is not None:
+        conditions.append(j >= key_start[:, None, None, None])
+    if key_lens is not None:
+        conditions.append(j < key_lens[:, None, None, None])
+    if mask is not None:
+        conditions.append(mask)
+    if not conditions:
+        return None
+    allowed = conditions[0]
+    for condition in conditions[1:]:
+        allowed = allowed & condition
+    return allowed

@@ -1,0 +1,180 @@
+"""`rel_attention`: attention over [memory; segment] with Transformer-XL relative positions."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from txl_kernels.backends import choose
+from txl_kernels.backends.reference import rel_attention as reference
+from txl_kernels.ops import autocast
+from txl_kernels.ops.checks import check_tensor
+from txl_kernels.ops.rel_attention_checks import check_options, check_tensors
+
+
+@overload
+def rel_attention(
+    q: Tensor, k: Tensor, v: Tensor, r: Tensor, *, return_lse: Literal[False] = ..., **options: Any
+) -> Tensor: ...
+
+
+@overload
+def rel_attention(
+    q: Tensor, k: Tensor, v: Tensor, r: Tensor, *, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+
+
+def rel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    *,
+    r_w_bias: Tensor | None = None,
+    r_r_bias: Tensor | None = None,
+    mem_k: Tensor | None = None,
+    mem_v: Tensor | None = None,
+    q_pos: Tensor | None = None,
+    offset: int | None = None,
+    clamp: bool = False,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    chunk: tuple[int, int] | tuple[int, int, int] | None = None,
+    key_start: Tensor | None = None,
+    key_lens: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    dead_rows: str = "zero",
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention whose scores are content plus relative position, over memory and segment.
+
+        score[b,h,i,j] = scale · ((q_i + r_w_bias)·k_j + (q_i + r_r_bias)·r[m]) + bias[b,h,i,j]
+        out_i = Σ_j dropout(softmax_j(mask(softcap(score))))_ij · v_j,   m = j - i + offset
+
+    Key j is counted over [memory; segment], Tk = Tm + Ts; query i stands at p = i + Tk - Tq.
+
+    Args:
+        q: [B, H, Tq, D]; float32, bfloat16, float16 or float64. Any strides, as all tensors here.
+        k, v: [B, H, Ts, D] and [B, H, Ts, Dv], q's dtype.
+        r: [1 or B, 1 or H, R, D], q's dtype: projected position keys; what a row means is yours.
+        r_w_bias, r_r_bias: [H, D], float32 or q's dtype: the paper's u and v.
+        mem_k, mem_v: [B, H, Tm, D] and [B, H, Tm, Dv]: keys and values that stand before k, v.
+        q_pos: [B, H, Tq, Dp]: a query of its own for the position term; r is then [..., R, Dp],
+            r_r_bias [H, Dp].
+        offset: row of r for j = i; default Tq - 1, which makes row m the distance Tk - 1 - m.
+        clamp: False: rows outside [0, R) contribute 0. True: m is clamped into [0, R); needs
+            an explicit offset.
+        causal: j ≤ p.
+        window: (left, right), distances in tokens: p - left ≤ j ≤ p + right; None = open.
+        chunk: (size, left) or (size, left, phase), in tokens, chunks, tokens:
+            0 ≤ ⌊(p + phase)/size⌋ - ⌊(j + phase)/size⌋ ≤ left.
+        key_start, key_lens: int32 or int64 [B]: keys before the one and from the other on are not
+            there. Any value is taken; never read by the host.
+        mask: bool, broadcastable to [B, H, Tq, Tk], True = attend. All conditions must allow a key.
+        bias: float32 or q's dtype, broadcastable to [B, H, Tq, Tk]; added to the scaled score.
+        scale: default 1/√D.
+        softcap: softcap · tanh(score / softcap) before masking; 0 = off.
+        dropout_p: in [0, 1), on the probabilities, whenever above 0.
+        dropout_seed: int64 tensor of one element; drawn from q's device's generator by default.
+            One seed gives one mask, on every backend and device (`testing.dropout_keep`).
+        dead_rows: a query that sees no key: "zero" gives output and gradients 0, "uniform" the
+            mean of v over all Tk keys.
+        return_lse: also return lse.
+        backend: "auto", "reference", "native" or "triton"; a named one runs or raises.
+
+    Returns:
+        out [B, H, Tq, Dv] in q's dtype; with `return_lse` also lse [B, H, Tq], the natural
+        logarithm of the softmax's denominator before dropout, -inf where no key is seen,
+        float32 (float64 for float64), without gradient.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, device, range or type.
+        BackendUnavailableError: the named backend is missing or lacks an argument given here.
+
+    Precision: scores, softmax and sums in float32 (float64 for float64). Under autocast q, k, v,
+    r, mem_k, mem_v and q_pos are cast, the biases are not. A second derivative raises, except on
+    the reference.
+
+    Source: Dai et al., "Transformer-XL", ACL 2019, section 3.3.
+    """
+    check_tensor("rel_attention", "q", q)
+    lower = autocast.autocast_dtype(q.device)
+    q, k, v, r, mem_k, mem_v, q_pos = (
+        autocast.cast(tensor, lower) for tensor in (q, k, v, r, mem_k, mem_v, q_pos)
+    )
+    check_tensors(
+        q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, key_start, key_lens, mask, bias
+    )
+    check_options(
+        q, offset, clamp, causal, window, chunk, scale, softcap, dropout_p, dropout_seed, dead_rows
+    )
+    uses = [name for name, tensor in (("q_pos", q_pos), ("bias", bias)) if tensor is not None]
+    if dead_rows == "uniform":
+        uses.append("dead_rows='uniform'")
+    floats = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, bias)
+    chosen = choose(
+        "rel_attention",
+        backend=backend,
+        device=q.device,
+        dtype=q.dtype,
+        Tq=q.shape[2],
+        D=q.shape[3],
+        Dv=v.shape[3],
+        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats),
+        uses=uses,
+    )
+    if dropout_p > 0 and dropout_seed is None:
+        dropout_seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=q.device)
+    window_left, window_right = window or (None, None)
+    call: dict[str, Any] = {
+        "r_w_bias": r_w_bias,
+        "r_r_bias": r_r_bias,
+        "mem_k": mem_k,
+        "mem_v": mem_v,
+        "q_pos": q_pos,
+        "key_start": key_start,
+        "key_lens": key_lens,
+        "mask": mask,
+        "bias": bias,
+        "dropout_seed": dropout_seed,
+        "offset": q.shape[2] - 1 if offset is None else offset,
+        "clamp": clamp,
+        "causal": causal,
+        "window_left": window_left,
+        "window_right": window_right,
+        "chunk": () if chunk is None else (*chunk, 0)[:3],
+        "scale": q.shape[3] ** -0.5 if scale is None else scale,
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+        "dead_uniform": dead_rows == "uniform",
+    }
+    with autocast.outside_autocast(q.device):
+        run = _native if chosen == "native" else reference.rel_attention
+        out, lse = run(q, k, v, r, **call)
+    return (out, lse) if return_lse else out
+
+
+def _native(q: Tensor, k: Tensor, v: Tensor, r: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+    """The compiled kernel, which reads rows of any stride whose last dimension is contiguous."""
+    B, H, Tq, _ = q.shape
+    mem_k, mem_v, mask = call["mem_k"], call["mem_v"], call["mask"]
+    Tk = k.shape[2] + (0 if mem_k is None else mem_k.shape[2])
+    call["mem_k"] = None if mem_k is None else contiguous_rows(mem_k)
+    call["mem_v"] = None if mem_v is None else contiguous_rows(mem_v)
+    call["mask"] = None if mask is None else mask.expand(B, H, Tq, Tk)
+    q, k, v, r = (contiguous_rows(tensor) for tensor in (q, k, v, r))
+    out, lse = torch.ops.txl_native.rel_attention_fwd(q, k, v, r, **call)
+    return out, lse
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
