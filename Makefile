@@ -15,7 +15,7 @@ VENV ?= .venv
 HF_VENV ?= .venv-hf
 
 PY := $(VENV)/bin/python
-PIP := -m pip --quiet --disable-pip-version-check --no-input
+PIP := -m pip --quiet --quiet --disable-pip-version-check --no-input
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 help: ## print this list
@@ -57,7 +57,7 @@ types: $(VENV)/.installed-dev ## mypy, strict, on both packages
 
 wheel: $(VENV)/.installed-dev ## sdist, installed in a clean environment and tried from outside
 	rm -rf build/wheel
-	$(PY) -m build --sdist --outdir build/wheel . > /dev/null
+	$(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("build/wheel")' > /dev/null
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python $(PIP) install $(TORCH)
 	build/wheel/venv/bin/python $(PIP) install build/wheel/*.tar.gz
