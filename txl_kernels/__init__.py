@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import txl_kernels._register
 from txl_kernels.backends import Resolution, resolve
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.ops.rel_attention import rel_attention

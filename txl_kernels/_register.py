@@ -101,6 +101,3 @@ def _refuse_second_derivative(op: str, bwd: str) -> None:
         )
 
     torch.library.register_autograd(bwd, backward)
-
-
-register("txl_native")

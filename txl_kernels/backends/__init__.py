@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from txl_kernels._register import register
 from txl_kernels.backends import native
 from txl_kernels.errors import BackendUnavailableError
 
@@ -25,6 +26,8 @@ _NATIVE_OPS = ("rel_attention", "rel_shift")
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NATIVE_MAX_HEAD_SIZE = 256
 _NATIVE_LACKS = ("q_pos", "bias", "dead_rows='uniform'")
+
+register("txl_native")
 
 
 class Resolution(NamedTuple):
@@ -127,7 +130,7 @@ def _refusal(
         return None
     if name == "triton" or op not in _NATIVE_OPS:
         return f"this package has no {name} backend for {op}"
-    reason = _native_refusal(op, device_type)
+    reason: str | None = _native_refusal(op, device_type)
     if reason is not None:
         return reason
     if dtype not in _NATIVE_DTYPES:

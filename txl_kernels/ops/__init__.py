@@ -1,1 +1,1 @@
-"""The public ops: each validates its arguments, applies autocast, chooses a backend and calls it."""
+"""The public ops: each validates, applies autocast, chooses a backend and calls it."""

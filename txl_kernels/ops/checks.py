@@ -53,7 +53,7 @@ def check_broadcastable(op: str, name: str, tensor: Tensor, due: Sequence[int]) 
 
 
 def check_int(op: str, name: str, value: object, *, at_least: int | None = None) -> None:
-    """Takes Python integers and the symbolic ones of `torch.export`; bool is not an integer here."""
+    """Takes Python's integers and the symbolic ones of `torch.export`, but no bool."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
     if at_least is not None and value < at_least:
@@ -65,11 +65,11 @@ def check_flag(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
-def check_number(op: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(
-        value, (int, float, torch.SymInt, torch.SymFloat)
-    ):
+def check_number(op: str, name: str, value: object, *, at_least: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{op}: {name} must be at least {at_least}, got {value}")
 
 
 def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> N
         raise ValueError(f"{op}: {name} must be {due}, got {value!r}")
 
 
-def check_floating(
+def check_given(
     op: str,
     tensors: Mapping[str, Tensor | None],
     dtypes: Sequence[torch.dtype],
@@ -90,3 +90,10 @@ def check_floating(
             check_tensor(op, name, tensor)
             check_dtype(op, name, tensor, dtypes)
             check_device(op, name, tensor, device)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass through a call with these tensors can follow."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )

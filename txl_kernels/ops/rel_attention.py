@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +10,18 @@ from torch import Tensor
 from txl_kernels.backends import choose
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.ops import autocast
-from txl_kernels.ops.checks import check_tensor
-from txl_kernels.ops.rel_attention_checks import check_options, check_tensors
+from txl_kernels.ops.checks import check_tensor, needs_grad
+from txl_kernels.ops.rel_attention_checks import (
+    check_dropout,
+    check_keys,
+    check_options,
+    check_tensors,
+)
 
 
-@overload
 def rel_attention(
     q: Tensor, k: Tensor, v: Tensor, r: Tensor, *, return_lse: Literal[False] = ..., **options: Any
 ) -> Tensor: ...
-
-
-@overload
-def rel_attention(
-    q: Tensor, k: Tensor, v: Tensor, r: Tensor, *, return_lse: Literal[True], **options: Any
-) -> tuple[Tensor, Tensor]: ...
 
 
 def rel_attention(
@@ -53,7 +51,7 @@ def rel_attention(
     dead_rows: str = "zero",
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention whose scores are content plus relative position, over memory and segment.
 
         score[b,h,i,j] = scale · ((q_i + r_w_bias)·k_j + (q_i + r_r_bias)·r[m]) + bias[b,h,i,j]
@@ -91,9 +89,9 @@ def rel_attention(
         backend: "auto", "reference", "native" or "triton"; a named one runs or raises.
 
     Returns:
-        out [B, H, Tq, Dv] in q's dtype; with `return_lse` also lse [B, H, Tq], the natural
-        logarithm of the softmax's denominator before dropout, -inf where no key is seen,
-        float32 (float64 for float64), without gradient.
+        out [B, H, Tq, Dv] in q's dtype; with `return_lse` the pair (out, lse): lse [B, H, Tq] is
+        the natural logarithm of the softmax's denominator before dropout, -inf where no key is
+        seen, float32 (float64 for float64), without gradient.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, device, range or type.
@@ -110,16 +108,13 @@ def rel_attention(
     q, k, v, r, mem_k, mem_v, q_pos = (
         autocast.cast(tensor, lower) for tensor in (q, k, v, r, mem_k, mem_v, q_pos)
     )
-    check_tensors(
-        q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, key_start, key_lens, mask, bias
-    )
-    check_options(
-        q, offset, clamp, causal, window, chunk, scale, softcap, dropout_p, dropout_seed, dead_rows
-    )
+    Tk = check_tensors(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos)
+    check_keys(q, Tk, key_start, key_lens, mask, bias)
+    check_options(offset, clamp, causal, window, chunk, scale, softcap, dead_rows)
+    check_dropout(q, dropout_p, dropout_seed)
     uses = [name for name, tensor in (("q_pos", q_pos), ("bias", bias)) if tensor is not None]
     if dead_rows == "uniform":
         uses.append("dead_rows='uniform'")
-    floats = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, bias)
     chosen = choose(
         "rel_attention",
         backend=backend,
@@ -128,7 +123,7 @@ def rel_attention(
         Tq=q.shape[2],
         D=q.shape[3],
         Dv=v.shape[3],
-        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats),
+        needs_grad=needs_grad(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, bias),
         uses=uses,
     )
     if dropout_p > 0 and dropout_seed is None:
@@ -157,24 +152,26 @@ def rel_attention(
         "dead_uniform": dead_rows == "uniform",
     }
     with autocast.outside_autocast(q.device):
-        run = _native if chosen == "native" else reference.rel_attention
-        out, lse = run(q, k, v, r, **call)
+        if chosen == "native":
+            out, lse = _native(q, k, v, r, Tk, **call)
+        else:
+            out, lse = reference.rel_attention(q, k, v, r, **call)
     return (out, lse) if return_lse else out
 
 
-def _native(q: Tensor, k: Tensor, v: Tensor, r: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+def _native(
+    q: Tensor, k: Tensor, v: Tensor, r: Tensor, Tk: int, *, mask: Tensor | None, **call: Any
+) -> Any:
     """The compiled kernel, which reads rows of any stride whose last dimension is contiguous."""
-    B, H, Tq, _ = q.shape
-    mem_k, mem_v, mask = call["mem_k"], call["mem_v"], call["mask"]
-    Tk = k.shape[2] + (0 if mem_k is None else mem_k.shape[2])
-    call["mem_k"] = None if mem_k is None else contiguous_rows(mem_k)
-    call["mem_v"] = None if mem_v is None else contiguous_rows(mem_v)
-    call["mask"] = None if mask is None else mask.expand(B, H, Tq, Tk)
-    q, k, v, r = (contiguous_rows(tensor) for tensor in (q, k, v, r))
-    out, lse = torch.ops.txl_native.rel_attention_fwd(q, k, v, r, **call)
-    return out, lse
+    q, k, v, r = (_contiguous_rows(tensor) for tensor in (q, k, v, r))
+    for name in ("mem_k", "mem_v"):
+        if call[name] is not None:
+            call[name] = _contiguous_rows(call[name])
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], Tk)
+    return torch.ops.txl_native.rel_attention_fwd(q, k, v, r, mask=mask, **call)
 
 
-def contiguous_rows(tensor: Tensor) -> Tensor:
+def _contiguous_rows(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -51,7 +51,7 @@ def dropout_keep(seed: Tensor, p: float, shape: tuple[int, int, int, int]) -> Te
     counter = (block, i, row, torch.zeros_like(block))
     words = philox4x32(counter, (seed & _LOW32, (seed >> 32) & _LOW32))
     drawn = torch.stack(words, dim=-1)  # [B·H, Tq, ⌈Tk/4⌉, 4]
-    return drawn.flatten(-2)[..., :Tk].unflatten(0, (B, H)) >= int(p * 2**32)
+    return drawn.flatten(-2)[..., :Tk].reshape(shape) >= int(p * 2**32)
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

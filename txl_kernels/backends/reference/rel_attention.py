@@ -1,7 +1,7 @@
 """Attention with Transformer-XL relative positions in plain PyTorch: the specification.
 
-    score[b,h,i,j] = scale · ((q_i + r_w_bias)·k_j + (q_i + r_r_bias)·r[m]) + bias,   m = j - i + offset
-    out_i = Σ_j dropout(softmax_j(mask(softcap(score))))_ij · v_j
+    score[b,h,i,j] = scale · ((q_i + r_w_bias)·k_j + (q_i + r_r_bias)·r[m]) + bias[b,h,i,j]
+    out_i = Σ_j dropout(softmax_j(mask(softcap(score))))_ij · v_j,   m = j - i + offset
 
 Materialises [B, H, Tq, Tk]. Differentiable any number of times, on any device.
 """
@@ -47,7 +47,8 @@ def rel_attention(
 ) -> tuple[Tensor, Tensor]:
     """Returns out [B, H, Tq, Dv] in q's dtype and lse [B, H, Tq], without gradient.
 
-    The arguments are those of the op's schema, in its words. Everything between is in `compute_dtype`: by default float64 for float64, else float32.
+    The arguments are those of the op's schema, in its words. Everything between is in
+    `compute_dtype`: by default float64 for float64, else float32.
     """
     work = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
     keys = _joined(mem_k, k).to(work)
