@@ -5,5 +5,6 @@ from __future__ import annotations
 from txl_kernels.backends import Resolution, resolve
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.ops.rel_attention import rel_attention
+from txl_kernels.ops.rel_shift import rel_shift
 
-__all__ = ["BackendUnavailableError", "Resolution", "rel_attention", "resolve"]
+__all__ = ["BackendUnavailableError", "Resolution", "rel_attention", "rel_shift", "resolve"]

@@ -20,11 +20,6 @@ from txl_kernels.ops.rel_attention_checks import (
 
 
 def rel_attention(
-    q: Tensor, k: Tensor, v: Tensor, r: Tensor, *, return_lse: Literal[False] = ..., **options: Any
-) -> Tensor: ...
-
-
-def rel_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
