@@ -1,0 +1,93 @@
+"""The recurrence: hidden states of the tokens before a segment, per layer, without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Memory(NamedTuple):
+    """What a model remembers; immutable, every method returns a new one.
+
+    Args:
+        hidden: [n_layer, B, M, d_model], the input of each layer at the last M tokens, newest
+            last. Carries no gradient.
+        start: int64 [B], where the memory of each row starts; M: the row remembers nothing.
+    """
+
+    hidden: Tensor
+    start: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        n_layer: int,
+        batch_size: int,
+        d_model: int,
+        *,
+        length: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Memory:
+        """A memory without content: `length` positions of zeros, of which every row's start is
+        the end."""
+        if batch_size <= 0:
+            raise ValueError(f"batch_size: expected a positive integer, got {batch_size}")
+        hidden = torch.zeros(n_layer, batch_size, length, d_model, dtype=dtype, device=device)
+        start = torch.full((batch_size,), length, dtype=torch.int64, device=device)
+        return cls(hidden, start)
+
+    @property
+    def length(self) -> int:
+        """M, in tokens."""
+        return self.hidden.shape[2]
+
+    def update(self, new_hidden: Sequence[Tensor], mem_len: int) -> Memory:
+        """The last `mem_len` positions of this memory followed by a segment's.
+
+        Args:
+            new_hidden: per layer [B, T, d_model], its input over the segment.
+            mem_len: most positions kept, in tokens.
+        """
+        new = torch.stack([hidden.detach().to(self.hidden.dtype) for hidden in new_hidden])
+        M, T = self.length, new.shape[2]
+        dropped = _at_least_zero(M + T - mem_len)
+        kept = self.hidden[:, :, _at_most(dropped, M) :]
+        fresh = new[:, :, _at_least_zero(T - mem_len) :]
+        start = (self.start - dropped).clamp(min=0)
+        return Memory(torch.cat([kept, fresh], dim=2), start)
+
+    def reset(self, rows: Tensor) -> Memory:
+        """This memory with the rows marked in `rows` (bool [B]) emptied, their states zeroed."""
+        if rows.dtype != torch.bool or rows.shape != self.start.shape:
+            expected = f"bool {list(self.start.shape)}"
+            raise ValueError(f"rows: expected {expected}, got {rows.dtype} {list(rows.shape)}")
+        hidden = self.hidden.masked_fill(rows[None, :, None, None], 0)
+        return Memory(hidden, self.start.masked_fill(rows, self.length))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The memory as named tensors, for a checkpoint."""
+        return self._asdict()
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Memory:
+        """The inverse of `to_tensors`; ValueError where a name is missing or a shape disagrees."""
+        missing = set(cls._fields) - set(tensors)
+        if missing:
+            raise ValueError(f"tensors: expected hidden and start, missing {sorted(missing)}")
+        memory = cls(tensors["hidden"], tensors["start"])
+        if memory.hidden.dim() != 4 or memory.start.shape != memory.hidden.shape[1:2]:
+            shapes = [list(tensor.shape) for tensor in memory]
+            raise ValueError(f"tensors: expected [n_layer, B, M, d_model] and [B], got {shapes}")
+        return memory
+
+
+def _at_least_zero(length: int) -> int:
+    return torch.sym_max(length, 0)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _at_most(length: int, limit: int) -> int:
+    return torch.sym_min(length, limit)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,0 +1,248 @@
+"""The Transformer-XL language model: embedding, layers with memory, adaptive softmax."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from transformer_xl.config import ModelConfig, check_lengths
+from transformer_xl.memory import Memory
+from transformer_xl.nn import AdaptiveEmbedding, AdaptiveSoftmax, DecoderLayer, SinusoidalPositions
+from transformer_xl.nn.adaptive_softmax import Reduction
+
+
+class Output(NamedTuple):
+    """What a segment gives.
+
+    `hidden` [B, T, d_model] is what the softmax reads; `loss` in nats, None without targets;
+    `memory` is for the next segment.
+    """
+
+    hidden: Tensor
+    loss: Tensor | None
+    memory: Memory
+
+
+class TransformerXL(nn.Module):
+    """p(token | all tokens before), segment after segment.
+
+    Args:
+        config: what the model is.
+        backend: "auto", or the implementation that every op of `txl_kernels` must run.
+
+    `mem_len`, `clamp_len` and `same_length` start as the config's and may be changed for
+    evaluation by `set_lengths`.
+
+    Source: Dai et al. 2019, section 3; the released PyTorch code in every detail of `attn_type` 0.
+    """
+
+    r_w_bias: nn.Parameter | None
+    r_r_bias: nn.Parameter | None
+    mem_len: int
+    same_length: bool
+
+    def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        vocabulary = (
+            config.vocab_size,
+            config.embed_width(0),
+            config.d_model,
+            config.cutoffs,
+            config.div_val,
+        )
+        self.word_emb = AdaptiveEmbedding(
+            *vocabulary, proj_same_dim=config.proj_same_dim, backend=backend
+        )
+        self.pos_emb = SinusoidalPositions(config.d_model)
+        self.drop = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config.d_model,
+                config.n_head,
+                config.d_head,
+                config.d_inner,
+                dropout=config.dropout,
+                dropatt=config.dropatt,
+                pre_lnorm=config.pre_lnorm,
+                layer_norm_epsilon=config.layer_norm_epsilon,
+                untie_r=config.untie_r,
+                backend=backend,
+            )
+            for _ in range(config.n_layer)
+        )
+        self.final_layer_norm = (
+            nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+            if config.final_lnorm
+            else nn.Identity()
+        )
+        self.crit = AdaptiveSoftmax(
+            *vocabulary, proj_same_dim=config.proj_same_dim, backend=backend
+        )
+        for name in ("r_w_bias", "r_r_bias"):
+            shape = (config.n_head, config.d_head)
+            bias = None if config.untie_r else nn.Parameter(torch.zeros(shape))
+            self.register_parameter(name, bias)
+        self._tie()
+        initialise(self, config)
+        self.set_lengths(
+            mem_len=config.mem_len, clamp_len=config.clamp_len, same_length=config.same_length
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        memory: Memory | None = None,
+        targets: Tensor | None = None,
+        *,
+        reduction: Reduction = "mean",
+    ) -> Output:
+        """Read a segment after what `memory` remembers.
+
+        Args:
+            tokens: int64 [B, T].
+            memory: the last segment's `Output.memory`; None: nothing came before.
+            targets: int64 [B, T], the token that follows each of `tokens` (nothing is shifted
+                here); -100 is not scored.
+            reduction: of the loss over the scored targets: "mean", "sum", or "none" for [B, T] in
+                token order.
+
+        Raises:
+            ValueError, TypeError: an argument of another shape or dtype, a memory that is not
+                this model's. IndexError: a token or target out of range.
+        """
+        _check_tokens("tokens", tokens, shape=None)
+        B, T = tokens.shape
+        memory = self.init_memory(B) if memory is None else memory
+        self._check_memory(memory, B)
+
+        x = self.drop(self.word_emb(tokens))  # [B, T, d_model]
+        n_keys = memory.length + T
+        positions = self.pos_emb(T, n_keys, dtype=x.dtype, device=x.device)
+        R = self.drop(positions.embedding)  # [R, d_model], one mask for all layers
+        shared = (positions._replace(embedding=R), self.r_w_bias, self.r_r_bias)
+        # Zeros that stand for a first memory are attended to, so every key is there.
+        key_start = memory.start if self.config.first_memory == "empty" else None
+
+        inputs = []
+        for layer, remembered in zip(self.layers, memory.hidden.unbind(), strict=True):
+            inputs.append(x)
+            x = self._run(layer, x, remembered, *shared, key_start)  # [B, T, d_model]
+        hidden = self.drop(self.final_layer_norm(x))
+
+        loss = None
+        if targets is not None:
+            _check_tokens("targets", targets, shape=tokens.shape)
+            loss = self.crit(hidden, targets, reduction=reduction)
+        return Output(hidden, loss, memory.update(inputs, self.mem_len))
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Natural logarithms of all V probabilities […, V], from `Output.hidden` […, d_model]."""
+        return self.crit.log_prob(hidden)
+
+    def init_memory(self, batch_size: int) -> Memory:
+        """The memory before the first segment: of length 0, or `mem_len` zeros that are attended
+        to where the config says so."""
+        weight = self.crit.out_layers[0].get_parameter("weight")
+        return Memory.empty(
+            self.config.n_layer,
+            batch_size,
+            self.config.d_model,
+            length=self.mem_len if self.config.first_memory == "zeros" else 0,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def set_lengths(
+        self,
+        *,
+        mem_len: int | None = None,
+        clamp_len: int | None = None,
+        same_length: bool | None = None,
+    ) -> None:
+        """Read on with other lengths (in tokens) than trained; None leaves one as it is.
+
+        A longer memory already at hand is attended to once more and then cut.
+        """
+        new_mem_len = self.mem_len if mem_len is None else mem_len
+        new_same_length = self.same_length if same_length is None else same_length
+        check_lengths(new_mem_len, new_same_length)
+        self.mem_len, self.same_length = new_mem_len, new_same_length
+        if clamp_len is not None:
+            self.pos_emb.clamp_len = clamp_len
+        keys_before = self.mem_len - (self.config.same_length_keys == "mem_len")
+        self.pos_emb.window = (keys_before, None) if self.same_length else None
+
+    @property
+    def clamp_len(self) -> int:
+        """Distances above it, in tokens, share one embedding; 0 or less: no clamp."""
+        return self.pos_emb.clamp_len
+
+    def _run(self, layer: nn.Module, *arguments: object) -> Tensor:
+        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
+        else:
+            out = layer(*arguments)
+        return out
+
+    def _tie(self) -> None:
+        """Let the softmax use the embedding's tables and projections, as the config says."""
+        config = self.config
+        if config.tie_weight:
+            for softmax, embedding in zip(
+                self.crit.out_layers, self.word_emb.emb_layers, strict=True
+            ):
+                softmax.weight = embedding.weight
+        for k, tied in enumerate(config.tie_projs):
+            projection = self.word_emb.emb_projs[k if config.div_val > 1 else 0]
+            if tied and projection is not None:
+                self.crit.out_projs[k] = projection
+
+    def _check_memory(self, memory: Memory, batch_size: int) -> None:
+        n_layer, d_model = self.config.n_layer, self.config.d_model
+        hidden = memory.hidden
+        fits = hidden.dim() == 4 and (*hidden.shape[:2], hidden.shape[3]) == (
+            n_layer,
+            batch_size,
+            d_model,
+        )
+        if not fits or memory.start.shape != (batch_size,):
+            raise ValueError(
+                f"memory: expected hidden [{n_layer}, {batch_size}, M, {d_model}] and start "
+                f"[{batch_size}], got {list(hidden.shape)} and {list(memory.start.shape)}"
+            )
+
+
+def initialise(model: nn.Module, config: ModelConfig) -> None:
+    """Draw every parameter as the original's training script does.
+
+    Weights, tables, cluster columns and position biases are normal (init_std) or uniform
+    (±init_range); projections normal (proj_init_std); LayerNorm weights normal around 1; biases 0.
+    """
+
+    def draw(weight: Tensor) -> None:
+        if config.init == "uniform":
+            nn.init.uniform_(weight, -config.init_range, config.init_range)
+        else:
+            nn.init.normal_(weight, 0.0, config.init_std)
+
+    for name, parameter in model.named_parameters():
+        if "layer_norm.weight" in name:
+            nn.init.normal_(parameter, 1.0, config.init_std)
+        elif "_projs." in name:
+            nn.init.normal_(parameter, 0.0, config.proj_init_std)
+        elif name.endswith(("weight", "r_w_bias", "r_r_bias")):
+            draw(parameter)
+        else:
+            nn.init.zeros_(parameter)
+
+
+def _check_tokens(name: str, tokens: Tensor, *, shape: torch.Size | None) -> None:
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {tokens.dtype}")
+    if tokens.dim() != 2 or (shape is not None and tokens.shape != shape):
+        expected = "[B, T]" if shape is None else list(shape)
+        raise ValueError(f"{name}: expected {expected}, got {list(tokens.shape)}")

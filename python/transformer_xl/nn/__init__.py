@@ -1,0 +1,19 @@
+"""The layers of Transformer-XL, usable on their own: batch first, [B, T, d_model]."""
+
+from transformer_xl.nn.adaptive_softmax import AdaptiveSoftmax
+from transformer_xl.nn.attention import KeyValueCache, RelativeMultiHeadAttention
+from transformer_xl.nn.decoder_layer import DecoderLayer
+from transformer_xl.nn.embedding import AdaptiveEmbedding
+from transformer_xl.nn.feed_forward import PositionwiseFeedForward
+from transformer_xl.nn.position import RelativePositions, SinusoidalPositions
+
+__all__ = [
+    "AdaptiveEmbedding",
+    "AdaptiveSoftmax",
+    "DecoderLayer",
+    "KeyValueCache",
+    "PositionwiseFeedForward",
+    "RelativeMultiHeadAttention",
+    "RelativePositions",
+    "SinusoidalPositions",
+]

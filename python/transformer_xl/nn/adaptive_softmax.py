@@ -1,0 +1,123 @@
+"""Adaptive softmax: frequent words beside one column per cluster of rarer ones, losses in token
+order."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal, TypedDict, cast
+
+import torch
+from torch import Tensor, nn
+
+from transformer_xl.nn.embedding import has_projection
+from txl_kernels import adaptive_log_prob, adaptive_loss, adaptive_nll
+
+Reduction = Literal["mean", "sum", "none"]
+Tail = tuple[Tensor | None, Tensor, Tensor | None]  # projection, weight, bias
+
+
+class Options(TypedDict):
+    """What the losses and the log-probabilities take beside the weights."""
+
+    cutoffs: tuple[int, ...]
+    head_bias: Tensor
+    head_proj: Tensor | None
+    backend: str
+
+
+class AdaptiveSoftmax(nn.Module):
+    """-log p(token) = -log p_head(cluster of the token) - log p_cluster(token).
+
+    Tokens before the first cutoff stand in the head themselves, beside cluster k in column
+    cutoffs[0] + k. Without cutoffs this is a plain softmax.
+
+    Args:
+        vocab_size, d_embed, d_proj, cutoffs, div_val, proj_same_dim: as `AdaptiveEmbedding`;
+            d_proj is the width of the hidden states.
+        backend: "auto", or the implementation that must run.
+
+    State: `out_layers.k.weight` [V_k, d_k] and `.bias` (one layer with all of V for div_val = 1),
+    `out_projs.k` [d_proj, d_k] per cluster, `cluster_weight` [n_tails, d_embed], `cluster_bias`.
+    Source: Grave et al. 2017; the projections are the Transformer-XL code's.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_embed: int,
+        d_proj: int,
+        cutoffs: tuple[int, ...] = (),
+        div_val: int = 1,
+        *,
+        proj_same_dim: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.cutoffs = cutoffs
+        self.ends = (0, *cutoffs, vocab_size)
+        self.backend = backend
+        self.out_layers = nn.ModuleList()
+        self.out_projs = nn.ParameterList()
+        for k in range(len(cutoffs) + 1):
+            width = d_embed // div_val**k
+            if div_val > 1:
+                self.out_layers.append(nn.Linear(width, self.ends[k + 1] - self.ends[k]))
+            if has_projection(width, d_proj, div_val, proj_same_dim):
+                projection = torch.randn(d_proj, width) * d_proj**-0.5
+                self.out_projs.append(nn.Parameter(projection))
+            else:
+                self.out_projs.append(None)
+        if div_val == 1:
+            self.out_layers.append(nn.Linear(d_embed, vocab_size))
+        if cutoffs:
+            self.cluster_weight = nn.Parameter(torch.zeros(len(cutoffs), d_embed))
+            self.cluster_bias = nn.Parameter(torch.zeros(len(cutoffs)))
+
+    def forward(self, hidden: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+        """Loss in nats of `target` int64 […] given `hidden` […, d_proj]; -100 is not scored.
+
+        Returns:
+            A scalar over the scored targets ("mean", "sum"), or […] in token order ("none").
+
+        Raises:
+            IndexError: a target out of range (on the CPU; a device assert on CUDA).
+            ValueError: an unknown reduction.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
+        head, tails, options = self._clusters()
+        rows, scored = hidden.flatten(0, -2), target.flatten()
+        if reduction == "none":
+            return adaptive_nll(rows, scored, head, tails, **options).view_as(target)
+        return adaptive_loss(rows, scored, head, tails, **options, reduction=reduction)
+
+    def log_prob(self, hidden: Tensor) -> Tensor:
+        """[…, d_proj] to the log-probabilities […, V] of all tokens, in token order."""
+        head, tails, options = self._clusters()
+        log_prob = adaptive_log_prob(hidden.flatten(0, -2), head, tails, **options)
+        return log_prob.view(*hidden.shape[:-1], -1)
+
+    def _clusters(self) -> tuple[Tensor, list[Tail], Options]:
+        """Head weight, tails and the rest as the functions of `txl_kernels` take them."""
+        projections = [None if p is None else p.t() for p in self.out_projs]  # [d_k, d_proj]
+        weights, biases = self._bins()
+        head_weight, head_bias = weights[0], biases[0]
+        if self.cutoffs:
+            head_weight = torch.cat([head_weight, self.cluster_weight])  # [c0 + n_tails, d_embed]
+            head_bias = torch.cat([head_bias, self.cluster_bias])
+        tails: list[Tail] = list(zip(projections[1:], weights[1:], biases[1:], strict=True))
+        options = Options(
+            cutoffs=self.cutoffs,
+            head_bias=head_bias,
+            head_proj=projections[0],
+            backend=self.backend,
+        )
+        return head_weight, tails, options
+
+    def _bins(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weight and bias of each bin; for div_val = 1 they are slices of one layer."""
+        layers = cast("list[nn.Linear]", list(self.out_layers))
+        if len(layers) == len(self.cutoffs) + 1:
+            return [layer.weight for layer in layers], [layer.bias for layer in layers]
+        spans = [slice(*ends) for ends in itertools.pairwise(self.ends)]
+        return [layers[0].weight[span] for span in spans], [layers[0].bias[span] for span in spans]

@@ -1,0 +1,82 @@
+"""One Transformer-XL layer: relative attention over [memory; segment], then the feed-forward."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from transformer_xl.nn.attention import RelativeMultiHeadAttention
+from transformer_xl.nn.feed_forward import PositionwiseFeedForward
+from transformer_xl.nn.position import RelativePositions
+
+
+class DecoderLayer(nn.Module):
+    """x = LN(x + drop(attention(x, memory))); x = LN(x + feed_forward(x)).
+
+    Args:
+        d_model, n_head, d_head, d_inner: sizes.
+        dropout: after the attention, and twice inside the feed-forward.
+        dropatt: on the attention probabilities.
+        pre_lnorm: x + drop(attention(LN(x), LN(memory))); x + feed_forward(LN(x)) instead, the
+            memory being stored un-normalised.
+        layer_norm_epsilon: of both norms.
+        untie_r: the layer has its own position biases, else they are passed in.
+        backend: which `rel_attention` must run.
+
+    Source: Dai et al. 2019, section 3.3.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        d_head: int,
+        d_inner: int,
+        *,
+        dropout: float = 0.0,
+        dropatt: float = 0.0,
+        pre_lnorm: bool = False,
+        layer_norm_epsilon: float = 1e-5,
+        untie_r: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.pre_lnorm = pre_lnorm
+        self.dec_attn = RelativeMultiHeadAttention(
+            d_model, n_head, d_head, dropatt=dropatt, untie_r=untie_r, backend=backend
+        )
+        self.drop = nn.Dropout(dropout)
+        self.attn_layer_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)
+        self.pos_ff = PositionwiseFeedForward(d_model, d_inner, dropout)
+        self.ff_layer_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        positions: RelativePositions | None = None,
+        r_w_bias: Tensor | None = None,
+        r_r_bias: Tensor | None = None,
+        key_start: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, d_model] to the same; arguments as `RelativeMultiHeadAttention` has them."""
+
+        def attention(x: Tensor, memory: Tensor | None) -> Tensor:
+            attended = self.dec_attn(
+                x,
+                memory,
+                positions=positions,
+                r_w_bias=r_w_bias,
+                r_r_bias=r_r_bias,
+                key_start=key_start,
+            )
+            dropped: Tensor = self.drop(attended)
+            return dropped
+
+        attn_norm, ff_norm = self.attn_layer_norm, self.ff_layer_norm
+        if self.pre_lnorm:
+            x = x + attention(attn_norm(x), None if memory is None else attn_norm(memory))
+            out: Tensor = x + self.pos_ff(ff_norm(x))
+        else:
+            x = attn_norm(x + attention(x, memory))
+            out = ff_norm(x + self.pos_ff(x))
+        return out

@@ -1,0 +1,31 @@
+"""The position-wise feed-forward network of a layer: Linear, ReLU, Linear."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class PositionwiseFeedForward(nn.Module):
+    """max(0, x W₁ᵀ + b₁) W₂ᵀ + b₂ with dropout after each product; no residual, no norm.
+
+    Args:
+        d_model, d_inner: width of `x` and of the hidden layer.
+        dropout: probability, twice.
+
+    Source: Vaswani et al. 2017, section 3.3.
+    """
+
+    def __init__(self, d_model: int, d_inner: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.CoreNet = nn.Sequential(
+            nn.Linear(d_model, d_inner),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(d_inner, d_model),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, d_model] to […, d_model]."""
+        out: Tensor = self.CoreNet(x)
+        return out
