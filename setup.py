@@ -67,7 +67,7 @@ def tool(name: str) -> str:
 
 
 def find_torch(chosen: str | None) -> str:
-    """Folder of the torch package in the environment installed into, or "" where there is none.
+    """Folder of the torch package in the environment installed into, or NOTFOUND.
 
     pip runs this file by the target environment's interpreter; uv and build run it by one of their
     own, which has no torch, so the active virtual environment is asked next.
@@ -84,7 +84,7 @@ def find_torch(chosen: str | None) -> str:
         )
         if answer.returncode == 0 and answer.stdout.strip():
             return answer.stdout.strip()
-    return ""
+    return "NOTFOUND"
 
 
 def target_environment() -> dict[str, str]:

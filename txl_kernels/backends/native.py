@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 RECORD_NAME = "_native_build.json"
+_THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def load() -> None:
@@ -48,7 +50,7 @@ def _refusal(package_dir: Path, torch_version: str) -> str | None:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not record["built"]:
             return f"txl_kernels was installed without its native part: {record['reason']}"
-        built_for = str(record["torch"])
+        built_for, python = str(record["torch"]), str(record["python"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"the build record {path} is unreadable ({error!r}): build again"
     if _minor(built_for) != _minor(torch_version):
@@ -56,6 +58,8 @@ def _refusal(package_dir: Path, torch_version: str) -> str | None:
             f"txl_kernels._C was built for torch {built_for}, and torch {torch_version} is here: "
             "build again"
         )
+    if python != _THIS_PYTHON:
+        return f"txl_kernels._C was built for Python {python}, this is {_THIS_PYTHON}: build again"
     return None
 
 

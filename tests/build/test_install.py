@@ -1,0 +1,106 @@
+"""Builds and installs on machines that lack something: they succeed and leave the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = Path("txl_kernels") / "_native_build.json"
+SHIPPED = ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py")
+
+pytestmark = pytest.mark.slow_build
+for module in ("cmake", "ninja", "pybind11", "setuptools"):
+    pytest.importorskip(module)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy of what the package is built from, without anything built."""
+    copy = tmp_path / "sources"
+    copy.mkdir()
+    for name in SHIPPED:
+        shutil.copy(ROOT / name, copy)
+    for name in ("csrc", "python", "txl_kernels"):
+        built = shutil.ignore_patterns("_C.*", RECORD.name, "__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, copy / name, ignore=built)
+    return copy
+
+
+@pytest.fixture
+def path_without_compiler(tmp_path: Path) -> str:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("env", "sh", "uname"):
+        found = shutil.which(tool)
+        assert found is not None
+        (folder / tool).symlink_to(found)
+    return str(folder)
+
+
+def install(sources: Path, target: Path, *options: str, **env: str) -> dict:
+    """Installs into the folder `target` and returns the build record that it got."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    plain = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
+    subprocess.run(
+        [*pip, "--no-build-isolation", "--no-deps", "--target", target, *options, sources],
+        env={**plain, **env},
+        check=True,
+    )
+    return json.loads((target / RECORD).read_text(encoding="utf-8"))
+
+
+def test_install_without_a_compiler_succeeds_and_says_so(sources, tmp_path, path_without_compiler):
+    record = install(sources, tmp_path / "site", PATH=path_without_compiler)
+    assert not record["built"]
+    assert "no C++ compiler" in record["reason"]
+
+    ask = "from txl_kernels.backends import native; print(native.unavailable_reason())"
+    answer = subprocess.run(
+        [sys.executable, "-S", "-c", ask],
+        env={"PYTHONPATH": f"{tmp_path / 'site'}:{':'.join(sys.path)}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "no C++ compiler" in answer.stdout
+
+
+def test_install_without_torch_succeeds_and_says_so(sources, tmp_path):
+    """The interpreter that the config setting names has no torch: isolated, it sees no packages."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    bare.chmod(0o755)
+    record = install(
+        sources, tmp_path / "site", f"--config-settings=--global-option=--torch-python={bare}"
+    )
+    assert not record["built"]
+    assert "torch was not found" in record["reason"]
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cu117"])
+def test_a_torch_too_old_is_a_reason(tmp_path, version):
+    torch_dir = tmp_path / "torch"
+    torch_dir.mkdir()
+    (torch_dir / "version.py").write_text(f"__version__ = '{version}'\n")
+    cmake = shutil.which("cmake", path=sysconfig.get_path("scripts"))
+    subprocess.run(
+        [
+            *(cmake, "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DTXL_TORCH_DIR={torch_dir}",
+            f"-DTXL_OUTPUT_DIR={tmp_path / 'txl_kernels'}",
+        ],
+        check=True,
+    )
+    record = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))
+    assert not record["built"]
+    assert version in record["reason"]
