@@ -1,0 +1,123 @@
+// Packing: rows of keys, values or the position table into the shapes that tile products read.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "operand.h"
+#include "txl/rel_attention.h"
+
+namespace txl::TXL_ISA {
+
+// Rows that stand in one piece of memory: `n` rows from `first`, `stride` elements apart (0 = the
+// same row again); first null = rows of zeros.
+template <typename T>
+struct RowRun {
+  const T* first;
+  int64_t stride, n;
+};
+
+// The keys (or values) of one (b, h) pair, counted over [memory; segment]; zeros outside `valid`.
+template <typename T>
+struct KeyRows {
+  const T *memory, *segment;
+  int64_t stride_memory, stride_segment, Tm;
+  KeyRange valid;
+
+  KeyRows(const RelAttentionArgs& args, const Tensor4& memory, const Tensor4& segment, int64_t b,
+          int64_t h)
+      : memory(memory.head<const T>(b, h)), segment(segment.head<const T>(b, h)),
+        stride_memory(memory.stride_t), stride_segment(segment.stride_t), Tm(args.Tm),
+        valid(args.keys_of_row(b)) {}
+
+  RowRun<T> from(int64_t j) const {
+    if (j < valid.begin) return {nullptr, 0, valid.begin - j};
+    if (j >= valid.end) return {nullptr, 0, kOpen};
+    if (j < Tm) return {memory + j * stride_memory, stride_memory, std::min(Tm, valid.end) - j};
+    return {segment + (j - Tm) * stride_segment, stride_segment, valid.end - j};
+  }
+};
+
+// The position table of one group by column e = j - i + Tq - 1, whose row is m = e - (Tq-1) + offset:
+// zeros outside the table, or its edges where it is clamped.
+template <typename T>
+struct TableRows {
+  const T* table;
+  int64_t stride, R, e_of_row0;
+  bool clamp;
+
+  TableRows(const RelAttentionArgs& args, int64_t pair)
+      : table(args.r.head<const T>(args.batch_of(pair), args.head_of(pair))), stride(args.r.stride_t),
+        R(args.R), e_of_row0(args.Tq - 1 - args.offset), clamp(args.clamp) {}
+
+  RowRun<T> from(int64_t e) const {
+    const int64_t m = e - e_of_row0;
+    if (m < 0) return {clamp ? table : nullptr, 0, -m};
+    if (m < R) return {table + m * stride, stride, R - m};
+    return {clamp ? table + (R - 1) * stride : nullptr, 0, kOpen};
+  }
+};
+
+// Copies 16 rows from `begin` as operands, zeros where there are none.
+template <typename T, typename Rows>
+void stage_rows(const Rows& rows, int64_t begin, int64_t D, Operand<T>* stage, int64_t ld) {
+  for (int64_t row = 0; row < 16;) {
+    const RowRun<T> run = rows.from(begin + row);
+    const int64_t stop = std::min<int64_t>(16, row + run.n);
+    for (int64_t t = row; t < stop; ++t) {
+      Operand<T>* dst = stage + t * ld;
+      if (run.first != nullptr) convert_row(run.first + (t - row) * run.stride, dst, D);
+      std::fill(dst + (run.first != nullptr ? D : 0), dst + ld, Operand<T>(0));
+    }
+    row = stop;
+  }
+}
+
+// dst[d, x - begin] = rows[x, d] for x in [begin, end), a multiple of 16 columns; with packed operands
+// dst holds pairs of d. `ld` and dst count words. `stage`: 16 · row_length(D) operands.
+template <typename T, typename Rows>
+void pack_transposed(const Rows& rows, int64_t begin, int64_t end, int64_t D, Operand<T>* stage,
+                     Word<T>* dst, int64_t ld) {
+  using W = Word<T>;
+  constexpr int64_t kOperandsPerWord = sizeof(W) / sizeof(Operand<T>);
+  const int64_t length = row_length<T>(D), words = row_words<T>(D);
+  for (int64_t x = begin; x < end; x += 16) {
+    const RowRun<T> run = rows.from(x);
+    const W* src = reinterpret_cast<const W*>(stage);
+    int64_t ld_src = words;
+    const bool direct = std::is_same_v<T, Operand<T>> && run.n >= 16 && run.first != nullptr &&
+                        length == D && run.stride % kOperandsPerWord == 0;
+    if (direct) {
+      src = reinterpret_cast<const W*>(run.first);
+      ld_src = run.stride / kOperandsPerWord;
+    } else {
+      stage_rows<T>(rows, x, D, stage, length);
+    }
+    at::vec::transpose_mxn<W>(src, ld_src, dst + (x - begin), ld, 16, static_cast<int>(words));
+  }
+}
+
+// Rows x in [begin, end) as a right-hand matrix [end - begin, D] of a product whose inner dimension is
+// x; with packed operands dst holds pairs of rows, `begin` and `end` being even. ld counts columns.
+template <typename T, typename Rows>
+void pack_natural(const Rows& rows, int64_t begin, int64_t end, int64_t D, Operand<T>* stage,
+                  Word<T>* dst, int64_t ld) {
+  for (int64_t x = begin; x < end; x += 16) {
+    stage_rows<T>(rows, x, D, stage, D);
+    const int64_t n = std::min<int64_t>(16, end - x);
+    if constexpr (kPacked<T>) {
+      const uint16_t* bits = reinterpret_cast<const uint16_t*>(stage);
+      for (int64_t t = 0; t < n; t += 2) {
+        uint32_t* out = reinterpret_cast<uint32_t*>(dst + (x - begin + t) / 2 * ld);
+        const uint16_t *even = bits + t * D, *odd = even + D;
+        for (int64_t d = 0; d < D; ++d) out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
+      }
+    } else {
+      for (int64_t t = 0; t < n; ++t) {
+        std::copy(stage + t * D, stage + (t + 1) * D, dst + (x - begin + t) * ld);
+      }
+    }
+  }
+}
+
+}  // namespace txl::TXL_ISA

@@ -1,0 +1,103 @@
+// Which keys a query sees, and how rel_attention's work is cut into tiles and dealt to threads.
+#include <algorithm>
+#include <cmath>
+
+#include "txl/rel_attention.h"
+
+namespace txl {
+namespace {
+
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Cuts items into at most `max_chunks` runs of about equal cost, on a pair's border where one is near.
+std::vector<int64_t> deal(const std::vector<int64_t>& cost_before, int64_t n_tiles, int64_t max_chunks) {
+  const int64_t n_items = static_cast<int64_t>(cost_before.size()) - 1;
+  const int64_t n_chunks = std::max<int64_t>(1, std::min(max_chunks, n_items));
+  const double share = static_cast<double>(cost_before.back()) / static_cast<double>(n_chunks);
+  std::vector<int64_t> chunks{0};
+  for (int64_t c = 1; c < n_chunks; ++c) {
+    const double target = share * static_cast<double>(c);
+    auto distance = [&](int64_t item) {
+      return std::abs(static_cast<double>(cost_before[static_cast<size_t>(item)]) - target);
+    };
+    const auto after = std::lower_bound(cost_before.begin(), cost_before.end(), target);
+    int64_t item = std::min<int64_t>(after - cost_before.begin(), n_items);
+    const int64_t pair_begin = item / n_tiles * n_tiles;
+    const int64_t pair_end = std::min(pair_begin + n_tiles, n_items);
+    const int64_t border = distance(pair_begin) <= distance(pair_end) ? pair_begin : pair_end;
+    if (distance(border) <= 0.03 * share) item = border;
+    if (item > chunks.back() && item < n_items) chunks.push_back(item);
+  }
+  chunks.push_back(n_items);
+  return chunks;
+}
+
+}  // namespace
+
+KeyRange RelAttentionArgs::keys_of_row(int64_t b) const {
+  return {key_start != nullptr ? key_start[b] : 0, key_lens != nullptr ? key_lens[b] : Tk()};
+}
+
+KeyRange RelAttentionArgs::keys_of(int64_t b, int64_t i) const {
+  const int64_t p = i + Tk() - Tq;
+  KeyRange keys = keys_of_row(b);
+  auto allow = [&](int64_t begin, int64_t end) {
+    keys = {std::max(keys.begin, begin), std::min(keys.end, end)};
+  };
+  if (causal) allow(0, p + 1);
+  if (window_left < kOpen) allow(p - window_left, Tk());
+  if (window_right < kOpen) allow(0, p + window_right + 1);
+  if (chunk_size > 0) {
+    const int64_t chunk = floor_div(p + chunk_phase, chunk_size);
+    allow((chunk - chunk_left) * chunk_size - chunk_phase, (chunk + 1) * chunk_size - chunk_phase);
+  }
+  return keys;
+}
+
+TileKeys tile_keys(const RelAttentionArgs& args, int64_t b, int64_t row_begin, int64_t row_end) {
+  const int64_t begin = args.keys_of(b, row_begin).begin;
+  const int64_t end = args.keys_of(b, row_end - 1).end;
+  if (begin >= end) return {0, 0, 0, 0};
+  const int64_t aligned_begin = begin / 16 * 16;
+  const int64_t n = end - aligned_begin;
+  const int64_t n_blocks = ceil_div(n, kKeyBlock);
+  // Few distinct widths: each is a micro-kernel to compile.
+  return {begin, end, aligned_begin, round_up(ceil_div(n, n_blocks), 64)};
+}
+
+RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t max_chunks) {
+  RelAttentionPlan plan;
+  plan.n_tiles = ceil_div(args.Tq, kQueryTile);
+  plan.tile_rows = ceil_div(args.Tq, plan.n_tiles);
+  std::vector<int64_t> tile_cost(static_cast<size_t>(args.B * plan.n_tiles));
+  bool any = false;
+  for (int64_t b = 0; b < args.B; ++b) {
+    for (int64_t tile = 0; tile < plan.n_tiles; ++tile) {
+      const int64_t row_begin = std::min(tile * plan.tile_rows, args.Tq - 1);
+      const int64_t row_end = std::min(row_begin + plan.tile_rows, args.Tq);
+      const TileKeys keys = tile_keys(args, b, row_begin, row_end);
+      tile_cost[static_cast<size_t>(b * plan.n_tiles + tile)] = keys.end - keys.begin + kQueryTile;
+      if (keys.begin >= keys.end) continue;
+      const int64_t e_first = keys.aligned_begin - row_end + args.Tq;
+      const int64_t e_last = keys.end + keys.width + 32 - row_end + args.Tq;
+      plan.e_begin = any ? std::min(plan.e_begin, e_first) : e_first;
+      plan.e_end = any ? std::max(plan.e_end, e_last) : e_last;
+      any = true;
+    }
+  }
+  plan.e_begin = floor_div(plan.e_begin - 2, 16) * 16;  // one more column for 16-bit pairs
+  plan.e_end = plan.e_begin + round_up(plan.e_end - plan.e_begin, 16);
+  std::vector<int64_t> cost_before{0};
+  for (int64_t pair = 0; pair < args.n_pairs(); ++pair) {
+    for (int64_t tile = 0; tile < plan.n_tiles; ++tile) {
+      const int64_t index = args.batch_of(pair) * plan.n_tiles + tile;
+      cost_before.push_back(cost_before.back() + tile_cost[static_cast<size_t>(index)]);
+    }
+  }
+  plan.chunks = deal(cost_before, plan.n_tiles, max_chunks);
+  return plan;
+}
+
+}  // namespace txl
