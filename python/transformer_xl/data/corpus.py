@@ -1,0 +1,158 @@
+"""A corpus, ready to read: its vocabulary and its splits as memory-mapped token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from pathlib import Path
+from typing import Literal
+
+from transformer_xl.config import DataConfig
+from transformer_xl.data.batches import OrderedBatches
+from transformer_xl.data.datasets import find_dataset, find_protocol, nearest
+from transformer_xl.data.encoding import RECORD, VOCABULARY, encode
+from transformer_xl.data.record import Recipe, Record
+from transformer_xl.data.sentence_batches import ShuffledSentenceBatches
+from transformer_xl.data.sources import SPLITS, find_piece
+from transformer_xl.data.token_file import TokenArray, damaged, file_sha256
+from transformer_xl.data.vocabularies import Vocabulary, WordVocabulary
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """The corpus that `config` names, encoded at the first call and reused while its files are the
+    same.
+
+    Raises:
+        ValueError: an unknown data set or protocol (with the nearest name), an empty file, text
+            that is not UTF-8 (with the byte offset), a symbol outside a closed vocabulary, a token
+            file that is damaged.
+        FileNotFoundError: files that are not there, with the names that were looked for.
+    """
+    dataset = find_dataset(config.name)
+    protocol_name, protocol = find_protocol(dataset, config.protocol)
+    level = protocol.level if config.tokenizer == "dataset" else config.tokenizer
+    if dataset.vocabulary is not None and level != protocol.level:
+        raise ValueError(f"tokenizer: {config.name} is read as {protocol.level}s, got {level!r}")
+    if config.tokenizer_file is not None and level != "bpe":
+        raise ValueError(f"tokenizer_file: expected the tokenizer 'bpe' with it, got {level!r}")
+    path = _place(config)
+    try:
+        splits = dataset.locate(path)
+        words = dataset.vocabulary and find_piece(path, [dataset.vocabulary])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"data set {config.name}: {error}; get it: {dataset.source}"
+        ) from error
+    recipe = Recipe(
+        dataset=config.name,
+        protocol_name=protocol_name,
+        protocol=protocol,
+        level=level,
+        bpe_size=config.bpe_size,
+        tokenizer_file=None if config.tokenizer_file is None else Path(config.tokenizer_file),
+        word_list=words or None,
+    )
+    folder = _folder(config, recipe, path)
+    record = Record.load(folder / RECORD) if (folder / RECORD).exists() else None
+    if record is None or not record.describes(recipe, splits):
+        encode(recipe, splits, folder)
+        record = Record.load(folder / RECORD)
+    return Corpus(folder, recipe, record)
+
+
+class Corpus:
+    """An encoded data set.
+
+    Attributes:
+        vocab: its vocabulary.
+        metric: "bpc" (bits per byte or character) or "ppl" (perplexity per word or subword).
+        protocol: what was read and how, in one line, to stand beside every score.
+        fingerprint: hex SHA-256 of the vocabulary and the tokens; where the files lay does not
+            matter.
+        shuffled: whether training reads sentences in random order.
+        folder: where the token files lie.
+
+    Raises:
+        ValueError: a file of the folder is not what was written there.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, record: Record) -> None:
+        self.folder, self._recipe, self._record = folder, recipe, record
+        if file_sha256(folder / VOCABULARY) != record.vocabulary_sha256:
+            raise damaged(folder / VOCABULARY, "its sha256 is not the recorded one")
+        self.vocab = Vocabulary.load(folder / VOCABULARY)
+        self._tokens = {split: record.splits[split].open(folder) for split in SPLITS}
+        self.metric: Literal["bpc", "ppl"] = "bpc" if recipe.level in ("byte", "char") else "ppl"
+        self.shuffled = recipe.protocol.shuffled
+        content = [record.vocabulary_sha256, *(record.splits[split].sha256 for split in SPLITS)]
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def split(self, name: str) -> TokenArray:
+        """Token ids of "train", "valid" or "test", memory-mapped: uint8, uint16 or uint32 `[N]`."""
+        if name not in SPLITS:
+            raise ValueError(f"unknown split {name!r}; did you mean {nearest(name, SPLITS)!r}?")
+        return self._tokens[name]
+
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        tgt_len: int,
+        *,
+        rows: tuple[int, int] | None = None,
+        loop: bool = False,
+        seed: int | None = None,
+    ) -> OrderedBatches | ShuffledSentenceBatches:
+        """The split as the protocol has it read: sentences where they are shuffled (in the order of
+        `seed`; None keeps the file's, and then scores every token), else contiguous streams."""
+        tokens = self.split(split)
+        if not self.shuffled:
+            return OrderedBatches(tokens, batch_size, tgt_len, rows=rows, loop=loop)
+        assert isinstance(self.vocab, WordVocabulary)
+        return ShuffledSentenceBatches(
+            tokens,
+            self.vocab.boundary,
+            batch_size,
+            tgt_len,
+            seed=seed,
+            rows=rows,
+            loop=loop,
+            partial="pad" if seed is None else "drop",
+        )
+
+    @property
+    def protocol(self) -> str:
+        recipe = self._recipe
+        own = recipe.level == recipe.protocol.level
+        meaning = recipe.protocol.meaning if own else f"{recipe.level} tokens"
+        return f"{recipe.dataset} ({recipe.protocol_name}: {meaning}), V = {len(self.vocab):,}"
+
+    def summary(self) -> str:
+        """What was read: protocol, size in bytes, tokens of each split, hash; for people."""
+        sources = self._record.sources
+        sizes = " / ".join(f"{len(self.split(split)):,}" for split in SPLITS)
+        n_files = "1 file" if len(sources) == 1 else f"{len(sources):,} files"
+        return (
+            f"{self.protocol}\n"
+            f"{sum(source.size for source in sources):,} bytes in {n_files}; "
+            f"train / valid / test: {sizes} tokens\n"
+            f"sha256 {self.fingerprint}"
+        )
+
+
+def _place(config: DataConfig) -> Path:
+    """Where the data set lies: the given path, or a folder of its name."""
+    if config.path is not None:
+        return Path(config.path)
+    return (
+        Path(sysconfig.get_path("stdlib")) if config.name == "stdlib" else Path("data", config.name)
+    )
+
+
+def _folder(config: DataConfig, recipe: Recipe, path: Path) -> Path:
+    """The folder of the encoded files: one for each path and recipe."""
+    told = [str(path.resolve()), recipe.key(), config.tokenizer_file]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    name = f"{recipe.dataset}-{recipe.protocol_name}-{recipe.level}-{digest[:12]}"
+    return Path(config.cache_dir) / name

@@ -1,0 +1,106 @@
+"""From a data set's files to a folder of token files: count a vocabulary, encode every split as a
+stream, and write a record of what was read and written."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformer_xl.data.record import Recipe, Record, SourceFile
+from transformer_xl.data.sources import SPLITS, Piece, Splits
+from transformer_xl.data.token_file import TokenArray, TokenFile, file_sha256, token_type
+from transformer_xl.data.vocabularies import (
+    ByteVocabulary,
+    CharVocabulary,
+    SubwordVocabulary,
+    UnknownSymbolError,
+    Vocabulary,
+    WordVocabulary,
+)
+from transformer_xl.data.vocabularies.word import END_OF_LINE
+
+RECORD = "record.json"
+VOCABULARY = "vocabulary.json"
+
+
+def encode(recipe: Recipe, splits: Splits, folder: Path) -> Record:
+    """Encode the splits into `folder`, which appears, or is replaced, only when it is complete.
+
+    Raises:
+        FileNotFoundError: a tokenizer.json that is not there.
+        ValueError: an empty file or split, text that is not UTF-8, an unknown piece in a closed
+            vocabulary; the file and what was found in it are named.
+    """
+    for split in SPLITS:
+        if not sum(piece.size for piece in splits[split]):
+            raise ValueError(f"{splits[split][0]}: the file is empty ({split} split)")
+    sources = [SourceFile.read(path) for path in recipe.files(splits)]
+    with _written_at_once(folder) as made:
+        vocabulary = build_vocabulary(recipe, splits)
+        vocabulary.save(made / VOCABULARY)
+        written: dict[str, TokenFile] = {}
+        for split in SPLITS:
+            written[split] = _write(made, split, vocabulary, splits[split])
+        record = Record(recipe.key(), sources, file_sha256(made / VOCABULARY), written)
+        record.save(made / RECORD)
+    return record
+
+
+def build_vocabulary(recipe: Recipe, splits: Splits) -> Vocabulary:
+    """The vocabulary of a recipe: read from its file, or counted on the protocol's splits."""
+    protocol = recipe.protocol
+    pieces = [piece for split in protocol.counted for piece in splits[split]]
+    unknown = ("<unk>",) if recipe.open else ()
+    if recipe.level == "byte":
+        return ByteVocabulary() if recipe.open else ByteVocabulary.count(pieces, protocol.dropped)
+    if recipe.level == "char":
+        return CharVocabulary.count(pieces, unknown)
+    if recipe.level == "bpe":
+        if recipe.tokenizer_file is not None:
+            return SubwordVocabulary.from_file(recipe.tokenizer_file)
+        return SubwordVocabulary.learn(pieces, recipe.bpe_size)
+    if recipe.word_list is not None:
+        return WordVocabulary.from_list(recipe.word_list)
+    return WordVocabulary.count(pieces, (END_OF_LINE, *unknown), protocol.lowercase)
+
+
+def _write(folder: Path, split: str, vocabulary: Vocabulary, pieces: Sequence[Piece]) -> TokenFile:
+    written = TokenFile.write(
+        folder / f"{split}.bin", token_type(len(vocabulary)), _ids(vocabulary, pieces)
+    )
+    if written.n_tokens == 0:
+        raise ValueError(f"{pieces[0]}: expected tokens for the {split} split, found none")
+    return written
+
+
+def _ids(vocabulary: Vocabulary, pieces: Sequence[Piece]) -> Iterator[TokenArray]:
+    for piece in pieces:
+        try:
+            yield from vocabulary.encode_stream(piece)
+        except UnknownSymbolError as error:
+            raise UnknownSymbolError(f"{piece}: {error}") from error
+
+
+@contextmanager
+def _written_at_once(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when the block ends without an error.
+
+    Where another process puts its own there at the same moment, that one stays: both are whole.
+    """
+    made = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+    made.mkdir(parents=True)
+    try:
+        yield made
+        if folder.exists():
+            folder.rename(made / "replaced")
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        shutil.rmtree(folder / "replaced", ignore_errors=True)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""Where the bytes of a corpus lie: files, members of archives, and ranges of either."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from transformer_xl.data.token_file import READ_BYTES
+
+SPLITS = ("train", "valid", "test")
+ALIGN_BYTES = 1 << 16  # how far a cut in a plain file may move to reach the end of a line
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes [start, stop) of a file, or of a member of a .zip or .tgz; None is its end.
+
+    `rewrite` is what is done to the bytes before anything else.
+    """
+
+    path: Path
+    member: str | None = None
+    start: int = 0
+    stop: int | None = None
+    rewrite: Callable[[bytes], bytes] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.member}" if self.member else str(self.path)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, in chunks of READ_BYTES."""
+        with self._open() as file:
+            file.seek(self.start)
+            left = self.size
+            while left > 0 and (data := file.read(min(left, READ_BYTES))):
+                left -= len(data)
+                yield self.rewrite(data) if self.rewrite else data
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return (self._whole() if self.stop is None else self.stop) - self.start
+
+    def _whole(self) -> int:
+        if self.member is None:
+            return self.path.stat().st_size
+        if self.path.suffix == ".zip":
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.getinfo(self.member).file_size
+        with tarfile.open(self.path) as tar:
+            return tar.getmember(self.member).size
+
+    @contextmanager
+    def _open(self) -> Iterator[IO[bytes]]:
+        if self.member is None:
+            with self.path.open("rb") as file:
+                yield file
+        elif self.path.suffix == ".zip":
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+                yield file
+        else:
+            with tarfile.open(self.path) as tar:
+                extracted = tar.extractfile(self.member)
+                if extracted is None:
+                    raise ValueError(f"{self}: expected a file in the archive")
+                yield extracted
+
+
+Splits = Mapping[str, Sequence[Piece]]
+
+
+def find_piece(path: Path, names: Sequence[str]) -> Piece:
+    """The first of `names` that is `path` itself, or lies in the folder or archive `path`, or in an
+    archive in that folder. A name matches the end of a path.
+
+    Raises FileNotFoundError that lists the names.
+    """
+    if path.is_dir():
+        for name in names:
+            if (path / name).is_file():
+                return Piece(path / name)
+        archives = sorted(file for file in path.iterdir() if _is_archive(file))
+    elif path.is_file():
+        if not _is_archive(path):
+            return Piece(path)
+        archives = [path]
+    else:
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    for archive in archives:
+        members = _members(archive)
+        for name in names:
+            found = [member for member in members if f"/{member}".endswith(f"/{name}")]
+            if found:
+                return Piece(archive, found[0])
+    raise FileNotFoundError(f"{path}: expected {' or '.join(names)} in it")
+
+
+def three_files(path: Path, patterns: Sequence[str]) -> Splits:
+    """A file for each split, named by patterns such as `wiki.{}.tokens`."""
+    return {
+        split: [find_piece(path, [pattern.format(split) for pattern in patterns])]
+        for split in SPLITS
+    }
+
+
+def one_file(piece: Piece, sizes: Sequence[int]) -> Splits:
+    """One file cut into train, valid and test of these sizes in bytes; ValueError if they do not
+    add up to the file."""
+    if piece.size != sum(sizes):
+        raise ValueError(
+            f"{piece}: expected {sum(sizes):,} bytes, found {piece.size:,}; as plain text it can "
+            "be read under the name 'text'"
+        )
+    return _cut(piece, [sizes[0], sizes[0] + sizes[1]])
+
+
+def plain_text(path: Path) -> Splits:
+    """A folder with train, valid and test files, or one file cut 90/5/5 where lines end."""
+    if path.is_dir():
+        return three_files(path, ["{}.txt", "{}", "wiki.{}.tokens"])
+    piece = find_piece(path, [path.stem, f"{path.stem}.txt"])
+    return _cut(piece, [_line_end(piece, piece.size * percent // 100) for percent in (90, 95)])
+
+
+def _cut(piece: Piece, cuts: Sequence[int]) -> Splits:
+    edges = [0, *cuts, piece.size]
+    return {
+        split: [replace(piece, start=start, stop=stop)]
+        for split, start, stop in zip(SPLITS, edges, edges[1:], strict=False)
+    }
+
+
+def _line_end(piece: Piece, at: int) -> int:
+    """The first end of a line from `at` on; failing that of a word, then of a UTF-8 character."""
+    after = b"".join(replace(piece, start=at, stop=min(at + ALIGN_BYTES, piece.size)).chunks())
+    for separator in (b"\n", b" "):
+        found = after.find(separator)
+        if found >= 0:
+            return at + found + 1
+    continuation = next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), len(after))
+    return at + continuation
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix in (".zip", ".tgz") or path.name.endswith(".tar.gz")
+
+
+def _members(path: Path) -> list[str]:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    with tarfile.open(path) as tar:
+        return tar.getnames()

@@ -1,0 +1,73 @@
+"""Characters (Unicode code points) as tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from transformer_xl.data.sources import Piece
+from transformer_xl.data.text import decode_stream
+from transformer_xl.data.token_file import TokenArray
+from transformer_xl.data.vocabularies.base import UnknownSymbolError, Vocabulary, by_frequency
+
+N_CODE_POINTS = 0x110000
+UNKNOWN = "<unk>"
+
+
+class CharVocabulary(Vocabulary):
+    """Characters as tokens; one not seen becomes `<unk>` if the vocabulary has that symbol.
+
+    Args:
+        symbols: the character of each id, or `<unk>`.
+    """
+
+    kind = "char"
+
+    def __init__(self, symbols: Sequence[str]) -> None:
+        self.symbols = list(symbols)
+        self._unknown = self.symbols.index(UNKNOWN) if UNKNOWN in self.symbols else None
+        missing = len(self.symbols)
+        self._ids: NDArray[np.uint32] = np.full(N_CODE_POINTS, missing, dtype=np.uint32)
+        for token, symbol in enumerate(self.symbols):
+            if token != self._unknown:
+                self._ids[ord(symbol)] = token
+
+    @classmethod
+    def count(cls, pieces: Iterable[Piece], specials: Iterable[str] = ()) -> CharVocabulary:
+        """`specials`, then the characters by falling count, equal ones by first appearance."""
+        counts: Counter[str] = Counter()
+        for text in (text for piece in pieces for text in decode_stream(piece)):
+            counts.update(text)
+        return cls(by_frequency(counts, specials))
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def encode_stream(self, piece: Piece) -> Iterator[TokenArray]:
+        return map(self.encode_array, decode_stream(piece))
+
+    def encode_array(self, text: str) -> TokenArray:
+        ids: TokenArray = self._ids[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
+        missing = np.flatnonzero(ids == len(self.symbols))
+        if len(missing):
+            if self._unknown is None:
+                raise UnknownSymbolError(
+                    f"character {text[missing[0]]!r} is not in the vocabulary of {len(self)} "
+                    f"characters, which has no {UNKNOWN}"
+                )
+            ids[missing] = self._unknown
+        return ids
+
+    def decode(self, ids: ArrayLike) -> str:
+        return "".join(self.symbols[token] for token in self.checked(ids))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"symbols": self.symbols}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CharVocabulary:
+        return cls(values["symbols"])
