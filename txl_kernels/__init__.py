@@ -4,7 +4,25 @@ from __future__ import annotations
 
 from txl_kernels.backends import Resolution, resolve
 from txl_kernels.errors import BackendUnavailableError
+from txl_kernels.ops.adaptive_embedding import adaptive_embedding
+from txl_kernels.ops.adaptive_softmax import (
+    adaptive_log_prob,
+    adaptive_loss,
+    adaptive_nll,
+    adaptive_topk,
+)
 from txl_kernels.ops.rel_attention import rel_attention
 from txl_kernels.ops.rel_shift import rel_shift
 
-__all__ = ["BackendUnavailableError", "Resolution", "rel_attention", "rel_shift", "resolve"]
+__all__ = [
+    "BackendUnavailableError",
+    "Resolution",
+    "adaptive_embedding",
+    "adaptive_log_prob",
+    "adaptive_loss",
+    "adaptive_nll",
+    "adaptive_topk",
+    "rel_attention",
+    "rel_shift",
+    "resolve",
+]

@@ -1,0 +1,176 @@
+"""Adaptive softmax in plain PyTorch: the specification of the loss, log-probabilities and top-k.
+
+    -log p(token) = -log p_head(token or its cluster's column) - log p_tail(token in its cluster)
+
+Every token passes through every cluster, a piece of the vocabulary at a time, and what does not
+concern it is masked: the host never reads a target. Logits live for one piece, forward and
+backward: at most N × max(4096, V_k / 32) of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+_MIN_COLUMNS = 4096
+_MAX_PIECES = 32
+
+
+class Cluster(NamedTuple):
+    """logits = bias + weight · (projection · hidden), in `nn.Linear`'s orientation."""
+
+    projection: Tensor | None  # [d_k, d]
+    weight: Tensor  # [V_k, d_k]; the head's: [c0 + n_tails, d_0]
+    bias: Tensor | None  # [V_k]
+
+
+def nll(
+    hidden: Tensor,  # [N, d]
+    target: Tensor,  # [N] int64
+    head: Cluster,
+    tails: Sequence[Cluster],
+    ignore_index: int,
+) -> Tensor:
+    """Each token's -log p in nats, in token order, 0 where the target is ignored: [N]."""
+    c0 = head.weight.shape[0] - len(tails)
+    n_tokens = c0 + sum(tail.weight.shape[0] for tail in tails)
+    counted = target != ignore_index
+    token = target.clamp(0, n_tokens - 1)
+    column = token.clamp(max=c0 - 1)
+    log_prob = hidden.new_zeros(hidden.shape[0], dtype=_work_dtype(hidden))
+    first = c0
+    for k, tail in enumerate(tails):
+        within = token - first
+        inside = (within >= 0) & (within < tail.weight.shape[0])
+        column = torch.where(inside, c0 + k, column)
+        log_prob = torch.where(inside, _log_prob_at(hidden, tail, within), log_prob)
+        first += tail.weight.shape[0]
+    log_prob = log_prob + _log_prob_at(hidden, head, column)
+    return -log_prob.masked_fill(~counted, 0.0)
+
+
+def loss(
+    hidden: Tensor,
+    target: Tensor,
+    head: Cluster,
+    tails: Sequence[Cluster],
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """Sum of `nll`, or its mean over the targets that are not ignored (0 if all are)."""
+    total = nll(hidden, target, head, tails, ignore_index).sum()
+    if reduction == "sum":
+        return total
+    return total / (target != ignore_index).sum().clamp(min=1)
+
+
+def log_prob(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> Tensor:
+    """log p of every token: [N, V]."""
+    c0 = head.weight.shape[0] - len(tails)
+    head_log_probs = _log_probs(hidden, head)  # [N, c0 + n_tails]
+    parts = [head_log_probs[:, :c0]]
+    for k, tail in enumerate(tails):
+        parts.append(_log_probs(hidden, tail) + head_log_probs[:, c0 + k, None])
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def topk(hidden: Tensor, head: Cluster, tails: Sequence[Cluster], k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of each row, likeliest first: log p [N, k] and tokens [N, k]."""
+    c0 = head.weight.shape[0] - len(tails)
+    x = _projected(hidden, head)
+    head_lse = _lse(x, head)[:, None]
+    entry = _logits(x, _columns(head, c0, None)) - head_lse  # log p of each tail: [N, n_tails]
+    best = x.new_empty(x.shape[0], 0)
+    tokens = torch.empty_like(best, dtype=torch.int64)
+    n_before = 0
+    for n, cluster in enumerate((_columns(head, 0, c0), *tails)):
+        x = _projected(hidden, cluster)
+        shift = -head_lse if n == 0 else entry[:, n - 1, None] - _lse(x, cluster)[:, None]
+        for first, piece in _pieces(cluster):
+            log_probs = _logits(x, piece) + shift
+            token = torch.arange(log_probs.shape[1], device=x.device) + (n_before + first)
+            best, tokens = _best_of_both(best, tokens, log_probs, token.expand_as(log_probs), k)
+        n_before += cluster.weight.shape[0]
+    return best, tokens
+
+
+def _best_of_both(
+    best: Tensor, tokens: Tensor, log_probs: Tensor, new_tokens: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    candidates = torch.cat([best, log_probs], dim=1)
+    best, kept = candidates.topk(min(k, candidates.shape[1]), dim=1)
+    return best, torch.cat([tokens, new_tokens], dim=1).gather(1, kept)
+
+
+def _log_prob_at(hidden: Tensor, cluster: Cluster, column: Tensor) -> Tensor:
+    """log softmax of one column per row: [N]; meaningless where the column is out of range."""
+    x = _projected(hidden, cluster)
+    lses, logit = [], x.new_zeros(x.shape[0])
+    for first, piece in _pieces(cluster):
+        lse, here = checkpoint(
+            _lse_and_logit_at,
+            x,
+            piece.weight,
+            piece.bias,
+            column - first,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        lses.append(lse)
+        logit = logit + here
+    return logit - torch.stack(lses).logsumexp(0)
+
+
+def _lse_and_logit_at(
+    x: Tensor, weight: Tensor, bias: Tensor | None, column: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over one piece, and its logit at `column`, 0 where that is in another: [N]."""
+    logits = _logits(x, Cluster(None, weight, bias))
+    within = column.clamp(0, logits.shape[1] - 1)
+    logit = logits.gather(1, within[:, None])[:, 0]
+    return logits.logsumexp(1), logit.masked_fill(within != column, 0.0)
+
+
+def _lse(x: Tensor, cluster: Cluster) -> Tensor:
+    """Log-sum-exp of a cluster's logits: [N]."""
+    return torch.stack([_logits(x, piece).logsumexp(1) for _, piece in _pieces(cluster)]).logsumexp(
+        0
+    )
+
+
+def _log_probs(hidden: Tensor, cluster: Cluster) -> Tensor:
+    return _logits(_projected(hidden, cluster), cluster).log_softmax(1)
+
+
+def _projected(hidden: Tensor, cluster: Cluster) -> Tensor:
+    """[N, d_k], in float32 (float64 for float64), as all that follows."""
+    x = hidden.to(_work_dtype(hidden))
+    return x if cluster.projection is None else x @ cluster.projection.to(x.dtype).mT
+
+
+def _logits(x: Tensor, cluster: Cluster) -> Tensor:
+    """[N, V_k] from projected rows [N, d_k]."""
+    logits = x @ cluster.weight.to(x.dtype).mT
+    return logits if cluster.bias is None else logits + cluster.bias.to(x.dtype)
+
+
+def _pieces(cluster: Cluster) -> Iterator[tuple[int, Cluster]]:
+    """The cluster cut along the vocabulary: each piece's first column, and the piece."""
+    n_columns = cluster.weight.shape[0]
+    size = max(_MIN_COLUMNS, -(-n_columns // _MAX_PIECES))
+    for first in range(0, n_columns, size):
+        yield first, _columns(cluster, first, first + size)
+
+
+def _columns(cluster: Cluster, first: int, last: int | None) -> Cluster:
+    bias = None if cluster.bias is None else cluster.bias[first:last]
+    return Cluster(cluster.projection, cluster.weight[first:last], bias)
+
+
+def _work_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
