@@ -55,7 +55,7 @@ class Memory(NamedTuple):
         new = torch.stack([hidden.detach().to(self.hidden.dtype) for hidden in new_hidden])
         M, T = self.length, new.shape[2]
         dropped = _at_least_zero(M + T - mem_len)
-        kept = self.hidden[:, :, _at_most(dropped, M) :]
+        kept = self.hidden.detach()[:, :, _at_most(dropped, M) :]
         fresh = new[:, :, _at_least_zero(T - mem_len) :]
         start = (self.start - dropped).clamp(min=0)
         return Memory(torch.cat([kept, fresh], dim=2), start)

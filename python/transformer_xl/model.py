@@ -128,7 +128,7 @@ class TransformerXL(nn.Module):
         key_start = memory.start if self.config.first_memory == "empty" else None
 
         inputs = []
-        for layer, remembered in zip(self.layers, memory.hidden.unbind(), strict=True):
+        for layer, remembered in zip(self.layers, memory.hidden.detach().unbind(), strict=True):
             inputs.append(x)
             x = self._run(layer, x, remembered, *shared, key_start)  # [B, T, d_model]
         hidden = self.drop(self.final_layer_norm(x))
@@ -214,6 +214,9 @@ class TransformerXL(nn.Module):
                 f"memory: expected hidden [{n_layer}, {batch_size}, M, {d_model}] and start "
                 f"[{batch_size}], got {list(hidden.shape)} and {list(memory.start.shape)}"
             )
+        dtype = self.crit.out_layers[0].get_parameter("weight").dtype
+        if hidden.dtype != dtype:
+            raise TypeError(f"memory: expected {dtype} as the parameters are, got {hidden.dtype}")
 
 
 def initialise(model: nn.Module, config: ModelConfig) -> None:

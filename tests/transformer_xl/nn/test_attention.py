@@ -1,0 +1,175 @@
+"""RelativeMultiHeadAttention: causal, bidirectional, windowed, streaming, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from transformer_xl.nn import RelativeMultiHeadAttention
+
+B, D_MODEL, H, D = 2, 12, 3, 5
+
+
+def attention(**options: Any) -> RelativeMultiHeadAttention:
+    torch.manual_seed(0)
+    module = RelativeMultiHeadAttention(D_MODEL, H, D, **options).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def tokens(length: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(B, length, D_MODEL, dtype=torch.float64, generator=generator)
+
+
+def by_pairs(module: RelativeMultiHeadAttention, x: Tensor, memory: Tensor) -> Tensor:
+    """The same from the definition: one score per pair of tokens, no table."""
+    causal, window = module.pos_emb.causal, module.pos_emb.window or (None, None)
+    clamp_len = module.pos_emb.clamp_len
+    both = torch.cat([memory, x], dim=1)
+    T, Tk = x.shape[1], both.shape[1]
+    q, k, v = (
+        part.view(B, Tk, H, D) for part in (both @ module.qkv_net.weight.t()).chunk(3, dim=-1)
+    )
+    out = torch.zeros(B, T, H * D, dtype=x.dtype)
+    assert module.r_w_bias is not None
+    assert module.r_r_bias is not None
+    for i in range(T):
+        p = Tk - T + i
+        scores = torch.full((B, H, Tk), -torch.inf, dtype=x.dtype)
+        for j in range(Tk):
+            distance = p - j
+            left, right = (float("inf") if side is None else side for side in window)
+            if distance > left or -distance > right or (causal and distance < 0):
+                continue
+            if clamp_len > 0:
+                distance = min(max(distance, -clamp_len), clamp_len)
+            angle = distance / 10000 ** (torch.arange(0, D_MODEL, 2).double() / D_MODEL)
+            r = (module.r_net.weight @ torch.cat([angle.sin(), angle.cos()])).view(H, D)
+            content = (q[:, p] + module.r_w_bias) * k[:, j]
+            scores[:, :, j] = (content + (q[:, p] + module.r_r_bias) * r).sum(-1) / D**0.5
+        probs = scores.softmax(-1)
+        out[:, i] = torch.einsum("bhj,bjhd->bhd", probs, v).flatten(1)
+    return out @ module.o_net.weight.t()
+
+
+@settings(max_examples=40)
+@given(
+    length=st.integers(1, 6),
+    memory_length=st.integers(0, 9),
+    causal=st.booleans(),
+    clamp_len=st.integers(-1, 8),
+    left=st.none() | st.integers(0, 8),
+    right=st.none() | st.integers(0, 4),
+)
+def test_it_is_attention_by_pairs(
+    length: int, memory_length: int, left: int | None, right: int | None, **options: Any
+) -> None:
+    module = attention(window=(left, right), **options)
+    x, memory = tokens(length), tokens(memory_length, seed=2)
+    torch.testing.assert_close(module(x, memory), by_pairs(module, x, memory))
+
+
+def test_no_memory_is_a_memory_of_length_0() -> None:
+    module = attention()
+    torch.testing.assert_close(module(tokens(4)), module(tokens(4), tokens(0)))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_memory_in_front_of_a_block_is_the_longer_block(causal: bool) -> None:
+    module, x = attention(causal=causal), tokens(9)
+    expected = module(x)[:, 5:]
+    torch.testing.assert_close(module(x[:, 5:], x[:, :5]), expected)
+
+
+def test_what_comes_later_changes_nothing_when_causal() -> None:
+    module, x = attention(), tokens(6)
+    changed = x.clone()
+    changed[:, 4:] += 1
+    torch.testing.assert_close(module(changed)[:, :4], module(x)[:, :4], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("blocks", [[1] * 9, [4, 5], [3, 1, 5], [9]])
+@pytest.mark.parametrize("window", [None, (3, 0)])
+def test_streaming_equals_one_block(blocks: list[int], window: tuple[int, int] | None) -> None:
+    module, x = attention(window=window), tokens(9)
+    cache_len = 9 if window is None else window[0]
+    cache, outputs = None, []
+    for block in x.split(blocks, dim=1):
+        out, cache = module.stream(block, cache, cache_len=cache_len)
+        outputs.append(out)
+        assert cache.k.shape[2] <= cache_len
+        assert not cache.k.requires_grad
+    torch.testing.assert_close(torch.cat(outputs, dim=1), module(x))
+
+
+def test_padding_on_either_side_changes_nothing() -> None:
+    module, x = attention(causal=False), tokens(5)
+    lens = torch.tensor([5, 3])
+    out = module(x, key_lens=lens)
+    torch.testing.assert_close(out[1, :3], module(x[1:, :3])[0])
+    padded = torch.cat([torch.randn(B, 2, D_MODEL, dtype=x.dtype), x], dim=1)
+    start = torch.tensor([2, 2])
+    torch.testing.assert_close(module(padded, key_start=start)[:, 2:], module(x))
+
+
+def test_a_dense_mask_hides_keys() -> None:
+    module, x = attention(causal=False), tokens(5)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(module(x, mask=mask), attention()(x))
+
+
+def test_memory_projections_carry_gradients_to_weights_and_memory_rows() -> None:
+    module, x = attention(), tokens(3)
+    memory = tokens(4, seed=2).requires_grad_()
+    module(x[:, :1], memory).sum().backward()
+    with_memory = module.qkv_net.weight.grad
+    assert memory.grad is not None
+    assert memory.grad.abs().sum(-1).gt(0).all()
+    module.zero_grad()
+    module(x[:, :1], memory.detach()).sum().backward()
+    torch.testing.assert_close(module.qkv_net.weight.grad, with_memory)
+
+
+def test_biases_of_the_caller_replace_missing_ones() -> None:
+    own, shared = attention(), attention(untie_r=False)
+    state = own.state_dict()
+    biases = {name: state.pop(name) for name in ("r_w_bias", "r_r_bias")}
+    shared.load_state_dict(state)
+    torch.testing.assert_close(shared(tokens(4), **biases), own(tokens(4)))
+
+
+def test_dropout_is_on_in_training_only() -> None:
+    module, x = attention(dropatt=0.5), tokens(6)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    torch.testing.assert_close(module(x), module(x), rtol=0, atol=0)
+
+
+def test_names_of_the_original() -> None:
+    names = {"qkv_net.weight", "r_net.weight", "o_net.weight"}
+    assert set(attention(untie_r=False).state_dict()) == names
+    assert set(attention().state_dict()) == names | {"r_w_bias", "r_r_bias"}
+
+
+@pytest.mark.parametrize(
+    ("x", "memory", "message"),
+    [
+        ((2, 3), None, r"x: expected \[B, T, 12\], got \[2, 3\]"),
+        ((2, 3, 5), None, r"x: expected \[B, T, 12\], got \[2, 3, 5\]"),
+        ((2, 3, 12), (2, 4, 7), r"memory: expected \[2, T, 12\], got \[2, 4, 7\]"),
+        ((2, 3, 12), (1, 4, 12), r"memory: expected \[2, T, 12\], got \[1, 4, 12\]"),
+    ],
+)
+def test_wrong_shapes_are_named(
+    x: tuple[int, ...], memory: tuple[int, ...] | None, message: str
+) -> None:
+    remembered = None if memory is None else torch.zeros(memory)
+    with pytest.raises(ValueError, match=message):
+        RelativeMultiHeadAttention(12, 2, 6)(torch.zeros(x), remembered)

@@ -1,0 +1,35 @@
+"""DecoderLayer: where the norms stand, and dropout."""
+
+from __future__ import annotations
+
+import torch
+
+from transformer_xl.nn import DecoderLayer
+
+
+def layer(**options: object) -> DecoderLayer:
+    torch.manual_seed(0)
+    return DecoderLayer(8, 2, 4, 16, **options)  # type: ignore[arg-type]
+
+
+def test_norms_stand_after_the_residual_sums() -> None:
+    module, x, memory = layer(), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    attended = module.attn_layer_norm(x + module.dec_attn(x, memory))
+    expected = module.ff_layer_norm(attended + module.pos_ff(attended))
+    torch.testing.assert_close(module(x, memory), expected)
+
+
+def test_pre_lnorm_normalises_inputs_and_memory() -> None:
+    module, x, memory = layer(pre_lnorm=True), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    norm = module.attn_layer_norm
+    attended = x + module.dec_attn(norm(x), norm(memory))
+    expected = attended + module.pos_ff(module.ff_layer_norm(attended))
+    torch.testing.assert_close(module(x, memory), expected)
+    torch.testing.assert_close(module(x), module(x, memory[:, :0]))
+
+
+def test_dropout_is_on_in_training_only() -> None:
+    module, x = layer(dropout=0.5), torch.randn(2, 3, 8)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
