@@ -9,8 +9,8 @@ backward: at most N × max(4096, V_k / 32) of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,18 +112,17 @@ def _log_prob_at(hidden: Tensor, cluster: Cluster, column: Tensor) -> Tensor:
     x = _projected(hidden, cluster)
     lses, logit = [], x.new_zeros(x.shape[0])
     for first, piece in _pieces(cluster):
-        lse, here = checkpoint(
-            _lse_and_logit_at,
-            x,
-            piece.weight,
-            piece.bias,
-            column - first,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        lse, here = _recomputed(_lse_and_logit_at, x, piece.weight, piece.bias, column - first)
         lses.append(lse)
         logit = logit + here
     return logit - torch.stack(lses).logsumexp(0)
+
+
+def _recomputed(function: Callable[..., Any], *args: Tensor | None) -> Any:
+    """Calls the function so that backward recomputes it; export knows no such call."""
+    if torch.compiler.is_exporting():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _lse_and_logit_at(
