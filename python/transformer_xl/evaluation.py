@@ -1,0 +1,161 @@
+"""Scoring a model on tokens, with the protocol that gives the score its meaning."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from transformer_xl.data import OrderedBatches, ShuffledSentenceBatches
+from transformer_xl.data.token_file import TokenArray
+from transformer_xl.memory import Memory
+from transformer_xl.model import TransformerXL
+
+Batches = OrderedBatches | ShuffledSentenceBatches
+
+
+class Lengths(NamedTuple):
+    """How a model reads, in tokens, as in `ModelConfig`."""
+
+    mem_len: int
+    clamp_len: int = -1
+    same_length: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """A model's mean loss over tokens.
+
+    loss: nats per token. n_tokens: tokens scored. seconds: wall time.
+    protocol: one sentence with everything that the score depends on beside the model.
+    """
+
+    loss: float
+    n_tokens: int
+    seconds: float
+    protocol: str
+
+    @property
+    def bpc(self) -> float:
+        """Bits per token: bits per character (or byte) where tokens are these."""
+        return self.loss / math.log(2)
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity per token."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens scored in a second."""
+        return self.n_tokens / max(self.seconds, 1e-9)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The score for JSON."""
+        derived = {name: getattr(self, name) for name in ("bpc", "ppl", "tokens_per_second")}
+        return dataclasses.asdict(self) | derived
+
+
+def evaluate(
+    model: TransformerXL,
+    tokens: TokenArray,
+    *,
+    batch_size: int,
+    tgt_len: int,
+    mem_len: int,
+    clamp_len: int = -1,
+    same_length: bool = False,
+) -> Score:
+    """Score one-dimensional `tokens` in `batch_size` contiguous streams, `tgt_len` at a time.
+
+    Lengths are in tokens, as in `ModelConfig`. See `score` for what else holds.
+
+    Raises:
+        ValueError: lengths or sizes that do not fit the tokens or each other.
+    """
+    lengths = Lengths(mem_len=mem_len, clamp_len=clamp_len, same_length=same_length)
+    return score(model, OrderedBatches(tokens, batch_size, tgt_len), lengths, len(tokens))
+
+
+def score(
+    model: TransformerXL,
+    batches: Batches,
+    lengths: Lengths,
+    n_tokens: int,
+    *,
+    source: str = "",
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Score:
+    """Score one pass of `batches`, every row beginning without memory.
+
+    The model reads with the lengths given, whatever it was trained with, and has its own back
+    afterwards. Runs under the caller's autocast.
+
+    Args:
+        n_tokens: tokens that the batches were cut from, for the protocol.
+        source: split, corpus and its own protocol, for the same.
+        total: where several processes share the rows, the sum of a tensor over all.
+    """
+    started = time.perf_counter()
+    with reading(model, lengths):
+        loss, scored = total(_sum_of_losses(model, batches)).tolist()
+    protocol = [
+        f"batch {batches.batch_size}",
+        f"tgt_len {batches.tgt_len}",
+        f"mem_len {lengths.mem_len}",
+        f"clamp_len {lengths.clamp_len if lengths.clamp_len > 0 else 'none'}",
+        f"same_length {'yes' if lengths.same_length else 'no'}",
+        "every stream starts without memory",
+        f"{n_tokens - int(scored):,} of {n_tokens:,} tokens not scored",
+        _precision(model),
+    ]
+    return Score(
+        loss=loss / scored,
+        n_tokens=int(scored),
+        seconds=time.perf_counter() - started,
+        protocol=", ".join([source, *protocol] if source else protocol),
+    )
+
+
+@contextlib.contextmanager
+def reading(model: TransformerXL, lengths: Lengths) -> Iterator[None]:
+    """`model` in eval mode, without gradients and with these lengths, for a while."""
+    was_training = model.training
+    own = Lengths(model.mem_len, model.clamp_len, model.same_length)
+    model.eval()
+    model.set_lengths(**lengths._asdict())
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.set_lengths(**own._asdict())
+        model.train(was_training)
+
+
+def _sum_of_losses(model: TransformerXL, batches: Batches) -> Tensor:
+    """Loss in nats summed over the tokens scored, and their number: float64 [2]."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    memory: Memory | None = None
+    for batch in batches:
+        if memory is not None and batch.reset is not None:
+            memory = memory.reset(batch.reset.to(device))
+        targets = batch.targets.to(device)
+        output = model(batch.tokens.to(device), memory, targets, reduction="sum")
+        memory = output.memory
+        sums += torch.stack([output.loss.double(), (targets >= 0).sum().double()])
+    return sums
+
+
+def _precision(model: TransformerXL) -> str:
+    weight = next(model.parameters())
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
+        return f"autocast to {str(dtype).removeprefix('torch.')}"
+    return str(weight.dtype).removeprefix("torch.")

@@ -1,0 +1,155 @@
+"""What a person sees of a run: a live bar, `log.jsonl`, TensorBoard and `curve.png`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+from transformer_xl.evaluation import Score
+from transformer_xl.training.curve import plot_curves
+
+LOG = "log.jsonl"
+CURVE = "curve.png"
+Metric = str  # "bpc" or "ppl"
+
+
+def in_metric(loss: float, metric: Metric) -> float:
+    """A loss in nats per token as bits per character or as perplexity."""
+    return loss / math.log(2) if metric == "bpc" else math.exp(min(loss, 700.0))
+
+
+class Report:
+    """A context that shows a run and writes its record into the folder `out`.
+
+    Args:
+        metric: "bpc" or "ppl".
+        step, max_step: where the run begins and ends; later entries of an earlier log go.
+        tokens_per_step: targets of one step.
+        console: where to show it; a bar if that is a terminal, else a line for each entry.
+        shown: False in all processes but the main one, which then neither show nor write.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        metric: Metric,
+        step: int,
+        max_step: int,
+        tokens_per_step: int,
+        console: Console,
+        shown: bool = True,
+    ) -> None:
+        self.out, self.metric, self.shown = out, metric, shown
+        self.max_step, self._tokens_per_step = max_step, tokens_per_step
+        self._console = console
+        self._progress = _bar(console, disable=not (shown and console.is_terminal))
+        self._task = self._progress.add_task("", total=max_step, completed=step, news="")
+        if shown:
+            out.mkdir(parents=True, exist_ok=True)
+            _cut_log(out / LOG, step)
+            self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> Report:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        if self.shown:
+            self._tensorboard.close()
+            entries = read_log(self.out)
+            if any("valid_loss" in entry or "train_loss" in entry for entry in entries):
+                plot_curves(self.out / CURVE, {self.out.name: entries}, self.metric)
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=step)
+
+    def trained(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
+        """A training loss, in nats per token over the steps since the last one."""
+        entry = {"train_loss": loss, "lr": lr, "tokens_per_second": tokens_per_second}
+        self._record(step, entry)
+        news = f"loss {loss:.3f}  {self._value(loss)}  {tokens_per_second:,.0f} tokens/s"
+        self._progress.update(self._task, news=news)
+        if not self._console.is_terminal:
+            self.say(f"step {step:,}/{self.max_step:,}  {news}  lr {lr:.2e}")
+
+    def validated(self, step: int, score: Score, best: bool) -> None:
+        """A score on the valid split."""
+        self._record(step, {"valid_loss": score.loss, "protocol": score.protocol})
+        mark = "  [green]best so far[/]" if best else ""
+        self.say(f"step {step:,}/{self.max_step:,}  [bold]valid {self._value(score.loss)}[/]{mark}")
+
+    def say(self, text: str) -> None:
+        """One line for the person."""
+        if self.shown:
+            self._console.print(text, highlight=False)
+
+    def _value(self, loss: float) -> str:
+        return f"{self.metric} {in_metric(loss, self.metric):.{3 if self.metric == 'bpc' else 2}f}"
+
+    def _record(self, step: int, entry: dict[str, Any]) -> None:
+        if not self.shown:
+            return
+        heading = {"step": step, "tokens": step * self._tokens_per_step}
+        with (self.out / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(heading | entry) + "\n")
+        for name, value in entry.items():
+            if isinstance(value, float):
+                self._tensorboard.add_scalar(name, value, step)
+                if name.endswith("_loss"):
+                    converted = in_metric(value, self.metric)
+                    tag = name.replace("loss", self.metric)
+                    self._tensorboard.add_scalar(tag, converted, step)
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log, a line cut short by a kill left out."""
+    path = out / LOG
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Keep the entries up to `step`: what came after them will be trained again."""
+    kept = [entry for entry in read_log(path.parent) if entry["step"] <= step]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+
+
+def _bar(console: Console, *, disable: bool) -> Progress:
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[news]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=disable,
+    )

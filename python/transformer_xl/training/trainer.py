@@ -1,0 +1,239 @@
+"""One process's share of a training run: its rows of the streams, their memory, and the step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from transformer_xl import checkpoint, evaluation
+from transformer_xl.checkpoint import Checkpoint, CheckpointError
+from transformer_xl.config import RunConfig
+from transformer_xl.data import Batch, Corpus
+from transformer_xl.evaluation import Batches, Lengths, Score
+from transformer_xl.memory import Memory
+from transformer_xl.model import TransformerXL
+from transformer_xl.training.precision import autocast
+from transformer_xl.training.schedule import Schedule
+
+
+class Trainer:
+    """Model, optimizer, schedule, data position and memory, advanced step by step.
+
+    Several processes split the streams, not the batches: each owns contiguous rows of the
+    `[batch_size, tgt_len]` segment and their memory, and gradients are averaged over all rows.
+    A batch in `batch_chunk` parts keeps a memory for each part.
+
+    Args:
+        config: the run; its vocab_size must be the corpus's.
+        accelerator: knows the processes and the device.
+
+    Attributes:
+        step: optimiser steps taken.
+        best_loss: the lowest validation loss so far, in nats.
+
+    Raises:
+        ValueError: more processes or chunks than rows, a corpus shorter than one segment.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus, accelerator: Accelerator) -> None:
+        train = config.train
+        self.config, self.corpus, self.accelerator = config, corpus, accelerator
+        self.device = accelerator.device
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        rows = share("batch_size", train.batch_size, rank, world_size)
+        share("batch_chunk", rows[1] - rows[0], 0, train.batch_chunk)
+        self._valid_rows = share("eval_batch_size", train.eval_batch_size, rank, world_size)
+        self._batches = corpus.batches(
+            "train", train.batch_size, train.tgt_len, rows=rows, loop=True, seed=train.seed
+        )
+        self._next_batch = iter(self._batches).__next__
+        self._validation_batches()  # raises now what the first validation would, after hours
+
+        torch.manual_seed(train.seed)
+        self.model = TransformerXL(config.model)
+        if train.compile:
+            self.model.compile()
+        self.schedule = Schedule(train)
+        optimizer = torch.optim.Adam(
+            self.model.to(self.device).parameters(),
+            lr=train.lr,
+            betas=(train.beta1, train.beta2),
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        self._wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        torch.manual_seed(train.seed + rank)  # dropout masks differ by process
+        self.model.train()
+
+        self._memories: list[Memory | None] = [None] * train.batch_chunk
+        self.step = 0
+        self.best_loss = math.inf
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._loss_steps = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of one step, over all processes."""
+        return self.config.train.batch_size * self.config.train.tgt_len
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the last step taken, or of the first."""
+        return self.schedule.at(max(1, self.step))
+
+    def advance(self) -> None:
+        """Take one optimiser step on the next segment of every row."""
+        self.step += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self._loss_sum += self._accumulate(self._next_batch())
+        self._loss_steps += 1
+        if self.config.train.clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def mean_loss(self) -> float:
+        """Loss in nats per token since this was last asked, over all processes."""
+        total: Tensor = self.accelerator.reduce(self._loss_sum, reduction="sum")
+        mean = total.item() / self._loss_steps
+        self._loss_sum.zero_()
+        self._loss_steps = 0
+        return mean
+
+    def validate(self) -> Score:
+        """Score the valid split, and let the schedule see the loss."""
+        with autocast(self.config.train.autocast, self.device):
+            score = evaluation.score(
+                self.model,
+                self._validation_batches(),
+                validation_lengths(self.config)[1],
+                len(self.corpus.split("valid")),
+                source=f"valid split of {self.corpus.protocol}",
+                total=lambda sums: self.accelerator.reduce(sums, reduction="sum"),
+            )
+        self.schedule.observe(score.loss)
+        return score
+
+    def save(self, directory: Path) -> None:
+        """Write everything that going on bit for bit needs."""
+        checkpoint.save(
+            directory,
+            model=self.model,
+            config=self.config,
+            state=self._state(),
+            vocabulary=self.corpus.vocab,
+            optimizer=self.optimizer,
+            rank_tensors=self._rank_tensors(),
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            wait=self.accelerator.wait_for_everyone,
+        )
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on where `save` was called; CheckpointError or ValueError if that was another run."""
+        checkpoint.check_model(saved, self.config.model)
+        if saved.state["corpus"] != self.corpus.fingerprint:
+            raise CheckpointError(f"{saved.path} was trained on another corpus; resume on the same")
+        tensors = saved.rank_tensors(self.accelerator.process_index, self.accelerator.num_processes)
+        if (chunks := saved.state["batch_chunk"]) != self.config.train.batch_chunk:
+            raise CheckpointError(f"{saved.path} has batch_chunk {chunks}; resume with the same")
+        saved.load_model(self.model)
+        saved.load_optimizer(self.model, self.optimizer)
+        self._batches.load_state_dict(saved.state["data"])
+        self._next_batch = iter(self._batches).__next__
+        self.schedule.load_state_dict(saved.state["schedule"])
+        self.step, self.best_loss = saved.step, saved.state["best_loss"]
+        self._loss_steps = saved.state["loss_steps"]
+        self._loss_sum.copy_(tensors["loss_sum"])
+        self._memories = [_memory_from(tensors, i, self.device) for i in range(chunks)]
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+
+    def _accumulate(self, batch: Batch) -> Tensor:
+        """Gradients of the batch, chunk by chunk; returns its loss, this process's share."""
+        parts = self.config.train.batch_chunk
+        tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
+        reset = None if batch.reset is None else batch.reset.to(self.device)
+        world_size = self.accelerator.num_processes
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i in range(parts):
+            begin, end = share("batch_chunk", len(tokens), i, parts)
+            memory = self._memories[i]
+            if memory is not None and reset is not None:
+                memory = memory.reset(reset[begin:end])
+            last = i == parts - 1
+            sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self._wrapped)
+            with sync:
+                with autocast(self.config.train.autocast, self.device):
+                    output = self._wrapped(tokens[begin:end], memory, targets[begin:end])
+                # Means over rows, so that all processes' shares add up to the batch's mean;
+                # averaging gradients over processes divides by their number.
+                part = output.loss * ((end - begin) / self.config.train.batch_size)
+                self.accelerator.backward(part * world_size)
+            self._memories[i] = output.memory
+            loss += part.detach()
+        return loss
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "schedule": self.schedule.state_dict(),
+            "data": self._batches.state_dict(),
+            "corpus": self.corpus.fingerprint,
+            "best_loss": self.best_loss,
+            "loss_steps": self._loss_steps,
+            "batch_chunk": self.config.train.batch_chunk,
+        }
+
+    def _rank_tensors(self) -> dict[str, Tensor]:
+        tensors = {"rng.cpu": torch.get_rng_state(), "loss_sum": self._loss_sum}
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        for i, memory in enumerate(self._memories):
+            if memory is not None:
+                tensors |= {f"memory.{i}.{k}": t for k, t in memory.to_tensors().items()}
+        return tensors
+
+    def _validation_batches(self) -> Batches:
+        tgt_len, _ = validation_lengths(self.config)
+        batch_size = self.config.train.eval_batch_size
+        return self.corpus.batches("valid", batch_size, tgt_len, rows=self._valid_rows)
+
+
+def share(name: str, rows: int, index: int, parts: int) -> tuple[int, int]:
+    """The (start, stop) of part `index` when `rows` rows are split into contiguous parts.
+
+    ValueError, naming the field, if a part would be empty.
+    """
+    if rows < parts:
+        raise ValueError(
+            f"{name}: expected at least {parts} rows to share among {parts}, got {rows}"
+        )
+    return index * rows // parts, (index + 1) * rows // parts
+
+
+def validation_lengths(config: RunConfig) -> tuple[int, Lengths]:
+    """tgt_len and the model's lengths in validation: training's reach in shorter segments.
+
+    The memory takes up what the segment gives away, as in the original. A model trained without
+    memory is validated in segments of its own tgt_len: it has no other way to the same reach.
+    """
+    train, model = config.train, config.model
+    tgt_len = train.eval_tgt_len if model.mem_len else train.tgt_len
+    mem_len = max(0, model.mem_len + train.tgt_len - tgt_len)
+    return tgt_len, Lengths(mem_len, model.clamp_len, model.same_length)
+
+
+def _memory_from(tensors: dict[str, Tensor], index: int, device: torch.device) -> Memory | None:
+    prefix = f"memory.{index}."
+    own = {k.removeprefix(prefix): t.to(device) for k, t in tensors.items() if k.startswith(prefix)}
+    return Memory.from_tensors(own) if own else None
