@@ -1,5 +1,6 @@
 // The Python module txl_kernels._C. Loading it registers the native kernels with torch; Python sees
-// the build record and the probe of tile products. No torch header, so that pybind11 and torch never meet.
+// the build record and what tile products can do here. No torch header, so that pybind11 and torch
+// never meet.
 #include <pybind11/pybind11.h>
 
 #include "txl/gemm.h"
@@ -17,5 +18,6 @@ PYBIND11_MODULE(_C, m) {
         "None where tile products can run here, else one sentence.");
   m.def("probe_gemm", &txl::probe_gemm, py::arg("kind"), py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("seconds") = 0.2,
-        "GFLOP/s of cached tile products on all threads; kind is brgemm_f32, brgemm_bf16 or sgemm; 0 = cannot run.");
+        "GFLOP/s of tile products from cache on all threads; kind is brgemm_f32, brgemm_bf16 or "
+        "sgemm; 0 where it cannot run.");
 }

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -79,9 +80,15 @@ def test_a_checkout_in_front_of_an_installed_build_is_named(
 
 @pytest.mark.parametrize("torch_version", ["2.13.0", "2.13.1+cpu", "2.13.0a0+gitabc"])
 def test_a_library_that_does_not_load_is_a_reason(reason_for, monkeypatch, torch_version):
-    def load() -> None:
+    def load() -> ModuleType:
         raise ImportError("undefined symbol: x")
 
     monkeypatch.setattr(native, "load", load)
     monkeypatch.setattr(torch, "__version__", torch_version)
     assert "undefined symbol: x" in reason_for({**RECORD, "torch": "2.13.0+cu130"})
+
+
+def test_a_torch_without_any_product_of_tiles_is_a_reason(reason_for, monkeypatch):
+    library = SimpleNamespace(gemm_unavailable_reason=lambda: "no products here")
+    monkeypatch.setattr(native, "load", lambda: library)
+    assert reason_for(RECORD) == "no products here"

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ RECORD_NAME = "_native_build.json"
 _THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def load() -> None:
-    """Loads `_C` once, which registers the kernels as `torch.ops.txl_native.*`.
+def load() -> ModuleType:
+    """Loads `_C` once, which registers the kernels as `torch.ops.txl_native.*`; returns it.
 
     Raises:
         ImportError: `_C` is missing or does not load (`unavailable_reason` says why).
     """
-    importlib.import_module("txl_kernels._C")
+    return importlib.import_module("txl_kernels._C")
 
 
 @functools.cache
@@ -33,12 +34,14 @@ def unavailable_reason() -> str | None:
     The build record beside `_C` is judged before anything is loaded. Never raises.
     """
     reason = _refusal(PACKAGE_DIR, torch.__version__)
-    if reason is None:
-        try:
-            load()
-        except (ImportError, OSError) as error:
-            reason = f"txl_kernels._C in {PACKAGE_DIR} does not load: {error}"
-    return reason
+    if reason is not None:
+        return reason
+    try:
+        library = load()
+    except (ImportError, OSError) as error:
+        return f"txl_kernels._C in {PACKAGE_DIR} does not load: {error}"
+    no_products: str | None = library.gemm_unavailable_reason()
+    return no_products
 
 
 def _refusal(package_dir: Path, torch_version: str) -> str | None:
