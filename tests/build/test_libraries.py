@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -54,3 +55,23 @@ def test_the_library_names_no_path_of_the_machine_that_built_it():
     assert "RUNPATH" not in dynamic
     needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "NEEDED" in line}
     assert not {name for name in needed if "gomp" in name or "/" in name}, needed
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_wide_instructions_stand_only_in_functions_named_after_their_instruction_set():
+    """What runs before the choice by processor must run on every x86-64."""
+    listing = subprocess.Popen(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", extension()],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert listing.stdout is not None
+    function, wide = "", {}
+    for line in listing.stdout:
+        if line.endswith(">:\n"):
+            function = line
+        elif re.search(r"%[yz]mm|\bv[a-z0-9]+s[sd] ", line):
+            wide[function] = line
+    assert listing.wait() == 0
+    assert wide, "no function is compiled for a wide instruction set"
+    assert not {name: line for name, line in wide.items() if "AVX" not in name}
