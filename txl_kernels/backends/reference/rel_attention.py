@@ -23,26 +23,26 @@ def rel_attention(
     v: Tensor,  # [B, H, Ts, Dv]
     r: Tensor,  # [1 or B, 1 or H, R, D or Dp]
     *,
-    r_w_bias: Tensor | None,  # [H, D]
-    r_r_bias: Tensor | None,  # [H, D or Dp]
-    mem_k: Tensor | None,  # [B, H, Tm, D]
-    mem_v: Tensor | None,  # [B, H, Tm, Dv]
-    q_pos: Tensor | None,  # [B, H, Tq, Dp]
-    key_start: Tensor | None,  # [B]
-    key_lens: Tensor | None,  # [B]
-    mask: Tensor | None,  # bool, broadcastable to [B, H, Tq, Tk]
-    bias: Tensor | None,  # broadcastable to [B, H, Tq, Tk]
-    dropout_seed: Tensor | None,
+    r_w_bias: Tensor | None = None,  # [H, D]
+    r_r_bias: Tensor | None = None,  # [H, D or Dp]
+    mem_k: Tensor | None = None,  # [B, H, Tm, D]
+    mem_v: Tensor | None = None,  # [B, H, Tm, Dv]
+    q_pos: Tensor | None = None,  # [B, H, Tq, Dp]
+    key_start: Tensor | None = None,  # [B]
+    key_lens: Tensor | None = None,  # [B]
+    mask: Tensor | None = None,  # bool, broadcastable to [B, H, Tq, Tk]
+    bias: Tensor | None = None,  # broadcastable to [B, H, Tq, Tk]
+    dropout_seed: Tensor | None = None,
     offset: int,
-    clamp: bool,
-    causal: bool,
-    window_left: int | None,
-    window_right: int | None,
-    chunk: Sequence[int],  # empty, or size, left, phase
+    clamp: bool = False,
+    causal: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    chunk: Sequence[int] = (),  # or size, left, phase
     scale: float,
-    softcap: float,
-    dropout_p: float,
-    dead_uniform: bool,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dead_uniform: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns out [B, H, Tq, Dv] in q's dtype and lse [B, H, Tq], without gradient.

@@ -1,0 +1,101 @@
+"""The check that holds a backend of `rel_attention` to the error budget, gradients included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from txl_kernels.backends.reference import rel_attention as reference
+from txl_kernels.ops.rel_attention import rel_attention
+from txl_kernels.testing.budget import check_budget
+from txl_kernels.testing.rel_attention_cases import RelAttentionCase
+
+_SUMS = ("r", "r_w_bias", "r_r_bias", "bias")
+
+
+def check_rel_attention(
+    case: RelAttentionCase, backend: str, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Asserts that output, lse and every gradient of a backend are within the error budget."""
+    floats, others = case.inputs(dtype, device)
+    options = {**others, **case.options, "return_lse": True}
+    dout = case.dout(dtype, device)
+    actual = _with_gradients(
+        lambda inputs: rel_attention(**inputs, **options, backend=backend), floats, dout
+    )
+    eager = _with_gradients(lambda inputs: _eager(inputs, others, case.options), floats, dout)
+    ref64 = _with_gradients(
+        lambda inputs: rel_attention(**inputs, **options, backend="reference"),
+        {name: tensor.double() for name, tensor in floats.items()},
+        dout.double(),
+    )
+    assert actual["out"].dtype == dtype
+    magnitudes = _gradient_magnitudes(case, floats, dout)
+    for name in ref64:
+        check_budget(
+            f"{case} {backend} {dtype}: {name}",
+            actual[name],
+            ref64[name],
+            eager[name],
+            dtype=dtype,
+            magnitude=magnitudes.get(name),
+            is_sum=name.removeprefix("d") in _SUMS,
+        )
+
+
+def _with_gradients(
+    run: Callable[[dict[str, Any]], tuple[Tensor, Tensor]],
+    floats: dict[str, Tensor],
+    dout: Tensor,
+) -> dict[str, Tensor]:
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in floats.items()}
+    out, lse = run(leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), dout)
+    named = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {"out": out, "lse": lse, **named}
+
+
+def _eager(
+    inputs: dict[str, Tensor], others: dict[str, Tensor], options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The reference with every intermediate rounded to the inputs' dtype."""
+    call: dict[str, Any] = {"offset": inputs["q"].shape[2] - 1, **inputs, **others, **options}
+    call["window_left"], call["window_right"] = call.pop("window", (None, None))
+    call["chunk"] = (*call.pop("chunk", ()), 0)[:3] if "chunk" in call else ()
+    call["dead_uniform"] = call.pop("dead_rows", "zero") == "uniform"
+    call.setdefault("scale", inputs["q"].shape[3] ** -0.5)
+    return reference.rel_attention(**call, compute_dtype=inputs["q"].dtype)
+
+
+def _gradient_magnitudes(
+    case: RelAttentionCase, floats: dict[str, Tensor], dout: Tensor
+) -> dict[str, float]:
+    """The largest product of magnitudes that enters each gradient."""
+
+    def largest(*names: str) -> float:
+        given = [floats[name] for name in names if name in floats]
+        return max((float(tensor.detach().abs().max()) for tensor in given), default=0.0)
+
+    kept = 1.0 - case.options.get("dropout_p", 0.0)
+    scale = case.options.get("scale", case.D**-0.5)
+    values = [floats[name].detach().double() for name in ("mem_v", "v") if name in floats]
+    dP = float((dout.double() @ torch.cat(values, dim=2).mT).abs().max()) / kept
+    content_query = largest("q") + largest("r_w_bias")
+    position_query = largest("q_pos" if "q_pos" in floats else "q") + largest("r_r_bias")
+    keys = largest("k", "mem_k")
+    dv = float(dout.abs().max()) / kept
+    return {
+        "dq": scale * dP * (keys if "q_pos" in floats else max(keys, largest("r"))),
+        "dq_pos": scale * dP * largest("r"),
+        "dk": scale * dP * content_query,
+        "dmem_k": scale * dP * content_query,
+        "dv": dv,
+        "dmem_v": dv,
+        "dr": scale * dP * position_query,
+        "dr_w_bias": scale * dP * keys,
+        "dr_r_bias": scale * dP * largest("r"),
+        "dbias": dP,
+    }

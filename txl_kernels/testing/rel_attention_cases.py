@@ -1,0 +1,187 @@
+"""Named cases of `rel_attention`: shapes and options that every backend is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RelAttentionCase:
+    """Shapes and options of one call; the tensors follow from them and a seed.
+
+    `options` are `rel_attention`'s own that are no tensors. `key_start` and `key_lens` are lists;
+    `mask` and `bias` shapes of random tensors; `memory_format` "transposed" stores [B, T, H, D].
+    """
+
+    name: str
+    B: int = 2
+    H: int = 3
+    Tq: int = 17
+    Tm: int = 5
+    Ts: int | None = None  # Tq
+    D: int = 8
+    Dv: int | None = None  # D
+    Dp: int | None = None  # gives q_pos
+    R: int | None = None  # Tk
+    r_batch: bool = False
+    r_heads: bool = True
+    biases: bool = True
+    transposed: bool = False
+    mask: tuple[int, ...] | None = None
+    bias: tuple[int, ...] | None = None
+    key_start: list[int] | None = None
+    key_lens: list[int] | None = None
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name}-B{self.B}H{self.H}Tq{self.Tq}Tm{self.Tm}D{self.D}"
+
+    @property
+    def uses(self) -> list[str]:
+        """For `resolve`: the arguments that not every backend takes."""
+        used = [name for name, given in (("q_pos", self.Dp), ("bias", self.bias)) if given]
+        if self.options.get("dead_rows") == "uniform":
+            used.append("dead_rows='uniform'")
+        return used
+
+    def inputs(
+        self, dtype: torch.dtype, device: str = "cpu"
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The floating tensors, which take gradients, and the others; the same in every dtype
+        up to rounding."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+            if self.transposed and len(shape) == 4:
+                tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
+            return tensor.to(device, dtype).requires_grad_()
+
+        B, H, Tq, Tm, D = self.B, self.H, self.Tq, self.Tm, self.D
+        Ts, Dv, Dp = self.Ts or Tq, self.Dv or D, self.Dp or D
+        Tk = Tm + Ts
+        floats = {
+            "q": normal(B, H, Tq, D),
+            "k": normal(B, H, Ts, D),
+            "v": normal(B, H, Ts, Dv),
+            "r": normal(B if self.r_batch else 1, H if self.r_heads else 1, self.R or Tk, Dp),
+        }
+        if Tm:
+            floats |= {"mem_k": normal(B, H, Tm, D), "mem_v": normal(B, H, Tm, Dv)}
+        if self.biases:
+            floats |= {"r_w_bias": normal(H, D), "r_r_bias": normal(H, Dp)}
+        if self.Dp is not None:
+            floats["q_pos"] = normal(B, H, Tq, Dp)
+        if self.bias is not None:
+            floats["bias"] = normal(*self.bias)
+        others = {}
+        for name, lengths in (("key_start", self.key_start), ("key_lens", self.key_lens)):
+            if lengths is not None:
+                others[name] = torch.tensor(lengths, device=device)
+        if self.mask is not None:
+            others["mask"] = (torch.rand(self.mask, generator=generator) > 0.3).to(device)
+        if "dropout_p" in self.options:
+            others["dropout_seed"] = torch.tensor(self.seed - 2**40 - 7, device=device)
+        return floats, others
+
+    def dout(self, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+        """A gradient for the output: [B, H, Tq, Dv]."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        shape = (self.B, self.H, self.Tq, self.Dv or self.D)
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _cases() -> tuple[RelAttentionCase, ...]:
+    Case = RelAttentionCase
+    causal = {"causal": True}
+    return (
+        Case("plain", Tm=0, D=64, biases=False),
+        Case("transformer_xl", Tq=33, Tm=40, D=64, options=causal),
+        Case("conformer", B=1, Tq=70, Tm=0, D=36, R=139, key_lens=[61]),
+        Case("xlnet", Tm=0, R=18, r_batch=True, options={"offset": 17}),
+        Case("one_query", Tq=1, Tm=30, options=causal),
+        Case("one_key", Tq=1, Tm=0, options=causal),
+        Case("no_memory", Tm=0, options=causal),
+        Case("long_memory", Tq=5, Tm=150, options=causal),
+        Case("one_head", B=1, H=1, D=50, options=causal),
+        Case("more_keys_than_queries", Tq=9, Ts=21),
+        Case("fewer_keys_than_queries", Tq=23, Ts=3, Tm=0, options=causal),
+        Case("long", B=1, H=2, Tq=200, Tm=333, D=32, options=causal),
+        Case("head_1", D=1, options=causal),
+        Case("head_41", D=41, options=causal),
+        Case("head_50", D=50),
+        Case("head_160", D=160, options=causal),
+        Case("head_192_values_40", D=192, Dv=40),
+        Case("values_wider", D=16, Dv=70, options=causal),
+        Case("head_256", B=1, D=256, options=causal),
+        Case("r_shared_by_heads", r_heads=False, options=causal),
+        Case("r_per_row", r_batch=True, options=causal),
+        Case("r_per_row_shared_by_heads", r_batch=True, r_heads=False),
+        Case("transposed", transposed=True, D=33, options=causal),
+        Case("clamp", Tq=20, Tm=11, R=8, options={"causal": True, "offset": -4, "clamp": True}),
+        Case("clamp_both_sides", Tm=0, R=9, options={"offset": 4, "clamp": True}),
+        Case("short_r", R=6, options={"offset": 3}),
+        Case("far_offset", options={"offset": 500}),
+        Case("negative_offset", options={"offset": -20}),
+        Case("far_clamp", R=3, options={"offset": -900, "clamp": True}),
+        Case("window", Tq=40, Tm=30, options={"window": (7, 3)}),
+        Case("window_left", Tq=40, Tm=30, options={"causal": True, "window": (30, None)}),
+        Case("window_right", Tq=40, Tm=30, options={"window": (None, 0)}),
+        Case("window_self", options={"window": (0, 0)}),
+        Case("chunk", Tq=40, Tm=8, options={"chunk": (8, 2)}),
+        Case("chunk_phase", Tq=40, Tm=13, options={"chunk": (7, 1, 3)}),
+        Case("chunk_negative_phase", Tq=40, Tm=13, options={"chunk": (7, 0, -45), "causal": True}),
+        Case("key_start", key_start=[0, 9], options=causal),
+        Case("key_lens", key_lens=[22, 3]),
+        Case("wild_lengths", B=4, key_start=[-5, 2**40, 0, 3], key_lens=[2**50, 5, -(2**40), 9]),
+        Case("mask", mask=(2, 3, 17, 22)),
+        Case("mask_broadcast", mask=(2, 1, 1, 22), options=causal),
+        Case("mask_2d", mask=(17, 22)),
+        Case("dead_rows", Tm=0, Tq=20, key_start=[8, 20], options={"window": (3, 0)}),
+        Case(
+            "dead_uniform",
+            Tm=4,
+            key_start=[8, 21],
+            options={"causal": True, "dead_rows": "uniform"},
+        ),
+        Case("softcap", options={"causal": True, "softcap": 5.0}),
+        Case("scale", options={"causal": True, "scale": 0.3}),
+        Case("bias", bias=(1, 3, 17, 22)),
+        Case("bias_full", bias=(2, 3, 17, 22), options=causal),
+        Case("q_pos", Dp=5, options=causal),
+        Case("dropout", Tq=30, options={"causal": True, "dropout_p": 0.25}),
+        Case("dropout_most", Tq=9, Tm=0, options={"dropout_p": 0.9}),
+        Case(
+            "everything",
+            B=3,
+            H=2,
+            Tq=37,
+            Tm=50,
+            D=24,
+            R=30,
+            r_heads=False,
+            transposed=True,
+            mask=(3, 1, 37, 87),
+            key_start=[0, 13, 70],
+            key_lens=[87, 80, 60],
+            options={
+                "causal": True,
+                "offset": 12,
+                "clamp": True,
+                "window": (40, None),
+                "chunk": (16, 3, 5),
+                "softcap": 8.0,
+                "scale": 0.2,
+                "dropout_p": 0.1,
+            },
+        ),
+    )
+
+
+REL_ATTENTION_CASES = _cases()
