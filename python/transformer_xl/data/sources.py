@@ -137,13 +137,15 @@ def _cut(piece: Piece, cuts: Sequence[int]) -> Splits:
 
 def _line_end(piece: Piece, at: int) -> int:
     """The first end of a line from `at` on; failing that of a word, then of a UTF-8 character."""
-    after = b"".join(replace(piece, start=at, stop=min(at + ALIGN_BYTES, piece.size)).chunks())
+    before = max(at - 1, 0)  # a cut right after a line stays
+    near = replace(piece, start=before, stop=min(at + ALIGN_BYTES, piece.size))
+    after = b"".join(near.chunks())
     for separator in (b"\n", b" "):
         found = after.find(separator)
         if found >= 0:
-            return at + found + 1
-    continuation = next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), len(after))
-    return at + continuation
+            return before + found + 1
+    rest = after[at - before :]
+    return at + next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), len(rest))
 
 
 def _is_archive(path: Path) -> bool:
