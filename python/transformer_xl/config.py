@@ -141,7 +141,8 @@ class TrainConfig:
             belong to "dev_perf", which follows the validation loss.
         clip: largest global norm of the gradient; 0 does not clip.
         batch_chunk: parts a batch is split into, gradients accumulated.
-        eval_batch_size, eval_tgt_len: validation during training.
+        eval_batch_size, eval_tgt_len, max_eval_steps: validation during training; the last is the
+            number of segments scored of each stream, 0 or less: all.
         eval_interval, log_interval, checkpoint_interval: steps between each.
         seed: of weights, dropout and data order.
         autocast: "auto" uses bf16 where the processor gains from it.
@@ -166,6 +167,7 @@ class TrainConfig:
     batch_chunk: int = 1
     eval_batch_size: int = 10
     eval_tgt_len: int = 128
+    max_eval_steps: int = -1
     eval_interval: int = 4000
     log_interval: int = 200
     checkpoint_interval: int = 4000
@@ -184,7 +186,8 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """A scoring protocol: lengths in tokens, as ModelConfig has them, and the split scored."""
+    """A scoring protocol: lengths in tokens, as ModelConfig has them, the split scored, and how
+    many segments of each stream (`max_eval_steps`, 0 or less: all)."""
 
     batch_size: int = 10
     tgt_len: int = 128
@@ -192,6 +195,7 @@ class EvaluateConfig:
     clamp_len: int = -1
     same_length: bool = False
     split: Literal["train", "valid", "test"] = "test"
+    max_eval_steps: int = -1
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "tgt_len"):

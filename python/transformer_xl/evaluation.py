@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -89,6 +90,7 @@ def score(
     lengths: Lengths,
     n_tokens: int,
     *,
+    max_steps: int = -1,
     source: str = "",
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Score:
@@ -99,12 +101,13 @@ def score(
 
     Args:
         n_tokens: tokens that the batches were cut from, for the protocol.
+        max_steps: segments of each stream to score; 0 or less: all.
         source: split, corpus and its own protocol, for the same.
         total: where several processes share the rows, the sum of a tensor over all.
     """
     started = time.perf_counter()
     with reading(model, lengths):
-        loss, scored = total(_sum_of_losses(model, batches)).tolist()
+        loss, scored = total(_sum_of_losses(model, batches, max_steps)).tolist()
     protocol = [
         f"batch {batches.batch_size}",
         f"tgt_len {batches.tgt_len}",
@@ -112,6 +115,7 @@ def score(
         f"clamp_len {lengths.clamp_len if lengths.clamp_len > 0 else 'none'}",
         f"same_length {'yes' if lengths.same_length else 'no'}",
         "every stream starts without memory",
+        *([f"the first {max_steps} segments of each stream"] if max_steps > 0 else []),
         f"{n_tokens - int(scored):,} of {n_tokens:,} tokens not scored",
         _precision(model),
     ]
@@ -138,12 +142,12 @@ def reading(model: TransformerXL, lengths: Lengths) -> Iterator[None]:
         model.train(was_training)
 
 
-def _sum_of_losses(model: TransformerXL, batches: Batches) -> Tensor:
+def _sum_of_losses(model: TransformerXL, batches: Batches, max_steps: int) -> Tensor:
     """Loss in nats summed over the tokens scored, and their number: float64 [2]."""
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     memory: Memory | None = None
-    for batch in batches:
+    for batch in itertools.islice(batches, max_steps if max_steps > 0 else None):
         if memory is not None and batch.reset is not None:
             memory = memory.reset(batch.reset.to(device))
         targets = batch.targets.to(device)

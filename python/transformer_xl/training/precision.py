@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Literal
 
@@ -27,11 +28,19 @@ def autocast(mode: Autocast, device: torch.device) -> torch.autocast:
 
 def cpu_flags() -> frozenset[str]:
     """The processor's features in Linux's words; empty where /proc does not tell."""
+    return frozenset(_cpuinfo("flags").split())
+
+
+def processor() -> str:
+    """The processor's name."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor in /proc/cpuinfo; empty where there is none."""
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return frozenset()
-    for line in cpuinfo.read_text().splitlines():
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
         name, _, value = line.partition(":")
-        if name.strip() == "flags":
-            return frozenset(value.split())
-    return frozenset()
+        if name.strip() == field:
+            return value.strip()
+    return ""

@@ -77,9 +77,9 @@ class Report:
         self._progress.stop()
         if self.shown:
             self._tensorboard.close()
-            entries = read_log(self.out)
-            if any("valid_loss" in entry or "train_loss" in entry for entry in entries):
-                plot_curves(self.out / CURVE, {self.out.name: entries}, self.metric)
+            plot_curves(
+                self.out / CURVE, {self.out.name: read_log(self.out)}, self.metric, str(self.out)
+            )
 
     def advance(self, step: int) -> None:
         """Move the bar."""

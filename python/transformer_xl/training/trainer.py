@@ -116,6 +116,7 @@ class Trainer:
                 self._validation_batches(),
                 validation_lengths(self.config)[1],
                 len(self.corpus.split("valid")),
+                max_steps=self.config.train.max_eval_steps,
                 source=f"valid split of {self.corpus.protocol}",
                 total=lambda sums: self.accelerator.reduce(sums, reduction="sum"),
             )

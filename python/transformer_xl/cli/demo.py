@@ -1,0 +1,178 @@
+"""`transformer-xl demo`: what memory is worth, shown in minutes on text that is already here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from transformer_xl import evaluation, training
+from transformer_xl.cli.generate import written
+from transformer_xl.cli.loading import LoadedModel, default_device
+from transformer_xl.cli.settings import only_overrides
+from transformer_xl.config import RunConfig, load_preset, override, to_dict
+from transformer_xl.data import Corpus, open_corpus
+from transformer_xl.evaluation import Lengths, Score
+from transformer_xl.training import Finished, Trainer
+from transformer_xl.training.curve import plot_curves
+from transformer_xl.training.precision import autocast, cpu_flags, processor, uses_bf16
+from transformer_xl.training.report import read_log
+
+MEMORY, NO_MEMORY = "memory", "no_memory"  # folders of the two runs
+PROBE_STEPS = 12
+SAMPLE_CHARACTERS = 500
+
+
+def demo(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FIELD=VALUE]...", help="Fields of the preset `demo`.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
+    seconds: Annotated[
+        int, typer.Option(help="Most seconds for both trainings; fewer steps if they exceed it.")
+    ] = 240,
+) -> None:
+    """Train with and without memory, compare, and write: everything lands in one folder."""
+    started = time.perf_counter()
+    console = Console()
+    config = only_overrides(load_preset("demo"), arguments or [])
+    corpus = open_corpus(config.data)
+    console.print(corpus.summary(), highlight=False)
+    for name in (MEMORY, NO_MEMORY):
+        shutil.rmtree(out / name, ignore_errors=True)
+    config = _within(config, corpus, seconds)
+    finished = {}
+    for name, run in ((MEMORY, config), (NO_MEMORY, _without_memory(config))):
+        mem_len = run.model.mem_len
+        console.rule(f"training with mem_len {mem_len}: {run.train.max_step:,} steps")
+        finished[name] = training.train(run, out / name, console=console)
+    with_memory = LoadedModel.open(out / MEMORY / "best", default_device())
+    without = LoadedModel.open(out / NO_MEMORY / "best", default_device())
+
+    console.rule("evaluation")
+    scores = _evaluations(config, corpus, with_memory, without)
+    _show(console, scores, corpus.metric)
+    _draw(out, config, corpus.metric)
+    console.rule(f"{SAMPLE_CHARACTERS} characters")
+    _write_sample(out / "sample.txt", with_memory, config, console)
+    results = {
+        "corpus": {"summary": corpus.summary(), "sha256": corpus.fingerprint},
+        "config": to_dict(config),
+        "parameters": sum(p.numel() for p in with_memory.model.parameters()),
+        "machine": _machine(config, with_memory.device),
+        "training": {name: dataclasses.asdict(run) for name, run in finished.items()},
+        "evaluations": {name: score.as_dict() for name, score in scores.items()},
+        "seconds": time.perf_counter() - started,
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    console.print(f"\n{_in_words(scores, finished, corpus.metric)}", highlight=False)
+    console.print(f"Everything is in {out}, after {results['seconds']:.0f} s.", highlight=False)
+
+
+def _without_memory(config: RunConfig) -> RunConfig:
+    return override(config, {"model.mem_len": 0, "model.same_length": False})
+
+
+def _within(config: RunConfig, corpus: Corpus, seconds: float) -> RunConfig:
+    """`config` with as many steps, at most its own, as two trainings can take in `seconds`."""
+    trainer = Trainer(training.fit_vocabulary(config, corpus), corpus, Accelerator())
+    times = []
+    for _ in range(PROBE_STEPS):
+        started = time.perf_counter()
+        trainer.advance()
+        times.append(time.perf_counter() - started)
+    affordable = int(seconds / 2 / statistics.median(times[PROBE_STEPS // 2 :]))
+    return override(config, {"train.max_step": max(1, min(config.train.max_step, affordable))})
+
+
+def _evaluations(
+    config: RunConfig, corpus: Corpus, with_memory: LoadedModel, without: LoadedModel
+) -> dict[str, Score]:
+    """Scores by what was evaluated, on the same tokens in segments of the same length."""
+    model, protocol = config.model, config.evaluate
+    as_trained = Lengths(model.mem_len, model.clamp_len, model.same_length)
+    longer = Lengths(protocol.mem_len, protocol.clamp_len, protocol.same_length)
+    cases = {
+        "trained without memory": (without, Lengths(0)),
+        "its memory taken away": (with_memory, Lengths(0)),
+        "memory as trained": (with_memory, as_trained),
+        "memory longer than trained": (with_memory, longer),
+    }
+    scores = {}
+    for name, (loaded, lengths) in cases.items():
+        with autocast(config.train.autocast, loaded.device):
+            scores[name] = evaluation.score(
+                loaded.model,
+                corpus.batches(protocol.split, protocol.batch_size, protocol.tgt_len),
+                lengths,
+                len(corpus.split(protocol.split)),
+                max_steps=protocol.max_eval_steps,
+                source=f"{protocol.split} split of {corpus.protocol}",
+            )
+    return scores
+
+
+def _show(console: Console, scores: dict[str, Score], metric: str) -> None:
+    table = Table("model", metric, "tokens/s")
+    for name, score in scores.items():
+        table.add_row(name, f"{getattr(score, metric):.3f}", f"{score.tokens_per_second:,.0f}")
+    console.print(table)
+    for name, score in scores.items():
+        console.print(f"[dim]{name}: {score.protocol}[/]", highlight=False)
+
+
+def _draw(out: Path, config: RunConfig, metric: str) -> None:
+    runs = {
+        f"with memory (mem_len {config.model.mem_len})": read_log(out / MEMORY),
+        "without memory (mem_len 0)": read_log(out / NO_MEMORY),
+    }
+    title = f"The same Transformer-XL on {config.data.name}, segments of {config.train.tgt_len}"
+    plot_curves(out / "curve.png", runs, metric, title)
+
+
+def _write_sample(path: Path, loaded: LoadedModel, config: RunConfig, console: Console) -> None:
+    text = ""
+    pieces = written(
+        loaded, "\n", SAMPLE_CHARACTERS, temperature=0.8, top_k=None, top_p=None, seed=1
+    )
+    for piece in pieces:
+        text += piece
+        console.out(piece, end="", highlight=False)
+    console.out()
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _machine(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "bf16_instructions": sorted(cpu_flags() & {"avx512_bf16", "amx_bf16"}),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "autocast_bf16": uses_bf16(config.train.autocast, device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _in_words(scores: dict[str, Score], finished: dict[str, Finished], metric: str) -> str:
+    best, vanilla = scores["memory as trained"], scores["trained without memory"]
+    gain = 1 - getattr(best, metric) / getattr(vanilla, metric)
+    speeds = [f"{run.tokens_per_second:,.0f}" for run in finished.values()]
+    return (
+        f"Memory is worth {gain:.1%}: {getattr(vanilla, metric):.3f} {metric} without, "
+        f"{getattr(best, metric):.3f} with it; trained at {' and '.join(speeds)} tokens/s."
+    )

@@ -1,0 +1,69 @@
+"""`transformer-xl doctor`."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from transformer_xl.training.precision import cpu_flags, processor, uses_bf16
+from txl_kernels.backends import BACKENDS, OPS, resolve
+
+PACKAGES = ("txl_kernels", "transformer_xl", "torch")
+LIBRARIES = ("torch", "triton", "numpy", "accelerate", "safetensors", "tokenizers")
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+
+
+def doctor() -> None:
+    """Say which backend each op would use here and why not the others, and what is installed."""
+    console = Console()
+    console.print(_machine())
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        console.print(_backends(device))
+
+
+def _machine() -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name in PACKAGES:
+        module = importlib.import_module(name)
+        table.add_row(name, f"imported from {Path(str(module.__file__)).parent}")
+    table.add_row("python", platform.python_version())
+    for name in LIBRARIES:
+        table.add_row(name, _version(name))
+    flags = cpu_flags()
+    table.add_row("processor", f"{processor()}, {torch.get_num_threads()} threads")
+    table.add_row("features", ", ".join(name for name in FEATURES if name in flags) or "unknown")
+    table.add_row("torch sees", torch.backends.cpu.get_cpu_capability())
+    bf16 = "gains here" if uses_bf16("auto", torch.device("cpu")) else "does not gain here"
+    table.add_row("bf16 autocast", f"{bf16} (cpu)")
+    return table
+
+
+def _backends(device: str) -> Table:
+    """Per op, what "auto" takes for float32 on `device`, and what keeps each other one away."""
+    table = Table("op", "used", "why not the others", title=f"backends on {device}, float32")
+    for op in OPS:
+        used = resolve(op, device=device, dtype=torch.float32, needs_grad=True).backend
+        reasons = {
+            name: resolve(
+                op, backend=name, device=device, dtype=torch.float32, needs_grad=True
+            ).reason
+            for name in BACKENDS
+            if name != used
+        }
+        refused = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
+        table.add_row(op, used or "none", "\n".join(refused))
+    return table
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

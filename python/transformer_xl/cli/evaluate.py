@@ -1,0 +1,96 @@
+"""`transformer-xl evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from transformer_xl import evaluation
+from transformer_xl.checkpoint import CheckpointError
+from transformer_xl.cli.loading import LoadedModel, default_device
+from transformer_xl.cli.settings import only_overrides
+from transformer_xl.config import EvaluateConfig, section_from_dict
+from transformer_xl.data import open_corpus
+from transformer_xl.evaluation import Lengths, Score
+from transformer_xl.training.precision import Autocast, autocast
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run.", show_default=False)],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FIELD=VALUE]...",
+            help="Other data: `data.path=…`; the checkpoint's own if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        Literal["train", "valid", "test"] | None, typer.Option(show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Streams side by side.", show_default=False)
+    ] = None,
+    tgt_len: Annotated[
+        int | None, typer.Option(help="Tokens per segment.", show_default=False)
+    ] = None,
+    mem_len: Annotated[
+        int | None, typer.Option(help="Tokens remembered.", show_default=False)
+    ] = None,
+    clamp_len: Annotated[
+        int | None,
+        typer.Option(help="Distance above which all share one embedding.", show_default=False),
+    ] = None,
+    same_length: Annotated[
+        bool | None, typer.Option(help="The same number of keys each.", show_default=False)
+    ] = None,
+    precision: Annotated[
+        Autocast | None, typer.Option(help="bf16 autocast.", show_default=False)
+    ] = None,
+) -> None:
+    """Score a checkpoint. What is not given is as in the configuration it was trained with."""
+    loaded = LoadedModel.open(checkpoint, default_device())
+    config = only_overrides(loaded.config, arguments or [])
+    given = {
+        "split": split,
+        "batch_size": batch_size,
+        "tgt_len": tgt_len,
+        "mem_len": mem_len,
+        "clamp_len": clamp_len,
+        "same_length": same_length,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    protocol = section_from_dict(
+        EvaluateConfig, dataclasses.asdict(config.evaluate) | changes, "evaluate"
+    )
+    corpus = open_corpus(config.data)
+    if corpus.vocab.to_dict() != loaded.vocabulary.to_dict():
+        raise CheckpointError(f"{checkpoint} has another vocabulary than {config.data.name}")
+    with autocast(precision or config.train.autocast, loaded.device):
+        score = evaluation.score(
+            loaded.model,
+            corpus.batches(protocol.split, protocol.batch_size, protocol.tgt_len),
+            Lengths(protocol.mem_len, protocol.clamp_len, protocol.same_length),
+            len(corpus.split(protocol.split)),
+            max_steps=protocol.max_eval_steps,
+            source=f"{protocol.split} split of {corpus.protocol}",
+        )
+    show(Console(), score, corpus.metric)
+
+
+def show(console: Console, score: Score, metric: str) -> None:
+    """Print a score with its protocol; the corpus's own metric first."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    names = sorted(("bpc", "ppl"), key=lambda name: name != metric)
+    for name in names:
+        table.add_row(name, f"[bold]{getattr(score, name):.4f}[/]")
+    table.add_row("loss", f"{score.loss:.4f} nats per token")
+    table.add_row("tokens", f"{score.n_tokens:,} in {score.seconds:.1f} s")
+    table.add_row("speed", f"{score.tokens_per_second:,.0f} tokens/s")
+    table.add_row("protocol", score.protocol)
+    console.print(table)

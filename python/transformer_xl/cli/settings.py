@@ -1,0 +1,34 @@
+"""FIELD=VALUE on the command line, and the preset beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformer_xl.config import RunConfig, load_preset, override, preset_names
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The preset named, if any, and the overrides; ValueError for more than one preset."""
+    presets = [argument for argument in arguments if "=" not in argument]
+    if len(presets) > 1:
+        raise ValueError(f"expected one preset, got {', '.join(presets)}; fields are FIELD=VALUE")
+    changes = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    return (presets[0] if presets else None), changes
+
+
+def only_overrides(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """`config` with FIELD=VALUE arguments applied; ValueError for anything else among them."""
+    preset, changes = split_arguments(arguments)
+    if preset is not None:
+        raise ValueError(
+            f"the checkpoint has its own configuration; expected FIELD=VALUE, got {preset!r}"
+        )
+    return override(config, changes)
+
+
+def from_preset(arguments: Sequence[str]) -> RunConfig:
+    """The preset named, with FIELD=VALUE arguments applied."""
+    preset, changes = split_arguments(arguments)
+    if preset is None:
+        raise ValueError(f"name a preset: {', '.join(preset_names())}")
+    return override(load_preset(preset), changes)

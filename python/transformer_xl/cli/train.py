@@ -1,0 +1,57 @@
+"""`transformer-xl train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from transformer_xl import training
+from transformer_xl.checkpoint import open_checkpoint
+from transformer_xl.cli.settings import from_preset, only_overrides, split_arguments
+
+
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PRESET] [FIELD=VALUE]...",
+            help="A preset, and fields to change: `demo train.lr=1e-3 model.n_layer=2`.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; runs/PRESET if not given.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="A run or checkpoint to go on from, exactly.", show_default=False),
+    ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="A run or checkpoint whose weights to begin with (fine-tuning).",
+            show_default=False,
+        ),
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Use deterministic algorithms only.")
+    ] = False,
+) -> None:
+    """Train a model. Runs unchanged under `torchrun` and `accelerate launch`."""
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+    given = arguments or []
+    if resume is None:
+        config = from_preset(given)
+        folder = out or Path("runs", str(split_arguments(given)[0]))
+    else:
+        if init_from is not None:
+            raise ValueError("--resume and --init-from exclude each other")
+        saved = open_checkpoint(resume)
+        config = only_overrides(saved.config, given)
+        folder = out or saved.path.parent
+    training.train(config, folder, resume=resume, init_from=init_from)
