@@ -16,6 +16,7 @@ HF_VENV ?= .venv-hf
 
 PY := $(VENV)/bin/python
 PIP := -m pip --quiet --quiet --disable-pip-version-check --no-input
+CLANG_FORMAT := $(PY) -c 'from clang_format import clang_format as run; run()'
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 help: ## print this list
@@ -45,12 +46,12 @@ build: $(PY) ## build the native part again, in place
 format: $(VENV)/.installed-dev ## format Python and C++
 	$(PY) -m ruff check --fix-only --quiet .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(NATIVE_SOURCES)
+	$(CLANG_FORMAT) -i $(NATIVE_SOURCES)
 
 lint: $(VENV)/.installed-dev ## check Python's and C++'s form
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE_SOURCES)
+	$(CLANG_FORMAT) --dry-run --Werror $(NATIVE_SOURCES)
 
 types: $(VENV)/.installed-dev ## mypy, strict, on both packages
 	$(PY) -m mypy
