@@ -53,12 +53,12 @@ class Memory(NamedTuple):
             mem_len: most positions kept, in tokens.
         """
         new = torch.stack([hidden.detach().to(self.hidden.dtype) for hidden in new_hidden])
-        M, T = self.length, new.shape[2]
-        dropped = _at_least_zero(M + T - mem_len)
-        kept = self.hidden.detach()[:, :, _at_most(dropped, M) :]
-        fresh = new[:, :, _at_least_zero(T - mem_len) :]
-        start = (self.start - dropped).clamp(min=0)
-        return Memory(torch.cat([kept, fresh], dim=2), start)
+        both = torch.cat([self.hidden.detach(), new], dim=2)  # [n_layer, B, M + T, d_model]
+        total = both.shape[2]
+        dropped = torch.sym_max(total - mem_len, 0)  # type: ignore[no-untyped-call]
+        # By index: a slice of symbolic length would fix, under torch.export, whether it is empty.
+        newest = torch.arange(dropped, total, device=both.device)
+        return Memory(both[:, :, newest], (self.start - dropped).clamp(min=0))
 
     def reset(self, rows: Tensor) -> Memory:
         """This memory with the rows marked in `rows` (bool [B]) emptied, their states zeroed."""
@@ -83,11 +83,3 @@ class Memory(NamedTuple):
             shapes = [list(tensor.shape) for tensor in memory]
             raise ValueError(f"tensors: expected [n_layer, B, M, d_model] and [B], got {shapes}")
         return memory
-
-
-def _at_least_zero(length: int) -> int:
-    return torch.sym_max(length, 0)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _at_most(length: int, limit: int) -> int:
-    return torch.sym_min(length, limit)  # type: ignore[no-untyped-call, no-any-return]

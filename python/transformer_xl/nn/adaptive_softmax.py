@@ -4,7 +4,7 @@ order."""
 from __future__ import annotations
 
 import itertools
-from typing import Literal, TypedDict, cast
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -116,8 +116,10 @@ class AdaptiveSoftmax(nn.Module):
 
     def _bins(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weight and bias of each bin; for div_val = 1 they are slices of one layer."""
-        layers = cast("list[nn.Linear]", list(self.out_layers))
-        if len(layers) == len(self.cutoffs) + 1:
-            return [layer.weight for layer in layers], [layer.bias for layer in layers]
+        weights, biases = (
+            [layer.get_parameter(name) for layer in self.out_layers] for name in ("weight", "bias")
+        )
+        if len(weights) == len(self.cutoffs) + 1:
+            return list(weights), list(biases)
         spans = [slice(*ends) for ends in itertools.pairwise(self.ends)]
-        return [layers[0].weight[span] for span in spans], [layers[0].bias[span] for span in spans]
+        return [weights[0][span] for span in spans], [biases[0][span] for span in spans]

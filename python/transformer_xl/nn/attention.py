@@ -3,7 +3,7 @@ and projections around `txl_kernels.rel_attention`."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,16 @@ class KeyValueCache(NamedTuple):
 
     k: Tensor
     v: Tensor
+
+
+class Options(TypedDict, total=False):
+    """What goes to `txl_kernels.rel_attention` as it came."""
+
+    r_w_bias: Tensor | None
+    r_r_bias: Tensor | None
+    key_start: Tensor | None
+    key_lens: Tensor | None
+    mask: Tensor | None
 
 
 class RelativeMultiHeadAttention(nn.Module):
@@ -105,17 +115,14 @@ class RelativeMultiHeadAttention(nn.Module):
             kv_weight = self.qkv_net.weight[self.n_head * self.d_head :]
             before = KeyValueCache(*self._split_heads(F.linear(memory, kv_weight)))
         q, k, v = self._split_heads(self.qkv_net(x))
-        return self._attend(
-            q,
-            KeyValueCache(k, v),
-            before,
-            positions,
+        options = Options(
             r_w_bias=self.r_w_bias if r_w_bias is None else r_w_bias,
             r_r_bias=self.r_r_bias if r_r_bias is None else r_r_bias,
             key_start=key_start,
             key_lens=key_lens,
             mask=mask,
         )
+        return self._attend(q, KeyValueCache(k, v), before, positions, options)
 
     def stream(
         self, x: Tensor, cache: KeyValueCache | None = None, *, cache_len: int
@@ -131,9 +138,8 @@ class RelativeMultiHeadAttention(nn.Module):
         self._check("x", x, batch=None if cache is None else cache.k.shape[0])
         q, k, v = self._split_heads(self.qkv_net(x))
         before = KeyValueCache(k[:, :, :0], v[:, :, :0]) if cache is None else cache
-        out = self._attend(
-            q, KeyValueCache(k, v), before, r_w_bias=self.r_w_bias, r_r_bias=self.r_r_bias
-        )
+        biases = Options(r_w_bias=self.r_w_bias, r_r_bias=self.r_r_bias)
+        out = self._attend(q, KeyValueCache(k, v), before, None, biases)
         k, v = (torch.cat(pair, dim=2).detach() for pair in ((before.k, k), (before.v, v)))
         dropped = max(k.shape[2] - cache_len, 0)
         return out, KeyValueCache(k[:, :, dropped:], v[:, :, dropped:])
@@ -143,8 +149,8 @@ class RelativeMultiHeadAttention(nn.Module):
         q: Tensor,
         segment: KeyValueCache,
         before: KeyValueCache | None,
-        positions: RelativePositions | None = None,
-        **options: Tensor | None,
+        positions: RelativePositions | None,
+        options: Options,
     ) -> Tensor:
         """Queries [B, H, T, d_head] over the keys of `before` and `segment`; [B, T, d_model]."""
         n_queries = q.shape[2]

@@ -57,7 +57,7 @@ class AdaptiveEmbedding(nn.Module):
         """int64 tokens […] to embeddings […, d_proj]; IndexError for a token out of range."""
         return adaptive_embedding(
             tokens,
-            [layer.weight for layer in self.emb_layers],
+            [layer.get_parameter("weight") for layer in self.emb_layers],
             list(self.emb_projs),
             cutoffs=self.cutoffs,
             scale=self.scale,
