@@ -12,6 +12,7 @@ from transformer_xl.data.sources import (
     SPLITS,
     Piece,
     Splits,
+    find_file,
     find_piece,
     one_file,
     plain_text,
@@ -91,7 +92,7 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 def _wiki8(*names: str) -> Callable[[Path], Splits]:
-    return lambda path: one_file(find_piece(path, names), WIKI8_BYTES)
+    return lambda path: one_file(find_file(path, names), WIKI8_BYTES)
 
 
 def _files(*patterns: str) -> Callable[[Path], Splits]:
@@ -144,12 +145,12 @@ DATASETS: dict[str, Dataset] = {
     ),
     "wt103": Dataset(
         "WikiText-103, wikitext-103-v1.zip",
-        _files("wiki.{}.tokens"),
+        _files("wiki.{}.tokens", "wikitext-103/wiki.{}.tokens"),
         {"original": _WORDS},
     ),
     "wt2": Dataset(
         "WikiText-2, wikitext-2-v1.zip",
-        _files("wiki.{}.tokens"),
+        _files("wiki.{}.tokens", "wikitext-2/wiki.{}.tokens"),
         {"standard": _WORDS, "original": _WORDS_OF_ALL},
     ),
     "ptb": Dataset(

@@ -82,7 +82,7 @@ class ShuffledSentenceBatches:
         self._dealt = 0  # sentences handed to rows so far
         self._batch = 0  # batches read so far
         # Per row, the tokens [position, end) of its sentence that are still to be read.
-        self._spans = np.zeros((self.batch_size, 2), dtype=np.int64)
+        self._spans = [(0, 0)] * self.batch_size
 
     def _ordered(self, epoch: int) -> NDArray[np.int64]:
         if self.seed is None:
@@ -124,14 +124,14 @@ class ShuffledSentenceBatches:
     def _take(self, row: int) -> Iterator[tuple[int, int]]:
         """Ranges of tokens that fill the row's next segment, dealing it sentences as it needs."""
         wanted = self.tgt_len
-        position, end = (int(edge) for edge in self._spans[row])
+        position, end = self._spans[row]
         while wanted:
             if end - position <= 1:  # only the closing <S> is left: a target already
                 if self._dealt == self.n_sentences:
                     break
                 sentence = self._order[self._dealt]
                 self._dealt += 1
-                position, end = (int(edge) for edge in self._edges[sentence : sentence + 2])
+                position, end = int(self._edges[sentence]), int(self._edges[sentence + 1])
             length = min(end - 1 - position, wanted)
             yield position, position + length
             position += length
@@ -144,7 +144,7 @@ class ShuffledSentenceBatches:
             "epoch": self._epoch,
             "batch": self._batch,
             "dealt": self._dealt,
-            "spans": self._spans.tolist(),
+            "spans": [list(span) for span in self._spans],
             "batch_size": self.batch_size,
             "n_sentences": self.n_sentences,
             "seed": self.seed,
@@ -155,7 +155,7 @@ class ShuffledSentenceBatches:
         check_state(state, batch_size=self.batch_size, n_sentences=self.n_sentences, seed=self.seed)
         self._start_pass(state["epoch"])
         self._batch, self._dealt = state["batch"], state["dealt"]
-        self._spans = np.array(state["spans"], dtype=np.int64)
+        self._spans = [(position, end) for position, end in state["spans"]]
 
 
 def sentence_edges(tokens: TokenArray, boundary: int) -> NDArray[np.int64]:

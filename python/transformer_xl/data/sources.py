@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tarfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
+from transformer_xl.data.archives import is_archive, members, open_member
 from transformer_xl.data.token_file import READ_BYTES
 
 SPLITS = ("train", "valid", "test")
@@ -47,57 +46,46 @@ class Piece:
         return (self._whole() if self.stop is None else self.stop) - self.start
 
     def _whole(self) -> int:
-        if self.member is None:
-            return self.path.stat().st_size
-        if self.path.suffix == ".zip":
-            with zipfile.ZipFile(self.path) as archive:
-                return archive.getinfo(self.member).file_size
-        with tarfile.open(self.path) as tar:
-            return tar.getmember(self.member).size
+        return members(self.path)[self.member] if self.member else self.path.stat().st_size
 
-    @contextmanager
-    def _open(self) -> Iterator[IO[bytes]]:
-        if self.member is None:
-            with self.path.open("rb") as file:
-                yield file
-        elif self.path.suffix == ".zip":
-            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
-                yield file
-        else:
-            with tarfile.open(self.path) as tar:
-                extracted = tar.extractfile(self.member)
-                if extracted is None:
-                    raise ValueError(f"{self}: expected a file in the archive")
-                yield extracted
+    def _open(self) -> AbstractContextManager[IO[bytes]]:
+        return open_member(self.path, self.member) if self.member else self.path.open("rb")
 
 
 Splits = Mapping[str, Sequence[Piece]]
 
 
 def find_piece(path: Path, names: Sequence[str]) -> Piece:
-    """The first of `names` that is `path` itself, or lies in the folder or archive `path`, or in an
-    archive in that folder. A name matches the end of a path.
+    """The file that one of `names` names in a folder, in an archive, or in an archive in a folder.
 
-    Raises FileNotFoundError that lists the names.
+    The first name that fits is taken; in an archive it is the end of a member's path.
+
+    Raises:
+        FileNotFoundError: none is there; the names are listed.
+        ValueError: several archives in the folder hold one.
     """
     if path.is_dir():
         for name in names:
             if (path / name).is_file():
                 return Piece(path / name)
-        archives = sorted(file for file in path.iterdir() if _is_archive(file))
+        archives = sorted(file for file in path.iterdir() if is_archive(file))
     elif path.is_file():
-        if not _is_archive(path):
-            return Piece(path)
-        archives = [path]
+        archives = [path] if is_archive(path) else []
     else:
         raise FileNotFoundError(f"{path}: there is no such file or folder")
-    for archive in archives:
-        members = _members(archive)
-        for name in names:
-            found = [member for member in members if f"/{member}".endswith(f"/{name}")]
-            if found:
-                return Piece(archive, found[0])
-    raise FileNotFoundError(f"{path}: expected {' or '.join(names)} in it")
+    found = [piece for archive in archives if (piece := _find_member(archive, names))]
+    if not found:
+        raise FileNotFoundError(f"{path}: expected {' or '.join(names)} in it")
+    if len(found) > 1:
+        raise ValueError(f"{path}: expected one archive, found {found[0]} and {found[1]}")
+    return found[0]
+
+
+def find_file(path: Path, names: Sequence[str]) -> Piece:
+    """The file `path` itself, whatever its name, or where `find_piece` finds it."""
+    if path.is_file() and not is_archive(path):
+        return Piece(path)
+    return find_piece(path, names)
 
 
 def three_files(path: Path, patterns: Sequence[str]) -> Splits:
@@ -123,7 +111,7 @@ def plain_text(path: Path) -> Splits:
     """A folder with train, valid and test files, or one file cut 90/5/5 where lines end."""
     if path.is_dir():
         return three_files(path, ["{}.txt", "{}", "wiki.{}.tokens"])
-    piece = find_piece(path, [path.stem, f"{path.stem}.txt"])
+    piece = find_file(path, [path.stem, f"{path.stem}.txt"])
     return _cut(piece, [_line_end(piece, piece.size * percent // 100) for percent in (90, 95)])
 
 
@@ -148,13 +136,8 @@ def _line_end(piece: Piece, at: int) -> int:
     return at + next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), len(rest))
 
 
-def _is_archive(path: Path) -> bool:
-    return path.suffix in (".zip", ".tgz") or path.name.endswith(".tar.gz")
-
-
-def _members(path: Path) -> list[str]:
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    with tarfile.open(path) as tar:
-        return tar.getnames()
+def _find_member(archive: Path, names: Sequence[str]) -> Piece | None:
+    held = members(archive)
+    fitting = (member for name in names for member in held if f"/{member}".endswith(f"/{name}"))
+    member = next(fitting, None)
+    return None if member is None else Piece(archive, member)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,40 @@ def test_enwik6_by_enwik8s_protocols(
     assert len(full.vocab) == len(set(data)) == len(original.vocab) + 1
     assert original.vocab.decode_bytes(original.split("test")) == data[950_000:].replace(b"\n", b"")
     assert full.vocab.decode_bytes(full.split("test")) == data[950_000:]
+
+
+def test_enwik6_has_the_ids_of_the_originals_procedure(
+    opened: Opened, real_text: RealText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes written as decimal words, newlines as newlines; read by line, counted, sorted."""
+    monkeypatch.setattr(datasets, "WIKI8_BYTES", (900_000, 50_000, 50_000))
+    place = real_text("enwik6") / "enwik6"
+    corpus = opened("enwik8", place)
+    data = place.read_bytes()
+    prepared = [
+        " ".join(str(byte) if byte != ord("\n") else "\n" for byte in part).split("\n")
+        for part in (data[:900_000], data[900_000:950_000], data[950_000:])
+    ]
+    counter = Counter(symbol for lines in prepared for line in lines for symbol in line.split())
+    ids = {symbol: token for token, (symbol, _) in enumerate(counter.most_common())}
+    for split, lines in zip(SPLITS, prepared, strict=True):
+        expected = [ids[symbol] for line in lines for symbol in line.split()]
+        assert corpus.split(split).tolist() == expected
+
+
+def test_wikitext2_has_the_ids_of_the_originals_procedure(
+    opened: Opened, real_text: RealText
+) -> None:
+    place = real_text("wikitext-2")
+    corpus = opened("wt2", place, protocol="original")
+    read = {}
+    for split in SPLITS:
+        with (place / f"wiki.{split}.tokens").open(encoding="utf-8") as file:
+            read[split] = [line.strip().split() for line in file]
+    counter = Counter(word for lines in read.values() for line in lines for word in line)
+    ids = {"<eos>": 0} | {w: i for i, (w, _) in enumerate(counter.most_common(), start=1)}
+    expected = [ids[word] for line in read["valid"] for word in [*line, "<eos>"]]
+    assert corpus.split("valid").tolist() == expected
 
 
 def test_text8_prefix_has_27_characters(opened: Opened, real_text: RealText) -> None:

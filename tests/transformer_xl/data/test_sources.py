@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tarfile
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transformer_xl.data import sources
-from transformer_xl.data.sources import Piece, find_piece, plain_text, three_files
+from transformer_xl.data.sources import Piece, find_file, find_piece, plain_text, three_files
 
 DATA = bytes(range(256)) * 3
 
@@ -47,7 +48,7 @@ def test_any_range_is_read_from_any_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sources, "READ_BYTES", read_bytes)
-    found = find_piece(place, ["missing", "inner/wiki"])
+    found = find_file(place, ["missing", "inner/wiki"])
     piece = Piece(found.path, found.member, start, stop)
     assert b"".join(piece.chunks()) == DATA[start:stop]
     assert piece.size == len(DATA[start:stop])
@@ -61,6 +62,35 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         find_piece(tmp_path, ["a", "b"])
     with pytest.raises(FileNotFoundError, match=r"expected wiki.train.tokens or train.txt in it"):
         three_files(tmp_path, ["wiki.{}.tokens", "{}.txt"])
+
+
+def test_one_file_is_not_three_splits(tmp_path: Path) -> None:
+    (tmp_path / "wiki.train.tokens").write_bytes(DATA)
+    with pytest.raises(FileNotFoundError, match=r"expected wiki.train.tokens in it"):
+        three_files(tmp_path / "wiki.train.tokens", ["wiki.{}.tokens"])
+
+
+def test_two_archives_with_the_same_file_are_refused(tmp_path: Path) -> None:
+    for name in ("wikitext-103-v1.zip", "wikitext-2-v1.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("wiki.train.tokens", DATA)
+    with pytest.raises(ValueError, match=r"expected one archive, found .*-103-v1.zip:wiki.*-2-v1"):
+        find_piece(tmp_path, ["wiki.train.tokens"])
+
+
+@pytest.mark.parametrize("name", ["text.zip", "text.tgz", "text.tar.gz"])
+@pytest.mark.parametrize("keep", [0, 3, 200])
+def test_a_damaged_archive_is_named(name: str, keep: int, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(random.Random(0).randbytes(1000))
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.write(tmp_path / "text", "text")
+    else:
+        with tarfile.open(tmp_path / name, "w:gz") as tar:
+            tar.add(tmp_path / "text", "text")
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:keep])
+    with pytest.raises(ValueError, match=f"{name}: the archive is damaged"):
+        b"".join(find_piece(tmp_path / name, ["text"]).chunks())
 
 
 lines = st.lists(st.text(st.sampled_from("aé☃ \n"), max_size=30), max_size=30).map("".join)
