@@ -1,0 +1,217 @@
+"""rel_attention inside torch: autograd, autocast, opcheck, torch.compile, torch.export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.export import Dim
+
+from txl_kernels import rel_attention
+from txl_kernels.testing import REL_ATTENTION_CASES, RelAttentionCase
+
+CASES = {case.name: case for case in REL_ATTENTION_CASES}
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request, require_backend):
+    require_backend("rel_attention", request.param, needs_grad=True)
+    return request.param
+
+
+GRADCHECK = [
+    RelAttentionCase("causal", B=2, H=2, Tq=4, Tm=3, D=3, options={"causal": True}),
+    RelAttentionCase("clamp", B=1, H=2, Tq=5, Tm=2, D=2, R=3, options={"offset": 1, "clamp": True}),
+    RelAttentionCase(
+        "masked",
+        B=2,
+        H=1,
+        Tq=5,
+        Tm=3,
+        D=3,
+        Dv=2,
+        r_batch=True,
+        key_start=[0, 6],
+        mask=(5, 8),
+        options={"window": (4, 2), "softcap": 2.0, "dropout_p": 0.2},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", GRADCHECK, ids=lambda case: case.name)
+def test_gradcheck(backend, case):
+    floats, others = case.inputs(torch.float64)
+    names = list(floats)
+
+    def call(*tensors):
+        inputs = dict(zip(names, tensors, strict=True))
+        return rel_attention(**inputs, **others, **case.options, backend=backend)
+
+    assert torch.autograd.gradcheck(call, tuple(floats.values()))
+
+
+def test_second_derivative_of_a_kernel_raises(require_backend):
+    require_backend("rel_attention", "native", needs_grad=True)
+    floats, _ = RelAttentionCase("").inputs(torch.float32)
+    out = rel_attention(**floats, backend="native")
+    (dq,) = torch.autograd.grad(out.square().sum(), floats["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="rel_attention: no second derivative"):
+        dq.sum().backward()
+
+
+def _schema_arguments(case, dtype):
+    """The positional arguments of rel_attention_fwd, in the schema's order."""
+    floats, others = case.inputs(dtype)
+    tensors = {**floats, **others}
+    names = "q k v r r_w_bias r_r_bias mem_k mem_v q_pos key_start key_lens mask bias dropout_seed"
+    if "mask" in tensors:
+        tensors["mask"] = tensors["mask"].expand(case.B, case.H, case.Tq, case.Tm + case.Tq)
+    left, right = case.options.get("window", (None, None))
+    return (
+        *(tensors.get(name) for name in names.split()),
+        case.options.get("offset", case.Tq - 1),
+        case.options.get("clamp", False),
+        case.options.get("causal", False),
+        left,
+        right,
+        list((*case.options["chunk"], 0)[:3]) if "chunk" in case.options else [],
+        case.options.get("scale", case.D**-0.5),
+        case.options.get("softcap", 0.0),
+        case.options.get("dropout_p", 0.0),
+        False,
+    )
+
+
+@pytest.mark.parametrize("name", ["transformer_xl", "plain", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_opcheck_forward(name, dtype, require_backend):
+    require_backend("rel_attention", "native", dtype=dtype, needs_grad=True)
+    arguments = _schema_arguments(CASES[name], dtype)
+    torch.library.opcheck(
+        torch.ops.txl_native.rel_attention_fwd.default, arguments, rtol=1e-2, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("needs_grad", [[True] * 8 + [False] * 2, [True, False] * 4 + [False] * 2])
+def test_opcheck_backward(needs_grad, require_backend):
+    require_backend("rel_attention", "native", needs_grad=True)
+    case = CASES["transformer_xl"]
+    arguments = [
+        x.detach() if isinstance(x, torch.Tensor) else x
+        for x in _schema_arguments(case, torch.float32)
+    ]
+    out, lse = torch.ops.txl_native.rel_attention_fwd(*arguments)
+    dout = case.dout(torch.float32)
+    torch.library.opcheck(
+        torch.ops.txl_native.rel_attention_bwd.default, (dout, *arguments, out, lse, needs_grad)
+    )
+
+
+@pytest.mark.parametrize("name", ["transformer_xl", "everything"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_without_a_graph_break(backend, compiler, name):
+    if compiler == "inductor" and (backend, name) == ("reference", "everything"):
+        pytest.skip("a minute of C++ compilation for plain PyTorch")
+    case = CASES[name]
+    floats, others = case.inputs(torch.float32)
+    options = {**others, **case.options, "return_lse": True, "backend": backend}
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda inputs: rel_attention(**inputs, **options), fullgraph=True, backend=compiler
+    )
+    out, lse = compiled(floats)
+    due, due_lse = rel_attention(**floats, **options)
+    torch.testing.assert_close(out, due)
+    torch.testing.assert_close(lse, due_lse)
+    leaves, dout = list(floats.values()), case.dout(torch.float32)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, leaves, dout),
+        torch.autograd.grad(due, leaves, dout),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_compiles_with_dropout_drawn_inside(backend):
+    floats, _ = RelAttentionCase("", Tm=0).inputs(torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda inputs: rel_attention(**inputs, dropout_p=0.5, backend=backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert not torch.equal(compiled(floats), compiled(floats))
+
+
+class _Streaming(torch.nn.Module):
+    """Segment and memory of any length; the Transformer-XL call with `clamp_len` 6."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+        self.r_w_bias = torch.nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, q, k, v, mem_k, mem_v, r, key_start):
+        Tq, Tk = q.shape[2], mem_k.shape[2] + k.shape[2]
+        return rel_attention(
+            q,
+            k,
+            v,
+            r,
+            r_w_bias=self.r_w_bias,
+            mem_k=mem_k,
+            mem_v=mem_v,
+            key_start=key_start,
+            offset=r.shape[2] - 1 - (Tk - Tq),
+            clamp=True,
+            causal=True,
+            window=(mem_k.shape[2], None),
+            backend=self.backend,
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["tracing", "strict"])
+def test_exports_with_dynamic_lengths(backend, strict):
+    def inputs(Tq, Tm, R):
+        q, k, v = (torch.randn(2, 2, Tq, 8) for _ in range(3))
+        mem_k, mem_v = (torch.randn(2, 2, Tm, 8) for _ in range(2))
+        return q, k, v, mem_k, mem_v, torch.randn(1, 2, R, 8), torch.tensor([0, 3])
+
+    Tq, Tm, R = Dim("Tq", min=2, max=4096), Dim("Tm", min=2, max=4096), Dim("R", min=2, max=4096)
+    lengths = ({2: Tq}, {2: Tq}, {2: Tq}, {2: Tm}, {2: Tm}, {2: R}, None)
+    module = _Streaming(backend)
+    program = torch.export.export(module, inputs(5, 9, 7), dynamic_shapes=lengths, strict=strict)
+    for sizes in [(5, 9, 7), (3, 20, 11), (17, 2, 4)]:
+        call = inputs(*sizes)
+        torch.testing.assert_close(program.module()(*call), module(*call))
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_casts_what_the_contract_names(backend, lower):
+    floats, _ = CASES["transformer_xl"].inputs(torch.float32)
+    cast = {n: x.to(lower) if "bias" not in n else x for n, x in floats.items()}
+    with torch.autocast("cpu", lower):
+        out, lse = rel_attention(**floats, causal=True, return_lse=True, backend=backend)
+    due, due_lse = rel_attention(**cast, causal=True, return_lse=True, backend=backend)
+    assert out.dtype == lower
+    assert torch.equal(out, due)
+    assert torch.equal(lse, due_lse)
+    out.sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in floats.values())
+
+
+def test_autocast_leaves_float64_alone(backend):
+    floats, _ = RelAttentionCase("").inputs(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = rel_attention(**floats, backend=backend)
+    assert torch.equal(out, rel_attention(**floats, backend=backend))
+
+
+def test_saves_nothing_that_grows_with_queries_times_keys(require_backend):
+    require_backend("rel_attention", "native", needs_grad=True)
+    case = RelAttentionCase("", B=1, H=2, Tq=100, Tm=200, D=8)
+    floats, _ = case.inputs(torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        rel_attention(**floats, causal=True, dropout_p=0.1, backend="native")
+    assert saved
+    assert max(x.numel() for x in saved) < case.Tq * (case.Tm + case.Tq)
