@@ -106,12 +106,12 @@ class AdaptiveSoftmax(nn.Module):
             head_weight = torch.cat([head_weight, self.cluster_weight])  # [c0 + n_tails, d_embed]
             head_bias = torch.cat([head_bias, self.cluster_bias])
         tails: list[Tail] = list(zip(projections[1:], weights[1:], biases[1:], strict=True))
-        options = Options(
-            cutoffs=self.cutoffs,
-            head_bias=head_bias,
-            head_proj=projections[0],
-            backend=self.backend,
-        )
+        options: Options = {
+            "cutoffs": self.cutoffs,
+            "head_bias": head_bias,
+            "head_proj": projections[0],
+            "backend": self.backend,
+        }
         return head_weight, tails, options
 
     def _bins(self) -> tuple[list[Tensor], list[Tensor]]:

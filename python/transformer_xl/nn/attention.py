@@ -115,13 +115,13 @@ class RelativeMultiHeadAttention(nn.Module):
             kv_weight = self.qkv_net.weight[self.n_head * self.d_head :]
             before = KeyValueCache(*self._split_heads(F.linear(memory, kv_weight)))
         q, k, v = self._split_heads(self.qkv_net(x))
-        options = Options(
-            r_w_bias=self.r_w_bias if r_w_bias is None else r_w_bias,
-            r_r_bias=self.r_r_bias if r_r_bias is None else r_r_bias,
-            key_start=key_start,
-            key_lens=key_lens,
-            mask=mask,
-        )
+        options: Options = {
+            "r_w_bias": self.r_w_bias if r_w_bias is None else r_w_bias,
+            "r_r_bias": self.r_r_bias if r_r_bias is None else r_r_bias,
+            "key_start": key_start,
+            "key_lens": key_lens,
+            "mask": mask,
+        }
         return self._attend(q, KeyValueCache(k, v), before, positions, options)
 
     def stream(
@@ -138,7 +138,7 @@ class RelativeMultiHeadAttention(nn.Module):
         self._check("x", x, batch=None if cache is None else cache.k.shape[0])
         q, k, v = self._split_heads(self.qkv_net(x))
         before = KeyValueCache(k[:, :, :0], v[:, :, :0]) if cache is None else cache
-        biases = Options(r_w_bias=self.r_w_bias, r_r_bias=self.r_r_bias)
+        biases: Options = {"r_w_bias": self.r_w_bias, "r_r_bias": self.r_r_bias}
         out = self._attend(q, KeyValueCache(k, v), before, None, biases)
         k, v = (torch.cat(pair, dim=2).detach() for pair in ((before.k, k), (before.v, v)))
         dropped = max(k.shape[2] - cache_len, 0)
