@@ -39,7 +39,7 @@ bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the ben
 venv: $(VENV)/.installed-dev ## the environment with everything that developing needs
 	@echo "$(PY) is ready"
 
-build: $(PY) ## build the native part again, in place
+build: torch ## build the native part again, in place
 	$(PY) $(PIP) install --no-deps -e .
 	@$(MAKE) native-status
 
@@ -75,7 +75,7 @@ clean: ## remove what builds and tools leave; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f txl_kernels/_C.*.so txl_kernels/_native_build.json $(VENV)/.installed-*
 
-.PHONY: help run test bench bench-hf-env venv build format lint types wheel ci clean native-status
+.PHONY: help run test bench bench-hf-env venv build format lint types wheel ci clean native-status torch
 
 # ---- the environment
 
@@ -93,8 +93,11 @@ $(PY):
 	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active_python.pth"; \
 	fi
 
-$(VENV)/.installed-%: pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) | $(PY)
-	@$(PY) -c 'import torch' 2> /dev/null || { set -x; $(PY) $(PIP) install '$(TORCH)'; }
+torch: $(PY)
+	@$(PY) -c 'import importlib.util as u; raise SystemExit(not u.find_spec("torch"))' \
+	  || { set -x; $(PY) $(PIP) install $(TORCH); }
+
+$(VENV)/.installed-%: pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) | torch
 	$(PY) $(PIP) install -e '.[$*]'
 	@$(MAKE) native-status
 	@touch $@
