@@ -10,7 +10,14 @@ from typing import Literal
 
 from transformer_xl.config import DataConfig
 from transformer_xl.data.batches import OrderedBatches
-from transformer_xl.data.datasets import find_dataset, find_protocol, nearest
+from transformer_xl.data.datasets import (
+    Dataset,
+    Level,
+    Protocol,
+    find_dataset,
+    find_protocol,
+    nearest,
+)
 from transformer_xl.data.encoding import RECORD, VOCABULARY, encode
 from transformer_xl.data.record import Recipe, Record
 from transformer_xl.data.sentence_batches import ShuffledSentenceBatches
@@ -27,37 +34,28 @@ def open_corpus(config: DataConfig) -> Corpus:
         ValueError: an unknown data set or protocol (with the nearest name), an empty file, text
             that is not UTF-8 (with the byte offset), a symbol outside a closed vocabulary, a token
             file that is damaged.
-        FileNotFoundError: files that are not there, with the names that were looked for.
+        FileNotFoundError: files that are not there, with the names that were looked for and where
+            to get them.
     """
     dataset = find_dataset(config.name)
     protocol_name, protocol = find_protocol(dataset, config.protocol)
-    level = protocol.level if config.tokenizer == "dataset" else config.tokenizer
-    if dataset.vocabulary is not None and level != protocol.level:
-        raise ValueError(f"tokenizer: {config.name} is read as {protocol.level}s, got {level!r}")
-    if config.tokenizer_file is not None and level != "bpe":
-        raise ValueError(f"tokenizer_file: expected the tokenizer 'bpe' with it, got {level!r}")
+    level = _level(config, dataset, protocol)
     path = _place(config)
     try:
         splits = dataset.locate(path)
-        words = dataset.vocabulary and find_piece(path, [dataset.vocabulary])
+        word_list = find_piece(path, [dataset.word_list]) if dataset.word_list else None
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"data set {config.name}: {error}; get it: {dataset.source}"
         ) from error
+    tokenizer_file = None if config.tokenizer_file is None else Path(config.tokenizer_file)
     recipe = Recipe(
-        dataset=config.name,
-        protocol_name=protocol_name,
-        protocol=protocol,
-        level=level,
-        bpe_size=config.bpe_size,
-        tokenizer_file=None if config.tokenizer_file is None else Path(config.tokenizer_file),
-        word_list=words or None,
+        config.name, protocol_name, protocol, level, config.bpe_size, tokenizer_file, word_list
     )
     folder = _folder(config, recipe, path)
     record = Record.load(folder / RECORD) if (folder / RECORD).exists() else None
     if record is None or not record.describes(recipe, splits):
-        encode(recipe, splits, folder)
-        record = Record.load(folder / RECORD)
+        record = encode(recipe, splits, folder)
     return Corpus(folder, recipe, record)
 
 
@@ -141,13 +139,26 @@ class Corpus:
         )
 
 
+def _level(config: DataConfig, dataset: Dataset, protocol: Protocol) -> Level:
+    """What a token is, after raising for a tokenizer that does not fit."""
+    level = protocol.level if config.tokenizer == "dataset" else config.tokenizer
+    if dataset.word_list is not None and level != protocol.level:
+        raise ValueError(f"tokenizer: {config.name} is read as {protocol.level}s, got {level!r}")
+    if config.tokenizer_file is not None:
+        if level != "bpe":
+            raise ValueError(f"tokenizer_file: expected tokenizer 'bpe' with it, got {level!r}")
+        if not Path(config.tokenizer_file).is_file():
+            raise FileNotFoundError(f"tokenizer_file: there is no file {config.tokenizer_file}")
+    return level
+
+
 def _place(config: DataConfig) -> Path:
-    """Where the data set lies: the given path, or a folder of its name."""
+    """Where the data set lies: the given path, else this Python's library or the set's folder."""
     if config.path is not None:
         return Path(config.path)
-    return (
-        Path(sysconfig.get_path("stdlib")) if config.name == "stdlib" else Path("data", config.name)
-    )
+    if config.name == "stdlib":
+        return Path(sysconfig.get_path("stdlib"))
+    return Path("data", config.name)
 
 
 def _folder(config: DataConfig, recipe: Recipe, path: Path) -> Path:

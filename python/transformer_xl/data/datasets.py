@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from platform import python_version
 from typing import Literal, TypeVar
 
 from transformer_xl.data.sources import (
@@ -26,7 +27,8 @@ T = TypeVar("T")
 WIKI8_BYTES = (90_000_000, 5_000_000, 5_000_000)
 LM1B_TRAIN = "training-monolingual.tokenized.shuffled"
 LM1B_HELDOUT = "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050"
-LM1B_VOCABULARY = "1b_word_vocab.txt"
+LM1B_WORDS = "1b_word_vocab.txt"
+LM1B_SHARDS = 99
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,13 @@ class Dataset:
         source: where a user gets it.
         locate: finds its splits under a path; raises FileNotFoundError, ValueError.
         protocols: by name; the first is the data set's own.
-        vocabulary: name of the file that lists its words, if one does.
+        word_list: name of the file that lists its words, if one does.
     """
 
     source: str
     locate: Callable[[Path], Splits]
     protocols: Mapping[str, Protocol]
-    vocabulary: str | None = None
+    word_list: str | None = None
 
 
 def find_dataset(name: str) -> Dataset:
@@ -103,8 +105,11 @@ def _lm1b_files(path: Path) -> Splits:
     """The shards in alphabetic order; the same held-out shard is validation and test set."""
     root = next(iter(sorted(path.glob("1-billion-word*output"))), path)
     shards = sorted((root / LM1B_TRAIN).glob("news.en-*-of-*"))
-    if not shards:
-        raise FileNotFoundError(f"{root}: expected {LM1B_TRAIN}/news.en-*-of-* in it")
+    if len(shards) != LM1B_SHARDS:
+        raise FileNotFoundError(
+            f"{root}: expected {LM1B_SHARDS} files {LM1B_TRAIN}/news.en-*-of-* in it, found "
+            f"{len(shards)}"
+        )
     heldout = [find_piece(root, [LM1B_HELDOUT])]
     return {"train": [Piece(shard) for shard in shards], "valid": heldout, "test": heldout}
 
@@ -185,7 +190,7 @@ DATASETS: dict[str, Dataset] = {
                 "sentences <S> … <S> as one stream, <S> after <S> scored too (TensorFlow)", "word"
             ),
         },
-        vocabulary=LM1B_VOCABULARY,
+        word_list=LM1B_WORDS,
     ),
     "text": Dataset(
         "your own files",
@@ -195,6 +200,6 @@ DATASETS: dict[str, Dataset] = {
     "stdlib": Dataset(
         "the Python that runs this program",
         stdlib_files,
-        {"standard": Protocol("bytes of the standard library's source", "byte", open=True)},
+        {"standard": Protocol(f"source of Python {python_version()}, bytes", "byte", open=True)},
     ),
 }

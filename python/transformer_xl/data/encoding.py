@@ -30,7 +30,6 @@ def encode(recipe: Recipe, splits: Splits, folder: Path) -> Record:
     """Encode the splits into `folder`, which appears, or is replaced, only when it is complete.
 
     Raises:
-        FileNotFoundError: a tokenizer.json that is not there.
         ValueError: an empty file or split, text that is not UTF-8, an unknown piece in a closed
             vocabulary; the file and what was found in it are named.
     """

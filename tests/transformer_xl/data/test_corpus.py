@@ -229,9 +229,9 @@ def test_a_tokenizer_file_must_be_one(opened: Opened, text: Path, tmp_path: Path
     file = str(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer.json"):
         opened("text", text, tokenizer="bpe", tokenizer_file=file)
-    with pytest.raises(ValueError, match="expected the tokenizer 'bpe' with it, got 'byte'"):
+    with pytest.raises(ValueError, match="expected tokenizer 'bpe' with it, got 'byte'"):
         opened("text", text, tokenizer_file=file)
-    with pytest.raises(FileNotFoundError, match=r"missing.json"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_file: there is no file missing.json"):
         opened("text", text, tokenizer="bpe", tokenizer_file="missing.json")
 
 

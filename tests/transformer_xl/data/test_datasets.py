@@ -160,8 +160,9 @@ def test_char_penn_treebank_is_text_again(opened: Opened, simple_examples: Path)
 
 
 @pytest.fixture
-def one_billion(tmp_path: Path) -> Path:
+def one_billion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One Billion Word with two training shards and its word list."""
+    monkeypatch.setattr(datasets, "LM1B_SHARDS", 2)
     root = tmp_path / "1-billion-word-language-modeling-benchmark-r13output"
     train, heldout = (
         root / f"{part}-monolingual.tokenized.shuffled" for part in ("training", "heldout")
@@ -189,6 +190,12 @@ def test_one_billion_word_is_sentences_between_two_marks(
     # Where one stream is read, <S> after <S> is scored: once for each sentence but the first.
     scored = sum(int((b.targets != -100).sum()) for b in corpus.batches("train", 1, 2))
     assert scored == {"original": 8, "boundary-scored": 10}[protocol]
+
+
+def test_one_billion_word_needs_every_shard(opened: Opened, one_billion: Path) -> None:
+    next(one_billion.glob("*/training*/*00002*")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected 2 files training.* in it, found 1; get"):
+        opened("lm1b", one_billion)
 
 
 def test_one_billion_word_needs_its_word_list(opened: Opened, one_billion: Path) -> None:
