@@ -122,8 +122,7 @@ class Corpus:
     @property
     def protocol(self) -> str:
         recipe = self._recipe
-        own = recipe.level == recipe.protocol.level
-        meaning = recipe.protocol.meaning if own else f"{recipe.level} tokens"
+        meaning = recipe.protocol.meaning if recipe.as_protocol else f"{recipe.level} tokens"
         return f"{recipe.dataset} ({recipe.protocol_name}: {meaning}), V = {len(self.vocab):,}"
 
     def summary(self) -> str:

@@ -38,7 +38,8 @@ class Protocol:
     Args:
         meaning: what is special about it, printed with every score.
         level: what a token is.
-        counted: splits whose text makes the vocabulary.
+        counted: splits whose symbols make the vocabulary; at another level than this one, and for
+            subwords, it is always made from train.
         dropped: bytes left out, at byte level.
         lowercase: lower-case the text, at word level.
         open: what was not counted is a token too: all 256 bytes, or `<unk>`.
@@ -93,8 +94,8 @@ def nearest(name: str, known: Collection[str]) -> str:
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
-def _wiki8(*names: str) -> Callable[[Path], Splits]:
-    return lambda path: one_file(find_file(path, names), WIKI8_BYTES)
+def _wiki8(name: str) -> Callable[[Path], Splits]:
+    return lambda path: one_file(find_file(path, [name]), WIKI8_BYTES)
 
 
 def _files(*patterns: str) -> Callable[[Path], Splits]:
@@ -129,9 +130,7 @@ def _unspaced(data: bytes) -> bytes:
 
 _WORDS = Protocol("words, <eos> ends each line", "word")
 _WORDS_OF_ALL = Protocol(
-    "words, <eos> ends each line, vocabulary of all three splits",
-    "word",
-    counted=SPLITS,
+    "words, <eos> ends each line, vocabulary of all three splits", "word", counted=SPLITS
 )
 
 DATASETS: dict[str, Dataset] = {

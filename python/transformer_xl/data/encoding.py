@@ -50,11 +50,14 @@ def encode(recipe: Recipe, splits: Splits, folder: Path) -> Record:
 
 def build_vocabulary(recipe: Recipe, splits: Splits) -> Vocabulary:
     """The vocabulary of a recipe: read from its file, or counted on the protocol's splits."""
-    protocol = recipe.protocol
-    pieces = [piece for split in protocol.counted for piece in splits[split]]
+    pieces = [piece for split in recipe.counted for piece in splits[split]]
     unknown = ("<unk>",) if recipe.open else ()
     if recipe.level == "byte":
-        return ByteVocabulary() if recipe.open else ByteVocabulary.count(pieces, protocol.dropped)
+        return (
+            ByteVocabulary()
+            if recipe.open
+            else ByteVocabulary.count(pieces, recipe.protocol.dropped)
+        )
     if recipe.level == "char":
         return CharVocabulary.count(pieces, unknown)
     if recipe.level == "bpe":
@@ -63,7 +66,7 @@ def build_vocabulary(recipe: Recipe, splits: Splits) -> Vocabulary:
         return SubwordVocabulary.learn(pieces, recipe.bpe_size)
     if recipe.word_list is not None:
         return WordVocabulary.from_list(recipe.word_list)
-    return WordVocabulary.count(pieces, (END_OF_LINE, *unknown), protocol.lowercase)
+    return WordVocabulary.count(pieces, (END_OF_LINE, *unknown), recipe.protocol.lowercase)
 
 
 def _write(folder: Path, split: str, vocabulary: Vocabulary, pieces: Sequence[Piece]) -> TokenFile:

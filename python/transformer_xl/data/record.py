@@ -39,7 +39,17 @@ class Recipe:
     @property
     def open(self) -> bool:
         """Whether symbols that were not counted get a token."""
-        return self.protocol.open or self.level != self.protocol.level
+        return self.protocol.open or not self.as_protocol
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Splits that the vocabulary is made from."""
+        return self.protocol.counted if self.as_protocol else ("train",)
+
+    @property
+    def as_protocol(self) -> bool:
+        """Whether tokens are what the protocol says, not another level's."""
+        return self.level == self.protocol.level
 
     def files(self, splits: Splits) -> list[Path]:
         """Every file the encoding depends on, each once."""

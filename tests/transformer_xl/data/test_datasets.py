@@ -225,11 +225,16 @@ def test_plain_text_at_every_level(tokenizer: str, opened: Opened, split_files: 
     assert corpus.metric == ("bpc" if tokenizer in ("byte", "char") else "ppl")
 
 
-def test_a_data_set_may_be_read_at_another_level(opened: Opened, split_files: SplitFiles) -> None:
-    folder = split_files("wiki.{}.tokens", "a b\n", "a\n", "z\n")
-    corpus = opened("wt103", folder, tokenizer="char")
-    assert corpus.protocol == "wt103 (original: char tokens), V = 5"
-    assert corpus.vocab.decode(corpus.split("test")) == "<unk>\n"
+@pytest.mark.parametrize("name", ["wt103", "wt2"])
+def test_at_another_level_the_vocabulary_is_made_from_train(
+    name: str, opened: Opened, split_files: SplitFiles
+) -> None:
+    folder = split_files("wiki.{}.tokens", "a b\n", "a\n", "zz zz zz\n")
+    corpus = opened(name, folder, tokenizer="char", protocol="original")
+    assert corpus.protocol == f"{name} (original: char tokens), V = 5"
+    assert corpus.vocab.decode(corpus.split("test")[:2]) == "<unk><unk>"
+    subwords = opened(name, folder, tokenizer="bpe", protocol="original")
+    assert len(subwords.split("test")) == len("zz zz zz\n")  # no pair of z was learned
 
 
 def test_unknown_names_are_answered_with_the_nearest(opened: Opened, tmp_path: Path) -> None:
