@@ -123,8 +123,13 @@ def test_a_changed_token_is_reported(opened: Opened, text: Path) -> None:
         opened("text", text)
 
 
+@pytest.mark.parametrize("failing", [(encoding.TokenFile, "write"), (Path, "rename")])
 def test_an_encoding_that_fails_leaves_nothing(
-    opened: Opened, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failing: tuple[object, str],
+    opened: Opened,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened("text", text)
     (text / "train.txt").write_text("changed\n")
@@ -133,26 +138,44 @@ def test_an_encoding_that_fails_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(encoding.TokenFile, "write", full_disk)
+        patched.setattr(*failing, full_disk)
         with pytest.raises(OSError, match="No space left"):
             opened("text", text)
     assert len(list((tmp_path / "cache").iterdir())) == 1
     assert opened("text", text).vocab.decode(opened("text", text).split("train")) == "changed\n"
 
 
+@pytest.mark.parametrize("moment", [(encoding, "build_vocabulary"), (Path, "rename")])
 def test_two_processes_that_encode_at_once_both_succeed(
-    opened: Opened, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: tuple[object, str],
+    opened: Opened,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    build = encoding.build_vocabulary
+    step = getattr(*moment)
 
     def overtaken(*arguments: object) -> object:
-        monkeypatch.setattr(encoding, "build_vocabulary", build)
+        monkeypatch.setattr(*moment, step)
         opened("text", text)  # another process is quicker
-        return build(*arguments)
+        return step(*arguments)
 
-    monkeypatch.setattr(encoding, "build_vocabulary", overtaken)
+    monkeypatch.setattr(*moment, overtaken)
     assert bytes(opened("text", text).split("test")) == b"four\n"
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_new_file_of_the_library_is_read(
+    opened: Opened, tmp_path: Path, encodings: list[Path]
+) -> None:
+    (tmp_path / "lib").mkdir()
+    for i in range(40):
+        (tmp_path / "lib" / f"module{i}.py").write_text("x = 1\n")
+    opened("stdlib", tmp_path / "lib")
+    (tmp_path / "lib" / "new.py").write_text("y = 2\n")
+    found = opened("stdlib", tmp_path / "lib")
+    assert len(encodings) == 2
+    assert "246 bytes in 41 files" in found.summary()
 
 
 def test_batches_follow_the_protocol(opened: Opened, text: Path) -> None:

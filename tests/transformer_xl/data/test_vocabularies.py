@@ -167,6 +167,14 @@ def test_word_lists_keep_their_order_and_skip_repetitions(tmp_path: Path) -> Non
     assert WordVocabulary.from_list(Piece(path)).words == ["</S>", "<S>", "<UNK>", "the", ","]
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"), [(["<eos>", "a", "a"], "each once"), (["a"], "<eos> or <S> among them")]
+)
+def test_words_that_make_no_vocabulary_are_refused(words: list[str], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"words: expected {reason}"):
+        WordVocabulary(words)
+
+
 def test_a_tokenizer_file_is_used_as_it_is(subwords: SubwordVocabulary, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, processors
 
