@@ -1,0 +1,73 @@
+"""`python -m benchmarks`: take the figures, print one table, write JSON and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import machine, registry
+from benchmarks.cases import OURS
+from benchmarks.measure import SAMPLE_SECONDS, WANTED_ROUNDS, Probe
+from benchmarks.plot import plot
+from benchmarks.report import print_report, write_json
+from benchmarks.step_profile import profile_step
+from benchmarks.suite import Effort, Figures, take, take_memory
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    options = _parse()
+    timed = registry.select(registry.timed_cases(), options.cases)
+    memory = registry.select(registry.memory_cases(), options.cases)
+    if options.list:
+        print(*(case.name for case in (*timed, *memory)), sep="\n")
+        return
+    if not timed and not memory:
+        raise SystemExit(f"no case matches {' '.join(options.cases)}; --list shows all")
+    torch.set_num_threads(options.threads)
+    console = Console(width=None if options.width is None else options.width)
+    effort = Effort(options.pairs, options.sample_seconds, memory=not options.no_memory)
+    described = machine.describe()
+    probe = Probe()
+    results = [take(case, probe, effort) for case in track(timed, "timing", console=console)]
+    for case in memory if effort.memory else ():
+        results.append(Figures(case.name))
+        take_memory(case, (OURS,), results[-1])
+    profile = []
+    if any(case.name.endswith("train_step") for case in timed):
+        profile = profile_step(registry.model_shapes()[0], torch.float32)
+
+    print_report(console, described, results, profile)
+    stem = f"{machine.processor().slug}-{datetime.date.today().isoformat()}"
+    write_json(options.out / f"{stem}.json", described, results, profile)
+    plot(options.out / f"{stem}.png", results, str(described["processor"]))
+    console.print(f"written: {options.out / stem}.json and .png", highlight=False)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "cases", nargs="*", default=["*"], help="parts of names, such as enwik8_base/float32"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--pairs", type=int, default=WANTED_ROUNDS, help="quiet pairs per peer")
+    parser.add_argument("--quick", action="store_true", help="3 pairs of short samples")
+    parser.add_argument("--no-memory", action="store_true", help="take no peak memory")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--width", type=int, help="columns of the table")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and plot")
+    options = parser.parse_args()
+    options.sample_seconds = SAMPLE_SECONDS
+    if options.quick:
+        options.pairs, options.sample_seconds = 3, 0.01
+    return options
+
+
+if __name__ == "__main__":
+    main()

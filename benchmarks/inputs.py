@@ -1,0 +1,101 @@
+"""The inputs of an attention benchmark: a named shape, random tensors, and what there is to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """Sizes of one call of `rel_attention`; lengths in tokens (frames).
+
+    `key_lens`, where given, is passed as the argument of that name, one length per row.
+    """
+
+    name: str
+    B: int
+    H: int
+    Tq: int
+    Tm: int
+    D: int
+    causal: bool
+    key_lens: tuple[int, ...] | None = None
+
+    @property
+    def n_keys(self) -> int:
+        """Keys: the memory's and the segment's."""
+        return self.Tm + self.Tq
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of r: distances Tk - 1 … 0, or down to -(Tq - 1) where the future is seen."""
+        return self.n_keys if self.causal else self.n_keys + self.Tq - 1
+
+    @property
+    def attended_pairs(self) -> int:
+        """(query, key) pairs that the mask allows, over all rows and heads."""
+        seen = torch.full((self.Tq,), self.n_keys)
+        if self.causal:
+            seen = torch.arange(self.Tq) + self.Tm + 1
+        key_lens = torch.tensor(self.key_lens or (self.n_keys,) * self.B)
+        return int(torch.minimum(seen, key_lens[:, None]).sum()) * self.H
+
+    def tiny(self) -> AttentionShape:
+        """The same kind of call, small enough to load every library with."""
+        key_lens = None if self.key_lens is None else (16,) * self.B
+        Tm = min(self.Tm, 16)
+        return dataclasses.replace(self, Tq=16, Tm=Tm, key_lens=key_lens)
+
+
+class AttentionInputs(NamedTuple):
+    """Tensors of one call, in `rel_attention`'s words; a memory of length 0 is None."""
+
+    q: Tensor  # [B, H, Tq, D]
+    k: Tensor  # [B, H, Tq, D]
+    v: Tensor  # [B, H, Tq, D]
+    r: Tensor  # [1, H, R, D]
+    r_w_bias: Tensor  # [H, D]
+    r_r_bias: Tensor  # [H, D]
+    mem_k: Tensor | None  # [B, H, Tm, D]
+    mem_v: Tensor | None  # [B, H, Tm, D]
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The tensors there are: all of them get gradients in a backward pass."""
+        return tuple(tensor for tensor in self if tensor is not None)
+
+    def convert(self, dtype: torch.dtype) -> AttentionInputs:
+        """The same values, as leaves of their own in `dtype`, asking for gradients alike."""
+        copies = (
+            None if x is None else x.detach().to(dtype).requires_grad_(x.requires_grad)
+            for x in self
+        )
+        return AttentionInputs(*copies)
+
+
+def random_inputs(
+    shape: AttentionShape, dtype: torch.dtype, *, requires_grad: bool, seed: int = 0
+) -> AttentionInputs:
+    """Normal values (the biases a tenth), contiguous, the same for one seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        values = torch.randn(*size, generator=generator) * std
+        return values.to(dtype).requires_grad_(requires_grad)
+
+    B, H, Tq, Tm, D = shape.B, shape.H, shape.Tq, shape.Tm, shape.D
+    segment = (B, H, Tq, D)
+    memory = [normal(B, H, Tm, D) if Tm else None for _ in range(2)]
+    return AttentionInputs(
+        q=normal(*segment),
+        k=normal(*segment),
+        v=normal(*segment),
+        r=normal(1, H, shape.n_rows, D),
+        r_w_bias=normal(H, D, std=0.1),
+        r_r_bias=normal(H, D, std=0.1),
+        mem_k=memory[0],
+        mem_v=memory[1],
+    )

@@ -1,0 +1,97 @@
+"""The machine of a run: its processor, and how fast products of matrices can go on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import sample, stopwatch
+from txl_kernels.backends import native
+
+TILES = ((64, 512, 64), (128, 512, 64), (64, 1024, 64), (128, 128, 512), (64, 512, 128))
+TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+
+# What could carry a case's products; the fastest is its limit.
+_TILE_KINDS = {
+    torch.float32: ("brgemm_f32", "sgemm"),
+    torch.bfloat16: ("brgemm_bf16", "brgemm_f32", "sgemm"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """What /proc/cpuinfo says; `name` with family and model, which virtual machines leave."""
+
+    name: str
+    features: tuple[str, ...]
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file's name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """The best rate that products of tiles reach, in GFLOP/s, and by which routine."""
+
+    kind: str
+    gflops: float
+
+
+def processor() -> Processor:
+    """The processor this runs on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    fields = dict(re.findall(r"^([^\t:]+?)\s*: (.*)$", text, re.M))
+    name = fields.get("model name", platform.processor() or platform.machine())
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']} model {fields['model']})"
+    flags = fields.get("flags", "").split()
+    return Processor(name, tuple(flag for flag in TELLING_FLAGS if flag in flags))
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """GFLOP/s of torch's own product of two square matrices."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    return 2e-9 * size**3 / sample(stopwatch(lambda: a @ b), min_seconds=0.2)
+
+
+def tile_rates(kinds: tuple[str, ...], seconds: float = 0.1) -> dict[str, float]:
+    """Best GFLOP/s over `TILES` of cached products, by kind; those that cannot run are absent.
+
+    Kinds: "brgemm_f32", "brgemm_bf16", "sgemm"; all threads work. Empty without the native part.
+    """
+    if native.unavailable_reason() is not None:
+        return {}
+    extension = importlib.import_module("txl_kernels._C")
+    best = {
+        kind: max(extension.probe_gemm(kind, *tile, seconds) for tile in TILES) for kind in kinds
+    }
+    return {kind: rate for kind, rate in best.items() if rate > 0}
+
+
+def limit(dtype: torch.dtype, seconds: float = 0.1) -> Limit | None:
+    """What a kernel in `dtype` could reach at this moment; None without the native part."""
+    rates = tile_rates(_TILE_KINDS[dtype], seconds)
+    return max((Limit(*item) for item in rates.items()), key=lambda x: x.gflops, default=None)
+
+
+def describe() -> dict[str, object]:
+    """The machine and its rates in GFLOP/s, for the record of a run."""
+    here = processor()
+    return {
+        "processor": here.name,
+        "features": here.features,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "native": native.unavailable_reason() or "built and loaded",
+        "matmul_float32": matmul_rate(torch.float32),
+        "matmul_bfloat16": matmul_rate(torch.bfloat16),
+        "tiles": tile_rates(("sgemm", "brgemm_f32", "brgemm_bf16")),
+    }

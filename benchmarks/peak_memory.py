@@ -1,0 +1,61 @@
+"""How much memory a contender of a case takes at its peak, taken in a process of its own.
+
+    python -m benchmarks.peak_memory CASE CONTENDER
+
+prints MiB: the growth of the resident set from just before the first run to its highest point.
+Inputs (and a model's weights) are there before and do not count; outputs, gradients, what is
+saved between passes and an optimizer's state do. Libraries are loaded by a tiny run before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import registry
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+_FORGET_PEAK = "5"  # Linux: sets VmHWM to the present resident set
+
+
+def in_child(case: str, contender: str) -> float:
+    """MiB that `contender` of the case named `case` grows by; RuntimeError if its process fails."""
+    command = [sys.executable, "-m", __name__, case, contender, str(torch.get_num_threads())]
+    root = Path(__file__).resolve().parents[1]
+    child = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    if child.returncode:
+        raise RuntimeError(f"{case}, {contender}: {child.stderr.strip() or 'killed'}")
+    return float(child.stdout)
+
+
+def growth(case: str, contender: str) -> float:
+    """MiB, in this process, which should have done nothing before."""
+    chosen = registry.case(case)
+    with chosen.tiny().contender(contender) as run:
+        run()
+    with chosen.contender(contender) as run:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        CLEAR_REFS.write_text(_FORGET_PEAK)
+        before = _resident("VmRSS")
+        run()
+        return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> float:
+    """A field of /proc/self/status in MiB."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.M)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    print(growth(sys.argv[1], sys.argv[2]))

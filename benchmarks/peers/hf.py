@@ -1,0 +1,130 @@
+"""Hugging Face's TransfoXL 4.37.2, the last one that runs, as a peer in another process.
+
+It needs an environment of its own, `make bench-hf-env`; `hf_worker` runs there and is spoken to
+through a pipe. Both sides wait for each other, so they never compete for the processor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import PeerUnavailableError
+from transformer_xl.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("hf_worker.py")
+
+# Our names, and the same parameters in Hugging Face's layers.
+_RENAMED = {"attn_layer_norm": "dec_attn.layer_norm", "ff_layer_norm": "pos_ff.layer_norm"}
+
+
+def interpreter() -> Path:
+    """The Python of the peer's environment.
+
+    Raises:
+        PeerUnavailableError: it was not made.
+    """
+    python = ROOT / os.environ.get("HF_VENV", ".venv-hf") / "bin" / "python"
+    if not python.exists():
+        raise PeerUnavailableError("TransfoXL's environment is not there: make bench-hf-env")
+    return python
+
+
+def config(ours: ModelConfig) -> dict[str, Any]:
+    """Arguments of TransfoXLConfig for the same model; plain softmax and own biases per layer."""
+    if ours.cutoffs or not ours.untie_r or ours.first_memory != "zeros":
+        raise ValueError("expected a config without cutoffs, with untie_r and a memory of zeros")
+    names = ("vocab_size", "div_val", "n_layer", "d_model", "n_head", "d_head", "d_inner")
+    options = ("mem_len", "clamp_len", "same_length", "dropout", "dropatt", "pre_lnorm", "untie_r")
+    same = {name: getattr(ours, name) for name in (*names, *options)}
+    return same | {"d_embed": ours.embed_width(0), "cutoffs": [], "tie_word_embeddings": True}
+
+
+def state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our model's parameters under Hugging Face's names."""
+    renamed = {}
+    for name, tensor in ours.items():
+        for old, new in _RENAMED.items():
+            name = name.replace(old, new)
+        renamed[name if name.startswith("crit.") else f"transformer.{name}"] = tensor
+    return renamed
+
+
+class HuggingFaceWorker:
+    """The model in its process; a context, which ends the process."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_config: ModelConfig,
+        tokens: Tensor,  # int64 [B, 2·T]
+        *,
+        lr: float,
+        clip: float,
+    ) -> None:
+        python = interpreter()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        self._process = subprocess.Popen(
+            [str(python), str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder) / "weights.pt"
+            torch.save(state_dict(model.state_dict()), weights)
+            self.ask(
+                "build",
+                config=config(model_config),
+                weights=str(weights),
+                tokens=tokens.tolist(),
+                threads=torch.get_num_threads(),
+                lr=lr,
+                clip=clip,
+            )
+
+    def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
+        """The worker's answer.
+
+        Raises:
+            RuntimeError: the worker failed or has died; its traceback is on stderr.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps({"do": action, **arguments}), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise RuntimeError(f"TransfoXL's worker has ended before {action}") from None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"TransfoXL's worker ended during {action}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"TransfoXL's worker, {action}: {answer['error']}")
+        return answer
+
+    def __enter__(self) -> HuggingFaceWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,109 @@
+"""Every benchmark case by name. Shapes are named after real runs and read from their presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Iterable
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.cases.model import ModelCase, ModelShape
+from benchmarks.cases.rel_attention import AttentionCase
+from benchmarks.inputs import AttentionShape
+from transformer_xl.config import ModelConfig, load_preset
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+# Two minutes of speech in an encoder of NVIDIA's Parakeet family: 8 heads of 64, a frame every
+# 80 ms. One recording alone, so its length is all frames.
+PARAKEET = AttentionShape(
+    name="parakeet_2min", B=1, H=8, Tq=1500, Tm=0, D=64, causal=False, key_lens=(1500,)
+)
+# A book's chapter in one segment: what grows with Tq · Tk does not fit.
+LONG = AttentionShape(name="long_16k", B=1, H=8, Tq=16384, Tm=16384, D=64, causal=True)
+
+
+def attention_shapes() -> list[AttentionShape]:
+    """The shapes that are timed; batches are cut to what two cores do in well under a second."""
+    return [
+        _train_shape("enwik8_base", B=4),
+        PARAKEET,
+        _train_shape("wt103_base", B=2),
+        _eval_shape("enwik8_large", B=1),
+    ]
+
+
+def model_shapes() -> list[ModelShape]:
+    """The models that are trained and evaluated."""
+    preset = load_preset("enwik8_base")
+    # A vocabulary of bytes; biases per layer and a first memory of zeros are Hugging Face's.
+    config = dataclasses.replace(
+        preset.model, vocab_size=256, n_layer=4, untie_r=True, first_memory="zeros"
+    )
+    shape = ModelShape(
+        name="enwik8_base_4layers",
+        config=config,
+        batch_size=4,
+        tgt_len=preset.train.tgt_len,
+        lr=preset.train.lr,
+        clip=preset.train.clip,
+    )
+    return [shape]
+
+
+def timed_cases() -> list[Case]:
+    """All cases that are timed, in the order of the table."""
+    attention = [
+        AttentionCase(shape, dtype, direction)
+        for shape in attention_shapes()
+        for dtype in DTYPES
+        for direction in ("forward", "backward", "forward+backward")
+    ]
+    models = [
+        ModelCase(shape, dtype, work)
+        for shape in model_shapes()
+        for dtype in DTYPES
+        for work in ("train_step", "evaluate")
+    ]
+    return [*attention, *models]
+
+
+def memory_cases() -> list[Case]:
+    """Cases of which only the memory is taken, and only for ours."""
+    return [AttentionCase(LONG, torch.float32, "forward+backward")]
+
+
+def case(name: str) -> Case:
+    """The case `name`; ValueError with the nearest name if there is none."""
+    cases = {known.name: known for known in (*timed_cases(), *memory_cases())}
+    if name not in cases:
+        near = difflib.get_close_matches(name, cases, n=1, cutoff=0.0)
+        raise ValueError(f"unknown case {name!r}; did you mean {near[0]!r}?")
+    return cases[name]
+
+
+def select(cases: Iterable[Case], patterns: Iterable[str]) -> list[Case]:
+    """The cases whose name matches one of the patterns, as a whole or in part."""
+    wanted = [f"*{pattern}*" for pattern in patterns]
+    return [c for c in cases if any(fnmatch.fnmatch(c.name, pattern) for pattern in wanted)]
+
+
+def _train_shape(preset: str, *, B: int) -> AttentionShape:
+    """A training segment of a published run, behind a full memory."""
+    run = load_preset(preset)
+    return _shape(f"{preset}_train", run.model, B, Tq=run.train.tgt_len, Tm=run.model.mem_len)
+
+
+def _eval_shape(preset: str, *, B: int) -> AttentionShape:
+    """A segment of a published evaluation, behind a full memory."""
+    run = load_preset(preset)
+    lengths = run.evaluate
+    return _shape(f"{preset}_eval", run.model, B, Tq=lengths.tgt_len, Tm=lengths.mem_len)
+
+
+def _shape(name: str, model: ModelConfig, B: int, *, Tq: int, Tm: int) -> AttentionShape:
+    H, D = model.n_head, model.d_head
+    return AttentionShape(name=name, B=B, H=H, Tq=Tq, Tm=Tm, D=D, causal=True)

@@ -1,0 +1,145 @@
+"""What a run of the benchmarks leaves: one table for people, JSON for everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import OURS
+from benchmarks.measure import Comparison, Quartiles
+from benchmarks.step_profile import Share
+from benchmarks.suite import Figures
+
+NOTHING = "–"
+
+EXPLANATION = """\
+Ratios are peer / ours, above 1 ours is faster: the median of the pairs' ratios [quartiles].
+GFLOP/s are useful ones: 6·D per attended pair forward, 16·D backward. "of limit" is their share
+of the best rate that products of cached tiles reached just before, by the routine named.
+The yardstick computes something else: sdpa has no positions, no mask and no memory to join;
+reference is our own model without the kernel. MiB: growth at the peak, ours / each other way."""
+
+
+def print_report(
+    console: Console,
+    machine: Mapping[str, object],
+    results: Sequence[Figures],
+    profile: Sequence[Share] = (),
+) -> None:
+    """The machine, the table, what is missing and why, where a training step spends its time."""
+    console.print(_machine_line(machine), highlight=False)
+    console.print(table(results))
+    console.print(EXPLANATION, style="dim", highlight=False)
+    for figures in results:
+        for contender, note in figures.notes.items():
+            console.print(f"{figures.case}, {contender}: {note}", style="yellow", markup=False)
+    if profile:
+        console.print(profile_table(profile))
+
+
+def table(results: Sequence[Figures]) -> Table:
+    """One row per case."""
+    drawn = Table(title="Benchmarks", title_justify="left", show_lines=False)
+    drawn.add_column("case", overflow="fold")
+    for column in ("ours ms", "rate", "of limit", "yardstick", "fastest peer", "peak MiB"):
+        drawn.add_column(column, justify="right")
+    for figures in results:
+        drawn.add_row(
+            figures.case,
+            NOTHING if figures.seconds is None else _figure(figures.seconds.median * 1e3),
+            _rate(figures),
+            _share(figures),
+            *(_comparison(figures, name) for name in _beside(figures)),
+            _memory(figures),
+        )
+    return drawn
+
+
+def profile_table(profile: Sequence[Share]) -> Table:
+    """Where the training step of the model spends its time."""
+    drawn = Table(title="Our training step, float32", title_justify="left")
+    drawn.add_column("part")
+    drawn.add_column("ms", justify="right")
+    drawn.add_column("share", justify="right")
+    for part in profile:
+        drawn.add_row(part.part, _figure(part.ms), f"{part.share:.1%}")
+    return drawn
+
+
+def write_json(
+    path: Path,
+    machine: Mapping[str, object],
+    results: Sequence[Figures],
+    profile: Sequence[Share] = (),
+) -> None:
+    """Everything that was measured; seconds, GFLOP/s, tokens/s, MiB."""
+    cases = []
+    for figures in results:
+        record = dataclasses.asdict(figures)
+        record["share_of_limit"] = figures.share_of_limit
+        record["fastest_peer"] = figures.fastest_peer
+        cases.append(record)
+    parts = [dataclasses.asdict(part) for part in profile]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"machine": machine, "cases": cases, "training_step": parts}
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _machine_line(machine: Mapping[str, object]) -> str:
+    tiles = machine["tiles"]
+    assert isinstance(tiles, Mapping)
+    probed = ", ".join(f"{kind} {rate:.0f}" for kind, rate in tiles.items())
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; "
+        f"native: {machine['native']}\n"
+        f"GFLOP/s: torch.mm float32 {machine['matmul_float32']:.0f}, "
+        f"bfloat16 {machine['matmul_bfloat16']:.0f}; "
+        f"tiles: {probed or 'not probed, the native part is absent'}"
+    )
+
+
+def _beside(figures: Figures) -> tuple[str | None, str | None]:
+    return next(iter(figures.yardsticks), None), figures.fastest_peer
+
+
+def _comparison(figures: Figures, name: str | None) -> str:
+    if name is None:
+        return NOTHING
+    found: Comparison = (figures.peers | figures.yardsticks)[name]
+    return f"{name} {_quartiles(found.ratio)}"
+
+
+def _quartiles(ratio: Quartiles) -> str:
+    return f"[bold]{ratio.median:.2f}[/] \\[{ratio.q1:.2f}, {ratio.q3:.2f}]"
+
+
+def _rate(figures: Figures) -> str:
+    if figures.gflops is not None:
+        return f"{figures.gflops:.0f} GFLOP/s"
+    if figures.tokens_per_second is not None:
+        return f"{figures.tokens_per_second:,.0f} tokens/s"
+    return NOTHING
+
+
+def _share(figures: Figures) -> str:
+    if figures.share_of_limit is None or figures.limit is None:
+        return NOTHING
+    return f"{figures.share_of_limit:.0%} {figures.limit.kind}"
+
+
+def _memory(figures: Figures) -> str:
+    if not figures.peak_mib:
+        return NOTHING
+    others = [f"{mib:.0f}" for name, mib in figures.peak_mib.items() if name != OURS]
+    ours = figures.peak_mib.get(OURS)
+    return " / ".join([NOTHING if ours is None else f"[bold]{ours:.0f}[/]", *others])
+
+
+def _figure(value: float) -> str:
+    """Three significant digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,120 @@
+"""Takes all figures of a case: first that results are right, then time, then memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import NamedTuple
+
+from benchmarks import machine, peak_memory
+from benchmarks.cases import OURS, Case, PeerUnavailableError, WrongResultError
+from benchmarks.measure import (
+    Comparison,
+    NoQuietMachineError,
+    Probe,
+    Quartiles,
+    Timed,
+    alone,
+    compare,
+)
+
+
+class Effort(NamedTuple):
+    """How much time to spend: quiet pairs per peer, seconds per sample, memory too or not."""
+
+    pairs: int
+    sample_seconds: float
+    memory: bool
+
+
+@dataclasses.dataclass
+class Figures:
+    """What was found about a case; a part that could not be taken is absent and has a note.
+
+    Attributes:
+        seconds: of one run of ours.
+        gflops: useful ones, where the case counts them.
+        tokens_per_second: where the case has tokens.
+        limit: what products of tiles reached just before ours was timed.
+        peers, yardsticks: ours beside each.
+        peak_mib: growth of the resident set, by contender.
+        notes: by contender, why a figure is missing.
+    """
+
+    case: str
+    seconds: Quartiles | None = None
+    gflops: float | None = None
+    tokens_per_second: float | None = None
+    limit: machine.Limit | None = None
+    peers: dict[str, Comparison] = dataclasses.field(default_factory=dict)
+    yardsticks: dict[str, Comparison] = dataclasses.field(default_factory=dict)
+    peak_mib: dict[str, float] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fastest_peer(self) -> str | None:
+        """The peer over which our gain is smallest."""
+        return min(self.peers, key=lambda name: self.peers[name].ratio.median, default=None)
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """Useful GFLOP/s over the limit's."""
+        if self.gflops is None or self.limit is None:
+            return None
+        return self.gflops / self.limit.gflops
+
+
+def take(case: Case, probe: Probe, effort: Effort) -> Figures:
+    """All figures of a timed case. A wrong result of ours leaves only a note, and no speed."""
+    figures = Figures(case.name)
+    try:
+        case.check(OURS)
+    except WrongResultError as error:
+        figures.notes[OURS] = f"WRONG RESULT, nothing timed: {error}"
+        return figures
+    with case.contender(OURS) as ours:
+        _take_speed(case, ours, probe, effort, figures)
+        for name in (*case.peers, *case.yardsticks):
+            taken = figures.peers if name in case.peers else figures.yardsticks
+            with _noting(figures, name):
+                case.check(name)
+                with case.contender(name) as peer:
+                    taken[name] = compare(
+                        ours,
+                        peer,
+                        probe,
+                        wanted=effort.pairs,
+                        sample_seconds=effort.sample_seconds,
+                    )
+    if effort.memory:
+        take_memory(case, case.in_process, figures)
+    return figures
+
+
+def take_memory(case: Case, contenders: tuple[str, ...], figures: Figures) -> None:
+    """Peak growth of each contender that runs in a Python process of ours."""
+    for name in contenders:
+        with _noting(figures, name):
+            figures.peak_mib[name] = peak_memory.in_child(case.name, name)
+
+
+def _take_speed(case: Case, ours: Timed, probe: Probe, effort: Effort, figures: Figures) -> None:
+    """Our own seconds and rate, and the limit of the same minute."""
+    if case.flop is not None:
+        figures.limit = machine.limit(case.dtype)
+    with _noting(figures, OURS):
+        seconds = alone(ours, probe, wanted=effort.pairs, sample_seconds=effort.sample_seconds)
+        figures.seconds = seconds
+        if case.flop is not None:
+            figures.gflops = case.flop / seconds.median / 1e9
+        if case.tokens is not None:
+            figures.tokens_per_second = case.tokens / seconds.median
+
+
+@contextlib.contextmanager
+def _noting(figures: Figures, contender: str):
+    """Turn what keeps a contender from giving a figure into a note."""
+    try:
+        yield
+    except (PeerUnavailableError, WrongResultError, NoQuietMachineError, RuntimeError) as error:
+        figures.notes[contender] = str(error)
