@@ -149,7 +149,7 @@ def _native_refusal(op: str, device_type: str) -> str | None:
     reason = native.unavailable_reason()
     if reason is not None:
         return reason
-    key = device_type.upper()
+    key = torch._C._dispatch_key_for_device(device_type)
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"txl_native::{op}_fwd", key):
         return None
     return f"the native library here has no {key} kernel for {op}"
