@@ -214,9 +214,12 @@ class TransformerXL(nn.Module):
                 f"memory: expected hidden [{n_layer}, {batch_size}, M, {d_model}] and start "
                 f"[{batch_size}], got {list(hidden.shape)} and {list(memory.start.shape)}"
             )
-        dtype = self.crit.out_layers[0].get_parameter("weight").dtype
-        if hidden.dtype != dtype:
-            raise TypeError(f"memory: expected {dtype} as the parameters are, got {hidden.dtype}")
+        weight = self.crit.out_layers[0].get_parameter("weight")
+        if (hidden.dtype, hidden.device) != (weight.dtype, weight.device):
+            raise TypeError(
+                f"memory: expected {weight.dtype} on {weight.device} as the parameters, "
+                f"got {hidden.dtype} on {hidden.device}"
+            )
 
 
 def initialise(model: nn.Module, config: ModelConfig) -> None:

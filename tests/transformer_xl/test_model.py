@@ -154,6 +154,17 @@ def test_probabilities_sum_to_1_with_clusters() -> None:
     torch.testing.assert_close(probs.sum(-1), torch.ones(2, 5, dtype=probs.dtype))
 
 
+def test_dropout_stands_where_the_original_has_it() -> None:
+    model, shapes = build(dropout=0.3).train(), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            assert module.p == 0.3
+            module.register_forward_hook(lambda _m, args, _o: shapes.append(tuple(args[0].shape)))
+    model(draw(2, 5), model.init_memory(2))
+    hidden, R, inner = (2, 5, 12), (5, 12), (2, 5, 16)
+    assert shapes == [hidden, R, *[hidden, inner, hidden] * 2, hidden]
+
+
 def test_tied_tensors_are_one() -> None:
     model = build(cutoffs=(10, 20), div_val=2, tie_projs=(False, True, True))
     for k in range(3):
@@ -205,13 +216,15 @@ def test_the_memory_of_another_model_is_refused(options: dict[str, Any]) -> None
         build()(draw(2, 4), foreign)
 
 
-def test_the_memory_of_another_batch_or_dtype_is_refused() -> None:
+def test_the_memory_of_another_batch_dtype_or_device_is_refused() -> None:
     model = build()
     memory = model(draw(2, 4)).memory
     with pytest.raises(ValueError, match=r"memory: expected hidden \[2, 3, M, 12\]"):
         model(draw(3, 4), memory)
     with pytest.raises(TypeError, match=r"memory: expected torch.float64.*got torch.float32"):
         model(draw(2, 4), memory._replace(hidden=memory.hidden.float()))
+    with pytest.raises(TypeError, match=r"memory: expected .* on cpu .*got .* on meta"):
+        model(draw(2, 4), memory._replace(hidden=memory.hidden.to("meta")))
 
 
 def test_same_length_without_memory_is_refused() -> None:

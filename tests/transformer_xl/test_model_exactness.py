@@ -69,6 +69,31 @@ def test_all_lengths_give_the_originals_numbers(lengths: list[int], **options: A
     check_against_original(dataclasses.replace(SMALL, n_layer=2, **options), "reference", lengths)
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_are_the_originals(name: str, backend: str) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, **ARCHITECTURES[name])
+    model = TransformerXL(config, backend=backend).double().eval()
+    first, tokens, targets = torch.randint(0, config.vocab_size, (3, 2, 5)).unbind()
+    memory = model(first).memory
+    loss = model(tokens, memory, targets).loss
+
+    aliases = model.state_dict(keep_vars=True)  # a tied tensor under each of its names
+    state = {key: value.detach().clone().requires_grad_() for key, value in aliases.items()}
+    remembered = list(memory.hidden.transpose(1, 2).unbind())
+    hidden, _ = original_segment(state, config, tokens, remembered)
+    log_probs = original_log_probs(state, config, hidden)
+    nll = -log_probs.gather(-1, targets[..., None]).mean()
+    found = torch.autograd.grad(nll, list(state.values()), materialize_grads=True)
+
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        names = zip(aliases.values(), found, strict=True)
+        close(gradient, torch.stack([g for alias, g in names if alias is parameter]).sum(0))
+
+
 def test_other_lengths_than_trained_give_the_originals_numbers() -> None:
     model = TransformerXL(SMALL).double().eval()
     model.set_lengths(mem_len=11, clamp_len=3, same_length=True)
