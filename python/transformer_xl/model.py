@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,41 +47,24 @@ class TransformerXL(nn.Module):
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
-        vocabulary = (
+        vocabulary: tuple[Any, ...] = (
             config.vocab_size,
             config.embed_width(0),
             config.d_model,
             config.cutoffs,
             config.div_val,
         )
-        self.word_emb = AdaptiveEmbedding(
-            *vocabulary, proj_same_dim=config.proj_same_dim, backend=backend
-        )
+        projected: dict[str, Any] = {"proj_same_dim": config.proj_same_dim, "backend": backend}
+        self.word_emb = AdaptiveEmbedding(*vocabulary, **projected)
         self.pos_emb = SinusoidalPositions(config.d_model)
         self.drop = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            DecoderLayer(
-                config.d_model,
-                config.n_head,
-                config.d_head,
-                config.d_inner,
-                dropout=config.dropout,
-                dropatt=config.dropatt,
-                pre_lnorm=config.pre_lnorm,
-                layer_norm_epsilon=config.layer_norm_epsilon,
-                untie_r=config.untie_r,
-                backend=backend,
-            )
-            for _ in range(config.n_layer)
-        )
+        self.layers = nn.ModuleList(_layer(config, backend) for _ in range(config.n_layer))
         self.final_layer_norm = (
             nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
             if config.final_lnorm
             else nn.Identity()
         )
-        self.crit = AdaptiveSoftmax(
-            *vocabulary, proj_same_dim=config.proj_same_dim, backend=backend
-        )
+        self.crit = AdaptiveSoftmax(*vocabulary, **projected)
         for name in ("r_w_bias", "r_r_bias"):
             shape = (config.n_head, config.d_head)
             bias = None if config.untie_r else nn.Parameter(torch.zeros(shape))
@@ -202,17 +185,13 @@ class TransformerXL(nn.Module):
                 self.crit.out_projs[k] = projection
 
     def _check_memory(self, memory: Memory, batch_size: int) -> None:
-        n_layer, d_model = self.config.n_layer, self.config.d_model
-        hidden = memory.hidden
-        fits = hidden.dim() == 4 and (*hidden.shape[:2], hidden.shape[3]) == (
-            n_layer,
-            batch_size,
-            d_model,
-        )
-        if not fits or memory.start.shape != (batch_size,):
+        hidden, start = memory
+        M = hidden.shape[2] if hidden.dim() == 4 else "M"
+        expected = [self.config.n_layer, batch_size, M, self.config.d_model]
+        if list(hidden.shape) != expected or list(start.shape) != [batch_size]:
             raise ValueError(
-                f"memory: expected hidden [{n_layer}, {batch_size}, M, {d_model}] and start "
-                f"[{batch_size}], got {list(hidden.shape)} and {list(memory.start.shape)}"
+                f"memory: expected hidden {expected} and start [{batch_size}], "
+                f"got {list(hidden.shape)} and {list(start.shape)}"
             )
         weight = self.crit.out_layers[0].get_parameter("weight")
         if (hidden.dtype, hidden.device) != (weight.dtype, weight.device):
@@ -220,6 +199,21 @@ class TransformerXL(nn.Module):
                 f"memory: expected {weight.dtype} on {weight.device} as the parameters, "
                 f"got {hidden.dtype} on {hidden.device}"
             )
+
+
+def _layer(config: ModelConfig, backend: str) -> DecoderLayer:
+    return DecoderLayer(
+        config.d_model,
+        config.n_head,
+        config.d_head,
+        config.d_inner,
+        dropout=config.dropout,
+        dropatt=config.dropatt,
+        pre_lnorm=config.pre_lnorm,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+        untie_r=config.untie_r,
+        backend=backend,
+    )
 
 
 def initialise(model: nn.Module, config: ModelConfig) -> None:

@@ -212,14 +212,14 @@ def test_bad_input_is_named(
 )
 def test_the_memory_of_another_model_is_refused(options: dict[str, Any]) -> None:
     foreign = build(**options)(draw(2, 4)).memory
-    with pytest.raises(ValueError, match=r"memory: expected hidden \[2, 2, M, 12\].*got \["):
+    with pytest.raises(ValueError, match=r"memory: expected hidden \[2, 2, 4, 12\].*got \["):
         build()(draw(2, 4), foreign)
 
 
 def test_the_memory_of_another_batch_dtype_or_device_is_refused() -> None:
     model = build()
     memory = model(draw(2, 4)).memory
-    with pytest.raises(ValueError, match=r"memory: expected hidden \[2, 3, M, 12\]"):
+    with pytest.raises(ValueError, match=r"memory: expected hidden \[2, 3, 4, 12\]"):
         model(draw(3, 4), memory)
     with pytest.raises(TypeError, match=r"memory: expected torch.float64.*got torch.float32"):
         model(draw(2, 4), memory._replace(hidden=memory.hidden.float()))
