@@ -65,6 +65,9 @@ class RelativeMultiHeadAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        for name, size in (("n_head", n_head), ("d_head", d_head)):
+            if size <= 0:
+                raise ValueError(f"{name}: expected a positive integer, got {size}")
         self.n_head, self.d_head = n_head, d_head
         self.dropatt = dropatt
         self.backend = backend
@@ -134,7 +137,12 @@ class RelativeMultiHeadAttention(nn.Module):
 
         Returns:
             Output [B, T, d_model] and the cache for the next block.
+
+        Raises:
+            ValueError: `x` of another shape, a negative `cache_len`.
         """
+        if cache_len < 0:
+            raise ValueError(f"cache_len: expected 0 or more tokens, got {cache_len}")
         self._check("x", x, batch=None if cache is None else cache.k.shape[0])
         q, k, v = self._split_heads(self.qkv_net(x))
         before = KeyValueCache(k[:, :, :0], v[:, :, :0]) if cache is None else cache

@@ -173,3 +173,12 @@ def test_wrong_shapes_are_named(
     remembered = None if memory is None else torch.zeros(memory)
     with pytest.raises(ValueError, match=message):
         RelativeMultiHeadAttention(12, 2, 6)(torch.zeros(x), remembered)
+
+
+def test_wrong_sizes_are_named() -> None:
+    with pytest.raises(ValueError, match="n_head: expected a positive integer, got 0"):
+        RelativeMultiHeadAttention(12, 0, 6)
+    with pytest.raises(ValueError, match="d_head: expected a positive integer, got -6"):
+        RelativeMultiHeadAttention(12, 2, -6)
+    with pytest.raises(ValueError, match="cache_len: expected 0 or more tokens, got -1"):
+        attention().stream(tokens(3), cache_len=-1)
