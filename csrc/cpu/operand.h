@@ -43,7 +43,7 @@ template <typename T>
 constexpr bool kPacked = std::is_same_v<Operand<T>, BFloat16>;
 // The right-hand matrix [keys, D] can be read where the caller keeps it.
 template <typename T>
-constexpr bool kInPlace = std::is_same_v<Operand<T>, T> && !kPacked<T>;
+constexpr bool kReadable = std::is_same_v<Operand<T>, T> && !kPacked<T>;
 // The unit in which packed matrices are transposed and shifted: one element, or one pair.
 template <typename T>
 using Word = std::conditional_t<kPacked<T>, float, Operand<T>>;
@@ -104,6 +104,52 @@ void convert_row(const From* src, To* dst, int64_t n) {
 #endif
   for (; d < n; ++d) dst[d] = static_cast<To>(src[d]);
 }
+
+// out[j] = (even[j], odd[j]): two rows as one row of pairs.
+inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t n, float* out) {
+  const auto *low = reinterpret_cast<const uint16_t*>(even), *high = reinterpret_cast<const uint16_t*>(odd);
+  auto* words = reinterpret_cast<uint32_t*>(out);
+  for (int64_t j = 0; j < n; ++j) words[j] = low[j] | static_cast<uint32_t>(high[j]) << 16;
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// dst = src transposed, in registers.
+__attribute__((always_inline)) inline void transpose_16x16(const float* src, int64_t ld_src, float* dst,
+                                                           int64_t ld_dst) {
+  __m512 row[16], pair[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_ps(src + i * ld_src);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
+  }
+  auto low = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  auto high = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // row[i + c]: columns c, c + 4, c + 8, c + 12 of rows i … i + 3
+    row[i] = low(pair[i], pair[i + 2]);
+    row[i + 1] = high(pair[i], pair[i + 2]);
+    row[i + 2] = low(pair[i + 1], pair[i + 3]);
+    row[i + 3] = high(pair[i + 1], pair[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even01 = _mm512_shuffle_f32x4(row[c], row[4 + c], 0x88);
+    const __m512 odd01 = _mm512_shuffle_f32x4(row[c], row[4 + c], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(row[8 + c], row[12 + c], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(row[8 + c], row[12 + c], 0xdd);
+    _mm512_storeu_ps(dst + c * ld_dst, _mm512_shuffle_f32x4(even01, even23, 0x88));
+    _mm512_storeu_ps(dst + (c + 4) * ld_dst, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+    _mm512_storeu_ps(dst + (c + 8) * ld_dst, _mm512_shuffle_f32x4(even01, even23, 0xdd));
+    _mm512_storeu_ps(dst + (c + 12) * ld_dst, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
+  }
+}
+#endif
 
 // Row loops run over whole vectors: row lengths are multiples of 16, or the tail is explicit.
 template <typename acc_t>

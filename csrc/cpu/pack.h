@@ -73,6 +73,32 @@ void stage_rows(const Rows& rows, int64_t begin, int64_t D, Operand<T>* stage, i
   }
 }
 
+// dst[n, m] = src[m, n] for a block of 16 rows and `n` columns.
+template <typename W>
+void transpose_16_rows(const W* src, int64_t ld_src, W* dst, int64_t ld_dst, int64_t n) {
+  int64_t column = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<W, float>) {  // ATen's goes through memory: twice the time
+    for (; column + 16 <= n; column += 16) {
+      transpose_16x16(src + column, ld_src, dst + column * ld_dst, ld_dst);
+    }
+  }
+#endif
+  if (column < n) {
+    at::vec::transpose_mxn<W>(src + column, ld_src, dst + column * ld_dst, ld_dst, 16,
+                              static_cast<int>(n - column));
+  }
+}
+
+// Rows that stand pages apart are beyond the hardware's prefetcher.
+template <typename T>
+void prefetch_rows(const T* first, int64_t stride, int64_t D) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t row = 0; row < 16; ++row) {
+    for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(first + row * stride + d);
+  }
+}
+
 // dst[d, x - begin] = rows[x, d] for x in [begin, end), a multiple of 16 columns; with packed operands
 // dst holds pairs of d. `ld` and dst count words. `stage`: 16 · row_length(D) operands.
 template <typename T, typename Rows>
@@ -83,6 +109,7 @@ void pack_transposed(const Rows& rows, int64_t begin, int64_t end, int64_t D, Op
   const int64_t length = row_length<T>(D), words = row_words<T>(D);
   for (int64_t x = begin; x < end; x += 16) {
     const RowRun<T> run = rows.from(x);
+    if (run.n >= 32) prefetch_rows(run.first + 16 * run.stride, run.stride, D);
     const W* src = reinterpret_cast<const W*>(stage);
     int64_t ld_src = words;
     const bool direct = std::is_same_v<T, Operand<T>> && run.n >= 16 && run.first != nullptr &&
@@ -93,7 +120,7 @@ void pack_transposed(const Rows& rows, int64_t begin, int64_t end, int64_t D, Op
     } else {
       stage_rows<T>(rows, x, D, stage, length);
     }
-    at::vec::transpose_mxn<W>(src, ld_src, dst + (x - begin), ld, 16, static_cast<int>(words));
+    transpose_16_rows(src, ld_src, dst + (x - begin), ld, words);
   }
 }
 
@@ -102,19 +129,21 @@ void pack_transposed(const Rows& rows, int64_t begin, int64_t end, int64_t D, Op
 template <typename T, typename Rows>
 void pack_natural(const Rows& rows, int64_t begin, int64_t end, int64_t D, Operand<T>* stage,
                   Word<T>* dst, int64_t ld) {
-  for (int64_t x = begin; x < end; x += 16) {
-    stage_rows<T>(rows, x, D, stage, D);
-    const int64_t n = std::min<int64_t>(16, end - x);
-    if constexpr (kPacked<T>) {
-      const uint16_t* bits = reinterpret_cast<const uint16_t*>(stage);
-      for (int64_t t = 0; t < n; t += 2) {
-        uint32_t* out = reinterpret_cast<uint32_t*>(dst + (x - begin + t) / 2 * ld);
-        const uint16_t *even = bits + t * D, *odd = even + D;
-        for (int64_t d = 0; d < D; ++d) out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
-      }
-    } else {
-      for (int64_t t = 0; t < n; ++t) {
-        std::copy(stage + t * D, stage + (t + 1) * D, dst + (x - begin + t) * ld);
+  if constexpr (kPacked<T>) {
+    std::fill(stage, stage + D, T(0));
+    auto row = [&](int64_t x) { return rows.from(x).first != nullptr ? rows.from(x).first : stage; };
+    for (int64_t x = begin; x < end; x += 2) interleave(row(x), row(x + 1), D, dst + (x - begin) / 2 * ld);
+  } else {
+    for (int64_t x = begin; x < end;) {
+      const RowRun<T> run = rows.from(x);
+      const int64_t stop = std::min(end, x + run.n);
+      for (const T* src = run.first; x < stop; ++x, src += run.stride) {
+        Operand<T>* row = dst + (x - begin) * ld;
+        if (run.first != nullptr) {
+          convert_row(src, row, D);
+        } else {
+          std::fill(row, row + D, Operand<T>(0));
+        }
       }
     }
   }

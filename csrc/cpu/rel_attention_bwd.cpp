@@ -38,7 +38,7 @@ struct BwdWorkspace {
     k_t = arena.take<Word<T>>(row_words<T>(D) * ld_k);
     r_t = arena.take<Word<T>>(row_words<T>(D) * ld_r);
     v_t = arena.take<Word<T>>(row_words<T>(Dv) * ld_v);
-    k = kInPlace<T> ? nullptr : arena.take<Word<T>>(n_keys / rows_per_word * ld_row);
+    k = arena.take<Word<T>>(n_keys / rows_per_word * ld_row);
     r = arena.take<Word<T>>(n_e / rows_per_word * ld_row);
     dk_t = arena.take<Acc<T>>(D * ld_k);
     dv_t = arena.take<Acc<T>>(Dv * ld_v);
@@ -96,17 +96,17 @@ void load_dout(const RelAttentionArgs& args, const RelAttentionGrads& grads, int
 }
 
 // One row's probabilities and score gradients, in place of its scores and probability gradients:
-// p = 2^(s - lse); ds = p · (dropout(dp) - delta), times the softcap's slope.
+// p = 2^(s - lse · log2 e); ds = p · (dropout(dp) - delta), times the softcap's slope.
 template <typename T, typename operand_p, typename operand_s>
 void gradient_row(const RelAttentionArgs& args, const Acc<T>* scores, const Acc<T>* dprobs,
                   const Acc<T>* keep, Acc<T> lse, Acc<T> delta, int64_t n, operand_p* probs, operand_s* dscores) {
   using Vec = Vectorized<Acc<T>>;
-  const Vec lse_vec(lse), delta_vec(delta), rescale(static_cast<Acc<T>>(1 / (1 - args.dropout_p)));
+  const Vec lse_vec(lse), minus_log2e(static_cast<Acc<T>>(-kLog2e)), delta_vec(delta), rescale(static_cast<Acc<T>>(1 / (1 - args.dropout_p)));
   const bool dropout = args.dropout_p > 0, capped = args.softcap > 0;
   const Vec inverse_cap(static_cast<Acc<T>>(capped ? 1 / (args.softcap * kLog2e) : 0)), one(1), minus_one(-1);
   for (int64_t j = 0; j < n; j += Vec::size()) {
     const Vec score = Vec::loadu(scores + j);
-    const Vec p = exp2_nonpositive(score - lse_vec);
+    const Vec p = exp2_nonpositive(at::vec::fmadd(lse_vec, minus_log2e, score));
     Vec dp = Vec::loadu(dprobs + j), kept = p;
     if (dropout) {
       const Vec factor = Vec::loadu(keep + j) * rescale;
@@ -121,13 +121,6 @@ void gradient_row(const RelAttentionArgs& args, const Acc<T>* scores, const Acc<
     store_operand(probs + j, kept);
     store_operand(dscores + j, ds);
   }
-}
-
-// out[j] = (even[j], odd[j]): two rows as one row of pairs.
-inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t n, float* out) {
-  const auto *low = reinterpret_cast<const uint16_t*>(even), *high = reinterpret_cast<const uint16_t*>(odd);
-  auto* words = reinterpret_cast<uint32_t*>(out);
-  for (int64_t j = 0; j < n; ++j) words[j] = low[j] | static_cast<uint32_t>(high[j]) << 16;
 }
 
 // Zeros on both sides of rows that are read through the skew.
@@ -154,9 +147,8 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
       dropout_keep(args.dropout_seed, b * args.H + h, rows.begin + a, block.begin, n,
                    dropout_threshold(args.dropout_p), ws.keep);
     }
-    const Acc<T> lse_row = lse[a] == kNone ? Acc<T>(0) : lse[a] * static_cast<Acc<T>>(kLog2e);
-    gradient_row<T>(args, ws.scores + a * kScoreLd, ws.dprobs + a * kScoreLd, ws.keep, lse_row,
-                    ws.delta[a], n, probs, dscores);
+    gradient_row<T>(args, ws.scores + a * kScoreLd, ws.dprobs + a * kScoreLd, ws.keep,
+                    lse[a] == kNone ? Acc<T>(0) : lse[a], ws.delta[a], n, probs, dscores);
   };
   if constexpr (kPacked<T>) {
     for (int64_t a = 0; a < row_length<T>(rows.count()); a += 2) {
@@ -190,7 +182,7 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
 // The five products of a block behind its score gradients.
 template <typename T>
 void accumulate_block(const RelAttentionArgs& args, TileRows rows, Block block, Columns columns, int64_t k_begin,
-                      const KeyRows<T>& keys, bool first, const BwdWorkspace<T>& ws) {
+                      bool first, const BwdWorkspace<T>& ws) {
   const int64_t n_rows = rows.count(), K = row_length<T>(n_rows), key = block.begin - k_begin;
   if constexpr (kPacked<T>) {
     auto pairs = [](const float* words) { return reinterpret_cast<const BFloat16*>(words); };
@@ -208,12 +200,7 @@ void accumulate_block(const RelAttentionArgs& args, TileRows rows, Block block, 
     gemm(args.Dv, block.padded, K, ws.dout_t, K, ws.dprobs, kScoreLd, ws.dv_t + key, ws.ld_v, true);
     gemm(args.D, block.padded, K, ws.qu_t, K, ws.scores, kScoreLd, ws.dk_t + key, ws.ld_k, true);
     gemm(args.D, columns.n, K, ws.qv_t, K, shifted, kScoreLd + 1, ws.dr_t + columns.first, ws.ld_r, true);
-    if constexpr (kInPlace<T>) {
-      product_in_place<T>(n_rows, args.D, keys, block.begin, block.begin + block.n, ws.scores, kScoreLd, ws.dqu,
-                          ws.ld_acc, !first);
-    } else {
-      gemm(n_rows, args.D, block.n, ws.scores, kScoreLd, ws.k + key * ws.ld_row, ws.ld_row, ws.dqu, ws.ld_acc, !first);
-    }
+    gemm(n_rows, args.D, block.n, ws.scores, kScoreLd, ws.k + key * ws.ld_row, ws.ld_row, ws.dqu, ws.ld_acc, !first);
     gemm(n_rows, args.D, columns.n, shifted, kScoreLd + 1, ws.r + columns.first * ws.ld_row, ws.ld_row, ws.dqv,
          ws.ld_acc, !first);
   }
@@ -240,7 +227,7 @@ void write_dq(const RelAttentionArgs& args, const RelAttentionGrads& grads, int6
 
 template <typename T>
 void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, const RelAttentionGrads& grads, int64_t b,
-              int64_t h, TileRows rows, int64_t k_begin, const KeyRows<T>& keys, const BwdWorkspace<T>& ws) {
+              int64_t h, TileRows rows, int64_t k_begin, const BwdWorkspace<T>& ws) {
   const int64_t ld_q = row_length<T>(args.D), ld_o = row_length<T>(args.Dv), K = row_length<T>(rows.count());
   load_queries<T>(args, b, h, rows, ws.qu, ws.qv, ld_q);
   load_dout<T>(args, grads, b, h, rows, ws);
@@ -248,7 +235,7 @@ void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, const 
   transpose_tile(ws.qv, ld_q, rows.count(), args.D, ws.qv_t, K);
   transpose_tile(ws.dout, ld_o, rows.count(), args.Dv, ws.dout_t, K);
   bool first = true;
-  for_each_block(tile_keys(args, b, rows.begin, rows.end), [&](Block block) {
+  for_each_block(tile_keys(args, plan, b, rows.begin, rows.end), [&](Block block) {
     const Columns columns = block_columns(args, plan, rows, block);
     score_block<T>(rows, block, columns, args.D, ws.qu, ws.qv, ws.k_t + (block.begin - k_begin), ws.ld_k, ws.r_t,
                    ws.ld_r, ws.scores);
@@ -256,7 +243,7 @@ void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, const 
          reinterpret_cast<const Operand<T>*>(ws.v_t + (block.begin - k_begin)), ws.ld_v, ws.dprobs, kScoreLd, false);
     finish_scores<T>(args, b, h, rows, block, ws.scores);
     gradient_rows<T>(args, b, h, rows, block, ws);
-    accumulate_block<T>(args, rows, block, columns, k_begin, keys, first, ws);
+    accumulate_block<T>(args, rows, block, columns, k_begin, first, ws);
     first = false;
   });
   if (first) {
@@ -349,7 +336,7 @@ void bwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan, const
     const int64_t last = std::min(stop, (pair + 1) * plan.n_tiles) - 1;
     const bool whole = item == pair * plan.n_tiles && last + 1 == (pair + 1) * plan.n_tiles;
     const int64_t slot = whole ? -1 : 2 * chunk + (pair != start / plan.n_tiles);
-    const TileKeys seen = tile_keys(args, b, tile_rows(args, plan, item % plan.n_tiles).begin,
+    const TileKeys seen = tile_keys(args, plan, b, tile_rows(args, plan, item % plan.n_tiles).begin,
                                     tile_rows(args, plan, last % plan.n_tiles).end);
     const KeyRange span{seen.aligned_begin, round_up(seen.end, 16)};
     const KeyRows<T> keys(args, args.mem_k, args.k, b, h), values(args, args.mem_v, args.v, b, h);
@@ -363,12 +350,12 @@ void bwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan, const
     }
     pack_transposed<T>(keys, span.begin, span.end, args.D, ws.stage, ws.k_t, ws.ld_k);
     pack_transposed<T>(values, span.begin, span.end, args.Dv, ws.stage, ws.v_t, ws.ld_v);
-    if constexpr (!kInPlace<T>) pack_natural<T>(keys, span.begin, span.end, args.D, ws.stage, ws.k, ws.ld_row);
+    pack_natural<T>(keys, span.begin, span.end, args.D, ws.stage, ws.k, ws.ld_row);
     std::fill(ws.dk_t, ws.dk_t + args.D * ws.ld_k, Acc<T>(0));
     std::fill(ws.dv_t, ws.dv_t + args.Dv * ws.ld_v, Acc<T>(0));
     std::fill(ws.dbias, ws.dbias + 2 * args.D, Acc<T>(0));
     for (; item <= last; ++item) {
-      bwd_tile<T>(args, plan, grads, b, h, tile_rows(args, plan, item % plan.n_tiles), span.begin, keys, ws);
+      bwd_tile<T>(args, plan, grads, b, h, tile_rows(args, plan, item % plan.n_tiles), span.begin, ws);
     }
     write_keys<T>(args, grads, partials, b, h, span, slot, ws);
     std::copy(ws.dbias, ws.dbias + 2 * args.D, static_cast<Acc<T>*>(partials.dbias) + (pair + chunk) * 2 * args.D);

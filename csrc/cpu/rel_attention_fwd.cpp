@@ -27,8 +27,7 @@ struct FwdWorkspace {
     ld_acc = round_up(args.Dv, 16);
     k_t = arena.take<Word<T>>(row_words<T>(args.D) * ld_k);
     r_t = arena.take<Word<T>>(row_words<T>(args.D) * ld_r);
-    v = kInPlace<T> ? nullptr
-                    : arena.take<Word<T>>(round_up(args.Tk() + 16, 16) / (kPacked<T> ? 2 : 1) * ld_v);
+    v = arena.take<Word<T>>(round_up(args.Tk() + 16, 16) / (kPacked<T> ? 2 : 1) * ld_v);
     qu = arena.take<Operand<T>>(kQueryTile * row_length<T>(args.D));
     qv = arena.take<Operand<T>>(kQueryTile * row_length<T>(args.D));
     probs = kPacked<T> ? arena.take<Operand<T>>(kQueryTile * kScoreLd) : nullptr;
@@ -110,15 +109,31 @@ void write_outputs(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
   }
 }
 
+// acc (+)= probs · v, from the packed values or, where `values` are given, from where they stand.
+template <typename T>
+void value_product(const RelAttentionArgs& args, TileRows rows, Block block, int64_t k_begin,
+                   const KeyRows<T>* values, const Operand<T>* probs, bool first, const FwdWorkspace<T>& ws) {
+  if constexpr (kReadable<T>) {
+    if (values != nullptr) {
+      product_in_place<T>(rows.count(), args.Dv, *values, block.begin, block.begin + block.n, probs,
+                          kScoreLd, ws.acc, ws.ld_acc, !first);
+      return;
+    }
+  }
+  const int64_t row = (block.begin - k_begin) / (kPacked<T> ? 2 : 1);
+  gemm(rows.count(), args.Dv, row_length<T>(block.n), probs, kScoreLd,
+       reinterpret_cast<const Operand<T>*>(ws.v + row * ws.ld_v), ws.ld_v, ws.acc, ws.ld_acc, !first);
+}
+
 template <typename T>
 void fwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t h,
-              TileRows rows, int64_t k_begin, const KeyRows<T>& values, const FwdWorkspace<T>& ws) {
+              TileRows rows, int64_t k_begin, const KeyRows<T>* values, const FwdWorkspace<T>& ws) {
   const int64_t ld_q = row_length<T>(args.D);
   load_queries<T>(args, b, h, rows, ws.qu, ws.qv, ld_q);
   std::fill(ws.max, ws.max + rows.count(), -std::numeric_limits<Acc<T>>::infinity());
   std::fill(ws.sum, ws.sum + rows.count(), Acc<T>(0));
   bool first = true;
-  for_each_block(tile_keys(args, b, rows.begin, rows.end), [&](Block block) {
+  for_each_block(tile_keys(args, plan, b, rows.begin, rows.end), [&](Block block) {
     score_block<T>(rows, block, block_columns(args, plan, rows, block), args.D, ws.qu, ws.qv,
                    ws.k_t + (block.begin - k_begin), ws.ld_k, ws.r_t, ws.ld_r, ws.scores);
     finish_scores<T>(args, b, h, rows, block, ws.scores);
@@ -128,15 +143,7 @@ void fwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
       softmax_row<T>(args, b * args.H + h, rows.begin + a, block, first, ws.scores + a * kScoreLd,
                      probs + a * kScoreLd, ws.max + a, ws.sum + a, ws.acc + a * ws.ld_acc, ws.keep);
     }
-    if constexpr (kInPlace<T>) {
-      product_in_place<T>(rows.count(), args.Dv, values, block.begin, block.begin + block.n, probs,
-                          kScoreLd, ws.acc, ws.ld_acc, !first);
-    } else {
-      const int64_t row = (block.begin - k_begin) / (kPacked<T> ? 2 : 1);
-      gemm(rows.count(), args.Dv, row_length<T>(block.n), probs, kScoreLd,
-           reinterpret_cast<const Operand<T>*>(ws.v + row * ws.ld_v), ws.ld_v, ws.acc, ws.ld_acc,
-           !first);
-    }
+    value_product<T>(args, rows, block, k_begin, values, probs, first, ws);
     first = false;
   });
   write_outputs<T>(args, b, h, rows, ws);
@@ -151,7 +158,7 @@ void fwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64
   for (int64_t item = plan.chunks[static_cast<size_t>(chunk)]; item < stop;) {
     const int64_t pair = item / plan.n_tiles, b = args.batch_of(pair), h = args.head_of(pair);
     const int64_t last = std::min(stop, (pair + 1) * plan.n_tiles) - 1;
-    const TileKeys keys = tile_keys(args, b, tile_rows(args, plan, item % plan.n_tiles).begin,
+    const TileKeys keys = tile_keys(args, plan, b, tile_rows(args, plan, item % plan.n_tiles).begin,
                                     tile_rows(args, plan, last % plan.n_tiles).end);
     const int64_t k_begin = keys.aligned_begin, k_end = round_up(keys.end, 16);
     if (args.group_of(pair) != group) {
@@ -161,11 +168,12 @@ void fwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64
     pack_transposed<T>(KeyRows<T>(args, args.mem_k, args.k, b, h), k_begin, k_end, args.D, ws.stage,
                        ws.k_t, ws.ld_k);
     const KeyRows<T> values(args, args.mem_v, args.v, b, h);
-    if constexpr (!kInPlace<T>) {
-      pack_natural<T>(values, k_begin, k_end, args.Dv, ws.stage, ws.v, ws.ld_v);
-    }
+    // Values that one tile alone reads are not worth a copy.
+    const bool in_place = kReadable<T> && item == last;
+    if (!in_place) pack_natural<T>(values, k_begin, k_end, args.Dv, ws.stage, ws.v, ws.ld_v);
     for (; item <= last; ++item) {
-      fwd_tile<T>(args, plan, b, h, tile_rows(args, plan, item % plan.n_tiles), k_begin, values, ws);
+      fwd_tile<T>(args, plan, b, h, tile_rows(args, plan, item % plan.n_tiles), k_begin,
+                  in_place ? &values : nullptr, ws);
     }
   }
   gemm_release();

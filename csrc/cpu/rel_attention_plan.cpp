@@ -56,19 +56,21 @@ KeyRange RelAttentionArgs::keys_of(int64_t b, int64_t i) const {
   return keys;
 }
 
-TileKeys tile_keys(const RelAttentionArgs& args, int64_t b, int64_t row_begin, int64_t row_end) {
+TileKeys tile_keys(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t row_begin,
+                   int64_t row_end) {
   const int64_t begin = args.keys_of(b, row_begin).begin;
   const int64_t end = args.keys_of(b, row_end - 1).end;
   if (begin >= end) return {0, 0, 0, 0};
   const int64_t aligned_begin = begin / 16 * 16;
   const int64_t n = end - aligned_begin;
-  const int64_t n_blocks = ceil_div(n, kKeyBlock);
+  const int64_t n_blocks = ceil_div(n, plan.key_block);
   // Few distinct widths: each is a micro-kernel to compile.
   return {begin, end, aligned_begin, round_up(ceil_div(n, n_blocks), 64)};
 }
 
-RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t max_chunks) {
+RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_block, int64_t threads) {
   RelAttentionPlan plan;
+  plan.key_block = key_block;
   plan.n_tiles = ceil_div(args.Tq, kQueryTile);
   plan.tile_rows = ceil_div(args.Tq, plan.n_tiles);
   std::vector<int64_t> tile_cost(static_cast<size_t>(args.B * plan.n_tiles));
@@ -77,7 +79,7 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t max_ch
     for (int64_t tile = 0; tile < plan.n_tiles; ++tile) {
       const int64_t row_begin = std::min(tile * plan.tile_rows, args.Tq - 1);
       const int64_t row_end = std::min(row_begin + plan.tile_rows, args.Tq);
-      const TileKeys keys = tile_keys(args, b, row_begin, row_end);
+      const TileKeys keys = tile_keys(args, plan, b, row_begin, row_end);
       tile_cost[static_cast<size_t>(b * plan.n_tiles + tile)] = keys.end - keys.begin + kQueryTile;
       if (keys.begin >= keys.end) continue;
       const int64_t e_first = keys.aligned_begin - row_end + args.Tq;
@@ -96,7 +98,9 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t max_ch
       cost_before.push_back(cost_before.back() + tile_cost[static_cast<size_t>(index)]);
     }
   }
-  plan.chunks = deal(cost_before, plan.n_tiles, max_chunks);
+  // Several chunks a thread even out what the machine does beside us, if each keeps whole tables.
+  const bool spare = threads > 1 && args.n_groups() >= 4 * threads;
+  plan.chunks = deal(cost_before, plan.n_tiles, spare ? 4 * threads : threads);
   return plan;
 }
 

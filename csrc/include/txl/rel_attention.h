@@ -7,8 +7,10 @@
 namespace txl {
 
 constexpr int64_t kOpen = INT64_MAX / 4;  // a window side without a bound
-// The largest tile. Of 32-128 queries x 128-1024 keys these are the fastest by 5-15%.
-constexpr int64_t kQueryTile = 64, kKeyBlock = 512;
+// The largest tile: queries, and keys that they meet at once forward and backward (where twice as many
+// matrices must stay in cache).
+constexpr int64_t kQueryTile = 64, kFwdKeyBlock = 1024, kBwdKeyBlock = 512;
+constexpr int64_t kKeyBlock = kFwdKeyBlock;
 
 // A [B, H, T, D] tensor whose last dimension is contiguous; strides in elements, 0 = broadcast.
 struct Tensor4 {
@@ -75,10 +77,11 @@ struct RelAttentionGrads {
 };
 
 // How the work is cut: an item is one query tile of one (b, h) pair; items that share keys, and
-// then position tables, stand together, and are dealt in order to chunks of about equal cost. One
-// thread runs one chunk.
+// then position tables, stand together, and are dealt in order to chunks of about equal cost. A
+// thread takes the next chunk when it has done one.
 struct RelAttentionPlan {
   int64_t tile_rows = 0, n_tiles = 0;
+  int64_t key_block = 0;              // keys that a tile meets at once, at most
   std::vector<int64_t> chunks;        // chunk c does items [chunks[c], chunks[c + 1])
   int64_t e_begin = 0, e_end = 0;     // table columns e = j - i + Tq - 1 that some tile reads
 
@@ -86,13 +89,14 @@ struct RelAttentionPlan {
   int64_t n_columns() const { return e_end - e_begin; }
 };
 
-RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t max_chunks);
+RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_block, int64_t threads);
 
 // The key blocks of one query tile: from `aligned_begin`, a multiple of 16, in steps of `width`.
 struct TileKeys {
   int64_t begin, end, aligned_begin, width;
 };
-TileKeys tile_keys(const RelAttentionArgs& args, int64_t b, int64_t row_begin, int64_t row_end);
+TileKeys tile_keys(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t row_begin,
+                   int64_t row_end);
 
 // Items of the last step of the backward: tables of `r`, then pairs, then heads.
 inline int64_t finish_items(const RelAttentionArgs& args) {
