@@ -11,18 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import OURS
-from benchmarks.measure import Comparison, Quartiles
+from benchmarks.measure import Comparison
 from benchmarks.step_profile import Share
 from benchmarks.suite import Figures
 
 NOTHING = "–"
+NOT_QUIET = "~"
 
 EXPLANATION = """\
 Ratios are peer / ours, above 1 ours is faster: the median of the pairs' ratios [quartiles].
-GFLOP/s are useful ones: 6·D per attended pair forward, 16·D backward. "of limit" is their share
-of the best rate that products of cached tiles reached just before, by the routine named.
-The yardstick computes something else: sdpa has no positions, no mask and no memory to join;
-reference is our own model without the kernel. MiB: growth at the peak, ours / each other way."""
+A "~" marks what was taken while something else slowed the machine down. GFLOP/s are useful ones:
+6·D per attended pair forward, 16·D backward; "of limit" is their share of the best rate that
+products of cached tiles reached just before, by the routine named. The yardstick computes
+something else: sdpa has no positions, no mask and no memory to join; reference is our own model
+without the kernel. MiB: growth at the peak, ours / eager / sdpa+bias / sdpa; ours / reference."""
 
 
 def print_report(
@@ -34,24 +36,23 @@ def print_report(
     """The machine, the table, what is missing and why, where a training step spends its time."""
     console.print(_machine_line(machine), highlight=False)
     console.print(table(results))
-    console.print(EXPLANATION, style="dim", highlight=False)
-    for figures in results:
-        for contender, note in figures.notes.items():
-            console.print(f"{figures.case}, {contender}: {note}", style="yellow", markup=False)
+    console.print(EXPLANATION, style="dim", highlight=False, markup=False)
+    for note, places in _notes(results).items():
+        console.print(f"{note} ({places})", style="yellow", highlight=False, markup=False)
     if profile:
         console.print(profile_table(profile))
 
 
 def table(results: Sequence[Figures]) -> Table:
     """One row per case."""
-    drawn = Table(title="Benchmarks", title_justify="left", show_lines=False)
-    drawn.add_column("case", overflow="fold")
+    drawn = Table(title="Benchmarks", title_justify="left")
+    drawn.add_column("case")
     for column in ("ours ms", "rate", "of limit", "yardstick", "fastest peer", "peak MiB"):
         drawn.add_column(column, justify="right")
     for figures in results:
         drawn.add_row(
-            figures.case,
-            NOTHING if figures.seconds is None else _figure(figures.seconds.median * 1e3),
+            _short(figures.case),
+            _milliseconds(figures),
             _rate(figures),
             _share(figures),
             *(_comparison(figures, name) for name in _beside(figures)),
@@ -111,11 +112,30 @@ def _comparison(figures: Figures, name: str | None) -> str:
     if name is None:
         return NOTHING
     found: Comparison = (figures.peers | figures.yardsticks)[name]
-    return f"{name} {_quartiles(found.ratio)}"
+    ratio, mark = found.ratio, "" if found.quiet else NOT_QUIET
+    return f"{name} {mark}[bold]{ratio.median:.2f}[/] \\[{ratio.q1:.2f}, {ratio.q3:.2f}]"
 
 
-def _quartiles(ratio: Quartiles) -> str:
-    return f"[bold]{ratio.median:.2f}[/] \\[{ratio.q1:.2f}, {ratio.q3:.2f}]"
+def _milliseconds(figures: Figures) -> str:
+    if figures.seconds is None:
+        return NOTHING
+    return ("" if figures.quiet else NOT_QUIET) + _figure(figures.seconds.median * 1e3)
+
+
+def _short(case: str) -> str:
+    return case.removeprefix("rel_attention/").replace("/", " ")
+
+
+def _notes(results: Sequence[Figures]) -> dict[str, str]:
+    """Each note once, with where it holds."""
+    places: dict[str, list[str]] = {}
+    for figures in results:
+        for contender, note in figures.notes.items():
+            places.setdefault(note, []).append(f"{contender} in {_short(figures.case)}")
+    return {
+        note: found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
+        for note, found in places.items()
+    }
 
 
 def _rate(figures: Figures) -> str:

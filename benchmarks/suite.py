@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks import machine, peak_memory
-from benchmarks.cases import OURS, Case, PeerUnavailableError, WrongResultError
+from benchmarks.cases import OURS, Case, WrongResultError
 from benchmarks.measure import (
     Comparison,
-    NoQuietMachineError,
     Probe,
     Quartiles,
     Timed,
-    alone,
     compare,
+    take_rounds,
 )
 
 
@@ -32,7 +32,7 @@ class Figures:
     """What was found about a case; a part that could not be taken is absent and has a note.
 
     Attributes:
-        seconds: of one run of ours.
+        seconds: of one run of ours; `quiet`, whether the machine was while they were taken.
         gflops: useful ones, where the case counts them.
         tokens_per_second: where the case has tokens.
         limit: what products of tiles reached just before ours was timed.
@@ -43,6 +43,7 @@ class Figures:
 
     case: str
     seconds: Quartiles | None = None
+    quiet: bool = True
     gflops: float | None = None
     tokens_per_second: float | None = None
     limit: machine.Limit | None = None
@@ -102,19 +103,18 @@ def _take_speed(case: Case, ours: Timed, probe: Probe, effort: Effort, figures: 
     """Our own seconds and rate, and the limit of the same minute."""
     if case.flop is not None:
         figures.limit = machine.limit(case.dtype)
-    with _noting(figures, OURS):
-        seconds = alone(ours, probe, wanted=effort.pairs, sample_seconds=effort.sample_seconds)
-        figures.seconds = seconds
-        if case.flop is not None:
-            figures.gflops = case.flop / seconds.median / 1e9
-        if case.tokens is not None:
-            figures.tokens_per_second = case.tokens / seconds.median
+    rounds = take_rounds((ours,), probe, wanted=effort.pairs, sample_seconds=effort.sample_seconds)
+    figures.seconds, figures.quiet = rounds.seconds(0), rounds.quiet
+    if case.flop is not None:
+        figures.gflops = case.flop / figures.seconds.median / 1e9
+    if case.tokens is not None:
+        figures.tokens_per_second = case.tokens / figures.seconds.median
 
 
 @contextlib.contextmanager
-def _noting(figures: Figures, contender: str):
+def _noting(figures: Figures, contender: str) -> Iterator[None]:
     """Turn what keeps a contender from giving a figure into a note."""
     try:
         yield
-    except (PeerUnavailableError, WrongResultError, NoQuietMachineError, RuntimeError) as error:
+    except (WrongResultError, RuntimeError) as error:
         figures.notes[contender] = str(error)
