@@ -62,7 +62,7 @@ wheel: $(VENV)/.installed-dev ## sdist, installed in a clean environment and tri
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python $(PIP) install $(TORCH)
 	build/wheel/venv/bin/python $(PIP) install build/wheel/*.tar.gz
-	cd / && $(CURDIR)/build/wheel/venv/bin/python -W 'ignore:Failed to init' $(CURDIR)/tests/build/smoke.py
+	cd / && $(CURDIR)/build/wheel/venv/bin/python -W 'ignore:Failed to init' $(CURDIR)/tests/packaging/smoke.py
 
 ci: ## everything that must hold, in order
 	$(MAKE) venv CMAKE_ARGS=-DTXL_WERROR=ON
