@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,8 +58,8 @@ def resolve(
         backend: "auto", "reference", "native" or "triton".
         device, dtype: of the tensors.
         Tq: queries (for the adaptive ops: tokens).
-        D, Dv: head size of keys and of values (None: the same).
-        needs_grad: whether a backward pass will follow.
+        D, Dv: head size of keys and of values (None: the same); of `rel_attention` alone.
+        needs_grad: whether a backward pass will follow. No backend here goes by it, nor by Tq.
         uses: the optional arguments that not every backend takes and that this call gives:
             "q_pos", "bias", "dead_rows='uniform'".
 
@@ -75,40 +75,19 @@ def resolve(
     candidates = _AUTO.get(device_type, ("reference",)) if backend == "auto" else (backend,)
     reason = None
     for name in candidates:
-        reason = _refusal(name, op, device_type, dtype, Tq, D, Dv or D, needs_grad, uses)
+        reason = _refusal(name, op, device_type, dtype, max(D, Dv or D), uses)
         if reason is None:
             return Resolution(name, None)
     return Resolution(None, reason)
 
 
-def choose(
-    op: str,
-    *,
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    Tq: int,
-    D: int,
-    Dv: int | None = None,
-    needs_grad: bool,
-    uses: Collection[str] = (),
-) -> str:
-    """`resolve`'s backend.
+def choose(op: str, **call: Any) -> str:
+    """`resolve`'s backend, from the same arguments.
 
     Raises:
         BackendUnavailableError: with `resolve`'s sentence, where there is none.
     """
-    name, reason = resolve(
-        op,
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        Tq=Tq,
-        D=D,
-        Dv=Dv,
-        needs_grad=needs_grad,
-        uses=uses,
-    )
+    name, reason = resolve(op, **call)
     if name is None:
         raise BackendUnavailableError(f"{op}: {reason}")
     return name
@@ -119,10 +98,7 @@ def _refusal(
     op: str,
     device_type: str,
     dtype: torch.dtype,
-    Tq: int,
-    D: int,
-    Dv: int,
-    needs_grad: bool,
+    head_size: int,
     uses: Collection[str],
 ) -> str | None:
     """Why backend `name` does not serve this call, or None where it does."""
@@ -135,8 +111,8 @@ def _refusal(
         return reason
     if dtype not in _NATIVE_DTYPES:
         return f"native does not take {dtype}"
-    if max(D, Dv) > _NATIVE_MAX_HEAD_SIZE and op == "rel_attention":
-        return f"native takes head sizes up to {_NATIVE_MAX_HEAD_SIZE}, not {max(D, Dv)}"
+    if op == "rel_attention" and head_size > _NATIVE_MAX_HEAD_SIZE:
+        return f"native takes head sizes up to {_NATIVE_MAX_HEAD_SIZE}, not {head_size}"
     for argument in _NATIVE_LACKS:
         if argument in uses:
             return f"native does not take {argument} yet"

@@ -75,7 +75,6 @@ def adaptive_embedding(
         device=tokens.device,
         dtype=tables[0].dtype,
         Tq=tokens.numel(),
-        D=tables[0].shape[1],
         needs_grad=needs_grad(*tables, *projections),
     )
     with outside_autocast(tokens.device):

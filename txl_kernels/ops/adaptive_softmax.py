@@ -184,7 +184,6 @@ def _choose(op: str, backend: str, hidden: Tensor, head: Cluster, tails: Sequenc
         device=hidden.device,
         dtype=hidden.dtype,
         Tq=hidden.shape[0],
-        D=hidden.shape[1],
         needs_grad=any_needs_grad(hidden, *weights),
     )
 

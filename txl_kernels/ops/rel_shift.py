@@ -46,7 +46,7 @@ def rel_shift(
     n_keys = R if n_keys is None else n_keys
     offset = Tq - 1 if offset is None else offset
     chosen = choose(
-        OP, backend=backend, device=x.device, dtype=x.dtype, Tq=Tq, D=R, needs_grad=needs_grad(x)
+        OP, backend=backend, device=x.device, dtype=x.dtype, Tq=Tq, needs_grad=needs_grad(x)
     )
     if chosen == "native":
         shifted: Tensor = torch.ops.txl_native.rel_shift_fwd(x, n_keys, offset)

@@ -15,7 +15,7 @@ class RelAttentionCase:
     """Shapes and options of one call; the tensors follow from them and a seed.
 
     `options` are `rel_attention`'s own that are no tensors. `key_start` and `key_lens` are lists;
-    `mask` and `bias` shapes of random tensors; `memory_format` "transposed" stores [B, T, H, D].
+    `mask` and `bias` shapes of random tensors; `transposed` ones are stored as [B, T, H, D].
     """
 
     name: str
@@ -36,6 +36,7 @@ class RelAttentionCase:
     bias: tuple[int, ...] | None = None
     key_start: list[int] | None = None
     key_lens: list[int] | None = None
+    spread: float = 1.0  # standard deviation of every floating tensor
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -58,7 +59,7 @@ class RelAttentionCase:
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
-            tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+            tensor = self.spread * torch.randn(shape, generator=generator, dtype=torch.float64)
             if self.transposed and len(shape) == 4:
                 tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
             return tensor.to(device, dtype).requires_grad_()

@@ -49,6 +49,9 @@ def cases(draw):
         mask=draw(st.sampled_from([None, (B, H, Tq, Tk), (B, 1, 1, Tk), (Tq, Tk), (Tq, 1)])),
         key_start=draw(st.one_of(st.none(), length)),
         key_lens=draw(st.one_of(st.none(), length)),
+        # Backward's exp(score - lse) inherits the rounding of lse, which is float32 by contract and
+        # which the budget does not count: scores of a few units, not tens, at any head size.
+        spread=0.5,
         seed=draw(st.integers(0, 1000)),
         options=options,
     )
