@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -14,15 +14,16 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.cases.model import ModelShape, Run
 
 STEP = "training step"
+NODE = "autograd::engine::evaluate_function"
 HOST = "host (Python, autograd, dispatch)"
 REST = "other elementwise and copies"
 
 # What an operation belongs to, by the first pattern that it, its callers, or the forward operation
 # that it is the backward of matches.
 PARTS = {
-    "attention kernel": r"txl_native::|RelAttention",
+    "attention kernel": r"txl_native",
     "optimizer and clipping": r"Optimizer\.|clip|_foreach_|_fused_adam|linalg_vector_norm",
-    "GEMMs of linear layers": r"^aten::(mm|addmm|bmm|baddbmm)$|mkldnn_linear|onednn",
+    "linear layers: GEMMs, bias sums": r"^aten::(mm|addmm|bmm|baddbmm)$|mkldnn_linear|onednn",
     "dropout": r"^aten::(dropout|bernoulli_|native_dropout)",
     "LayerNorm": r"layer_norm|LayerNorm",
     "softmax and loss": r"softmax|LogSoftmax|logsumexp|nll_loss|cross_entropy|gather",
@@ -58,12 +59,11 @@ def profile_step(shape: ModelShape, dtype: torch.dtype, *, steps: int = 3) -> li
 def shares(events: Iterable[FunctionEvent], steps: int) -> list[Share]:
     """The profiler's events, put together by part."""
     events = list(events)
+    # A backward node bears the number of the forward operation that it differentiates.
     forward_parts = {
-        event.sequence_nr: part
+        event.sequence_nr: _part(event, {})
         for event in events
-        if event.sequence_nr >= 0 and not _is_backward(event)
-        for part in [_part(event, {})]
-        if part != REST
+        if event.sequence_nr >= 0 and not _in_backward(event)
     }
     ms: dict[str, float] = defaultdict(float)
     for event in events:
@@ -73,20 +73,25 @@ def shares(events: Iterable[FunctionEvent], steps: int) -> list[Share]:
     return [Share(part, time, time / total) for part, time in ordered]
 
 
-def _part(event: FunctionEvent, forward_parts: dict[int, str]) -> str:
+def _part(event: FunctionEvent, forward_parts: Mapping[int, str]) -> str:
     """The part that an event's own time (without the events below it) belongs to."""
-    if event.name == STEP or _is_backward(event) or event.name.endswith("Backward0"):
+    if event.name == STEP or event.name.startswith(NODE):
         return HOST
-    at: FunctionEvent | None = event
-    while at is not None:
+    for caller in _with_callers(event):
         for part, pattern in PARTS.items():
-            if re.search(pattern, at.name):
+            if re.search(pattern, caller.name):
                 return part
-        if _is_backward(at) and at.sequence_nr in forward_parts:
-            return forward_parts[at.sequence_nr]
-        at = at.cpu_parent
+        if caller.name.startswith(NODE):
+            return forward_parts.get(caller.sequence_nr, REST)
     return REST
 
 
-def _is_backward(event: FunctionEvent) -> bool:
-    return event.name.startswith("autograd::engine::evaluate_function")
+def _in_backward(event: FunctionEvent) -> bool:
+    return any(caller.name.startswith(NODE) for caller in _with_callers(event))
+
+
+def _with_callers(event: FunctionEvent) -> Iterator[FunctionEvent]:
+    at: FunctionEvent | None = event
+    while at is not None:
+        yield at
+        at = at.cpu_parent

@@ -80,18 +80,11 @@ class HuggingFaceWorker:
             text=True,
             env=environment,
         )
-        with tempfile.TemporaryDirectory() as folder:
-            weights = Path(folder) / "weights.pt"
-            torch.save(state_dict(model.state_dict()), weights)
-            self.ask(
-                "build",
-                config=config(model_config),
-                weights=str(weights),
-                tokens=tokens.tolist(),
-                threads=torch.get_num_threads(),
-                lr=lr,
-                clip=clip,
-            )
+        try:
+            self._build(model, model_config, tokens=tokens.tolist(), lr=lr, clip=clip)
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
         """The worker's answer.
@@ -103,8 +96,8 @@ class HuggingFaceWorker:
         assert self._process.stdout is not None
         try:
             print(json.dumps({"do": action, **arguments}), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            raise RuntimeError(f"TransfoXL's worker has ended before {action}") from None
+        except (BrokenPipeError, ValueError):  # ValueError: closed
+            raise RuntimeError(f"TransfoXL's worker ended before {action}") from None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"TransfoXL's worker ended during {action}")
@@ -128,3 +121,16 @@ class HuggingFaceWorker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _build(self, model: torch.nn.Module, model_config: ModelConfig, **request: Any) -> None:
+        """Let the worker make the same model, its weights handed over as a file."""
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder) / "weights.pt"
+            torch.save(state_dict(model.state_dict()), weights)
+            self.ask(
+                "build",
+                config=config(model_config),
+                weights=str(weights),
+                threads=torch.get_num_threads(),
+                **request,
+            )

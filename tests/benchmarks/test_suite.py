@@ -1,0 +1,129 @@
+"""A whole run on tiny cases: figures, notes, table, JSON, plot; memory and the step's parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import machine, peak_memory, plot, registry, report, step_profile
+from benchmarks.cases import OURS, PeerUnavailableError, WrongResultError
+from benchmarks.cases.model import ModelCase
+from benchmarks.cases.rel_attention import COMPILED, EAGER, SDPA_BIAS, SDPA_PLAIN, AttentionCase
+from benchmarks.inputs import AttentionShape
+from benchmarks.measure import Probe
+from benchmarks.step_profile import Share
+from benchmarks.suite import Effort, take
+
+SHAPE = AttentionShape(name="tiny", B=1, H=2, Tq=16, Tm=8, D=8, causal=True)
+QUICK = Effort(pairs=2, sample_seconds=0.0, memory=False)
+MACHINE = {
+    "processor": "a processor",
+    "threads": 2,
+    "torch": "2",
+    "native": "built and loaded",
+    "matmul_float32": 100.0,
+    "matmul_bfloat16": 200.0,
+    "tiles": {"sgemm": 150.0},
+}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Peers without the compiled one, and limits without probing for long."""
+    contender = AttentionCase.contender
+
+    def without_compiler(case, name):
+        if name == COMPILED:
+            raise PeerUnavailableError("no compiler")
+        return contender(case, name)
+
+    monkeypatch.setattr(AttentionCase, "contender", without_compiler)
+    monkeypatch.setattr(AttentionCase, "check", lambda case, name: None)
+    monkeypatch.setattr(machine, "limit", lambda dtype: machine.Limit("brgemm_f32", 300.0))
+
+
+def test_a_case_is_taken_and_reported(uncompiled, tmp_path):
+    case = AttentionCase(SHAPE, torch.float32, "forward")
+    figures = take(case, Probe(size=64), QUICK)
+    assert set(figures.peers) == {EAGER, SDPA_BIAS}
+    assert set(figures.yardsticks) == {SDPA_PLAIN}
+    assert figures.notes == {COMPILED: "no compiler"}
+    assert figures.fastest_peer in figures.peers
+    assert figures.gflops == pytest.approx(case.flop / figures.seconds.median / 1e9)
+    assert figures.share_of_limit == pytest.approx(figures.gflops / 300)
+
+    profile = [Share("products", 2.0, 0.8), Share("host", 0.5, 0.2)]
+    console = Console(record=True, width=160, file=(tmp_path / "console").open("w"))
+    report.print_report(console, MACHINE, [figures], profile)
+    shown = console.export_text()
+    for expected in ("a processor", "tiny float32 forward", "brgemm_f32", "no compiler", "80.0%"):
+        assert expected in shown
+    report.write_json(tmp_path / "new" / "run.json", MACHINE, [figures], profile)
+    record = json.loads((tmp_path / "new" / "run.json").read_text())
+    assert record["machine"]["processor"] == "a processor"
+    assert record["cases"][0]["peers"][EAGER]["pairs"] == 2
+    assert record["training_step"][0]["share"] == 0.8
+    plot.plot(tmp_path / "run.png", [figures], "a processor")
+    assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+def test_backward_alone_is_timed_without_peers(uncompiled):
+    figures = take(AttentionCase(SHAPE, torch.float32, "backward"), Probe(size=64), QUICK)
+    assert figures.seconds is not None
+    assert not figures.peers
+    assert figures.fastest_peer is None
+
+
+def test_no_speed_is_reported_for_a_wrong_result(monkeypatch):
+    def wrong(case, name):
+        raise WrongResultError(f"{name} is off")
+
+    monkeypatch.setattr(AttentionCase, "check", wrong)
+    figures = take(AttentionCase(SHAPE, torch.float32, "forward"), Probe(size=64), QUICK)
+    assert figures.seconds is None
+    assert not figures.peers
+    assert "WRONG RESULT" in figures.notes[OURS]
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_the_materialised_scores():
+    name = "rel_attention/enwik8_base_train/float32/forward"
+    shape = registry.case(name).shape
+    scores = shape.B * shape.H * shape.Tq * shape.n_keys * 4 / 2**20
+    grown = peak_memory.in_child(name, EAGER)
+    assert 2 * scores < grown < 12 * scores
+
+
+def test_a_child_that_fails_is_an_error():
+    with pytest.raises(RuntimeError, match="unknown case"):
+        peak_memory.in_child("rel_attention/none", OURS)
+
+
+def test_parts_of_a_training_step_add_up():
+    shape = registry.model_shapes()[0].tiny()
+    shape = dataclasses.replace(shape, config=dataclasses.replace(shape.config, n_layer=1))
+    parts = step_profile.profile_step(shape, torch.float32, steps=1)
+    assert sum(part.share for part in parts) == pytest.approx(1)
+    names = [part.part for part in parts]
+    assert len(set(names)) == len(names)
+    found = {"dropout", "LayerNorm", "optimizer and clipping", step_profile.HOST}
+    assert found <= set(names)
+
+
+def test_our_model_passes_its_gate():
+    shape = registry.model_shapes()[0].tiny()
+    for dtype in (torch.float32, torch.bfloat16):
+        case = ModelCase(shape, dtype, "evaluate")
+        case.check(OURS)
+        with case.contender(OURS) as run:
+            assert run() > 0
+
+
+def test_the_processor_has_a_name_for_files():
+    here = machine.processor()
+    assert here.name
+    assert here.slug.replace("-", "").isalnum()
