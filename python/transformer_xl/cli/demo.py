@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +23,7 @@ from transformer_xl.cli.settings import only_overrides
 from transformer_xl.config import RunConfig, load_preset, override, to_dict
 from transformer_xl.data import Corpus, open_corpus
 from transformer_xl.evaluation import Lengths, Score
-from transformer_xl.training import Finished, Trainer
+from transformer_xl.training import Finished, Trainer, join_processes
 from transformer_xl.training.curve import plot_curves
 from transformer_xl.training.precision import autocast, cpu_flags, processor, uses_bf16
 from transformer_xl.training.report import read_log
@@ -89,7 +88,7 @@ def _without_memory(config: RunConfig) -> RunConfig:
 
 def _within(config: RunConfig, corpus: Corpus, seconds: float) -> RunConfig:
     """`config` with as many steps, at most its own, as two trainings can take in `seconds`."""
-    trainer = Trainer(training.fit_vocabulary(config, corpus), corpus, Accelerator())
+    trainer = Trainer(training.fit_vocabulary(config, corpus), corpus, join_processes())
     times = []
     for _ in range(PROBE_STEPS):
         started = time.perf_counter()

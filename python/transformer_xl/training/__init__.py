@@ -2,6 +2,6 @@
 
 from transformer_xl.training.run import Finished, fit_vocabulary, train
 from transformer_xl.training.schedule import Schedule
-from transformer_xl.training.trainer import Trainer
+from transformer_xl.training.trainer import Trainer, join_processes
 
-__all__ = ["Finished", "Schedule", "Trainer", "fit_vocabulary", "train"]
+__all__ = ["Finished", "Schedule", "Trainer", "fit_vocabulary", "join_processes", "train"]

@@ -13,14 +13,13 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 
 from transformer_xl.checkpoint import Checkpoint, CheckpointError, open_checkpoint, tidy
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Corpus, Vocabulary, open_corpus
 from transformer_xl.training.report import Report
-from transformer_xl.training.trainer import Trainer
+from transformer_xl.training.trainer import Trainer, join_processes
 
 BEST, LAST = "best", "last"
 
@@ -59,7 +58,7 @@ def train(
             does not name it. FloatingPointError: the loss is not a number any more.
         ValueError, FileNotFoundError: what the configuration and the data may raise.
     """
-    accelerator = Accelerator()
+    accelerator = join_processes()
     if accelerator.is_main_process:
         tidy(out / LAST)
         tidy(out / BEST)

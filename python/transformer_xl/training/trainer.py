@@ -210,6 +210,11 @@ class Trainer:
         return self.corpus.batches("valid", batch_size, tgt_len, rows=self._valid_rows)
 
 
+def join_processes() -> Accelerator:
+    """This process among those of its launcher, on its GPU or, where there is none, the CPU."""
+    return Accelerator(cpu=not torch.accelerator.is_available())
+
+
 def share(name: str, rows: int, index: int, parts: int) -> tuple[int, int]:
     """The (start, stop) of part `index` when `rows` rows are split into contiguous parts.
 
