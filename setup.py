@@ -1,4 +1,7 @@
-"""Drives CMake, which owns every source and flag of the native part (CMakeLists.txt)."""
+"""Drives CMake, which owns every source and flag of the native part (CMakeLists.txt).
+
+`CMAKE_ARGS` in the environment is passed on, as in `CMAKE_ARGS=-DTXL_WERROR=ON pip install .`.
+"""
 
 from __future__ import annotations
 
