@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 LABELS = {"bpc": "bits per character", "ppl": "perplexity per token"}
 
@@ -28,7 +29,7 @@ def plot_curves(
     for i, (name, entries) in enumerate(runs.items()):
         for kind, style in (("train", {"alpha": 0.35}), ("valid", {"marker": "o", "ms": 4})):
             points = [e for e in entries if f"{kind}_loss" in e]
-            tokens = [e["tokens"] / 1e6 for e in points]
+            tokens = [e["tokens"] for e in points]
             losses = np.array([e[f"{kind}_loss"] for e in points])
             values = losses / math.log(2) if metric == "bpc" else np.exp(losses)
             axes.plot(tokens, values, color=f"C{i}", label=f"{name}, {kind}", **style)
@@ -37,7 +38,8 @@ def plot_curves(
         axes.set_ylim(min(validated) * 0.9, max(validated) * 1.1)
     if metric == "ppl":
         axes.set_yscale("log")
-    axes.set_xlabel("tokens trained on (millions)")
+    axes.set_xlabel("tokens trained on")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(LABELS[metric])
     axes.set_title(title)
     axes.grid(alpha=0.3)

@@ -1,0 +1,52 @@
+"""The demo, small: what it compares and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from transformer_xl.cli.app import app
+from transformer_xl.config import load_preset
+
+SMALL = (
+    *("model.n_layer=1", "model.d_model=16", "model.n_head=2", "model.d_head=8"),
+    *("model.d_inner=32", "train.batch_size=4", "train.max_step=8", "train.warmup_step=2"),
+    *("train.eval_interval=4", "train.log_interval=2", "train.max_eval_steps=4"),
+    *("evaluate.max_eval_steps=4",),
+)
+
+
+def test_demo_compares_memory_with_none(tmp_path: Path, text_file: Path) -> None:
+    data = ("data.name=text", f"data.path={text_file}", f"data.cache_dir={tmp_path}/cache")
+    out = tmp_path / "demo"
+    for _ in range(2):  # a second one replaces the first
+        done = CliRunner().invoke(app, ["demo", *SMALL, *data, "--out", str(out)])
+        assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    results = json.loads((out / "results.json").read_text())
+    as_trained = load_preset("demo").model.mem_len
+    mem_lens = {name: score["protocol"] for name, score in results["evaluations"].items()}
+    assert f"mem_len {as_trained}," in mem_lens["memory as trained"]
+    for name in ("trained without memory", "its memory taken away"):
+        assert "mem_len 0," in mem_lens[name]
+    scores = results["evaluations"].values()
+    assert all(score["bpc"] > 0 and score["tokens_per_second"] > 0 for score in scores)
+    assert len({score["n_tokens"] for score in scores}) == 1
+    assert {run["step"] for run in results["training"].values()} == {8}
+    assert len((out / "sample.txt").read_text().rstrip("\n")) <= 500
+    assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    for run in ("memory", "no_memory"):
+        assert (out / run / "best" / "state.json").exists()
+        assert (out / run / "last" / "state.json").exists()
+    for part in ("Memory is worth", "tokens/s", "memory longer than trained", "valid bpc"):
+        assert part in done.stdout
+
+
+def test_demo_takes_fewer_steps_on_a_slow_machine(tmp_path: Path, text_file: Path) -> None:
+    data = ("data.name=text", f"data.path={text_file}", f"data.cache_dir={tmp_path}/cache")
+    out = tmp_path / "demo"
+    done = CliRunner().invoke(app, ["demo", *SMALL, *data, "--out", str(out), "--seconds", "0"])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    results = json.loads((out / "results.json").read_text())
+    assert {run["step"] for run in results["training"].values()} == {1}
