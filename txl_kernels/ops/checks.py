@@ -34,13 +34,13 @@ def check_shape(
     The dimensions in `or_one` may also be 1.
     """
     shape = tensor.shape
-    if len(shape) == len(due) and all(
-        isinstance(size, str) or shape[axis] == size or (axis in or_one and shape[axis] == 1)
-        for axis, size in enumerate(due)
-    ):
-        return
-    words = [f"1 or {size}" if axis in or_one else str(size) for axis, size in enumerate(due)]
-    raise ValueError(f"{op}: {name} must have shape [{', '.join(words)}], got {list(shape)}")
+    fits = len(shape) == len(due)
+    for axis, size in enumerate(due if fits else ()):
+        if not (isinstance(size, str) or shape[axis] == size):
+            fits = fits and axis in or_one and shape[axis] == 1
+    if not fits:
+        words = [f"1 or {size}" if axis in or_one else str(size) for axis, size in enumerate(due)]
+        raise ValueError(f"{op}: {name} must have shape [{', '.join(words)}], got {list(shape)}")
 
 
 def check_broadcastable(op: str, name: str, tensor: Tensor, due: Sequence[int]) -> None:
