@@ -96,17 +96,18 @@ void load_dout(const RelAttentionArgs& args, const RelAttentionGrads& grads, int
 }
 
 // One row's probabilities and score gradients, in place of its scores and probability gradients:
-// p = 2^(s - lse · log2 e); ds = p · (dropout(dp) - delta), times the softcap's slope.
+// p = 2^(s · factor - lse); ds = p · (dropout(dp) - delta), times the softcap's slope.
 template <typename T, typename operand_p, typename operand_s>
 void gradient_row(const RelAttentionArgs& args, const Acc<T>* scores, const Acc<T>* dprobs,
                   const Acc<T>* keep, Acc<T> lse, Acc<T> delta, int64_t n, operand_p* probs, operand_s* dscores) {
   using Vec = Vectorized<Acc<T>>;
-  const Vec lse_vec(lse), minus_log2e(static_cast<Acc<T>>(-kLog2e)), delta_vec(delta), rescale(static_cast<Acc<T>>(1 / (1 - args.dropout_p)));
+  const Vec minus_lse(-lse), delta_vec(delta), rescale(static_cast<Acc<T>>(1 / (1 - args.dropout_p)));
+  const Vec factor_vec(static_cast<Acc<T>>(exponent_factor(args)));
   const bool dropout = args.dropout_p > 0, capped = args.softcap > 0;
   const Vec inverse_cap(static_cast<Acc<T>>(capped ? 1 / (args.softcap * kLog2e) : 0)), one(1), minus_one(-1);
   for (int64_t j = 0; j < n; j += Vec::size()) {
     const Vec score = Vec::loadu(scores + j);
-    const Vec p = exp2_nonpositive(at::vec::fmadd(lse_vec, minus_log2e, score));
+    const Vec p = exp2_nonpositive(at::vec::fmadd(score, factor_vec, minus_lse));
     Vec dp = Vec::loadu(dprobs + j), kept = p;
     if (dropout) {
       const Vec factor = Vec::loadu(keep + j) * rescale;
@@ -148,7 +149,7 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
                    dropout_threshold(args.dropout_p), ws.keep);
     }
     gradient_row<T>(args, ws.scores + a * kScoreLd, ws.dprobs + a * kScoreLd, ws.keep,
-                    lse[a] == kNone ? Acc<T>(0) : lse[a], ws.delta[a], n, probs, dscores);
+                    lse[a] == kNone ? Acc<T>(0) : static_cast<Acc<T>>(lse[a] * kLog2e), ws.delta[a], n, probs, dscores);
   };
   if constexpr (kPacked<T>) {
     for (int64_t a = 0; a < row_length<T>(rows.count()); a += 2) {
@@ -269,10 +270,10 @@ void write_transposed(const acc_t* accumulated, int64_t ld, int64_t first, int64
   }
 }
 
-// What a score's gradient must be multiplied by: queries carry `query_factor` instead of `scale`.
+// What the products with signed queries lack.
 template <typename T>
 Acc<T> key_factor(const RelAttentionArgs& args) {
-  return static_cast<Acc<T>>(args.scale / query_factor(args));
+  return static_cast<Acc<T>>(args.scale * query_sign(args));
 }
 
 // Writes (or, for a pair that other chunks share, parks) the accumulated key and value gradients.

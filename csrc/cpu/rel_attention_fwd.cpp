@@ -40,14 +40,14 @@ struct FwdWorkspace {
   }
 };
 
-// probs[j] = 2^(scores[j] - shift) for n scores; returns their sum. May work in place.
+// probs[j] = 2^(scores[j] · factor - shift) for n scores; returns their sum. May work in place.
 template <typename acc_t, typename operand_t>
-acc_t exponentiate(const acc_t* scores, acc_t shift, int64_t n, operand_t* probs) {
+acc_t exponentiate(const acc_t* scores, acc_t factor, acc_t shift, int64_t n, operand_t* probs) {
   using Vec = Vectorized<acc_t>;
-  const Vec shift_vec(shift);
+  const Vec factor_vec(factor), minus_shift(-shift);
   Vec sum0(0), sum1(0);
   auto step = [&](int64_t j, Vec& sum) {
-    const Vec p = exp2_nonpositive(Vec::loadu(scores + j) - shift_vec);
+    const Vec p = exp2_nonpositive(at::vec::fmadd(Vec::loadu(scores + j), factor_vec, minus_shift));
     sum = sum + p;
     store_operand(probs + j, p);
   };
@@ -71,9 +71,10 @@ void softmax_row(const RelAttentionArgs& args, int64_t pair_bh, int64_t i, Block
                  Acc<T>* scores, Operand<T>* probs, Acc<T>* max, Acc<T>* sum, Acc<T>* acc,
                  Acc<T>* keep) {
   constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
-  const Acc<T> new_max = std::max(*max, row_max(scores, block.padded));
+  const auto factor = static_cast<Acc<T>>(exponent_factor(args));
+  const Acc<T> new_max = std::max(*max, factor * row_max(scores, block.padded));
   const Acc<T> shift = new_max == kNone ? 0 : new_max;
-  const Acc<T> block_sum = exponentiate(scores, shift, block.padded, probs);
+  const Acc<T> block_sum = exponentiate(scores, factor, shift, block.padded, probs);
   if (!first && new_max > *max) {
     const Acc<T> decay = std::exp2(*max - new_max);
     *sum *= decay;

@@ -10,7 +10,6 @@
 
 namespace txl::TXL_ISA {
 
-// Scores stand in units of log2 e, so that probabilities are powers of two.
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
@@ -49,22 +48,26 @@ inline TileRows tile_rows(const RelAttentionArgs& args, const RelAttentionPlan& 
   return {begin, std::min(begin + plan.tile_rows, args.Tq)};
 }
 
-// The factor that queries carry, so that scores need none: 1/√D in units of log2 e. (A softcap
-// comes before that unit.)
-inline double query_factor(const RelAttentionArgs& args) {
-  return args.softcap > 0 ? args.scale : args.scale * kLog2e;
+// A score tile holds plain products, of queries that carry the sign of `scale`; its magnitude, in units
+// of log2 e so that probabilities are powers of two, enters with the exponent: one rounding for both.
+// With a softcap the tile holds capped scores in those units already.
+inline double query_sign(const RelAttentionArgs& args) {
+  return args.softcap > 0 || args.scale > 0 ? 1 : args.scale < 0 ? -1 : 0;
+}
+inline double exponent_factor(const RelAttentionArgs& args) {
+  return args.softcap > 0 || args.scale == 0 ? 1 : std::abs(args.scale) * kLog2e;
 }
 
-// qu = (q + r_w_bias) · factor, qv = (q + r_r_bias) · factor, rounded once; rows of `ld` operands.
+// qu = ±(q + r_w_bias), qv = ±(q + r_r_bias), rows of `ld` operands.
 template <typename T>
 void load_queries(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows rows, Operand<T>* qu,
                   Operand<T>* qv, int64_t ld) {
-  const auto factor = static_cast<Acc<T>>(query_factor(args));
+  const auto sign = static_cast<Acc<T>>(query_sign(args));
   const auto* u = static_cast<const Acc<T>*>(args.r_w_bias);
   const auto* v = static_cast<const Acc<T>*>(args.r_r_bias);
   Acc<T> q[256], sum[256];
   auto biased = [&](const Acc<T>* bias, Operand<T>* dst) {
-    for (int64_t d = 0; d < args.D; ++d) sum[d] = (bias ? q[d] + bias[h * args.D + d] : q[d]) * factor;
+    for (int64_t d = 0; d < args.D; ++d) sum[d] = (bias ? q[d] + bias[h * args.D + d] : q[d]) * sign;
     convert_row(sum, dst, args.D);
     std::fill(dst + args.D, dst + ld, Operand<T>(0));
   };
@@ -110,13 +113,14 @@ void score_block(TileRows rows, Block block, Columns columns, int64_t D, const O
        kScoreLd, /*accumulate=*/true);
 }
 
-// softcap · tanh(score / softcap), into units of log2 e.
+// softcap · tanh(scale · product / softcap), in units of log2 e.
 template <typename acc_t>
-void cap_row(acc_t* scores, int64_t n, double softcap) {
+void cap_row(const RelAttentionArgs& args, acc_t* scores, int64_t n) {
   using Vec = Vectorized<acc_t>;
-  const Vec inverse(static_cast<acc_t>(1 / softcap)), factor(static_cast<acc_t>(softcap * kLog2e));
+  const Vec inner(static_cast<acc_t>(args.scale / args.softcap));
+  const Vec outer(static_cast<acc_t>(args.softcap * kLog2e));
   for (int64_t j = 0; j < n; j += Vec::size()) {
-    ((Vec::loadu(scores + j) * inverse).tanh() * factor).store(scores + j);
+    ((Vec::loadu(scores + j) * inner).tanh() * outer).store(scores + j);
   }
 }
 
@@ -142,7 +146,7 @@ void finish_scores(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
                    Acc<T>* scores) {
   for (int64_t a = 0; a < rows.count(); ++a) {
     Acc<T>* row = scores + a * kScoreLd;
-    if (args.softcap > 0) cap_row(row, block.padded, args.softcap);
+    if (args.softcap > 0) cap_row(args, row, block.padded);
     mask_row(args, b, h, rows.begin + a, block, row);
   }
 }
