@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -46,19 +47,22 @@ def _machine() -> Table:
 
 
 def _backends(device: str) -> Table:
-    """Per op, what "auto" takes for float32 on `device`, and what keeps each other one away."""
-    table = Table("op", "used", "why not the others", title=f"backends on {device}, float32")
+    """What "auto" takes for float32 on `device`, and what keeps the others away: ops alike in one
+    row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
     for op in OPS:
-        used = resolve(op, device=device, dtype=torch.float32, needs_grad=True).backend
-        reasons = {
-            name: resolve(
-                op, backend=name, device=device, dtype=torch.float32, needs_grad=True
-            ).reason
-            for name in BACKENDS
-            if name != used
-        }
-        refused = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
-        table.add_row(op, used or "none", "\n".join(refused))
+        ask = partial(resolve, op, device=device, dtype=torch.float32, needs_grad=True)
+        used = ask().backend or "none"
+        reasons = {name: ask(backend=name).reason for name in BACKENDS if name != used}
+        refused = (
+            f"{name}: {reason.removesuffix(f' for {op}')}"
+            for name, reason in reasons.items()
+            if reason is not None
+        )
+        rows.setdefault((used, "\n".join(refused)), []).append(op)
+    table = Table("op", "used", "why not the others", title=f"backends on {device}, float32")
+    for answers, ops in rows.items():
+        table.add_row("\n".join(ops), *answers)
     return table
 
 

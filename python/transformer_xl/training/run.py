@@ -18,6 +18,7 @@ from rich.console import Console
 from transformer_xl.checkpoint import Checkpoint, CheckpointError, open_checkpoint, tidy
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Corpus, Vocabulary, open_corpus
+from transformer_xl.training.precision import uses_bf16
 from transformer_xl.training.report import Report
 from transformer_xl.training.trainer import Trainer, join_processes
 
@@ -83,13 +84,28 @@ def train(
         shown=accelerator.is_main_process,
     )
     with report, _stop_requests() as stop_requested:
-        return _loop(trainer, report, stop_requested)
+        report.say(_heading(trainer))
+        finished = _loop(trainer, report, stop_requested)
+    accelerator.end_training()
+    return finished
 
 
 def fit_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
     """`config` for the vocabulary at hand: presets name the size of their published corpus's."""
     model = dataclasses.replace(config.model, vocab_size=len(corpus.vocab))
     return dataclasses.replace(config, model=model)
+
+
+def _heading(trainer: Trainer) -> str:
+    """What is trained, on what."""
+    config, accelerator = trainer.config, trainer.accelerator
+    n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    bf16 = uses_bf16(config.train.autocast, trainer.device)
+    place = f"{accelerator.num_processes} x {trainer.device.type}"
+    return (
+        f"{n_parameters:,} parameters on {place}{', bf16 autocast' if bf16 else ''}; "
+        f"{len(trainer.corpus.split('train')):,} tokens of {trainer.corpus.protocol}"
+    )
 
 
 def _initialise(trainer: Trainer, saved: Checkpoint) -> None:
