@@ -11,6 +11,15 @@ int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Several chunks a thread even out unequal rows and what the machine does beside us, as long as each
+// keeps whole tables and all threads get as many: the most such chunks, or `threads`.
+int64_t chunks_of_whole_tables(int64_t n_tables, int64_t threads) {
+  for (int64_t each = 8; each > 1 && threads > 1; --each) {
+    if (n_tables % (each * threads) == 0) return each * threads;
+  }
+  return threads;
+}
+
 // Cuts items into at most `max_chunks` runs of about equal cost, on a pair's border where one is near.
 std::vector<int64_t> deal(const std::vector<int64_t>& cost_before, int64_t n_tiles, int64_t max_chunks) {
   const int64_t n_items = static_cast<int64_t>(cost_before.size()) - 1;
@@ -98,9 +107,13 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_bl
       cost_before.push_back(cost_before.back() + tile_cost[static_cast<size_t>(index)]);
     }
   }
-  // Several chunks a thread even out what the machine does beside us, if each keeps whole tables.
-  const bool spare = threads > 1 && args.n_groups() >= 4 * threads;
-  plan.chunks = deal(cost_before, plan.n_tiles, spare ? 4 * threads : threads);
+  const int64_t spare = chunks_of_whole_tables(args.n_groups(), threads);
+  if (spare > threads) {
+    const int64_t items = static_cast<int64_t>(cost_before.size()) - 1;
+    for (int64_t c = 0; c <= spare; ++c) plan.chunks.push_back(c * (items / spare));
+  } else {
+    plan.chunks = deal(cost_before, plan.n_tiles, threads);
+  }
   return plan;
 }
 
