@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from benchmarks.step_profile import profile_step
 from benchmarks.suite import Effort, Figures, take, take_memory
 
 RESULTS = Path(__file__).parent / "results"
+WIDTH = 172  # columns, where there is no terminal to ask
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     if not timed and not memory:
         raise SystemExit(f"no case matches {' '.join(options.cases)}; --list shows all")
     torch.set_num_threads(options.threads)
-    console = Console(width=None if options.width is None else options.width)
+    console = Console(width=options.width or (None if sys.stdout.isatty() else WIDTH))
     effort = Effort(options.pairs, options.sample_seconds, memory=not options.no_memory)
     described = machine.describe()
     probe = Probe()

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +25,7 @@ A "~" marks what was taken while something else slowed the machine down. GFLOP/s
 6·D per attended pair forward, 16·D backward; "of limit" is their share of the best rate that
 products of cached tiles reached just before, by the routine named. The yardstick computes
 something else: sdpa has no positions, no mask and no memory to join; reference is our own model
-without the kernel. MiB: growth at the peak, ours / eager / sdpa+bias / sdpa; ours / reference."""
+without the kernel. MiB: growth at the peak, ours / the leanest peer's."""
 
 
 def print_report(
@@ -44,26 +45,34 @@ def print_report(
 
 
 def table(results: Sequence[Figures]) -> Table:
-    """One row per case."""
-    drawn = Table(title="Benchmarks", title_justify="left")
-    drawn.add_column("case")
+    """One row per case, a section per shape."""
+    drawn = Table(title="Benchmarks", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("shape", "dtype", "pass"):
+        drawn.add_column(column, no_wrap=True)
     for column in ("ours ms", "rate", "of limit", "yardstick", "fastest peer", "peak MiB"):
         drawn.add_column(column, justify="right")
+    above = None
     for figures in results:
+        _, shape, dtype, run = figures.case.split("/")
+        if above not in (None, shape):
+            drawn.add_section()
         drawn.add_row(
-            _short(figures.case),
+            "" if shape == above else shape,
+            dtype,
+            run,
             _milliseconds(figures),
             _rate(figures),
             _share(figures),
             *(_comparison(figures, name) for name in _beside(figures)),
             _memory(figures),
         )
+        above = shape
     return drawn
 
 
 def profile_table(profile: Sequence[Share]) -> Table:
     """Where the training step of the model spends its time."""
-    drawn = Table(title="Our training step, float32", title_justify="left")
+    drawn = Table(title="Our training step, float32", title_justify="left", box=box.SIMPLE_HEAD)
     drawn.add_column("part")
     drawn.add_column("ms", justify="right")
     drawn.add_column("share", justify="right")
@@ -149,15 +158,16 @@ def _rate(figures: Figures) -> str:
 def _share(figures: Figures) -> str:
     if figures.share_of_limit is None or figures.limit is None:
         return NOTHING
-    return f"{figures.share_of_limit:.0%} {figures.limit.kind}"
+    return f"{figures.share_of_limit:.0%} {figures.limit.kind.partition('_')[0]}"
 
 
 def _memory(figures: Figures) -> str:
-    if not figures.peak_mib:
+    """Ours and that of the peer which takes least."""
+    if OURS not in figures.peak_mib:
         return NOTHING
-    others = [f"{mib:.0f}" for name, mib in figures.peak_mib.items() if name != OURS]
-    ours = figures.peak_mib.get(OURS)
-    return " / ".join([NOTHING if ours is None else f"[bold]{ours:.0f}[/]", *others])
+    peers = [mib for name, mib in figures.peak_mib.items() if name in figures.peers]
+    least = f" / {min(peers):.0f}" if peers else ""
+    return f"[bold]{figures.peak_mib[OURS]:.0f}[/]{least}"
 
 
 def _figure(value: float) -> str:

@@ -68,10 +68,9 @@ class Figures:
 def take(case: Case, probe: Probe, effort: Effort) -> Figures:
     """All figures of a timed case. A wrong result of ours leaves only a note, and no speed."""
     figures = Figures(case.name)
-    try:
+    with _noting(figures, OURS):
         case.check(OURS)
-    except WrongResultError as error:
-        figures.notes[OURS] = f"WRONG RESULT, nothing timed: {error}"
+    if figures.notes:
         return figures
     with case.contender(OURS) as ours:
         _take_speed(case, ours, probe, effort, figures)
@@ -117,4 +116,4 @@ def _noting(figures: Figures, contender: str) -> Iterator[None]:
     try:
         yield
     except (WrongResultError, RuntimeError) as error:
-        figures.notes[contender] = str(error)
+        figures.notes[contender] = f"{type(error).__name__}: {error}"
