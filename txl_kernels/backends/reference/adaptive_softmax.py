@@ -9,7 +9,7 @@ backward: at most N × max(4096, V_k / 32) of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -158,12 +158,17 @@ def _logits(x: Tensor, cluster: Cluster) -> Tensor:
     return logits if cluster.bias is None else logits + cluster.bias.to(x.dtype)
 
 
-def _pieces(cluster: Cluster) -> Iterator[tuple[int, Cluster]]:
+def _pieces(cluster: Cluster) -> list[tuple[int, Cluster]]:
     """The cluster cut along the vocabulary: each piece's first column, and the piece."""
     n_columns = cluster.weight.shape[0]
     size = max(_MIN_COLUMNS, -(-n_columns // _MAX_PIECES))
-    for first in range(0, n_columns, size):
-        yield first, _columns(cluster, first, first + size)
+    # One split each, not slices: backward then joins the pieces' gradients once.
+    weights = torch.split(cluster.weight, size)
+    biases = [None] * len(weights) if cluster.bias is None else torch.split(cluster.bias, size)
+    return [
+        (n * size, Cluster(cluster.projection, weight, bias))
+        for n, (weight, bias) in enumerate(zip(weights, biases, strict=True))
+    ]
 
 
 def _columns(cluster: Cluster, first: int, last: int | None) -> Cluster:
