@@ -80,7 +80,7 @@ def _gradient_magnitudes(
         return max((float(tensor.detach().abs().max()) for tensor in given), default=0.0)
 
     kept = 1.0 - case.options.get("dropout_p", 0.0)
-    scale = case.options.get("scale", case.D**-0.5)
+    scale = abs(case.options.get("scale", case.D**-0.5))
     values = [floats[name].detach().double() for name in ("mem_v", "v") if name in floats]
     dP = float((dout.double() @ torch.cat(values, dim=2).mT).abs().max()) / kept
     content_query = largest("q") + largest("r_w_bias")
