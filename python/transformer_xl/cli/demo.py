@@ -87,15 +87,24 @@ def _without_memory(config: RunConfig) -> RunConfig:
 
 
 def _within(config: RunConfig, corpus: Corpus, seconds: float) -> RunConfig:
-    """`config` with as many steps, at most its own, as two trainings can take in `seconds`."""
+    """`config` with as many steps, at most its own, as both trainings can take in `seconds`."""
+    step_seconds = sum(_step_seconds(run, corpus) for run in (config, _without_memory(config)))
+    affordable = max(1, int(seconds / step_seconds))
+    if affordable >= config.train.max_step:
+        return config
+    return override(config, {"train.max_step": affordable})
+
+
+def _step_seconds(config: RunConfig, corpus: Corpus) -> float:
+    """Median time of a step once the memory is full and everything is warm."""
     trainer = Trainer(training.fit_vocabulary(config, corpus), corpus, join_processes())
+    warm_up = 4 + config.model.mem_len // config.train.tgt_len
     times = []
-    for _ in range(PROBE_STEPS):
+    for _ in range(warm_up + PROBE_STEPS):
         started = time.perf_counter()
         trainer.advance()
         times.append(time.perf_counter() - started)
-    affordable = int(seconds / 2 / statistics.median(times[PROBE_STEPS // 2 :]))
-    return override(config, {"train.max_step": max(1, min(config.train.max_step, affordable))})
+    return statistics.median(times[warm_up:])
 
 
 def _evaluations(

@@ -85,6 +85,8 @@ def train(
     )
     with report, _stop_requests() as stop_requested:
         report.say(_heading(trainer))
+        if trainer.step >= config.train.max_step:
+            report.say(f"step {trainer.step:,} is the last already: raise train.max_step to go on")
         finished = _loop(trainer, report, stop_requested)
     accelerator.end_training()
     return finished
