@@ -21,8 +21,8 @@ Isa isa() {
 }
 
 template <typename Kernels>
-const Kernels& pick(Scalar dtype, const Kernels* baseline, const Kernels* avx2, const Kernels* avx512,
-                    const Kernels* avx512bf16) {
+const Kernels& pick(Scalar dtype, const Kernels* baseline, const Kernels* avx2,
+                    const Kernels* avx512, const Kernels* avx512bf16) {
   const Kernels* sets[] = {baseline, avx2, avx512, avx512bf16};
   return sets[static_cast<int>(isa())][static_cast<int>(dtype)];
 }

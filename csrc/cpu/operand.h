@@ -57,9 +57,13 @@ constexpr int64_t row_words(int64_t n) {
   return kPacked<T> ? (n + 1) / 2 : n;
 }
 
-constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b * b;
+}
 // A leading dimension of at least `n` columns whose rows fall on different cache sets.
-constexpr int64_t leading_dimension(int64_t n) { return (round_up(n, 16) / 16 | 1) * 16; }
+constexpr int64_t leading_dimension(int64_t n) {
+  return (round_up(n, 16) / 16 | 1) * 16;
+}
 
 // 2^x for x <= 0; 0 for -inf, NaN for NaN. Relative error at most 1.9e-7 (float).
 #if defined(CPU_CAPABILITY_AVX512)
@@ -76,17 +80,20 @@ inline Vectorized<float> exp2_nonpositive(Vectorized<float> x) {
   return _mm512_scalef_ps(y, n);
 }
 #else
-inline Vectorized<float> exp2_nonpositive(Vectorized<float> x) { return x.exp2(); }
+inline Vectorized<float> exp2_nonpositive(Vectorized<float> x) {
+  return x.exp2();
+}
 #endif
-inline Vectorized<double> exp2_nonpositive(Vectorized<double> x) { return x.exp2(); }
-
-template <typename acc_t>
-acc_t exp2_nonpositive(acc_t x) {
-  return std::exp2(x);
+inline Vectorized<double> exp2_nonpositive(Vectorized<double> x) {
+  return x.exp2();
 }
 
-inline void store_operand(float* dst, Vectorized<float> x) { x.store(dst); }
-inline void store_operand(double* dst, Vectorized<double> x) { x.store(dst); }
+inline void store_operand(float* dst, Vectorized<float> x) {
+  x.store(dst);
+}
+inline void store_operand(double* dst, Vectorized<double> x) {
+  x.store(dst);
+}
 #ifdef __AVX512BF16__
 inline void store_operand(BFloat16* dst, Vectorized<float> x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), (__m256i)_mm512_cvtneps_pbh(x));
@@ -107,15 +114,16 @@ void convert_row(const From* src, To* dst, int64_t n) {
 
 // out[j] = (even[j], odd[j]): two rows as one row of pairs.
 inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t n, float* out) {
-  const auto *low = reinterpret_cast<const uint16_t*>(even), *high = reinterpret_cast<const uint16_t*>(odd);
+  const auto *low = reinterpret_cast<const uint16_t*>(even),
+             *high = reinterpret_cast<const uint16_t*>(odd);
   auto* words = reinterpret_cast<uint32_t*>(out);
   for (int64_t j = 0; j < n; ++j) words[j] = low[j] | static_cast<uint32_t>(high[j]) << 16;
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
 // dst = src transposed, in registers.
-__attribute__((always_inline)) inline void transpose_16x16(const float* src, int64_t ld_src, float* dst,
-                                                           int64_t ld_dst) {
+__attribute__((always_inline)) inline void transpose_16x16(const float* src, int64_t ld_src,
+                                                           float* dst, int64_t ld_dst) {
   __m512 row[16], pair[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_ps(src + i * ld_src);
@@ -131,7 +139,8 @@ __attribute__((always_inline)) inline void transpose_16x16(const float* src, int
     return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
   };
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // row[i + c]: columns c, c + 4, c + 8, c + 12 of rows i … i + 3
+  for (int i = 0; i < 16;
+       i += 4) {  // row[i + c]: columns c, c + 4, c + 8, c + 12 of rows i … i + 3
     row[i] = low(pair[i], pair[i + 2]);
     row[i + 1] = high(pair[i], pair[i + 2]);
     row[i + 2] = low(pair[i + 1], pair[i + 3]);
@@ -163,8 +172,7 @@ acc_t row_max(const acc_t* row, int64_t n) {
   }
   for (; j < n; j += Vec::size()) best0 = at::vec::maximum(best0, Vec::loadu(row + j));
   best0 = at::vec::maximum(best0, best1);
-  return at::vec::vec_reduce_all<acc_t>(
-      [](Vec a, Vec b) { return at::vec::maximum(a, b); }, best0);
+  return at::vec::vec_reduce_all<acc_t>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, best0);
 }
 
 template <typename acc_t>

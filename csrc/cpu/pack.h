@@ -26,8 +26,11 @@ struct KeyRows {
 
   KeyRows(const RelAttentionArgs& args, const Tensor4& memory, const Tensor4& segment, int64_t b,
           int64_t h)
-      : memory(memory.head<const T>(b, h)), segment(segment.head<const T>(b, h)),
-        stride_memory(memory.stride_t), stride_segment(segment.stride_t), Tm(args.Tm),
+      : memory(memory.head<const T>(b, h)),
+        segment(segment.head<const T>(b, h)),
+        stride_memory(memory.stride_t),
+        stride_segment(segment.stride_t),
+        Tm(args.Tm),
         valid(args.keys_of_row(b)) {}
 
   RowRun<T> from(int64_t j) const {
@@ -38,8 +41,8 @@ struct KeyRows {
   }
 };
 
-// The position table of one group by column e = j - i + Tq - 1, whose row is m = e - (Tq-1) + offset:
-// zeros outside the table, or its edges where it is clamped.
+// The position table of one group by column e = j - i + Tq - 1, whose row is m = e - (Tq-1) +
+// offset: zeros outside the table, or its edges where it is clamped.
 template <typename T>
 struct TableRows {
   const T* table;
@@ -47,8 +50,11 @@ struct TableRows {
   bool clamp;
 
   TableRows(const RelAttentionArgs& args, int64_t pair)
-      : table(args.r.head<const T>(args.batch_of(pair), args.head_of(pair))), stride(args.r.stride_t),
-        R(args.R), e_of_row0(args.Tq - 1 - args.offset), clamp(args.clamp) {}
+      : table(args.r.head<const T>(args.batch_of(pair), args.head_of(pair))),
+        stride(args.r.stride_t),
+        R(args.R),
+        e_of_row0(args.Tq - 1 - args.offset),
+        clamp(args.clamp) {}
 
   RowRun<T> from(int64_t e) const {
     const int64_t m = e - e_of_row0;
@@ -99,8 +105,8 @@ void prefetch_rows(const T* first, int64_t stride, int64_t D) {
   }
 }
 
-// dst[d, x - begin] = rows[x, d] for x in [begin, end), a multiple of 16 columns; with packed operands
-// dst holds pairs of d. `ld` and dst count words. `stage`: 16 · row_length(D) operands.
+// dst[d, x - begin] = rows[x, d] for x in [begin, end), a multiple of 16 columns; with packed
+// operands dst holds pairs of d. `ld` and dst count words. `stage`: 16 · row_length(D) operands.
 template <typename T, typename Rows>
 void pack_transposed(const Rows& rows, int64_t begin, int64_t end, int64_t D, Operand<T>* stage,
                      Word<T>* dst, int64_t ld) {
@@ -124,15 +130,19 @@ void pack_transposed(const Rows& rows, int64_t begin, int64_t end, int64_t D, Op
   }
 }
 
-// Rows x in [begin, end) as a right-hand matrix [end - begin, D] of a product whose inner dimension is
-// x; with packed operands dst holds pairs of rows, `begin` and `end` being even. ld counts columns.
+// Rows x in [begin, end) as a right-hand matrix [end - begin, D] of a product whose inner dimension
+// is x; with packed operands dst holds pairs of rows, `begin` and `end` being even. ld counts
+// columns.
 template <typename T, typename Rows>
 void pack_natural(const Rows& rows, int64_t begin, int64_t end, int64_t D, Operand<T>* stage,
                   Word<T>* dst, int64_t ld) {
   if constexpr (kPacked<T>) {
     std::fill(stage, stage + D, T(0));
-    auto row = [&](int64_t x) { return rows.from(x).first != nullptr ? rows.from(x).first : stage; };
-    for (int64_t x = begin; x < end; x += 2) interleave(row(x), row(x + 1), D, dst + (x - begin) / 2 * ld);
+    auto row = [&](int64_t x) {
+      return rows.from(x).first != nullptr ? rows.from(x).first : stage;
+    };
+    for (int64_t x = begin; x < end; x += 2)
+      interleave(row(x), row(x + 1), D, dst + (x - begin) / 2 * ld);
   } else {
     for (int64_t x = begin; x < end;) {
       const RowRun<T> run = rows.from(x);

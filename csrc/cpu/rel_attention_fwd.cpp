@@ -1,10 +1,10 @@
 // rel_attention forward on the CPU, for one instruction set.
 //
-// One chunk walks its query tiles pair by pair. A tile of up to 64 queries meets its keys in blocks of
-// up to 512: two products put the shifted scores into a tile that stays in cache, a row pass turns
-// them into probabilities against a running maximum (online softmax, sums in float32), one product
-// adds them to the output. Keys and the position table are packed transposed, once per pair and once
-// per table; values are read where they stand if products can read their dtype.
+// One chunk walks its query tiles pair by pair. A tile of up to 64 queries meets its keys in blocks
+// of up to 512: two products put the shifted scores into a tile that stays in cache, a row pass
+// turns them into probabilities against a running maximum (online softmax, sums in float32), one
+// product adds them to the output. Keys and the position table are packed transposed, once per pair
+// and once per table; values are read where they stand if products can read their dtype.
 #include "kernels.h"
 #include "philox.h"
 #include "rel_attention_tile.h"
@@ -106,14 +106,16 @@ void write_outputs(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
       scale_row(acc, 1 / (kept * ws.sum[a]), args.Dv);
     }
     convert_row(acc, args.out.head<T>(b, h) + (rows.begin + a) * args.out.stride_t, args.Dv);
-    lse[a] = dead ? kNone : static_cast<Acc<T>>(kLn2) * (ws.max[a] + std::log2(ws.sum[a]));
+    // In double: the backward's probabilities are no better than this number.
+    lse[a] = dead ? kNone : static_cast<Acc<T>>(kLn2 * (ws.max[a] + std::log2(double{ws.sum[a]})));
   }
 }
 
 // acc (+)= probs · v, from the packed values or, where `values` are given, from where they stand.
 template <typename T>
 void value_product(const RelAttentionArgs& args, TileRows rows, Block block, int64_t k_begin,
-                   const KeyRows<T>* values, const Operand<T>* probs, bool first, const FwdWorkspace<T>& ws) {
+                   const KeyRows<T>* values, const Operand<T>* probs, bool first,
+                   const FwdWorkspace<T>& ws) {
   if constexpr (kReadable<T>) {
     if (values != nullptr) {
       product_in_place<T>(rows.count(), args.Dv, *values, block.begin, block.begin + block.n, probs,
@@ -123,7 +125,8 @@ void value_product(const RelAttentionArgs& args, TileRows rows, Block block, int
   }
   const int64_t row = (block.begin - k_begin) / (kPacked<T> ? 2 : 1);
   gemm(rows.count(), args.Dv, row_length<T>(block.n), probs, kScoreLd,
-       reinterpret_cast<const Operand<T>*>(ws.v + row * ws.ld_v), ws.ld_v, ws.acc, ws.ld_acc, !first);
+       reinterpret_cast<const Operand<T>*>(ws.v + row * ws.ld_v), ws.ld_v, ws.acc, ws.ld_acc,
+       !first);
 }
 
 template <typename T>
@@ -139,7 +142,10 @@ void fwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
                    ws.k_t + (block.begin - k_begin), ws.ld_k, ws.r_t, ws.ld_r, ws.scores);
     finish_scores<T>(args, b, h, rows, block, ws.scores);
     Operand<T>* probs;
-    if constexpr (kPacked<T>) probs = ws.probs; else probs = ws.scores;
+    if constexpr (kPacked<T>)
+      probs = ws.probs;
+    else
+      probs = ws.scores;
     for (int64_t a = 0; a < rows.count(); ++a) {
       softmax_row<T>(args, b * args.H + h, rows.begin + a, block, first, ws.scores + a * kScoreLd,
                      probs + a * kScoreLd, ws.max + a, ws.sum + a, ws.acc + a * ws.ld_acc, ws.keep);
@@ -151,7 +157,8 @@ void fwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
 }
 
 template <typename T>
-void fwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t chunk, char* workspace) {
+void fwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t chunk,
+               char* workspace) {
   Arena arena(workspace);
   const FwdWorkspace<T> ws(args, plan, arena);
   const int64_t stop = plan.chunks[static_cast<size_t>(chunk + 1)];
@@ -164,7 +171,8 @@ void fwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64
     const int64_t k_begin = keys.aligned_begin, k_end = round_up(keys.end, 16);
     if (args.group_of(pair) != group) {
       group = args.group_of(pair);
-      pack_transposed<T>(TableRows<T>(args, pair), plan.e_begin, plan.e_end, args.D, ws.stage, ws.r_t, ws.ld_r);
+      pack_transposed<T>(TableRows<T>(args, pair), plan.e_begin, plan.e_end, args.D, ws.stage,
+                         ws.r_t, ws.ld_r);
     }
     pack_transposed<T>(KeyRows<T>(args, args.mem_k, args.k, b, h), k_begin, k_end, args.D, ws.stage,
                        ws.k_t, ws.ld_k);

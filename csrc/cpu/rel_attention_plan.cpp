@@ -7,12 +7,18 @@
 namespace txl {
 namespace {
 
-int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t floor_div(int64_t a, int64_t b) {
+  return a / b - (a % b < 0);
+}
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
-// Several chunks a thread even out unequal rows and what the machine does beside us, as long as each
-// keeps whole tables and all threads get as many: the most such chunks, or `threads`.
+// Several chunks a thread even out unequal rows and what the machine does beside us, as long as
+// each keeps whole tables and all threads get as many: the most such chunks, or `threads`.
 int64_t chunks_of_whole_tables(int64_t n_tables, int64_t threads) {
   for (int64_t each = 8; each > 1 && threads > 1; --each) {
     if (n_tables % (each * threads) == 0) return each * threads;
@@ -20,8 +26,10 @@ int64_t chunks_of_whole_tables(int64_t n_tables, int64_t threads) {
   return threads;
 }
 
-// Cuts items into at most `max_chunks` runs of about equal cost, on a pair's border where one is near.
-std::vector<int64_t> deal(const std::vector<int64_t>& cost_before, int64_t n_tiles, int64_t max_chunks) {
+// Cuts items into at most `max_chunks` runs of about equal cost, on a pair's border where one is
+// near.
+std::vector<int64_t> deal(const std::vector<int64_t>& cost_before, int64_t n_tiles,
+                          int64_t max_chunks) {
   const int64_t n_items = static_cast<int64_t>(cost_before.size()) - 1;
   const int64_t n_chunks = std::max<int64_t>(1, std::min(max_chunks, n_items));
   const double share = static_cast<double>(cost_before.back()) / static_cast<double>(n_chunks);
@@ -65,8 +73,8 @@ KeyRange RelAttentionArgs::keys_of(int64_t b, int64_t i) const {
   return keys;
 }
 
-TileKeys tile_keys(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t row_begin,
-                   int64_t row_end) {
+TileKeys tile_keys(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b,
+                   int64_t row_begin, int64_t row_end) {
   const int64_t begin = args.keys_of(b, row_begin).begin;
   const int64_t end = args.keys_of(b, row_end - 1).end;
   if (begin >= end) return {0, 0, 0, 0};
@@ -77,7 +85,8 @@ TileKeys tile_keys(const RelAttentionArgs& args, const RelAttentionPlan& plan, i
   return {begin, end, aligned_begin, round_up(ceil_div(n, n_blocks), 64)};
 }
 
-RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_block, int64_t threads) {
+RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_block,
+                                    int64_t threads) {
   RelAttentionPlan plan;
   plan.key_block = key_block;
   plan.n_tiles = ceil_div(args.Tq, kQueryTile);

@@ -13,9 +13,9 @@ namespace txl::TXL_ISA {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// Rows of a score tile are wider than a block, and the tile has slack in front: the position product
-// is written through a row stride of one more column and from `rows - 1` columns earlier, which puts
-// its column j - i + const at key j. That is the relative shift, and it costs nothing.
+// Rows of a score tile are wider than a block, and the tile has slack in front: the position
+// product is written through a row stride of one more column and from `rows - 1` columns earlier,
+// which puts its column j - i + const at key j. That is the relative shift, and it costs nothing.
 constexpr int64_t kScoreLd = leading_dimension(kKeyBlock + kQueryTile + 16);
 constexpr int64_t kScoreSlack = kQueryTile + 16;
 constexpr int64_t kScoreSize = kScoreSlack + kQueryTile * kScoreLd + kScoreSlack;
@@ -43,14 +43,15 @@ struct TileRows {
   int64_t count() const { return end - begin; }
 };
 
-inline TileRows tile_rows(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t tile) {
+inline TileRows tile_rows(const RelAttentionArgs& args, const RelAttentionPlan& plan,
+                          int64_t tile) {
   const int64_t begin = tile * plan.tile_rows;
   return {begin, std::min(begin + plan.tile_rows, args.Tq)};
 }
 
-// A score tile holds plain products, of queries that carry the sign of `scale`; its magnitude, in units
-// of log2 e so that probabilities are powers of two, enters with the exponent: one rounding for both.
-// With a softcap the tile holds capped scores in those units already.
+// A score tile holds plain products, of queries that carry the sign of `scale`; its magnitude, in
+// units of log2 e so that probabilities are powers of two, enters with the exponent: one rounding
+// for both. With a softcap the tile holds capped scores in those units already.
 inline double query_sign(const RelAttentionArgs& args) {
   return args.softcap > 0 || args.scale > 0 ? 1 : args.scale < 0 ? -1 : 0;
 }
@@ -67,7 +68,8 @@ void load_queries(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows r
   const auto* v = static_cast<const Acc<T>*>(args.r_r_bias);
   Acc<T> q[256], sum[256];
   auto biased = [&](const Acc<T>* bias, Operand<T>* dst) {
-    for (int64_t d = 0; d < args.D; ++d) sum[d] = (bias ? q[d] + bias[h * args.D + d] : q[d]) * sign;
+    for (int64_t d = 0; d < args.D; ++d)
+      sum[d] = (bias ? q[d] + bias[h * args.D + d] : q[d]) * sign;
     convert_row(sum, dst, args.D);
     std::fill(dst + args.D, dst + ld, Operand<T>(0));
   };
@@ -96,8 +98,8 @@ struct Columns {
   int64_t first, n;
 };
 
-inline Columns block_columns(const RelAttentionArgs& args, const RelAttentionPlan& plan, TileRows rows,
-                             Block block) {
+inline Columns block_columns(const RelAttentionArgs& args, const RelAttentionPlan& plan,
+                             TileRows rows, Block block) {
   return {block.begin - rows.end + args.Tq - plan.e_begin, round_up(block.n + rows.count(), 16)};
 }
 
@@ -126,7 +128,8 @@ void cap_row(const RelAttentionArgs& args, acc_t* scores, int64_t n) {
 
 // -inf where query i of (b, h) does not see a key of the block, and in the padding behind it.
 template <typename acc_t>
-void mask_row(const RelAttentionArgs& args, int64_t b, int64_t h, int64_t i, Block block, acc_t* scores) {
+void mask_row(const RelAttentionArgs& args, int64_t b, int64_t h, int64_t i, Block block,
+              acc_t* scores) {
   constexpr acc_t kMasked = -std::numeric_limits<acc_t>::infinity();
   const KeyRange keys = args.keys_of(b, i);
   const int64_t begin = std::clamp<int64_t>(keys.begin - block.begin, 0, block.padded);
@@ -152,10 +155,12 @@ void finish_scores(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
 }
 
 // floor(p · 2^32): Philox words from it on are kept.
-inline uint64_t dropout_threshold(double p) { return static_cast<uint64_t>(p * 4294967296.0); }
+inline uint64_t dropout_threshold(double p) {
+  return static_cast<uint64_t>(p * 4294967296.0);
+}
 
-// C (+)= A[:, x - begin] · rows[x] over x in [begin, end): the right-hand rows where the caller keeps
-// them, memory and segment one after the other.
+// C (+)= A[:, x - begin] · rows[x] over x in [begin, end): the right-hand rows where the caller
+// keeps them, memory and segment one after the other.
 template <typename T>
 void product_in_place(int64_t M, int64_t N, const KeyRows<T>& rows, int64_t begin, int64_t end,
                       const T* A, int64_t lda, T* C, int64_t ldc, bool accumulate) {

@@ -21,7 +21,8 @@ template <typename T>
 void fwd(const RelShiftArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     shift_row(static_cast<const T*>(args.src) + row * args.R, args.R,
-              static_cast<T*>(args.dst) + row * args.n_keys, args.n_keys, args.offset - row % args.Tq);
+              static_cast<T*>(args.dst) + row * args.n_keys, args.n_keys,
+              args.offset - row % args.Tq);
   }
 }
 
@@ -35,7 +36,9 @@ void bwd(const RelShiftArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const RelShiftKernels rel_shift_kernels[4] = {
-    {fwd<float>, bwd<float>}, {fwd<double>, bwd<double>}, {fwd<Half>, bwd<Half>}, {fwd<BFloat16>, bwd<BFloat16>}};
+const RelShiftKernels rel_shift_kernels[4] = {{fwd<float>, bwd<float>},
+                                              {fwd<double>, bwd<double>},
+                                              {fwd<Half>, bwd<Half>},
+                                              {fwd<BFloat16>, bwd<BFloat16>}};
 
 }  // namespace txl::TXL_ISA

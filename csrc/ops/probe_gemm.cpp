@@ -13,7 +13,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 // Best rate over repetitions of `product(thread)`, each thread on matrices of its own.
 template <typename F>
@@ -49,17 +51,20 @@ double probe_gemm(const std::string& kind, int64_t M, int64_t N, int64_t K, doub
     if (!has_packed_products()) return 0;
     const at::Tensor A16 = A.to(at::kBFloat16), B16 = B.to(at::kBFloat16);
     const auto *a = A16.const_data_ptr<at::BFloat16>(), *b = B16.const_data_ptr<at::BFloat16>();
-    return best_rate(flop, seconds,
-                     [&](int64_t t) { gemm(M, N, K, a + t * M * K, K, b + t * K * N, N, c(t), N, false); });
+    return best_rate(flop, seconds, [&](int64_t t) {
+      gemm(M, N, K, a + t * M * K, K, b + t * K * N, N, c(t), N, false);
+    });
   }
   const auto *a = A.const_data_ptr<float>(), *b = B.const_data_ptr<float>();
   if (kind == "sgemm") {
-    return best_rate(flop, seconds,
-                     [&](int64_t t) { gemm_by_blas(M, N, K, a + t * M * K, K, b + t * K * N, N, c(t), N, false); });
+    return best_rate(flop, seconds, [&](int64_t t) {
+      gemm_by_blas(M, N, K, a + t * M * K, K, b + t * K * N, N, c(t), N, false);
+    });
   }
   if (!has_brgemm()) return 0;
-  return best_rate(flop, seconds,
-                   [&](int64_t t) { gemm(M, N, K, a + t * M * K, K, b + t * K * N, N, c(t), N, false); });
+  return best_rate(flop, seconds, [&](int64_t t) {
+    gemm(M, N, K, a + t * M * K, K, b + t * K * N, N, c(t), N, false);
+  });
 }
 
 }  // namespace txl

@@ -12,11 +12,17 @@ using at::Tensor;
 
 Scalar scalar_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat: return Scalar::f32;
-    case at::kDouble: return Scalar::f64;
-    case at::kHalf: return Scalar::f16;
-    case at::kBFloat16: return Scalar::bf16;
-    default: TORCH_CHECK_TYPE(false, "rel_shift: x must be float32, float64, float16 or bfloat16, got ", x.scalar_type());
+    case at::kFloat:
+      return Scalar::f32;
+    case at::kDouble:
+      return Scalar::f64;
+    case at::kHalf:
+      return Scalar::f16;
+    case at::kBFloat16:
+      return Scalar::bf16;
+    default:
+      TORCH_CHECK_TYPE(false, "rel_shift: x must be float32, float64, float16 or bfloat16, got ",
+                       x.scalar_type());
   }
 }
 
@@ -29,7 +35,8 @@ Tensor shift(const Tensor& src, int64_t columns, RelShiftArgs args, Kernel kerne
   args.n = columns == 0 ? 0 : dst.numel() / columns;
   args.Tq = src.size(-2), args.src = src.data_ptr(), args.dst = dst.data_ptr();
   constexpr int64_t kGrainBytes = 1 << 16;
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, columns * src.element_size()));
+  const int64_t grain =
+      std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, columns * src.element_size()));
   at::parallel_for(0, args.n, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return dst;
 }

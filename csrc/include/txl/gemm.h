@@ -24,8 +24,8 @@ void gemm(int64_t M, int64_t N, int64_t K, const c10::BFloat16* A, int64_t lda,
 void gemm_by_blas(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B,
                   int64_t ldb, float* C, int64_t ldc, bool accumulate);
 
-// What decides between them: micro-kernels at all, and for packed bfloat16 (they also exist, slowly,
-// where the processor has no such products).
+// What decides between them: micro-kernels at all, and for packed bfloat16 (they also exist,
+// slowly, where the processor has no such products).
 bool has_brgemm();
 bool has_packed_products();
 

@@ -7,8 +7,8 @@
 namespace txl {
 
 constexpr int64_t kOpen = INT64_MAX / 4;  // a window side without a bound
-// The largest tile: queries, and keys that they meet at once forward and backward (where twice as many
-// matrices must stay in cache).
+// The largest tile: queries, and keys that they meet at once forward and backward (where twice as
+// many matrices must stay in cache).
 constexpr int64_t kQueryTile = 64, kFwdKeyBlock = 1024, kBwdKeyBlock = 512;
 constexpr int64_t kKeyBlock = kFwdKeyBlock;
 
@@ -68,11 +68,12 @@ struct RelAttentionArgs {
   bool batch_major() const { return r_per_batch; }
 };
 
-// Gradients: contiguous, in the inputs' dtype (the biases' in the accumulation type); null = not wanted.
+// Gradients: contiguous, in the inputs' dtype (the biases' in the accumulation type); null = not
+// wanted.
 struct RelAttentionGrads {
   Tensor4 dout;
   void *dq = nullptr, *dk = nullptr, *dv = nullptr, *dmem_k = nullptr, *dmem_v = nullptr;
-  void* dr = nullptr;                                 // [groups, R, D]
+  void* dr = nullptr;                               // [groups, R, D]
   void *dr_w_bias = nullptr, *dr_r_bias = nullptr;  // [H, D]
 };
 
@@ -81,34 +82,36 @@ struct RelAttentionGrads {
 // thread takes the next chunk when it has done one.
 struct RelAttentionPlan {
   int64_t tile_rows = 0, n_tiles = 0;
-  int64_t key_block = 0;              // keys that a tile meets at once, at most
-  std::vector<int64_t> chunks;        // chunk c does items [chunks[c], chunks[c + 1])
-  int64_t e_begin = 0, e_end = 0;     // table columns e = j - i + Tq - 1 that some tile reads
+  int64_t key_block = 0;           // keys that a tile meets at once, at most
+  std::vector<int64_t> chunks;     // chunk c does items [chunks[c], chunks[c + 1])
+  int64_t e_begin = 0, e_end = 0;  // table columns e = j - i + Tq - 1 that some tile reads
 
   int64_t n_chunks() const { return static_cast<int64_t>(chunks.size()) - 1; }
   int64_t n_columns() const { return e_end - e_begin; }
 };
 
-RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_block, int64_t threads);
+RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_block,
+                                    int64_t threads);
 
 // The key blocks of one query tile: from `aligned_begin`, a multiple of 16, in steps of `width`.
 struct TileKeys {
   int64_t begin, end, aligned_begin, width;
 };
-TileKeys tile_keys(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t row_begin,
-                   int64_t row_end);
+TileKeys tile_keys(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b,
+                   int64_t row_begin, int64_t row_end);
 
 // Items of the last step of the backward: tables of `r`, then pairs, then heads.
 inline int64_t finish_items(const RelAttentionArgs& args) {
   return args.n_groups() + args.n_pairs() + args.H;
 }
 
-// What chunks cannot write alone, in the accumulation type. Every chunk owns its slots, and they are
-// summed in the order of chunks, so that the result does not depend on timing.
+// What chunks cannot write alone, in the accumulation type. Every chunk owns its slots, and they
+// are summed in the order of chunks, so that the result does not depend on timing.
 struct RelAttentionPartials {
-  void *dk = nullptr, *dv = nullptr;  // [2 · chunks, Tk, D | Dv]: a pair cut at a chunk's first or last item
-  void* dr = nullptr;                 // [groups + chunks - 1, R, D]: slot = group + chunk
-  void* dbias = nullptr;              // [B · H + chunks - 1, 2, D]: slot = pair + chunk
+  void *dk = nullptr,
+       *dv = nullptr;     // [2 · chunks, Tk, D | Dv]: a pair cut at a chunk's first or last item
+  void* dr = nullptr;     // [groups + chunks - 1, R, D]: slot = group + chunk
+  void* dbias = nullptr;  // [B · H + chunks - 1, 2, D]: slot = pair + chunk
 };
 
 // One dtype's kernels. `workspace`: the bytes that one chunk needs, 64-byte aligned.

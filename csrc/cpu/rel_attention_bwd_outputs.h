@@ -1,0 +1,257 @@
+// What the backward keeps while it works, and how the results leave it.
+//
+// A chunk alone writes the query gradients of its tiles and the key gradients of pairs that it does
+// whole. Where chunks share a pair, a table of `r` or a head's bias, each writes a slot of its own,
+// and `finish` sums the slots in the order of chunks: nothing is atomic, and timing changes no bit.
+#pragma once
+
+#include "rel_attention_tile.h"
+
+namespace txl::TXL_ISA {
+
+// Pairs of score-gradient rows for the position products: a row and the next one key further on.
+constexpr int64_t kPairLd = kScoreLd;
+constexpr int64_t kPairSize = kScoreSlack + kQueryTile / 2 * (kPairLd + 2) + kScoreSlack;
+
+template <typename T>
+struct BwdWorkspace {
+  int64_t ld_k, ld_r, ld_v, ld_row, ld_acc;
+  Word<T>*k_t, *r_t, *v_t, *k, *r;
+  Acc<T>*dk_t, *dv_t, *dr_t;
+  Operand<T>*qu, *qv, *dout, *qu_t, *qv_t, *dout_t, *stage;
+  Acc<T>*scores, *dprobs, *dqu, *dqv, *delta, *keep, *dbias;
+  // Packed operands only: score gradients by row, and pairs of rows.
+  Operand<T>*dscores, *probs_row;
+  Word<T>*probs_pairs, *dscores_pairs, *shifted_pairs;
+
+  BwdWorkspace(const RelAttentionArgs& args, const RelAttentionPlan& plan, Arena& arena) {
+    const int64_t D = args.D, Dv = args.Dv, n_keys = round_up(args.Tk() + 16, 16),
+                  n_e = plan.n_columns();
+    const int64_t rows_per_word = kPacked<T> ? 2 : 1;
+    ld_k = leading_dimension(n_keys);
+    ld_r = leading_dimension(n_e);
+    ld_v = ld_k;
+    ld_row = leading_dimension(D);
+    ld_acc = round_up(D, 16);
+    k_t = arena.take<Word<T>>(row_words<T>(D) * ld_k);
+    r_t = arena.take<Word<T>>(row_words<T>(D) * ld_r);
+    v_t = arena.take<Word<T>>(row_words<T>(Dv) * ld_v);
+    k = arena.take<Word<T>>(n_keys / rows_per_word * ld_row);
+    r = arena.take<Word<T>>(n_e / rows_per_word * ld_row);
+    dk_t = arena.take<Acc<T>>(D * ld_k);
+    dv_t = arena.take<Acc<T>>(Dv * ld_v);
+    dr_t = arena.take<Acc<T>>(D * ld_r);
+    const int64_t q_size = kQueryTile * row_length<T>(D), o_size = kQueryTile * row_length<T>(Dv);
+    for (Operand<T>** tile : {&qu, &qv, &qu_t, &qv_t}) *tile = arena.take<Operand<T>>(q_size);
+    for (Operand<T>** tile : {&dout, &dout_t}) *tile = arena.take<Operand<T>>(o_size);
+    stage = arena.take<Operand<T>>(16 * row_length<T>(std::max(D, Dv)));
+    scores = arena.take<Acc<T>>(kScoreSize) + kScoreSlack;
+    dprobs = arena.take<Acc<T>>(kScoreSize) + kScoreSlack;
+    dqu = arena.take<Acc<T>>(kQueryTile * ld_acc);
+    dqv = arena.take<Acc<T>>(kQueryTile * ld_acc);
+    delta = arena.take<Acc<T>>(kQueryTile);
+    keep = arena.take<Acc<T>>(kKeyBlock);
+    dbias = arena.take<Acc<T>>(2 * D);
+    if constexpr (kPacked<T>) {
+      dscores = arena.take<Operand<T>>(kScoreSize) + kScoreSlack;
+      probs_row = arena.take<Operand<T>>(2 * kScoreLd);
+      probs_pairs = arena.take<Word<T>>(kQueryTile / 2 * kKeyBlock);
+      dscores_pairs = arena.take<Word<T>>(kQueryTile / 2 * kKeyBlock);
+      shifted_pairs = arena.take<Word<T>>(kPairSize) + kScoreSlack;
+    }
+  }
+};
+
+// dq = scale · (dqu + dqv); their column sums are the biases' gradients.
+template <typename T>
+void write_dq(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
+              TileRows rows, const BwdWorkspace<T>& ws) {
+  const auto scale = static_cast<Acc<T>>(args.scale);
+  Acc<T> dq[256];
+  for (int64_t a = 0; a < rows.count(); ++a) {
+    const Acc<T>*dqu = ws.dqu + a * ws.ld_acc, *dqv = ws.dqv + a * ws.ld_acc;
+    for (int64_t d = 0; d < args.D; ++d) {
+      dq[d] = scale * (dqu[d] + dqv[d]);
+      ws.dbias[d] += scale * dqu[d];
+      ws.dbias[args.D + d] += scale * dqv[d];
+    }
+    if (grads.dq == nullptr) continue;
+    const int64_t row = (b * args.H + h) * args.Tq + rows.begin + a;
+    convert_row(dq, static_cast<T*>(grads.dq) + row * args.D, args.D);
+  }
+}
+
+// rows[x - begin] = factor · accumulated[:, x - first] for x in [begin, end).
+template <typename acc_t, typename To>
+void write_transposed(const acc_t* accumulated, int64_t ld, int64_t first, int64_t begin,
+                      int64_t end, int64_t D, acc_t factor, To* rows) {
+  acc_t tile[16 * 256];
+  for (int64_t x = begin; x < end; x += 16) {
+    const int64_t n = std::min<int64_t>(16, end - x);
+    for (int64_t d = 0; d < D; d += 16) {
+      at::vec::transpose_mxn<acc_t>(accumulated + d * ld + (x - first), ld, tile + d, D,
+                                    static_cast<int>(std::min<int64_t>(16, D - d)),
+                                    static_cast<int>(n));
+    }
+    for (int64_t t = 0; t < n * D; ++t) tile[t] *= factor;
+    convert_row(tile, rows + (x - begin) * D, n * D);
+  }
+}
+
+// What the products with signed queries lack.
+template <typename T>
+Acc<T> key_factor(const RelAttentionArgs& args) {
+  return static_cast<Acc<T>>(args.scale * query_sign(args));
+}
+
+// Writes (or, for a pair that other chunks share, parks) the accumulated key and value gradients.
+template <typename T>
+void write_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
+                const RelAttentionPartials& partials, int64_t b, int64_t h, KeyRange span,
+                int64_t slot, const BwdWorkspace<T>& ws) {
+  const int64_t Tk = args.Tk(), Tm = args.Tm, Ts = args.Ts, pair = b * args.H + h;
+  // Rows [begin, end) of one tensor: zeros but where the chunk's tiles looked.
+  auto write = [&](const Acc<T>* acc, int64_t ld, int64_t D, Acc<T> factor, int64_t begin,
+                   int64_t end, auto* rows) {
+    const int64_t lo = std::clamp(span.begin, begin, end), hi = std::clamp(span.end, lo, end);
+    std::fill(rows, rows + (lo - begin) * D, std::remove_reference_t<decltype(*rows)>(0));
+    write_transposed(acc, ld, span.begin, lo, hi, D, factor, rows + (lo - begin) * D);
+    std::fill(rows + (hi - begin) * D, rows + (end - begin) * D,
+              std::remove_reference_t<decltype(*rows)>(0));
+  };
+  auto write_both = [&](const Acc<T>* acc, int64_t ld, int64_t D, Acc<T> factor, void* memory,
+                        void* segment, void* parked) {
+    if (slot >= 0) {
+      if (parked != nullptr)
+        write(acc, ld, D, factor, 0, Tk, static_cast<Acc<T>*>(parked) + slot * Tk * D);
+      return;
+    }
+    if (memory != nullptr)
+      write(acc, ld, D, factor, 0, Tm, static_cast<T*>(memory) + pair * Tm * D);
+    if (segment != nullptr)
+      write(acc, ld, D, factor, Tm, Tk, static_cast<T*>(segment) + pair * Ts * D);
+  };
+  write_both(ws.dk_t, ws.ld_k, args.D, key_factor<T>(args), grads.dmem_k, grads.dk, partials.dk);
+  write_both(ws.dv_t, ws.ld_v, args.Dv, Acc<T>(1), grads.dmem_v, grads.dv, partials.dv);
+}
+
+// Folds the columns of the table's gradient onto its rows, into the chunk's slot.
+template <typename T>
+void write_table(const RelAttentionArgs& args, const RelAttentionPlan& plan,
+                 const RelAttentionPartials& partials, int64_t slot, const BwdWorkspace<T>& ws) {
+  if (partials.dr == nullptr) return;
+  const int64_t D = args.D, R = args.R, e_of_row0 = args.Tq - 1 - args.offset;
+  Acc<T>* dr = static_cast<Acc<T>*>(partials.dr) + slot * R * D;
+  const int64_t lo = std::clamp(plan.e_begin - e_of_row0, int64_t{0}, R);
+  const int64_t hi = std::clamp(plan.e_end - e_of_row0, lo, R);
+  std::fill(dr, dr + lo * D, Acc<T>(0));
+  write_transposed(ws.dr_t, ws.ld_r, plan.e_begin, lo + e_of_row0, hi + e_of_row0, D,
+                   key_factor<T>(args), dr + lo * D);
+  std::fill(dr + hi * D, dr + R * D, Acc<T>(0));
+  if (!args.clamp) return;
+  auto fold = [&](int64_t begin, int64_t end, Acc<T>* row) {
+    for (int64_t d = 0; d < D; ++d) {
+      Acc<T> sum = 0;
+      for (int64_t e = begin; e < end; ++e) sum += ws.dr_t[d * ws.ld_r + (e - plan.e_begin)];
+      row[d] += key_factor<T>(args) * sum;
+    }
+  };
+  fold(plan.e_begin, std::min(plan.e_end, e_of_row0), dr);
+  fold(std::max(plan.e_begin, e_of_row0 + R), plan.e_end, dr + (R - 1) * D);
+}
+
+// Calls f(chunk) for each chunk that did items of [begin, end), in order.
+template <typename F>
+void for_each_chunk(const RelAttentionPlan& plan, int64_t begin, int64_t end, F&& f) {
+  for (int64_t chunk = 0; chunk < plan.n_chunks(); ++chunk) {
+    if (plan.chunks[static_cast<size_t>(chunk)] < end &&
+        plan.chunks[static_cast<size_t>(chunk + 1)] > begin)
+      f(chunk);
+  }
+}
+
+// rows [n, D] of `to` = the sum of the slots' rows.
+template <typename acc_t, typename To>
+void sum_slots(const std::vector<const acc_t*>& slots, int64_t n, To* to) {
+  constexpr int64_t kPiece = 1024;
+  acc_t sum[kPiece];
+  for (int64_t begin = 0; begin < n; begin += kPiece) {
+    const int64_t size = std::min(kPiece, n - begin);
+    std::copy(slots[0] + begin, slots[0] + begin + size, sum);
+    for (size_t s = 1; s < slots.size(); ++s) {
+      for (int64_t t = 0; t < size; ++t) sum[t] += slots[s][begin + t];
+    }
+    convert_row(sum, to + begin, size);
+  }
+}
+
+template <typename T>
+void finish_group(const RelAttentionArgs& args, const RelAttentionPlan& plan,
+                  const RelAttentionGrads& grads, const RelAttentionPartials& partials,
+                  int64_t group) {
+  if (grads.dr == nullptr) return;
+  const int64_t pairs = args.n_pairs() / args.n_groups(), size = args.R * args.D;
+  std::vector<const Acc<T>*> slots;
+  for_each_chunk(
+      plan, group * pairs * plan.n_tiles, (group + 1) * pairs * plan.n_tiles, [&](int64_t chunk) {
+        slots.push_back(static_cast<const Acc<T>*>(partials.dr) + (group + chunk) * size);
+      });
+  sum_slots(slots, size, static_cast<T*>(grads.dr) + group * size);
+}
+
+template <typename T>
+void finish_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan,
+                 const RelAttentionGrads& grads, const RelAttentionPartials& partials,
+                 int64_t pair) {
+  const int64_t begin = pair * plan.n_tiles, end = begin + plan.n_tiles;
+  auto sum = [&](void* parked, int64_t D, void* memory, void* segment) {
+    std::vector<const Acc<T>*> slots;
+    for_each_chunk(plan, begin, end, [&](int64_t chunk) {
+      const int64_t first_pair = plan.chunks[static_cast<size_t>(chunk)] / plan.n_tiles;
+      slots.push_back(static_cast<const Acc<T>*>(parked) +
+                      (2 * chunk + (pair != first_pair)) * args.Tk() * D);
+    });
+    if (slots.size() < 2) return;  // one chunk did the whole pair and wrote it
+    const int64_t index = args.batch_of(pair) * args.H + args.head_of(pair);
+    if (memory != nullptr)
+      sum_slots(slots, args.Tm * D, static_cast<T*>(memory) + index * args.Tm * D);
+    for (const Acc<T>*& slot : slots) slot += args.Tm * D;
+    if (segment != nullptr)
+      sum_slots(slots, args.Ts * D, static_cast<T*>(segment) + index * args.Ts * D);
+  };
+  if (partials.dk != nullptr) sum(partials.dk, args.D, grads.dmem_k, grads.dk);
+  if (partials.dv != nullptr) sum(partials.dv, args.Dv, grads.dmem_v, grads.dv);
+}
+
+template <typename T>
+void finish_head(const RelAttentionArgs& args, const RelAttentionPlan& plan,
+                 const RelAttentionGrads& grads, const RelAttentionPartials& partials, int64_t h) {
+  std::vector<const Acc<T>*> slots;
+  for (int64_t pair = 0; pair < args.n_pairs(); ++pair) {
+    if (args.head_of(pair) != h) continue;
+    for_each_chunk(plan, pair * plan.n_tiles, (pair + 1) * plan.n_tiles, [&](int64_t chunk) {
+      slots.push_back(static_cast<const Acc<T>*>(partials.dbias) + (pair + chunk) * 2 * args.D);
+    });
+  }
+  auto* du = static_cast<Acc<T>*>(grads.dr_w_bias);
+  auto* dv = static_cast<Acc<T>*>(grads.dr_r_bias);
+  if (du != nullptr) sum_slots(slots, args.D, du + h * args.D);
+  for (const Acc<T>*& slot : slots) slot += args.D;
+  if (dv != nullptr) sum_slots(slots, args.D, dv + h * args.D);
+}
+
+template <typename T>
+void bwd_finish(const RelAttentionArgs& args, const RelAttentionPlan& plan,
+                const RelAttentionGrads& grads, const RelAttentionPartials& partials,
+                int64_t item) {
+  const int64_t groups = args.n_groups(), pairs = args.n_pairs();
+  if (item < groups) {
+    finish_group<T>(args, plan, grads, partials, item);
+  } else if (item < groups + pairs) {
+    finish_pair<T>(args, plan, grads, partials, item - groups);
+  } else {
+    finish_head<T>(args, plan, grads, partials, item - groups - pairs);
+  }
+}
+
+}  // namespace txl::TXL_ISA
