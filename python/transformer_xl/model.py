@@ -12,6 +12,7 @@ from transformer_xl.config import ModelConfig, check_lengths
 from transformer_xl.memory import Memory
 from transformer_xl.nn import AdaptiveEmbedding, AdaptiveSoftmax, DecoderLayer, SinusoidalPositions
 from transformer_xl.nn.adaptive_softmax import Reduction
+from transformer_xl.nn.dropout import Dropout
 
 
 class Output(NamedTuple):
@@ -57,7 +58,7 @@ class TransformerXL(nn.Module):
         projected: dict[str, Any] = {"proj_same_dim": config.proj_same_dim, "backend": backend}
         self.word_emb = AdaptiveEmbedding(*vocabulary, **projected)
         self.pos_emb = SinusoidalPositions(config.d_model)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
         self.layers = nn.ModuleList(_layer(config, backend) for _ in range(config.n_layer))
         self.final_layer_norm = (
             nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from transformer_xl.nn.attention import RelativeMultiHeadAttention
+from transformer_xl.nn.dropout import Dropout
 from transformer_xl.nn.feed_forward import PositionwiseFeedForward
 from transformer_xl.nn.position import RelativePositions
 
@@ -44,7 +45,7 @@ class DecoderLayer(nn.Module):
         self.dec_attn = RelativeMultiHeadAttention(
             d_model, n_head, d_head, dropatt=dropatt, untie_r=untie_r, backend=backend
         )
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.attn_layer_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)
         self.pos_ff = PositionwiseFeedForward(d_model, d_inner, dropout)
         self.ff_layer_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from transformer_xl.nn.dropout import Dropout
+
 
 class PositionwiseFeedForward(nn.Module):
     """max(0, x W₁ᵀ + b₁) W₂ᵀ + b₂ with dropout after each product; no residual, no norm.
@@ -20,9 +22,9 @@ class PositionwiseFeedForward(nn.Module):
         self.CoreNet = nn.Sequential(
             nn.Linear(d_model, d_inner),
             nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(d_inner, d_model),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
     def forward(self, x: Tensor) -> Tensor:
