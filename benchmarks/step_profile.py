@@ -24,7 +24,7 @@ PARTS = {
     "attention kernel": r"txl_native",
     "optimizer and clipping": r"Optimizer\.|clip|_foreach_|_fused_adam|linalg_vector_norm",
     "linear layers: GEMMs, bias sums": r"^aten::(mm|addmm|bmm|baddbmm)$|mkldnn_linear|onednn",
-    "dropout": r"^aten::(dropout|bernoulli_|native_dropout)",
+    "dropout": r"^aten::(dropout|bernoulli_|random_|native_dropout)",
     "LayerNorm": r"layer_norm|LayerNorm",
     "softmax and loss": r"softmax|LogSoftmax|logsumexp|nll_loss|cross_entropy|gather",
     "embedding": r"embedding|Embedding|index_select|index_add",
