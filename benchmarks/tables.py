@@ -1,0 +1,168 @@
+"""A run's figures as Markdown: `python -m benchmarks.tables FILE.json` renews the marked tables of
+README.md and docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import OURS
+
+ROOT = Path(__file__).parents[1]
+NOTHING = "–"
+PASSES = {
+    "forward": "forward",
+    "forward+backward": "forward + backward",
+    "train_step": "training step",
+    "evaluate": "evaluation of a segment",
+}
+
+README_HEAD = """\
+| shape | dtype | pass | ours, ms | fastest peer / ours | plain SDPA / ours | share of limit |
+|---|---|---|---|---|---|---|"""
+
+DOCS_HEAD = """\
+| shape | dtype | pass | ours, ms | rate | of limit | peer or yardstick / ours | peak MiB |
+|---|---|---|---|---|---|---|---|"""
+
+PARTS_HEAD = """\
+| part of the float32 training step | ms | share |
+|---|---|---|"""
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
+    parser.add_argument("results", type=Path, help="a JSON file that `python -m benchmarks` wrote")
+    path: Path = parser.parse_args().results
+    run = json.loads(path.read_text(encoding="utf-8"))
+    renew(ROOT / "README.md", "speed", readme_table(run, path.name))
+    renew(ROOT / "docs" / "benchmarks.md", "bench", docs_tables(run, path.name))
+
+
+def renew(document: Path, mark: str, text: str) -> None:
+    """Put `text` between `<!-- mark -->` and `<!-- /mark -->`.
+
+    Raises:
+        ValueError: the document has no such pair of marks.
+    """
+    before = document.read_text(encoding="utf-8")
+    between = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    after, found = between.subn(lambda match: f"{match[1]}{text}\n{match[2]}", before)
+    if found != 1:
+        raise ValueError(
+            f"{document}: expected one <!-- {mark} --> … <!-- /{mark} -->, got {found}"
+        )
+    document.write_text(after, encoding="utf-8")
+
+
+def readme_table(run: Record, source: str) -> str:
+    """What a newcomer asks: forward and both passes of each shape, beside the strongest peer."""
+    rows = _rows(
+        [case for case in run["cases"] if _pass(case) in PASSES and case["peers"]],
+        lambda case: (_ms(case), _fastest(case), _ratio(case, "sdpa"), _share(case)),
+    )
+    return "\n".join([README_HEAD, *rows, "", _caption(run, source)])
+
+
+def docs_tables(run: Record, source: str) -> str:
+    """Everything that was taken, and the parts of the model's training step."""
+    rows = _rows(
+        run["cases"],
+        lambda case: (_ms(case), _rate(case), _share(case), _everyone(case), _memory(case)),
+    )
+    parts = [
+        f"| {part['part']} | {_figure(part['ms'])} | {part['share']:.1%} |"
+        for part in run["training_step"]
+    ]
+    tables = [DOCS_HEAD, *rows, "", _caption(run, source)]
+    return "\n".join([*tables, "", PARTS_HEAD, *parts] if parts else tables)
+
+
+def _rows(cases: list[Record], cells: Callable[[Record], tuple[str, ...]]) -> Iterator[str]:
+    """One row per case; shape and dtype are written where they change."""
+    above: tuple[str, ...] = ("", "")
+    for case in cases:
+        _, *place, run = case["case"].split("/")
+        shape = "" if place[0] == above[0] else f"`{place[0]}`"
+        dtype = "" if tuple(place) == above else place[1]
+        yield f"| {' | '.join((shape, dtype, PASSES.get(run, run), *cells(case)))} |"
+        above = tuple(place)
+
+
+def _caption(run: Record, source: str) -> str:
+    machine = run["machine"]
+    tiles = ", ".join(f"{kind} {rate:.0f}" for kind, rate in machine["tiles"].items())
+    return (
+        f"Measured on an {machine['processor']}, {machine['threads']} threads, torch "
+        f"{machine['torch']}; GFLOP/s there: torch.mm float32 {machine['matmul_float32']:.0f}, "
+        f"bfloat16 {machine['matmul_bfloat16']:.0f}; products of cached tiles {tiles}. "
+        f"`~`: the machine was not quiet. From `benchmarks/results/{source}`."
+    )
+
+
+def _pass(case: Record) -> str:
+    return str(case["case"].rpartition("/")[2])
+
+
+def _ms(case: Record) -> str:
+    if case["seconds"] is None:
+        return NOTHING
+    return ("" if case["quiet"] else "~") + _figure(case["seconds"]["median"] * 1e3)
+
+
+def _fastest(case: Record) -> str:
+    name = case["fastest_peer"]
+    return NOTHING if name is None else f"{_ratio(case, name)} ({name})"
+
+
+def _ratio(case: Record, name: str) -> str:
+    found = (case["peers"] | case["yardsticks"]).get(name)
+    if found is None:
+        return NOTHING
+    return f"{'' if found['quiet'] else '~'}{found['ratio']['median']:.2f}"
+
+
+def _everyone(case: Record) -> str:
+    """Every contender with the quartiles of its ratio."""
+    found = case["peers"] | case["yardsticks"]
+    return (
+        "<br>".join(
+            f"{name} {_ratio(case, name)} [{one['ratio']['q1']:.2f}, {one['ratio']['q3']:.2f}]"
+            for name, one in found.items()
+        )
+        or NOTHING
+    )
+
+
+def _rate(case: Record) -> str:
+    if case["gflops"] is not None:
+        return f"{case['gflops']:.0f} GFLOP/s"
+    if case["tokens_per_second"] is not None:
+        return f"{case['tokens_per_second']:,.0f} tokens/s"
+    return NOTHING
+
+
+def _share(case: Record) -> str:
+    return NOTHING if case["share_of_limit"] is None else f"{case['share_of_limit']:.0%}"
+
+
+def _memory(case: Record) -> str:
+    if OURS not in case["peak_mib"]:
+        return NOTHING
+    peers = [mib for name, mib in case["peak_mib"].items() if name in case["peers"]]
+    return f"{case['peak_mib'][OURS]:.0f}" + (f" / {min(peers):.0f}" if peers else "")
+
+
+def _figure(value: float) -> str:
+    """Three significant digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

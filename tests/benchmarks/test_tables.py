@@ -1,0 +1,77 @@
+"""Markdown tables of a run: they say what was measured, and go between the marks alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.machine import Limit
+from benchmarks.measure import Comparison, Quartiles
+from benchmarks.report import write_json
+from benchmarks.step_profile import Share
+from benchmarks.suite import Figures
+
+MACHINE = {
+    "processor": "a processor",
+    "threads": 2,
+    "torch": "2.13.0",
+    "matmul_float32": 170.2,
+    "matmul_bfloat16": 410.0,
+    "tiles": {"sgemm": 180.4},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The JSON that a run of two cases writes."""
+
+    def beside(ratio, quiet=True):
+        around = Quartiles(ratio - 0.1, ratio, ratio + 0.1)
+        return Comparison(around, around, around, pairs=7, dropped=0, quiet=quiet)
+
+    attention = Figures(
+        "rel_attention/shape/float32/forward",
+        seconds=Quartiles(0.01, 0.0123, 0.02),
+        gflops=90.0,
+        limit=Limit("sgemm", 180.0),
+        peers={"eager": beside(4.0), "compiled": beside(3.0)},
+        yardsticks={"sdpa": beside(1.25, quiet=False)},
+        peak_mib={"ours": 10.0, "eager": 400.0},
+    )
+    rate = Figures("rel_attention/shape/float32/backward", seconds=Quartiles(0.2, 0.3, 0.4))
+    path = tmp_path / "run.json"
+    write_json(path, MACHINE, [attention, rate], [Share("dropout", 12.0, 0.125)])
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_readme_names_the_peer_with_the_smallest_ratio(run):
+    table = tables.readme_table(run, "run.json")
+    assert "| `shape` | float32 | forward | 12.3 | 3.00 (compiled) | ~1.25 | 50% |" in table
+    assert "backward" not in table, "a pass without a peer is no comparison"
+    assert "a processor" in table
+    assert "benchmarks/results/run.json" in table
+
+
+def test_docs_show_every_contender_memory_and_parts(run):
+    text = tables.docs_tables(run, "run.json")
+    assert "eager 4.00 [3.90, 4.10]<br>compiled 3.00 [2.90, 3.10]" in text
+    assert "10 / 400" in text
+    assert "|  |  | backward | 300 |" in text
+    assert "| dropout | 12 | 12.5% |" in text
+
+
+def test_only_what_stands_between_the_marks_is_renewed(tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("a\n<!-- speed -->\nold\n<!-- /speed -->\nb\n", encoding="utf-8")
+    tables.renew(document, "speed", r"new \1")
+    text = document.read_text(encoding="utf-8")
+    assert text == "a\n<!-- speed -->\nnew \\1\n<!-- /speed -->\nb\n"
+
+
+def test_missing_marks_are_named(tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("nothing here\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="speed"):
+        tables.renew(document, "speed", "new")
