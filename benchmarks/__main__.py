@@ -37,7 +37,12 @@ def main() -> None:
     effort = Effort(options.pairs, options.sample_seconds, memory=not options.no_memory)
     described = machine.describe()
     probe = Probe()
-    results = [take(case, probe, effort) for case in track(timed, "timing", console=console)]
+    stem = f"{machine.processor().slug}-{datetime.date.today().isoformat()}"
+    written = options.out / f"{stem}.json"
+    results = []
+    for case in track(timed, "timing", console=console):
+        results.append(take(case, probe, effort))
+        write_json(written, described, results)  # a run that is stopped keeps what it has
     for case in memory if effort.memory else ():
         results.append(Figures(case.name))
         take_memory(case, (OURS,), results[-1])
@@ -46,9 +51,8 @@ def main() -> None:
         profile = profile_step(registry.model_shapes()[0], torch.float32)
 
     print_report(console, described, results, profile)
-    stem = f"{machine.processor().slug}-{datetime.date.today().isoformat()}"
-    write_json(options.out / f"{stem}.json", described, results, profile)
-    plot(options.out / f"{stem}.png", results, str(described["processor"]))
+    everything = write_json(written, described, results, profile)
+    plot(options.out / f"{stem}.png", everything, str(described["processor"]))
     console.print(f"written: {options.out / stem}.json and .png", highlight=False)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -86,18 +87,25 @@ def write_json(
     machine: Mapping[str, object],
     results: Sequence[Figures],
     profile: Sequence[Share] = (),
-) -> None:
-    """Everything that was measured; seconds, GFLOP/s, tokens/s, MiB."""
-    cases = []
+) -> list[dict[str, Any]]:
+    """Everything that was measured; seconds, GFLOP/s, tokens/s, MiB.
+
+    Cases that an earlier run left in the file stay, unless they were taken again. Returns all.
+    """
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    cases = {case["case"]: case for case in earlier.get("cases", ())}
     for figures in results:
         record = dataclasses.asdict(figures)
         record["share_of_limit"] = figures.share_of_limit
         record["fastest_peer"] = figures.fastest_peer
-        cases.append(record)
-    parts = [dataclasses.asdict(part) for part in profile]
+        cases[figures.case] = record
+    parts = [dataclasses.asdict(part) for part in profile] or earlier.get("training_step", [])
+    document = {"machine": machine, "cases": list(cases.values()), "training_step": parts}
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"machine": machine, "cases": cases, "training_step": parts}
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return list(cases.values())
 
 
 def _machine_line(machine: Mapping[str, object]) -> str:

@@ -16,7 +16,7 @@ from benchmarks.cases.rel_attention import COMPILED, EAGER, SDPA_BIAS, SDPA_PLAI
 from benchmarks.inputs import AttentionShape
 from benchmarks.measure import Probe
 from benchmarks.step_profile import Share
-from benchmarks.suite import Effort, take
+from benchmarks.suite import Effort, Figures, take
 
 SHAPE = AttentionShape(name="tiny", B=1, H=2, Tq=16, Tm=8, D=8, causal=True)
 QUICK = Effort(pairs=2, sample_seconds=0.0, memory=False)
@@ -62,13 +62,26 @@ def test_a_case_is_taken_and_reported(uncompiled, tmp_path):
     shown = console.export_text()
     for expected in ("a processor", "tiny", "brgemm", "no compiler", "80.0%"):
         assert expected in shown
-    report.write_json(tmp_path / "new" / "run.json", MACHINE, [figures], profile)
+    cases = report.write_json(tmp_path / "new" / "run.json", MACHINE, [figures], profile)
     record = json.loads((tmp_path / "new" / "run.json").read_text())
     assert record["machine"]["processor"] == "a processor"
     assert record["cases"][0]["peers"][EAGER]["pairs"] == 2
     assert record["training_step"][0]["share"] == 0.8
-    plot.plot(tmp_path / "run.png", [figures], "a processor")
+    plot.plot(tmp_path / "run.png", cases, "a processor")
     assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+def test_a_run_of_some_cases_renews_those_and_keeps_the_others(tmp_path):
+    path, profile = tmp_path / "run.json", [Share("products", 2.0, 0.8)]
+    first = [Figures("op/a/float32/forward", gflops=1.0), Figures("op/b/float32/forward")]
+    report.write_json(path, MACHINE, first, profile)
+    report.write_json(path, MACHINE, [Figures("op/a/float32/forward", gflops=2.0)])
+    record = json.loads(path.read_text())
+    assert [(case["case"][:4], case["gflops"]) for case in record["cases"]] == [
+        ("op/a", 2.0),
+        ("op/b", None),
+    ]
+    assert record["training_step"], "parts that were not taken again stay"
 
 
 def test_backward_alone_is_timed_without_peers(uncompiled):
