@@ -1,7 +1,8 @@
 // rel_attention backward on the CPU, for one instruction set.
 //
-// One chunk walks its query tiles as the forward does and recomputes each block's probabilities
-// from the saved log-sum-exp. Gradients of keys, values and the position table are accumulated
+// One chunk goes pair by pair, and in a pair block of keys by block: all query tiles meet a block,
+// and recompute its probabilities from the saved log-sum-exp, while its packed keys and values and
+// their gradients stay in cache. Those gradients and the position table's are accumulated
 // transposed, [D, keys], in float32: then the tiles of probabilities and of score gradients are
 // right-hand matrices as they stand, and the score gradients read through the skewed row stride are
 // those by distance. Nothing here is atomic: what two chunks share goes to slots that `finish` sums
@@ -31,18 +32,18 @@ void transpose_tile(const operand_t* src, int64_t ld_src, int64_t rows, int64_t 
 // dout's tile as operands, and delta_i = Σ_d dout_id · out_id.
 template <typename T>
 void load_dout(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
-               TileRows rows, const BwdWorkspace<T>& ws) {
+               const BwdTile<T>& tile) {
   const int64_t ld = row_length<T>(args.Dv);
   Acc<T> dout[256], out[256];
-  for (int64_t a = 0; a < rows.count(); ++a) {
-    const int64_t i = rows.begin + a;
+  for (int64_t a = 0; a < tile.rows.count(); ++a) {
+    const int64_t i = tile.rows.begin + a;
     convert_row(grads.dout.head<const T>(b, h) + i * grads.dout.stride_t, dout, args.Dv);
     convert_row(args.out.head<const T>(b, h) + i * args.out.stride_t, out, args.Dv);
-    convert_row(dout, ws.dout + a * ld, args.Dv);
-    std::fill(ws.dout + a * ld + args.Dv, ws.dout + (a + 1) * ld, Operand<T>(0));
+    convert_row(dout, tile.dout + a * ld, args.Dv);
+    std::fill(tile.dout + a * ld + args.Dv, tile.dout + (a + 1) * ld, Operand<T>(0));
     Acc<T> delta = 0;
     for (int64_t d = 0; d < args.Dv; ++d) delta += dout[d] * out[d];
-    ws.delta[a] = delta;
+    tile.delta[a] = delta;
   }
 }
 
@@ -93,9 +94,10 @@ void clear_gaps(operand_t* tile, int64_t rows, int64_t n, int64_t ld) {
 
 // Probabilities and score gradients of a block, in the shapes that its products read.
 template <typename T>
-void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows rows, Block block,
-                   const BwdWorkspace<T>& ws) {
+void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, const BwdTile<T>& tile,
+                   Block block, const BwdWorkspace<T>& ws) {
   constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
+  const TileRows rows = tile.rows;
   const auto* lse = static_cast<const Acc<T>*>(args.lse) + (b * args.H + h) * args.Tq + rows.begin;
   const int64_t n = block.padded;
   auto row = [&](int64_t a, auto* probs, auto* dscores) {
@@ -104,7 +106,7 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
                    dropout_threshold(args.dropout_p), ws.keep);
     }
     gradient_row<T>(args, ws.scores + a * kScoreLd, ws.dprobs + a * kScoreLd, ws.keep,
-                    lse[a] == kNone ? 0.0 : lse[a] * kLog2e, ws.delta[a], n, probs, dscores);
+                    lse[a] == kNone ? 0.0 : lse[a] * kLog2e, tile.delta[a], n, probs, dscores);
   };
   if constexpr (kPacked<T>) {
     for (int64_t a = 0; a < row_length<T>(rows.count()); a += 2) {
@@ -135,66 +137,96 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
   }
 }
 
-// The five products of a block behind its score gradients.
+// The five products of a block behind its score gradients; `key`: the block's first, as a column of
+// what is packed.
 template <typename T>
-void accumulate_block(const RelAttentionArgs& args, TileRows rows, Block block, Columns columns,
-                      int64_t k_begin, bool first, const BwdWorkspace<T>& ws) {
-  const int64_t n_rows = rows.count(), K = row_length<T>(n_rows), key = block.begin - k_begin;
+void accumulate_block(const RelAttentionArgs& args, const BwdTile<T>& tile, Block block,
+                      Columns columns, int64_t key, const BwdWorkspace<T>& ws) {
+  const int64_t n_rows = tile.rows.count(), K = row_length<T>(n_rows);
+  Acc<T>*dv_t = ws.dv_t + key, *dk_t = ws.dk_t + key, *dr_t = ws.dr_t + columns.first;
   if constexpr (kPacked<T>) {
     auto pairs = [](const float* words) { return reinterpret_cast<const BFloat16*>(words); };
-    gemm(args.Dv, block.padded, K, ws.dout_t, K, pairs(ws.probs_pairs), kKeyBlock, ws.dv_t + key,
-         ws.ld_v, true);
-    gemm(args.D, block.padded, K, ws.qu_t, K, pairs(ws.dscores_pairs), kKeyBlock, ws.dk_t + key,
-         ws.ld_k, true);
-    gemm(args.D, columns.n, K, ws.qv_t, K, pairs(ws.shifted_pairs - (n_rows - 1)), kPairLd + 2,
-         ws.dr_t + columns.first, ws.ld_r, true);
+    gemm(args.Dv, block.padded, K, tile.dout_t, K, pairs(ws.probs_pairs), kKeyBlock, dv_t, ws.ld_k,
+         true);
+    gemm(args.D, block.padded, K, tile.qu_t, K, pairs(ws.dscores_pairs), kKeyBlock, dk_t, ws.ld_k,
+         true);
+    gemm(args.D, columns.n, K, tile.qv_t, K, pairs(ws.shifted_pairs - (n_rows - 1)), kPairLd + 2,
+         dr_t, ws.ld_r, true);
     gemm(n_rows, args.D, row_length<T>(block.n), ws.dscores, kScoreLd,
-         pairs(ws.k + key / 2 * ws.ld_row), ws.ld_row, ws.dqu, ws.ld_acc, !first);
+         pairs(ws.k + key / 2 * ws.ld_row), ws.ld_row, tile.dqu, ws.ld_acc, true);
     const int64_t odd = columns.first % 2;  // the table's rows stand in pairs: begin at an even one
     gemm(n_rows, args.D, columns.n, ws.dscores - (n_rows - 1) - odd, kScoreLd + 1,
-         pairs(ws.r + (columns.first - odd) / 2 * ws.ld_row), ws.ld_row, ws.dqv, ws.ld_acc, !first);
+         pairs(ws.r + (columns.first - odd) / 2 * ws.ld_row), ws.ld_row, tile.dqv, ws.ld_acc, true);
   } else {
     const Acc<T>* shifted = ws.scores - (n_rows - 1);
-    gemm(args.Dv, block.padded, K, ws.dout_t, K, ws.dprobs, kScoreLd, ws.dv_t + key, ws.ld_v, true);
-    gemm(args.D, block.padded, K, ws.qu_t, K, ws.scores, kScoreLd, ws.dk_t + key, ws.ld_k, true);
-    gemm(args.D, columns.n, K, ws.qv_t, K, shifted, kScoreLd + 1, ws.dr_t + columns.first, ws.ld_r,
-         true);
-    gemm(n_rows, args.D, block.n, ws.scores, kScoreLd, ws.k + key * ws.ld_row, ws.ld_row, ws.dqu,
-         ws.ld_acc, !first);
+    gemm(args.Dv, block.padded, K, tile.dout_t, K, ws.dprobs, kScoreLd, dv_t, ws.ld_k, true);
+    gemm(args.D, block.padded, K, tile.qu_t, K, ws.scores, kScoreLd, dk_t, ws.ld_k, true);
+    gemm(args.D, columns.n, K, tile.qv_t, K, shifted, kScoreLd + 1, dr_t, ws.ld_r, true);
+    gemm(n_rows, args.D, block.n, ws.scores, kScoreLd, ws.k + key * ws.ld_row, ws.ld_row, tile.dqu,
+         ws.ld_acc, true);
     gemm(n_rows, args.D, columns.n, shifted, kScoreLd + 1, ws.r + columns.first * ws.ld_row,
-         ws.ld_row, ws.dqv, ws.ld_acc, !first);
+         ws.ld_row, tile.dqv, ws.ld_acc, true);
   }
 }
 
 template <typename T>
-void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan,
-              const RelAttentionGrads& grads, int64_t b, int64_t h, TileRows rows, int64_t k_begin,
-              const BwdWorkspace<T>& ws) {
-  const int64_t ld_q = row_length<T>(args.D), ld_o = row_length<T>(args.Dv),
-                K = row_length<T>(rows.count());
-  load_queries<T>(args, b, h, rows, ws.qu, ws.qv, ld_q);
-  load_dout<T>(args, grads, b, h, rows, ws);
-  transpose_tile(ws.qu, ld_q, rows.count(), args.D, ws.qu_t, K);
-  transpose_tile(ws.qv, ld_q, rows.count(), args.D, ws.qv_t, K);
-  transpose_tile(ws.dout, ld_o, rows.count(), args.Dv, ws.dout_t, K);
-  bool first = true;
-  for_each_block(tile_keys(args, plan, b, rows.begin, rows.end), [&](Block block) {
-    const Columns columns = block_columns(args, plan, rows, block);
-    score_block<T>(rows, block, columns, args.D, ws.qu, ws.qv, ws.k_t + (block.begin - k_begin),
-                   ws.ld_k, ws.r_t, ws.ld_r, ws.scores);
-    gemm(rows.count(), block.padded, ld_o, ws.dout, ld_o,
-         reinterpret_cast<const Operand<T>*>(ws.v_t + (block.begin - k_begin)), ws.ld_v, ws.dprobs,
-         kScoreLd, false);
-    finish_scores<T>(args, b, h, rows, block, ws.scores);
-    gradient_rows<T>(args, b, h, rows, block, ws);
-    accumulate_block<T>(args, rows, block, columns, k_begin, first, ws);
-    first = false;
+void load_tile(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
+               const BwdTile<T>& tile, const BwdWorkspace<T>& ws) {
+  const int64_t n_rows = tile.rows.count(), K = row_length<T>(n_rows);
+  const int64_t ld_q = row_length<T>(args.D), ld_o = row_length<T>(args.Dv);
+  load_queries<T>(args, b, h, tile.rows, tile.qu, tile.qv, ld_q);
+  load_dout<T>(args, grads, b, h, tile);
+  transpose_tile(tile.qu, ld_q, n_rows, args.D, tile.qu_t, K);
+  transpose_tile(tile.qv, ld_q, n_rows, args.D, tile.qv_t, K);
+  transpose_tile(tile.dout, ld_o, n_rows, args.Dv, tile.dout_t, K);
+  std::fill(tile.dqu, tile.dqu + n_rows * ws.ld_acc, Acc<T>(0));
+  std::fill(tile.dqv, tile.dqv + n_rows * ws.ld_acc, Acc<T>(0));
+}
+
+// One tile against the part of a block that it sees; `key`: the part's first packed column.
+template <typename T>
+void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t h,
+              const BwdTile<T>& tile, Block part, int64_t key, const BwdWorkspace<T>& ws) {
+  const int64_t ld_o = row_length<T>(args.Dv);
+  const Columns columns = block_columns(args, plan, tile.rows, part);
+  score_block<T>(tile.rows, part, columns, args.D, tile.qu, tile.qv, ws.k_t + key, ws.ld_k, ws.r_t,
+                 ws.ld_r, ws.scores);
+  gemm(tile.rows.count(), part.padded, ld_o, tile.dout, ld_o,
+       reinterpret_cast<const Operand<T>*>(ws.v_t + key), ws.ld_k, ws.dprobs, kScoreLd, false);
+  finish_scores<T>(args, b, h, tile.rows, part, ws.scores);
+  gradient_rows<T>(args, b, h, tile, part, ws);
+  accumulate_block<T>(args, tile, part, columns, key, ws);
+}
+
+// Items [first, last] of one pair: its query tiles, or those of them that are this chunk's.
+template <typename T>
+void bwd_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan,
+              const RelAttentionGrads& grads, const RelAttentionPartials& partials, int64_t first,
+              int64_t last, int64_t slot, const BwdWorkspace<T>& ws) {
+  const int64_t pair = first / plan.n_tiles, b = args.batch_of(pair), h = args.head_of(pair);
+  auto tile = [&](int64_t item) {
+    return ws.tile(tile_rows(args, plan, item % plan.n_tiles), item - first);
+  };
+  for (int64_t item = first; item <= last; ++item) load_tile<T>(args, grads, b, h, tile(item), ws);
+  std::fill(ws.dbias, ws.dbias + 2 * args.D, Acc<T>(0));
+
+  const KeyRows<T> keys(args, args.mem_k, args.k, b, h), values(args, args.mem_v, args.v, b, h);
+  const TileKeys seen = tile_keys(args, plan, b, tile(first).rows.begin, tile(last).rows.end);
+  clear_other_keys<T>(args, grads, partials, b, h, {seen.aligned_begin, seen.end}, slot, ws);
+  for_each_block(seen, [&](Block block) {
+    const int64_t end = block.begin + block.padded;
+    pack_transposed<T>(keys, block.begin, end, args.D, ws.stage, ws.k_t, ws.ld_k);
+    pack_transposed<T>(values, block.begin, end, args.Dv, ws.stage, ws.v_t, ws.ld_k);
+    pack_natural<T>(keys, block.begin, end, args.D, ws.stage, ws.k, ws.ld_row);
+    std::fill(ws.dk_t, ws.dk_t + args.D * ws.ld_k, Acc<T>(0));
+    std::fill(ws.dv_t, ws.dv_t + args.Dv * ws.ld_k, Acc<T>(0));
+    for (int64_t item = first; item <= last; ++item) {
+      const Block part = seen_part(args, b, tile(item).rows, block);
+      if (part.n > 0) bwd_tile<T>(args, plan, b, h, tile(item), part, part.begin - block.begin, ws);
+    }
+    write_keys<T>(args, grads, partials, b, h, block, slot, ws);
   });
-  if (first) {
-    std::fill(ws.dqu, ws.dqu + rows.count() * ws.ld_acc, Acc<T>(0));
-    std::fill(ws.dqv, ws.dqv + rows.count() * ws.ld_acc, Acc<T>(0));
-  }
-  write_dq<T>(args, grads, b, h, rows, ws);
+  for (int64_t item = first; item <= last; ++item) write_dq<T>(args, grads, b, h, tile(item), ws);
 }
 
 template <typename T>
@@ -206,15 +238,11 @@ void bwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan,
   const int64_t start = plan.chunks[static_cast<size_t>(chunk)],
                 stop = plan.chunks[static_cast<size_t>(chunk + 1)];
   int64_t group = -1;
-  for (int64_t item = start; item < stop;) {
-    const int64_t pair = item / plan.n_tiles, b = args.batch_of(pair), h = args.head_of(pair);
-    const int64_t last = std::min(stop, (pair + 1) * plan.n_tiles) - 1;
-    const bool whole = item == pair * plan.n_tiles && last + 1 == (pair + 1) * plan.n_tiles;
+  for (int64_t item = start, next; item < stop; item = next) {
+    const int64_t pair = item / plan.n_tiles;
+    next = std::min(stop, (pair + 1) * plan.n_tiles);
+    const bool whole = item == pair * plan.n_tiles && next == (pair + 1) * plan.n_tiles;
     const int64_t slot = whole ? -1 : 2 * chunk + (pair != start / plan.n_tiles);
-    const TileKeys seen = tile_keys(args, plan, b, tile_rows(args, plan, item % plan.n_tiles).begin,
-                                    tile_rows(args, plan, last % plan.n_tiles).end);
-    const KeyRange span{seen.aligned_begin, round_up(seen.end, 16)};
-    const KeyRows<T> keys(args, args.mem_k, args.k, b, h), values(args, args.mem_v, args.v, b, h);
     if (args.group_of(pair) != group) {
       if (group >= 0) write_table<T>(args, plan, partials, group + chunk, ws);
       group = args.group_of(pair);
@@ -223,17 +251,7 @@ void bwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan,
       pack_natural<T>(table, plan.e_begin, plan.e_end, args.D, ws.stage, ws.r, ws.ld_row);
       std::fill(ws.dr_t, ws.dr_t + args.D * ws.ld_r, Acc<T>(0));
     }
-    pack_transposed<T>(keys, span.begin, span.end, args.D, ws.stage, ws.k_t, ws.ld_k);
-    pack_transposed<T>(values, span.begin, span.end, args.Dv, ws.stage, ws.v_t, ws.ld_v);
-    pack_natural<T>(keys, span.begin, span.end, args.D, ws.stage, ws.k, ws.ld_row);
-    std::fill(ws.dk_t, ws.dk_t + args.D * ws.ld_k, Acc<T>(0));
-    std::fill(ws.dv_t, ws.dv_t + args.Dv * ws.ld_v, Acc<T>(0));
-    std::fill(ws.dbias, ws.dbias + 2 * args.D, Acc<T>(0));
-    for (; item <= last; ++item) {
-      bwd_tile<T>(args, plan, grads, b, h, tile_rows(args, plan, item % plan.n_tiles), span.begin,
-                  ws);
-    }
-    write_keys<T>(args, grads, partials, b, h, span, slot, ws);
+    bwd_pair<T>(args, plan, grads, partials, item, next - 1, slot, ws);
     std::copy(ws.dbias, ws.dbias + 2 * args.D,
               static_cast<Acc<T>*>(partials.dbias) + (pair + chunk) * 2 * args.D);
   }

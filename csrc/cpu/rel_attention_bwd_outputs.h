@@ -13,43 +13,59 @@ namespace txl::TXL_ISA {
 constexpr int64_t kPairLd = kScoreLd;
 constexpr int64_t kPairSize = kScoreSlack + kQueryTile / 2 * (kPairLd + 2) + kScoreSlack;
 
+// A query tile as the products read it, and what they add up for it.
+template <typename T>
+struct BwdTile {
+  TileRows rows;
+  Operand<T>*qu, *qv, *dout, *qu_t, *qv_t, *dout_t;
+  Acc<T>*dqu, *dqv, *delta;
+};
+
 template <typename T>
 struct BwdWorkspace {
-  int64_t ld_k, ld_r, ld_v, ld_row, ld_acc;
-  Word<T>*k_t, *r_t, *v_t, *k, *r;
-  Acc<T>*dk_t, *dv_t, *dr_t;
-  Operand<T>*qu, *qv, *dout, *qu_t, *qv_t, *dout_t, *stage;
-  Acc<T>*scores, *dprobs, *dqu, *dqv, *delta, *keep, *dbias;
+  int64_t ld_r, ld_k, ld_row, ld_acc;
+  // The position table of the pairs at hand.
+  Word<T>*r_t, *r;
+  Acc<T>* dr_t;
+  // A block of keys and values.
+  Word<T>*k_t, *v_t, *k;
+  Acc<T>*dk_t, *dv_t;
+  // All query tiles of a pair, tile after tile.
+  int64_t q_size, o_size, acc_size;
+  Operand<T>*queries, *douts;
+  Acc<T>*dqueries, *deltas;
+  // A tile against a block.
+  Operand<T>* stage;
+  Acc<T>*scores, *dprobs, *keep, *dbias;
   // Packed operands only: score gradients by row, and pairs of rows.
   Operand<T>*dscores, *probs_row;
   Word<T>*probs_pairs, *dscores_pairs, *shifted_pairs;
 
   BwdWorkspace(const RelAttentionArgs& args, const RelAttentionPlan& plan, Arena& arena) {
-    const int64_t D = args.D, Dv = args.Dv, n_keys = round_up(args.Tk() + 16, 16),
-                  n_e = plan.n_columns();
+    const int64_t D = args.D, Dv = args.Dv, n_e = plan.n_columns(), n_tiles = plan.n_tiles;
     const int64_t rows_per_word = kPacked<T> ? 2 : 1;
-    ld_k = leading_dimension(n_keys);
     ld_r = leading_dimension(n_e);
-    ld_v = ld_k;
+    ld_k = leading_dimension(plan.key_block + 16);
     ld_row = leading_dimension(D);
     ld_acc = round_up(D, 16);
-    k_t = arena.take<Word<T>>(row_words<T>(D) * ld_k);
     r_t = arena.take<Word<T>>(row_words<T>(D) * ld_r);
-    v_t = arena.take<Word<T>>(row_words<T>(Dv) * ld_v);
-    k = arena.take<Word<T>>(n_keys / rows_per_word * ld_row);
     r = arena.take<Word<T>>(n_e / rows_per_word * ld_row);
-    dk_t = arena.take<Acc<T>>(D * ld_k);
-    dv_t = arena.take<Acc<T>>(Dv * ld_v);
     dr_t = arena.take<Acc<T>>(D * ld_r);
-    const int64_t q_size = kQueryTile * row_length<T>(D), o_size = kQueryTile * row_length<T>(Dv);
-    for (Operand<T>** tile : {&qu, &qv, &qu_t, &qv_t}) *tile = arena.take<Operand<T>>(q_size);
-    for (Operand<T>** tile : {&dout, &dout_t}) *tile = arena.take<Operand<T>>(o_size);
+    k_t = arena.take<Word<T>>(row_words<T>(D) * ld_k);
+    v_t = arena.take<Word<T>>(row_words<T>(Dv) * ld_k);
+    k = arena.take<Word<T>>(plan.key_block / rows_per_word * ld_row);
+    dk_t = arena.take<Acc<T>>(D * ld_k);
+    dv_t = arena.take<Acc<T>>(Dv * ld_k);
+    q_size = kQueryTile * round_up(row_length<T>(D), 16);
+    o_size = kQueryTile * round_up(row_length<T>(Dv), 16);
+    acc_size = kQueryTile * ld_acc;
+    queries = arena.take<Operand<T>>(n_tiles * 4 * q_size);
+    douts = arena.take<Operand<T>>(n_tiles * 2 * o_size);
+    dqueries = arena.take<Acc<T>>(n_tiles * 2 * acc_size);
+    deltas = arena.take<Acc<T>>(n_tiles * kQueryTile);
     stage = arena.take<Operand<T>>(16 * row_length<T>(std::max(D, Dv)));
     scores = arena.take<Acc<T>>(kScoreSize) + kScoreSlack;
     dprobs = arena.take<Acc<T>>(kScoreSize) + kScoreSlack;
-    dqu = arena.take<Acc<T>>(kQueryTile * ld_acc);
-    dqv = arena.take<Acc<T>>(kQueryTile * ld_acc);
-    delta = arena.take<Acc<T>>(kQueryTile);
     keep = arena.take<Acc<T>>(kKeyBlock);
     dbias = arena.take<Acc<T>>(2 * D);
     if constexpr (kPacked<T>) {
@@ -60,23 +76,33 @@ struct BwdWorkspace {
       shifted_pairs = arena.take<Word<T>>(kPairSize) + kScoreSlack;
     }
   }
+
+  BwdTile<T> tile(TileRows rows, int64_t index) const {
+    Operand<T>*q = queries + index * 4 * q_size, *o = douts + index * 2 * o_size;
+    Acc<T>* dq = dqueries + index * 2 * acc_size;
+    return {rows,           q,
+            q + q_size,     o,
+            q + 2 * q_size, q + 3 * q_size,
+            o + o_size,     dq,
+            dq + acc_size,  deltas + index * kQueryTile};
+  }
 };
 
 // dq = scale · (dqu + dqv); their column sums are the biases' gradients.
 template <typename T>
 void write_dq(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
-              TileRows rows, const BwdWorkspace<T>& ws) {
+              const BwdTile<T>& tile, const BwdWorkspace<T>& ws) {
   const auto scale = static_cast<Acc<T>>(args.scale);
   Acc<T> dq[256];
-  for (int64_t a = 0; a < rows.count(); ++a) {
-    const Acc<T>*dqu = ws.dqu + a * ws.ld_acc, *dqv = ws.dqv + a * ws.ld_acc;
+  for (int64_t a = 0; a < tile.rows.count(); ++a) {
+    const Acc<T>*dqu = tile.dqu + a * ws.ld_acc, *dqv = tile.dqv + a * ws.ld_acc;
     for (int64_t d = 0; d < args.D; ++d) {
       dq[d] = scale * (dqu[d] + dqv[d]);
       ws.dbias[d] += scale * dqu[d];
       ws.dbias[args.D + d] += scale * dqv[d];
     }
     if (grads.dq == nullptr) continue;
-    const int64_t row = (b * args.H + h) * args.Tq + rows.begin + a;
+    const int64_t row = (b * args.H + h) * args.Tq + tile.rows.begin + a;
     convert_row(dq, static_cast<T*>(grads.dq) + row * args.D, args.D);
   }
 }
@@ -104,35 +130,56 @@ Acc<T> key_factor(const RelAttentionArgs& args) {
   return static_cast<Acc<T>>(args.scale * query_sign(args));
 }
 
-// Writes (or, for a pair that other chunks share, parks) the accumulated key and value gradients.
-template <typename T>
-void write_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
-                const RelAttentionPartials& partials, int64_t b, int64_t h, KeyRange span,
-                int64_t slot, const BwdWorkspace<T>& ws) {
-  const int64_t Tk = args.Tk(), Tm = args.Tm, Ts = args.Ts, pair = b * args.H + h;
-  // Rows [begin, end) of one tensor: zeros but where the chunk's tiles looked.
-  auto write = [&](const Acc<T>* acc, int64_t ld, int64_t D, Acc<T> factor, int64_t begin,
-                   int64_t end, auto* rows) {
-    const int64_t lo = std::clamp(span.begin, begin, end), hi = std::clamp(span.end, lo, end);
-    std::fill(rows, rows + (lo - begin) * D, std::remove_reference_t<decltype(*rows)>(0));
-    write_transposed(acc, ld, span.begin, lo, hi, D, factor, rows + (lo - begin) * D);
-    std::fill(rows + (hi - begin) * D, rows + (end - begin) * D,
-              std::remove_reference_t<decltype(*rows)>(0));
-  };
-  auto write_both = [&](const Acc<T>* acc, int64_t ld, int64_t D, Acc<T> factor, void* memory,
-                        void* segment, void* parked) {
+// Where a pair's key and value gradients go: the results, or, for a pair that other chunks share, a
+// slot. `f(accumulated, D, factor, begin, end, rows)` is called for each place, which holds keys
+// [begin, end).
+template <typename T, typename F>
+void for_each_key_output(const RelAttentionArgs& args, const RelAttentionGrads& grads,
+                         const RelAttentionPartials& partials, int64_t b, int64_t h, int64_t slot,
+                         const BwdWorkspace<T>& ws, F&& f) {
+  const int64_t Tk = args.Tk(), Tm = args.Tm, pair = b * args.H + h;
+  auto visit = [&](const Acc<T>* acc, int64_t D, Acc<T> factor, void* memory, void* segment,
+                   void* parked) {
     if (slot >= 0) {
       if (parked != nullptr)
-        write(acc, ld, D, factor, 0, Tk, static_cast<Acc<T>*>(parked) + slot * Tk * D);
+        f(acc, D, factor, int64_t{0}, Tk, static_cast<Acc<T>*>(parked) + slot * Tk * D);
       return;
     }
     if (memory != nullptr)
-      write(acc, ld, D, factor, 0, Tm, static_cast<T*>(memory) + pair * Tm * D);
+      f(acc, D, factor, int64_t{0}, Tm, static_cast<T*>(memory) + pair * Tm * D);
     if (segment != nullptr)
-      write(acc, ld, D, factor, Tm, Tk, static_cast<T*>(segment) + pair * Ts * D);
+      f(acc, D, factor, Tm, Tk, static_cast<T*>(segment) + pair * args.Ts * D);
   };
-  write_both(ws.dk_t, ws.ld_k, args.D, key_factor<T>(args), grads.dmem_k, grads.dk, partials.dk);
-  write_both(ws.dv_t, ws.ld_v, args.Dv, Acc<T>(1), grads.dmem_v, grads.dv, partials.dv);
+  visit(ws.dk_t, args.D, key_factor<T>(args), grads.dmem_k, grads.dk, partials.dk);
+  visit(ws.dv_t, args.Dv, Acc<T>(1), grads.dmem_v, grads.dv, partials.dv);
+}
+
+// The accumulated gradients of one block's keys.
+template <typename T>
+void write_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
+                const RelAttentionPartials& partials, int64_t b, int64_t h, Block block,
+                int64_t slot, const BwdWorkspace<T>& ws) {
+  auto write = [&](const Acc<T>* acc, int64_t D, Acc<T> factor, int64_t begin, int64_t end,
+                   auto* rows) {
+    const int64_t lo = std::clamp(block.begin, begin, end);
+    const int64_t hi = std::clamp(block.begin + block.n, lo, end);
+    write_transposed(acc, ws.ld_k, block.begin, lo, hi, D, factor, rows + (lo - begin) * D);
+  };
+  for_each_key_output<T>(args, grads, partials, b, h, slot, ws, write);
+}
+
+// Zeros for the keys outside [span.begin, span.end), at which the chunk's tiles did not look.
+template <typename T>
+void clear_other_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
+                      const RelAttentionPartials& partials, int64_t b, int64_t h, KeyRange span,
+                      int64_t slot, const BwdWorkspace<T>& ws) {
+  auto clear = [&](const Acc<T>*, int64_t D, Acc<T>, int64_t begin, int64_t end, auto* rows) {
+    const std::remove_reference_t<decltype(*rows)> zero(0);
+    const int64_t lo = std::clamp(span.begin, begin, end), hi = std::clamp(span.end, lo, end);
+    std::fill(rows, rows + (lo - begin) * D, zero);
+    std::fill(rows + (hi - begin) * D, rows + (end - begin) * D, zero);
+  };
+  for_each_key_output<T>(args, grads, partials, b, h, slot, ws, clear);
 }
 
 // Folds the columns of the table's gradient onto its rows, into the chunk's slot.

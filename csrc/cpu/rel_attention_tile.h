@@ -93,6 +93,14 @@ void for_each_block(const TileKeys& keys, F&& f) {
   }
 }
 
+// The part of a block that a query tile sees; n = 0 where it sees none.
+inline Block seen_part(const RelAttentionArgs& args, int64_t b, TileRows rows, Block block) {
+  const int64_t begin = std::max(block.begin, args.keys_of(b, rows.begin).begin / 16 * 16);
+  const int64_t end = std::min(block.begin + block.n, args.keys_of(b, rows.end - 1).end);
+  const int64_t n = std::max<int64_t>(0, end - begin);
+  return {begin, n, round_up(n, 16)};
+}
+
 // The columns of the position table under a block: [first, first + n), relative to the plan's.
 struct Columns {
   int64_t first, n;
