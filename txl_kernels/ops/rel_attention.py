@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txl_kernels.backends import choose
+from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.ops import autocast
 from txl_kernels.ops.checks import check_tensor, needs_grad
@@ -172,8 +172,7 @@ def _kernel(
             call[name] = _contiguous_rows(call[name])
     if mask is not None:
         mask = mask.expand(*q.shape[:3], Tk)
-    operators = getattr(torch.ops, f"txl_{backend}")
-    return operators.rel_attention_fwd(q, k, v, r, mask=mask, **call)
+    return operators(backend).rel_attention_fwd(q, k, v, r, mask=mask, **call)
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:

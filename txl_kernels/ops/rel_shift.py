@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from txl_kernels.backends import choose
+from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import rel_shift as reference
 from txl_kernels.ops.checks import FLOATING, check_dtype, check_int, check_tensor, needs_grad
 
@@ -50,5 +50,5 @@ def rel_shift(
     )
     if chosen == "reference":
         return reference.rel_shift(x, n_keys, offset)
-    shifted: Tensor = getattr(torch.ops, f"txl_{chosen}").rel_shift_fwd(x, n_keys, offset)
+    shifted: Tensor = operators(chosen).rel_shift_fwd(x, n_keys, offset)
     return shifted
