@@ -41,9 +41,7 @@ class AdaptiveShape:
         return [self.d // self.div_val ** (k + 1) for k in range(len(self.cutoffs))]
 
 
-WT103_LARGE = AdaptiveShape(
-    N=8192, d=1024, V=267_735, cutoffs=(20_000, 40_000, 200_000), div_val=4
-)
+WT103_LARGE = AdaptiveShape(N=8192, d=1024, V=267_735, cutoffs=(20_000, 40_000, 200_000), div_val=4)
 
 
 class AdaptiveInputs(NamedTuple):
@@ -59,7 +57,11 @@ class AdaptiveInputs(NamedTuple):
 
 
 def inputs_on(
-    shape: AdaptiveShape, device: torch.device, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+    shape: AdaptiveShape,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> AdaptiveInputs:
     """Normal values, and targets by Zipf's law: the likelihood of token n goes with 1 / (n + 1)."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -150,9 +152,7 @@ def _forward(
     if name == OURS:
         call = (inputs.hidden, inputs.target, inputs.head, inputs.tails)
         if op == "adaptive_loss":
-            loss = functools.partial(
-                adaptive_loss, *call, cutoffs=shape.cutoffs, reduction="sum"
-            )
+            loss = functools.partial(adaptive_loss, *call, cutoffs=shape.cutoffs, reduction="sum")
             return loss, inputs.leaves()
         return lambda: adaptive_nll(*call, cutoffs=shape.cutoffs).sum(), inputs.leaves()
     if name == MODULE:

@@ -59,7 +59,9 @@ def bind(name: str, shape: AttentionShape, inputs: AttentionInputs) -> tuple[Att
     if name in YARDSTICKS:
         return _yardstick(name, shape, inputs)
     if name == FLEX:
-        return functools.partial(_flex(), shape, _block_mask(shape, inputs.q.device), inputs), leaves
+        return functools.partial(
+            _flex(), shape, _block_mask(shape, inputs.q.device), inputs
+        ), leaves
     hidden = eager.hidden_keys(shape.Tq, shape.n_keys, None, True, device=inputs.q.device)
     way: Callable[..., Tensor] = {
         EAGER: eager.rel_attention,

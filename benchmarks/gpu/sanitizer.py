@@ -16,7 +16,9 @@ from benchmarks.gpu.stages import ROOT, Unavailable
 TOOLS = ("memcheck", "racecheck")
 CASES = ("transformer_xl", "wild_lengths", "head_41", "one_query", "dropout")
 _PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
-_CANNOT_ATTACH = re.compile(r"(?:unable|failed|error).*(?:attach|debugger|injection|permission)", re.I)
+_CANNOT_ATTACH = re.compile(
+    r"(?:unable|failed|error).*(?:attach|debugger|injection|permission)", re.I
+)
 _SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 
 

@@ -73,7 +73,9 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     """Columns as wide as what stands in them."""
     widths = [max(len(row[n]) for row in [header, *rows]) for n in range(len(header))]
     for row in [header, ["-" * width for width in widths], *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
     print()
 
 

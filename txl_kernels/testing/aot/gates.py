@@ -57,7 +57,9 @@ def failures(name: str, binary: Binary, gate: Gate) -> list[str]:
     anywhere = sass.count(binary.code.instructions)
     if gate.products == "hopper" and binary.arch >= 90:
         if present != ["HGMMA"]:
-            found.append(f"products in the loop run as {present or 'no'} tensor instructions, not HGMMA")
+            found.append(
+                f"products in the loop run as {present or 'no'} tensor instructions, not HGMMA"
+            )
     elif gate.products in ("hopper", "tensor"):
         if not present:
             found.append("no tensor-core instruction in the loop")

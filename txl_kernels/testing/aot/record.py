@@ -88,9 +88,7 @@ def recording(arch: int) -> Iterator[list[Launch]]:
         size = grid(bound) if callable(grid) else grid
         values = {name: v for name, v in bound.items() if isinstance(v, (bool, int, float))}
         launches.append(
-            Launch(
-                self, signature, constants, attributes, options, (*size, 1, 1)[:3], values
-            )
+            Launch(self, signature, constants, attributes, options, (*size, 1, 1)[:3], values)
         )
 
     run, before = JITFunction.run, driver._active

@@ -86,6 +86,19 @@ class Code:
         return max(self.loops(), key=_work, default=self.instructions)
 
 
+def steady(loop: Sequence[Instruction]) -> tuple[Instruction, ...]:
+    """What a pass through the loop runs as a rule: forward branches over code without tensor-core
+    products are taken, since such code is for the few tiles at a border."""
+    skipped: set[int] = set()
+    last = loop[-1].address if loop else 0
+    for i in loop:
+        if i.jump is not None and i.address < i.jump <= last and i.address not in skipped:
+            over = [o for o in loop if i.address < o.address < i.jump]
+            if not any(o.tile is not None for o in over):
+                skipped.update(o.address for o in over)
+    return tuple(i for i in loop if i.address not in skipped)
+
+
 def parse(text: str) -> Code:
     """The output of `cuobjdump -res-usage -sass` on one kernel.
 

@@ -142,7 +142,7 @@ def pipes(instructions: Iterable[Instruction], num_warps: int, processor: Proces
 
 
 def resident_blocks(binary: Binary, processor: Processor) -> int:
-    """Blocks that fit on a multiprocessor, by registers, shared memory and warps; 0 if none does."""
+    """Blocks that fit on a multiprocessor by registers, shared memory and warps; 0: none does."""
     registers = 8 * math.ceil(binary.code.registers / 8) * 32 * binary.num_warps
     shared = binary.shared + 1024  # of which the system keeps 1 KiB per block
     return min(
@@ -153,9 +153,7 @@ def resident_blocks(binary: Binary, processor: Processor) -> int:
     )
 
 
-def estimate(
-    binary: Binary, passes: float, processor: Processor, *, n_bytes: int = 0
-) -> Estimate:
+def estimate(binary: Binary, passes: float, processor: Processor, *, n_bytes: int = 0) -> Estimate:
     """The time of a whole launch.
 
     Args:
@@ -163,7 +161,7 @@ def estimate(
         n_bytes: that must come from or go to device memory at least once.
     """
     loop = binary.code.main_loop()
-    inside = pipes(loop, binary.num_warps, processor)
+    inside = pipes(sass.steady(loop), binary.num_warps, processor)
     in_loop = {i.address for i in loop}
     around = pipes(
         (i for i in binary.code.instructions if i.address not in in_loop),
@@ -180,7 +178,7 @@ def estimate(
     busy = clocks * idle / (processor.n_sm * processor.clock)
     memory = n_bytes / processor.bandwidth
     seconds = LAUNCH_SECONDS + max(busy, memory)
-    if LAUNCH_SECONDS > max(busy, memory):
+    if max(busy, memory) < LAUNCH_SECONDS:
         bound = "launch"
     elif memory > busy:
         bound = "memory"
