@@ -52,7 +52,7 @@ def bind(name: str, shape: AttentionShape, inputs: AttentionInputs) -> tuple[Att
     What does not depend on the inputs' values (masks, joined keys of the yardsticks) is made
     here, outside the time.
     """
-    leaves = [leaf for leaf in inputs.leaves()]
+    leaves = list(inputs.leaves())
     if name == OURS:
         call = functools.partial(rel_attention, **inputs._asdict(), causal=True)
         return call, leaves

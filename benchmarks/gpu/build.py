@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.stages import ROOT, Unavailable
+from benchmarks.gpu.stages import ROOT, UnavailableError
 
 # pybind11's own CMake files, where the active Python has only the headers that torch brings.
 _PYBIND11_OF_TORCH = """\
@@ -29,12 +29,12 @@ def run(results: dict[str, Any], save: Callable[[], None]) -> None:
     """Configures with TXL_CUDA=ON, builds, and says what was built.
 
     Raises:
-        Unavailable: no cmake, no nvcc.
+        UnavailableError: no cmake, no nvcc.
         RuntimeError: it did not build; the last lines of what the tools said.
     """
     cmake = _tool("cmake")
     if _tool("nvcc", required=False) is None and "CUDACXX" not in os.environ:
-        raise Unavailable("no nvcc on PATH: the CUDA kernels cannot be built")
+        raise UnavailableError("no nvcc on PATH: the CUDA kernels cannot be built")
     ninja = _tool("ninja", required=False)
     folder = ROOT / "build" / f"gpu-{sysconfig.get_config_var('SOABI')}"
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
@@ -57,7 +57,7 @@ def _tool(name: str, required: bool = True) -> str | None:
     places = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
     found = shutil.which(name, path=os.pathsep.join(places))
     if found is None and required:
-        raise Unavailable(f"no {name}: the native part cannot be built")
+        raise UnavailableError(f"no {name}: the native part cannot be built")
     return found
 
 

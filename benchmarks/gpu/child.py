@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.stages import FAILED, PASSED, UNAVAILABLE, Unavailable, write_json
+from benchmarks.gpu.stages import FAILED, PASSED, UNAVAILABLE, UnavailableError, write_json
 
 
 def main(stage: str, path: Path) -> None:
@@ -22,7 +22,7 @@ def main(stage: str, path: Path) -> None:
     try:
         module = importlib.import_module(f"benchmarks.gpu.{stage}")
         module.run(results, lambda: save(FAILED, "it did not finish"))
-    except Unavailable as error:
+    except UnavailableError as error:
         save(UNAVAILABLE, str(error))
     except Exception as error:
         traceback.print_exc()

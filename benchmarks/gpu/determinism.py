@@ -17,7 +17,7 @@ def run(results: dict[str, Any], save: Callable[[], None]) -> None:
     """Results: per call, which of its tensors differed; by default dR may, as its sums are atomic.
 
     Raises:
-        Unavailable: no CUDA device.
+        UnavailableError: no CUDA device.
         AssertionError: under deterministic algorithms a bit differed.
     """
     gpu = device.require()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.gpu.stages import Unavailable
+from benchmarks.gpu.stages import UnavailableError
 
 NO_DEVICE = "no CUDA device"
 
@@ -13,9 +13,9 @@ def require() -> torch.device:
     """The GPU.
 
     Raises:
-        Unavailable: there is none, with "no CUDA device" and why torch sees none.
+        UnavailableError: there is none, with "no CUDA device" and why torch sees none.
     """
     if torch.cuda.is_available():
         return torch.device("cuda")
     built = "is not built for CUDA" if torch.version.cuda is None else "sees none"
-    raise Unavailable(f"{NO_DEVICE} (torch {torch.__version__} {built})")
+    raise UnavailableError(f"{NO_DEVICE} (torch {torch.__version__} {built})")

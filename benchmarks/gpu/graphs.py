@@ -16,7 +16,7 @@ def run(results: dict[str, Any], save: Callable[[], None]) -> None:
     """Results: per call True, or False where a replay gave other bits.
 
     Raises:
-        Unavailable: no CUDA device.
+        UnavailableError: no CUDA device.
         AssertionError: a replay differed.
     """
     gpu = device.require()

@@ -34,7 +34,7 @@ def run(results: dict[str, Any], save: Callable[[], None]) -> None:
     """Results: the numbers of checks, and a sentence for each that failed.
 
     Raises:
-        Unavailable: no CUDA device.
+        UnavailableError: no CUDA device.
         AssertionError: a check failed.
     """
     results["checks"] = len(list(checks("cuda")))

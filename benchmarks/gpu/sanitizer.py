@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import device
-from benchmarks.gpu.stages import ROOT, Unavailable
+from benchmarks.gpu.stages import ROOT, UnavailableError
 
 TOOLS = ("memcheck", "racecheck")
 CASES = ("transformer_xl", "wild_lengths", "head_41", "one_query", "dropout")
@@ -26,7 +26,7 @@ def run(results: dict[str, Any], save: Callable[[], None]) -> None:
     """Results: errors by tool.
 
     Raises:
-        Unavailable: no CUDA device, no compute-sanitizer, or it does not attach here.
+        UnavailableError: no CUDA device, no compute-sanitizer, or it does not attach here.
         AssertionError: it found errors.
     """
     device.require()
@@ -48,7 +48,7 @@ def find() -> str:
     for place in _PLACES:
         found = found or shutil.which("compute-sanitizer", path=place)
     if found is None:
-        raise Unavailable("compute-sanitizer is not installed")
+        raise UnavailableError("compute-sanitizer is not installed")
     return found
 
 
@@ -56,13 +56,13 @@ def errors(output: str) -> int:
     """The number that compute-sanitizer's summary names.
 
     Raises:
-        Unavailable: there is no summary, as where it cannot attach.
+        UnavailableError: there is no summary, as where it cannot attach.
     """
     summary = _SUMMARY.search(output)
     if summary is None:
         reason = _CANNOT_ATTACH.search(output)
         said = reason[0] if reason else _tail(output)
-        raise Unavailable(f"compute-sanitizer does not attach here: {said}")
+        raise UnavailableError(f"compute-sanitizer does not attach here: {said}")
     return int(summary[1] or summary[2])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -43,7 +44,7 @@ NAMES = tuple(stage.name for stage in STAGES)
 PASSED, FAILED, UNAVAILABLE = "passed", "failed", "unavailable"
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """What a stage needs is not here; the message says what. Not a failure of the kernels."""
 
 
@@ -134,8 +135,6 @@ def _record(status: str, seconds: float, error: str | None, results: Any) -> dic
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """Ends the child's whole session: it may have started workers."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()

@@ -84,8 +84,13 @@ def allowed_spill(name: str, binary: Binary) -> int:
     )
 
 
-def row_shuffles(block_rows: int, num_warps: int, reductions: int = 2) -> int:
-    """SHFL that `reductions` along the rows of a tile cost: in the layout of a product's result a
-    row lies in four lanes (two steps), and a thread holds 2 rows of each 16 of its warp."""
+def row_shuffles(block_rows: int, num_warps: int, arch: int, reductions: int = 2) -> int:
+    """SHFL that `reductions` along the rows of a tile may cost.
+
+    In the layout of a product's result a row lies in four lanes (two steps), and a thread holds 2
+    rows of each 16 of its warp. Before sm_90 two warps may share a row: each then holds twice the
+    rows, and a few more steps join the halves.
+    """
     rows_per_thread = max(2 * block_rows // (16 * num_warps), 2)
-    return 2 * reductions * rows_per_thread
+    shuffles = 2 * reductions * rows_per_thread
+    return shuffles if arch >= 90 else 2 * shuffles + 2 * reductions

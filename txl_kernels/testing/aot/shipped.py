@@ -24,14 +24,16 @@ class Kernel:
     """What is known of one kernel of a call.
 
     Attributes:
-        gate: what its machine code must hold, from its launch.
+        gate: what its machine code must hold, from its launch and the architecture.
         passes: through its main loop, over all programs, from its launch; None: not modelled.
         n_bytes: that it must read and write at least once.
+        part: of the call: "forward" or "backward".
     """
 
-    gate: Callable[[Launch], Gate]
+    gate: Callable[[Launch, int], Gate]
     passes: Callable[[Launch], float] | None = None
     n_bytes: int = 0
+    part: str = "forward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Call:
         run: makes it, on tensors of the device "meta".
         kernels: by function name, all that it may launch.
         in_ci: whether the tests compile it; `make gates` compiles every call.
-        flop: useful ones by the kernels' group; empty where no speed is modelled.
+        flop: useful ones, by part; empty where no rate is modelled.
     """
 
     name: str
@@ -75,9 +77,9 @@ def launches(call: Call, arch: int) -> list[tuple[str, Launch]]:
 
 @contextlib.contextmanager
 def running_on(arch: int) -> Iterator[None]:
-    """Within it torch says that its device has compute capability `arch`: launchers choose by it."""
-    capability = (arch // 10, arch % 10)
-    with mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability):
+    """Within it torch says that its device has this compute capability: launchers go by it."""
+    capability = divmod(arch, 10)
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=capability):
         yield
 
 

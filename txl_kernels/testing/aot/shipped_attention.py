@@ -39,13 +39,13 @@ class Attention:
     deterministic: bool = False
 
     @property
-    def Tk(self) -> int:
+    def n_keys(self) -> int:
         return self.Tm + self.Tq
 
     @property
     def pairs(self) -> int:
         """(query, key) pairs that the causal mask allows, over all rows and heads."""
-        per_head = self.Tq * self.Tk - (self.Tq * (self.Tq - 1) // 2 if self.causal else 0)
+        per_head = self.Tq * self.n_keys - (self.Tq * (self.Tq - 1) // 2 if self.causal else 0)
         return self.B * self.H * per_head
 
     def tiles(self, block_q: int, block_k: int) -> float:
@@ -54,13 +54,15 @@ class Attention:
         for begin in range(0, self.Tq, block_q):
             last = min(begin + block_q, self.Tq) - 1
             n += math.ceil(
-                min(last + self.Tm + 1, self.Tk) / block_k if self.causal else self.Tk / block_k
+                min(last + self.Tm + 1, self.n_keys) / block_k
+                if self.causal
+                else self.n_keys / block_k
             )
         return float(self.B * self.H * n)
 
     def tensor_bytes(self) -> int:
         """Of q, k, v, mem_k, mem_v, r and out."""
-        rows = self.B * self.H * (2 * self.Tq + 2 * self.Tk) + self.H * self.Tk
+        rows = self.B * self.H * (2 * self.Tq + 2 * self.n_keys) + self.H * self.n_keys
         return rows * self.D * self.dtype.itemsize
 
     def run(self) -> None:
@@ -89,7 +91,7 @@ class Attention:
 
     def _arguments(self) -> dict[str, Any]:
         """By the operator's names."""
-        B, H, Tq, Tm, Tk, D = self.B, self.H, self.Tq, self.Tm, self.Tk, self.D
+        B, H, Tq, Tm, Tk, D = self.B, self.H, self.Tq, self.Tm, self.n_keys, self.D
         Dv = self.Dv or D
         R = Tk + Tq - 1 if self.both_sides else Tk
         made = functools.partial(torch.empty, device="meta")
@@ -160,9 +162,9 @@ def _is_16_bit(launch: Launch) -> bool:
     return launch.signature["p_q"] != "*fp32"
 
 
-def _forward_gate(launch: Launch) -> Gate:
+def _forward_gate(launch: Launch, arch: int) -> Gate:
     constexprs = launch.constexprs
-    shuffles = row_shuffles(constexprs["BLOCK_Q"], launch.options.num_warps)
+    shuffles = row_shuffles(constexprs["BLOCK_Q"], launch.options.num_warps, arch)
     if not _is_16_bit(launch):
         return Gate("none", shuffles=32)
     hopper = constexprs["D"] in _HOPPER_HEAD_SIZES

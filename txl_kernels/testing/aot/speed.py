@@ -59,6 +59,8 @@ _FP32 = {"FFMA", "FMUL", "FADD"}
 _SHARED_OPS = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
 _GLOBAL_OPS = {"LDG", "LDGSTS", "STG", "RED", "REDG", "ATOMG"}
 _ISSUE_ONLY = {"BAR", "BRA", "NOP", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "WARPSYNC", "BSSY", "BSYNC"}
+_TENSOR_OPS = {"HGMMA", "HMMA"}
+_NOT_ALU = _FP32 | _SHARED_OPS | _GLOBAL_OPS | _ISSUE_ONLY | _TENSOR_OPS | {"MUFU", "SHFL", "IMAD"}
 _LDSM_BYTES = {"1": 128, "2": 256, "4": 512}
 
 
@@ -72,8 +74,8 @@ class Pipes:
     tensor: float
     operands: float  # what tensor-core products read from shared memory
     issue: float
-    fp32: float
-    integer: float  # and comparisons, selections, conversions: half rate
+    fma: float  # float32 arithmetic, and integer multiply-add at half rate
+    alu: float  # other integers, comparisons, selections, conversions: half rate
     exp: float
     shared: float
     barriers: float
@@ -87,7 +89,7 @@ class Pipes:
     @property
     def between(self) -> float:
         """Clocks of what happens between two products."""
-        busiest = max(self.issue, self.fp32 + self.integer, self.exp, self.shared)
+        busiest = max(self.issue, self.fma, self.alu, self.exp, self.shared)
         return busiest + self.barriers
 
     def clocks(self, resident: int, processor: Processor) -> float:
@@ -118,22 +120,21 @@ def pipes(instructions: Iterable[Instruction], num_warps: int, processor: Proces
     code = list(instructions)
     flop = {
         kind: sass.tensor_flop((i for i in code if i.base == kind), num_warps)
-        for kind in ("HGMMA", "HMMA")
+        for kind in _TENSOR_OPS
     }
     n = sass.count(code)
     per_scheduler = num_warps / _SCHEDULERS
     fp32 = sum(n.get(opcode, 0) for opcode in _FP32)
     uniform = sum(times for opcode, times in n.items() if _is_uniform(opcode))
-    others = {"MUFU", "HGMMA", "HMMA", "SHFL", *_FP32, *_SHARED_OPS, *_GLOBAL_OPS, *_ISSUE_ONLY}
-    integer = sum(times for opcode, times in n.items() if opcode not in others) - uniform
+    alu = sum(times for opcode, times in n.items() if opcode not in _NOT_ALU) - uniform
     shared = sum(_bytes(i) for i in code if i.base in _SHARED_OPS) + 128 * n.get("SHFL", 0)
     return Pipes(
         tensor=flop["HGMMA"] / processor.tensor
         + flop["HMMA"] / (processor.tensor * processor.warp_share),
         operands=sum(_operand_bytes(i) for i in code) * (num_warps // 4) / _SHARED_BYTES,
         issue=len(code) * per_scheduler,
-        fp32=fp32 * per_scheduler,
-        integer=2 * integer * per_scheduler,
+        fma=(fp32 + 2 * n.get("IMAD", 0)) * per_scheduler,
+        alu=2 * alu * per_scheduler,
         exp=_MUFU_CLOCKS * n.get("MUFU", 0) * per_scheduler,
         shared=shared * num_warps / _SHARED_BYTES,
         barriers=BARRIER_CLOCKS * n.get("BAR", 0),
