@@ -110,6 +110,17 @@ def load_positions(p_r, stride, o_m, R, o_d, D: tl.constexpr, CLAMP: tl.constexp
 
 
 @triton.jit
+def load_lse_and_delta(p_lse, p_delta, o_i, Tq):
+    """What backward has of its queries; lse is ∞ where a query is not there or sees no key.
+
+    With such a one every probability comes out as 0, and never as NaN.
+    """
+    b_lse = tl.load(p_lse + o_i, mask=o_i < Tq, other=float("inf"))
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    return b_lse, tl.load(p_delta + o_i, mask=o_i < Tq, other=0.0)
+
+
+@triton.jit
 def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
     """sign · (queries [rows, D] + row i_h of a head bias [H, D], or None), added in float32.
 
@@ -175,11 +186,58 @@ def skew(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def unskew(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The inverse: from gradients by key those by row of r, (chunk, earlier), each 0 elsewhere."""
+def unskew(tile, pending, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse, for gradients: what a block of keys [queries, keys] adds by row of r.
+
+    Returns the chunk before the current one, complete with this block, and what is pending until
+    the next: the current chunk's part, in the columns where `is_earlier` is False.
+    """
     rotated = rotate_rows(tile, 1, ROWS, COLUMNS)
-    to_earlier = is_earlier(ROWS, COLUMNS)
-    return tl.where(to_earlier, 0.0, rotated), tl.where(to_earlier, rotated, 0.0)
+    return tl.where(is_earlier(ROWS, COLUMNS), rotated, pending), rotated
+
+
+@triton.jit
+def skew_transposed(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`skew` for tiles [rows of r or keys, queries]: out[b, a] = x[b - a, a], x = earlier over chunk.
+
+    Needs COLUMNS ≤ ROWS. The same order in shared memory, for the accumulators lie the same way.
+    """
+    a = tl.arange(0, COLUMNS)[None, :]
+    b = tl.arange(0, ROWS)[:, None]
+    chosen = tl.where(b >= ROWS - a, earlier, chunk)
+    x = (b - a) & (ROWS - 1)
+    source = (x // 8 * (COLUMNS // 8) + a // 8) * 64 + x % 8 * 8 + a % 8
+    rotated = tl.gather(core_order(chosen, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
+    return from_core_order(rotated, ROWS, COLUMNS)
+
+
+@triton.jit
+def probs_and_dscores(
+    b_scores, b_dprobs, b_lse, b_delta, seen, keep, scale, softcap, dropout_scale
+):
+    """The probabilities that met v, and the gradient of scale · score, of a tile in any orientation.
+
+    b_scores are plain products; lse (∞ for a row without keys) and delta are broadcastable. `seen`
+    and `keep` are bool tiles or None.
+    """
+    if softcap is not None:
+        b_tanh = tanh(b_scores * (scale / softcap))
+        b_exponent = b_tanh * softcap - b_lse
+    else:
+        b_exponent = b_scores * scale - b_lse
+    # The difference first, then log₂e: rounding lse · log₂e would err as much as all else.
+    b_probs = tl.exp2(b_exponent * 1.4426950408889634)
+    if seen is not None:
+        b_probs = tl.where(seen, b_probs, 0.0)
+    b_kept = b_probs
+    if keep is not None:
+        b_factor = tl.where(keep, dropout_scale, 0.0)
+        b_kept = b_probs * b_factor
+        b_dprobs = b_dprobs * b_factor
+    b_dscores = b_probs * (b_dprobs - b_delta)
+    if softcap is not None:
+        b_dscores *= 1.0 - b_tanh * b_tanh
+    return b_kept, b_dscores
 
 
 @triton.jit
