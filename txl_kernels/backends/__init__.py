@@ -94,6 +94,11 @@ def choose(op: str, **call: Any) -> str:
     return name
 
 
+def operators(backend: str) -> Any:
+    """The namespace of a backend that `choose` gave, "reference" excepted: `torch.ops.txl_…`."""
+    return getattr(torch.ops, f"txl_{backend}")
+
+
 def _refusal(
     name: str,
     op: str,
