@@ -19,24 +19,31 @@ _WARPS = 4
 
 
 class Buckets(NamedTuple):
-    """Tokens by cluster, in their own order within each; those that do not count come last."""
+    """Tokens by cluster, in their own order within each.
+
+    Behind the clusters' come the ignored ones, and last those out of range, which are left alone
+    as if ignored.
+    """
 
     order: Tensor  # [N] int32: which token stands at a sorted position
     column: Tensor  # [N] int32: its number within its cluster, by sorted position
-    first: Tensor  # [n_clusters + 1] int32: position of each cluster's first; how many count
+    first: Tensor  # [n_clusters + 2] int32: position of each cluster's first, and of those two
 
 
 @triton.jit
 def cluster_of(token, firsts, V, ignore_index, N_CLUSTERS: tl.constexpr):
-    """A token's cluster and its number there; N_CLUSTERS where it is ignored or out of range."""
+    """A token's cluster and its number there.
+
+    The cluster is N_CLUSTERS where the token is ignored, N_CLUSTERS + 1 where it is out of range.
+    """
     cluster = tl.zeros_like(token).to(tl.int32)
     column = token
     for k in tl.static_range(1, N_CLUSTERS):
         inside = token >= firsts[k]
         cluster = tl.where(inside, k, cluster)
         column = tl.where(inside, token - firsts[k], column)
-    counts = (token >= 0) & (token < V) & (token != ignore_index)
-    return tl.where(counts, cluster, N_CLUSTERS), column.to(tl.int32)
+    cluster = tl.where((token >= 0) & (token < V), cluster, N_CLUSTERS + 1)
+    return tl.where(token == ignore_index, N_CLUSTERS, cluster), column.to(tl.int32)
 
 
 @triton.jit
@@ -44,7 +51,7 @@ def _adaptive_buckets_kernel(
     p_token,  # [N] int64
     p_order,  # [N]
     p_column,  # [N]
-    p_first,  # [N_CLUSTERS + 1]
+    p_first,  # [N_CLUSTERS + 2]
     firsts,  # N_CLUSTERS numbers: each cluster's first token
     N,
     V,
@@ -72,7 +79,7 @@ def _adaptive_buckets_kernel(
         before += tl.where(start < i_block * BLOCK, here, 0)
     first = tl.cumsum(count, 0) - count
     if i_block == 0:
-        tl.store(p_first + o_k, first, mask=o_k <= N_CLUSTERS)
+        tl.store(p_first + o_k, first, mask=o_k < N_CLUSTERS + 2)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(p_token + o_n, mask=o_n < N, other=ignore_index)
     cluster, column = cluster_of(token, firsts, V, ignore_index, N_CLUSTERS)
@@ -84,15 +91,22 @@ def _adaptive_buckets_kernel(
 
 
 def sort_by_cluster(
+    op: str,
+    name: str,
     tokens: Tensor,  # [N] int64
     sizes: Sequence[int],
-    ignore_index: int = -1,
+    ignore_index: int | None,
 ) -> Buckets:
-    """Buckets of the tokens; `sizes` are each cluster's. A token out of range counts as ignored."""
+    """Buckets of the tokens; `sizes` are each cluster's. None: no token may be ignored.
+
+    Raises:
+        IndexError: a token out of range, where Triton interprets; a GPU asserts, which the host
+            learns later and does not wait for.
+    """
     (N,) = tokens.shape
     n_clusters = len(sizes)
     order, column = tokens.new_empty(2, N, dtype=torch.int32)
-    first = tokens.new_zeros(n_clusters + 1, dtype=torch.int32)
+    first = tokens.new_zeros(n_clusters + 2, dtype=torch.int32)
     if N > 0:
         _adaptive_buckets_kernel[(triton.cdiv(N, _BLOCK),)](
             tokens.contiguous(),
@@ -102,13 +116,22 @@ def sort_by_cluster(
             first_tokens(sizes),
             N,
             sum(sizes),
-            ignore_index,
+            -1 if ignore_index is None else ignore_index,
             N_CLUSTERS=n_clusters,
-            PADDED=triton.next_power_of_2(n_clusters + 1),
+            PADDED=triton.next_power_of_2(n_clusters + 2),
             BLOCK=_BLOCK,
             num_warps=_WARPS,
         )
+    within = first[-2 if ignore_index is None else -1] == N
+    _check_range(within, f"{op}: {name} must be in [0, {sum(sizes)})")
     return Buckets(order, column, first)
+
+
+def _check_range(holds: Tensor, message: str) -> None:
+    if holds.is_cuda:
+        torch._assert_async(holds, message)
+    elif not holds:
+        raise IndexError(message)
 
 
 def first_tokens(sizes: Sequence[int]) -> tuple[int, ...]:

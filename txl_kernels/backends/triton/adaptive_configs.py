@@ -1,58 +1,100 @@
-"""Tile sizes, warps and pipeline stages of the adaptive ops' kernels: a static table."""
+"""Launch configurations of the adaptive ops' kernels: a table, never a measurement at run time."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
-Config = tuple[dict[str, int], dict[str, int]]
-
-_PRODUCT_16: Config = (
-    {"BLOCK_ROWS": 64, "BLOCK_OUT": 64, "BLOCK_IN": 64},
-    {"num_warps": 4, "num_stages": 3},
-)
-_PRODUCT_32: Config = (
-    {"BLOCK_ROWS": 32, "BLOCK_OUT": 32, "BLOCK_IN": 32},
-    {"num_warps": 4, "num_stages": 2},
-)
+from txl_kernels.backends.triton.rel_attention_config import architecture
 
 
-def product_config(dtype: torch.dtype) -> Config:
-    """Of both kernels in `adaptive_products`: BLOCK_ROWS counts tokens."""
-    return _PRODUCT_32 if dtype == torch.float32 else _PRODUCT_16
+class ProductConfig(NamedTuple):
+    """Tokens, columns and inner width of a tile of `adaptive_products`."""
+
+    BLOCK_ROWS: int
+    BLOCK_OUT: int
+    BLOCK_IN: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments of a launch."""
+        return self._asdict()
 
 
-_TAIL = {"MAX_WIDTH": 256, "BLOCK_WIDTH": 64}
-_TAIL_16: dict[str, Config] = {
-    "fwd": (
-        {"BLOCK_ROWS": 64, "BLOCK_V": 128, "N_PARTIALS": 16384, "MIN_COLUMNS": 1024, **_TAIL},
-        {"num_warps": 4, "num_stages": 2},
-    ),
-    "dx": (
-        {"BLOCK_ROWS": 64, "BLOCK_V": 64, "N_PARTIALS": 8192, "MIN_COLUMNS": 1024, **_TAIL},
-        {"num_warps": 8, "num_stages": 2},
-    ),
-    "dweight": (
-        {"BLOCK_ROWS": 64, "BLOCK_V": 64, **_TAIL},
-        {"num_warps": 8, "num_stages": 2},
-    ),
+class TailConfig(NamedTuple):
+    """A tile of tokens and columns; how much of a row it holds; how a tail's columns are split."""
+
+    BLOCK_ROWS: int
+    BLOCK_V: int
+    MAX_WIDTH: int  # rows up to this wide are held whole, wider ones in pieces of BLOCK_WIDTH
+    BLOCK_WIDTH: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments of a launch."""
+        return self._asdict()
+
+
+class Splits(NamedTuple):
+    """Rows of partial results beside one per token, and the least columns to each."""
+
+    N_PARTIALS: int
+    MIN_COLUMNS: int
+
+
+# By architecture and whether inputs have 16 bits.
+PRODUCT: dict[tuple[str, bool], ProductConfig] = {
+    ("interpreter", True): ProductConfig(16, 16, 16, 4, 1),
+    ("interpreter", False): ProductConfig(16, 16, 16, 4, 1),
+    ("sm_80", True): ProductConfig(64, 64, 64, 4, 3),
+    ("sm_80", False): ProductConfig(32, 32, 32, 4, 2),
+    ("sm_90", True): ProductConfig(64, 64, 64, 4, 3),
+    ("sm_90", False): ProductConfig(32, 32, 32, 4, 2),
 }
-_TAIL32 = {"MAX_WIDTH": 64, "BLOCK_WIDTH": 32}
-_TAIL_32: dict[str, Config] = {
-    "fwd": (
-        {"BLOCK_ROWS": 32, "BLOCK_V": 64, "N_PARTIALS": 16384, "MIN_COLUMNS": 1024, **_TAIL32},
-        {"num_warps": 4, "num_stages": 2},
-    ),
-    "dx": (
-        {"BLOCK_ROWS": 32, "BLOCK_V": 32, "N_PARTIALS": 8192, "MIN_COLUMNS": 1024, **_TAIL32},
-        {"num_warps": 4, "num_stages": 2},
-    ),
-    "dweight": (
-        {"BLOCK_ROWS": 32, "BLOCK_V": 32, **_TAIL32},
-        {"num_warps": 4, "num_stages": 2},
-    ),
+# By kernel, architecture and whether inputs have 16 bits.
+TAIL: dict[tuple[str, str, bool], TailConfig] = {
+    ("fwd", "sm_80", True): TailConfig(64, 128, 256, 64, 4, 2),
+    ("fwd", "sm_80", False): TailConfig(32, 64, 64, 32, 4, 2),
+    ("fwd", "sm_90", True): TailConfig(64, 128, 256, 64, 4, 2),
+    ("fwd", "sm_90", False): TailConfig(32, 64, 64, 32, 4, 2),
+    ("dx", "sm_80", True): TailConfig(64, 64, 256, 64, 8, 2),
+    ("dx", "sm_80", False): TailConfig(32, 32, 64, 32, 4, 2),
+    ("dx", "sm_90", True): TailConfig(64, 64, 256, 64, 8, 2),
+    ("dx", "sm_90", False): TailConfig(32, 32, 64, 32, 4, 2),
+    ("dweight", "sm_80", True): TailConfig(64, 64, 256, 64, 8, 2),
+    ("dweight", "sm_80", False): TailConfig(32, 32, 64, 32, 4, 2),
+    ("dweight", "sm_90", True): TailConfig(64, 64, 256, 64, 8, 2),
+    ("dweight", "sm_90", False): TailConfig(32, 32, 64, 32, 4, 2),
 }
+_INTERPRETED_TAIL = TailConfig(16, 16, 32, 16, 4, 1)
+# About two programs to each of a large GPU's 132 multiprocessors, at 64 tokens each.
+_SPLITS = {"fwd": Splits(16384, 1024), "dx": Splits(8192, 1024)}
+_INTERPRETED_SPLITS = Splits(64, 32)
 
 
-def tail_config(kernel: str, dtype: torch.dtype) -> Config:
+def product_config(device: torch.device, dtype: torch.dtype) -> ProductConfig:
+    """Of both kernels in `adaptive_products`."""
+    return PRODUCT[architecture(device), dtype != torch.float32]
+
+
+def tail_config(kernel: str, device: torch.device, dtype: torch.dtype) -> TailConfig:
     """Of "fwd", "dx" or "dweight" of the tails."""
-    return (_TAIL_32 if dtype == torch.float32 else _TAIL_16)[kernel]
+    arch = architecture(device)
+    if arch == "interpreter":
+        return _INTERPRETED_TAIL
+    return TAIL[kernel, arch, dtype != torch.float32]
+
+
+def splits(kernel: str, device: torch.device) -> Splits:
+    """Of "fwd" or "dx" of the tails."""
+    return _INTERPRETED_SPLITS if architecture(device) == "interpreter" else _SPLITS[kernel]
+
+
+def head_options(device: torch.device) -> dict[str, int]:
+    """Of the kernels that go over one row of the head's logits."""
+    if architecture(device) == "interpreter":
+        return {"BLOCK_V": 64}
+    return {"BLOCK_V": 4096, "num_warps": 8}

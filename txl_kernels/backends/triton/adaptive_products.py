@@ -153,10 +153,10 @@ def multiply_rows(
         width if matrix is None else matrix.shape[side]
         for width, matrix in zip(widths, matrices, strict=True)
     ]
-    blocks, options = product_config(out.dtype)
+    config = product_config(out.device, inputs[0].dtype)
     grid = (
-        n_tiles(N, len(inputs), blocks["BLOCK_ROWS"]),
-        triton.cdiv(max(widths_out), blocks["BLOCK_OUT"]),
+        n_tiles(N, len(inputs), config.BLOCK_ROWS),
+        triton.cdiv(max(widths_out), config.BLOCK_OUT),
     )
     _adaptive_rows_kernel[grid](
         tuple(inputs),
@@ -176,8 +176,7 @@ def multiply_rows(
         GATHERS=in_row is not None,
         SCATTERS=out_row is not None,
         ADDS=adds,
-        **blocks,
-        **options,
+        **config.options(),
     )
 
 
@@ -251,13 +250,12 @@ def sum_outer(
     """Per cluster: outs_k = alpha · Σ lefts_k[left_row]ᵀ rights_k[right_row] over its tokens."""
     if all(out is None for out in outs):
         return
-    dtype = next(out.dtype for out in outs if out is not None)
-    blocks, options = product_config(dtype)
+    config = product_config(buckets.order.device, rights[0].dtype)
     tiles, total = [], 0
     for out in outs:
         if out is not None:
-            total += triton.cdiv(out.shape[0], blocks["BLOCK_OUT"]) * triton.cdiv(
-                out.shape[1], blocks["BLOCK_IN"]
+            total += triton.cdiv(out.shape[0], config.BLOCK_OUT) * triton.cdiv(
+                out.shape[1], config.BLOCK_IN
             )
         tiles.append(total)
     _adaptive_outer_kernel[(total,)](
@@ -276,11 +274,6 @@ def sum_outer(
         TILES=tuple(tiles),
         GATHERS_LEFT=left_row is not None,
         GATHERS_RIGHT=right_row is not None,
-        **blocks,
-        **options,
+        **config.options(),
     )
 
-
-def empty_like_or_none(x: Tensor | None, needed: bool) -> Tensor | None:
-    """Where a gradient of x goes: contiguous, uninitialised; None where there is or goes none."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed and x is not None else None

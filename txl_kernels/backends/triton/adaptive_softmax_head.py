@@ -16,7 +16,7 @@ from torch import Tensor
 
 from txl_kernels.backends.reference.adaptive_softmax import Cluster
 from txl_kernels.backends.triton.adaptive_buckets import cluster_of, first_tokens
-from txl_kernels.backends.triton.adaptive_configs import HEAD
+from txl_kernels.backends.triton.adaptive_configs import head_options
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -235,7 +235,7 @@ def _launch_head_grad(
         targets.target if factor is None else factor,
         first_tokens(targets.sizes), sum(targets.sizes), targets.ignore_index,
         first_column, n_columns, logits.stride(0), grad.stride(0),
-        HAS_BIAS=bias is not None, HAS_LSE=has_lse, N_CLUSTERS=len(targets.sizes), **HEAD,
+        HAS_BIAS=bias is not None, HAS_LSE=has_lse, N_CLUSTERS=len(targets.sizes), **head_options(logits.device),
     )  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def head_nll(x: Tensor, head: Cluster, targets: Targets, nll: Tensor, lse: Tenso
             first_tokens(targets.sizes), N, sum(targets.sizes), targets.ignore_index,
             first, n_columns, logits.stride(0),
             HAS_BIAS=bias is not None, IS_FIRST=first == 0, IS_LAST=first + n_columns == V0,
-            N_CLUSTERS=len(targets.sizes), **HEAD,
+            N_CLUSTERS=len(targets.sizes), **head_options(logits.device),
         )  # fmt: skip
 
 

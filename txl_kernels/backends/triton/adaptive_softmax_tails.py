@@ -15,7 +15,9 @@ from torch import Tensor
 from txl_kernels.backends.reference.adaptive_softmax import Cluster
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, n_tiles, tile_of
 from txl_kernels.backends.triton.adaptive_configs import (
-    Config,
+    Splits,
+    TailConfig,
+    splits,
     tail_config,
 )
 from txl_kernels.backends.triton.adaptive_products import load_block, multiply_rows
@@ -282,7 +284,7 @@ def _adaptive_tails_join_kernel(
             (new - larger) * LOG2E
         )
         largest = larger
-    lse = largest + tl.log(total)
+    lse = largest + tl.log(tl.where(m_row, total, 1.0))
     o_token = tl.load(p_order + o_position, mask=m_row, other=0)
     tl.store(p_lse + o_token, lse, mask=m_row)
     nll = tl.load(p_nll + o_token, mask=m_row, other=0.0)
@@ -290,34 +292,32 @@ def _adaptive_tails_join_kernel(
     tl.store(p_nll + o_token, nll + (lse - at_target), mask=m_row)
 
 
-def n_programs(N: int, sizes: tuple[int, ...], config: Config) -> int:
+def n_programs(N: int, sizes: tuple[int, ...], config: TailConfig, split: Splits) -> int:
     """As many programs as the tokens can ask of a kernel that goes by `split_of`.
 
     Σ tiles_k · splits_k, with tiles_k ≤ n_k / BLOCK_ROWS + 1 and splits_k ≤ sizes_k / columns + 1.
     """
-    blocks, _ = config
     return (
-        triton.cdiv(blocks["N_PARTIALS"] + N, blocks["BLOCK_ROWS"])
-        + triton.cdiv(sum(sizes), blocks["MIN_COLUMNS"])
+        triton.cdiv(split.N_PARTIALS + N, config.BLOCK_ROWS)
+        + triton.cdiv(sum(sizes), split.MIN_COLUMNS)
         + len(sizes)
     )
 
 
 def add_tails_nll(nll: Tensor, lse: Tensor, tails: Tails, buckets: Buckets) -> None:
     """Adds to `nll` [N] what the tails' tokens lose in their tail; writes their `lse` [N]."""
-    N = nll.shape[0]
-    blocks, options = config = tail_config("fwd", tails.x.dtype)
-    largest, total = nll.new_empty(2, blocks["N_PARTIALS"] + N)
+    N, device = nll.shape[0], nll.device
+    config, split = tail_config("fwd", device, tails.x.dtype), splits("fwd", device)
+    largest, total = nll.new_empty(2, split.N_PARTIALS + N)
     at_target = torch.empty_like(nll)
-    _adaptive_tails_fwd_kernel[(n_programs(N, tails.sizes, config),)](
+    _adaptive_tails_fwd_kernel[(n_programs(N, tails.sizes, config, split),)](
         tails.x, tails.weights, tails.biases, buckets.column, buckets.first,
         largest, total, at_target, tails.x.stride(0),
         SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded, HAS_BIAS=tails.has_bias,
-        **blocks, **options,
+        **split._asdict(), **config.options(),
     )  # fmt: skip
     rows = 128
     _adaptive_tails_join_kernel[(n_tiles(N, len(tails.sizes), rows),)](
         largest, total, at_target, buckets.order, buckets.first, nll, lse,
-        SIZES=tails.sizes, N_PARTIALS=blocks["N_PARTIALS"], MIN_COLUMNS=blocks["MIN_COLUMNS"],
-        BLOCK_V=blocks["BLOCK_V"], BLOCK_ROWS=rows, num_warps=4,
+        SIZES=tails.sizes, **split._asdict(), BLOCK_V=config.BLOCK_V, BLOCK_ROWS=rows, num_warps=4,
     )  # fmt: skip

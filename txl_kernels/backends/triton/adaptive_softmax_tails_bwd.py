@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, n_tiles, tile_of
-from txl_kernels.backends.triton.adaptive_configs import tail_config
+from txl_kernels.backends.triton.adaptive_configs import splits, tail_config
 from txl_kernels.backends.triton.adaptive_products import load_block
 from txl_kernels.backends.triton.adaptive_softmax_tails import (
     LOG2E,
@@ -296,20 +296,18 @@ def _adaptive_tails_dweight_kernel(
                 tl.store(p_dbias, dbias.to(dbiases[k].dtype.element_ty), mask=m_dbias)
 
 
-def tails_dx(
-    tails: Tails, buckets: Buckets, lse: Tensor, factor: Tensor, out: Tensor | None = None
-) -> Tensor:
+def tails_dx(tails: Tails, buckets: Buckets, lse: Tensor, factor: Tensor) -> Tensor:
     """Gradient of the projected rows, times `factor`: per token [N], or one number []."""
     N, widest = tails.x.shape
-    blocks, options = config = tail_config("dx", tails.x.dtype)
-    partial = lse.new_empty(blocks["N_PARTIALS"] + N, widest)
+    config, split = tail_config("dx", lse.device, tails.x.dtype), splits("dx", lse.device)
+    partial = lse.new_empty(split.N_PARTIALS + N, widest)
     per_token = factor.dim() == 1
-    grid = (n_programs(N, tails.sizes, config), triton.cdiv(widest, blocks["MAX_WIDTH"]))
+    grid = (n_programs(N, tails.sizes, config, split), triton.cdiv(widest, config.MAX_WIDTH))
     _adaptive_tails_dx_kernel[grid](
         tails.x, tails.weights, tails.biases, buckets.order, buckets.column, buckets.first,
         lse, factor, partial, tails.x.stride(0),
         SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded, HAS_BIAS=tails.has_bias,
-        IS_PER_TOKEN=per_token, **blocks, **options,
+        IS_PER_TOKEN=per_token, **split._asdict(), **config.options(),
     )  # fmt: skip
     dx = torch.empty_like(tails.x)
     rows, width = 32, 64
@@ -317,8 +315,7 @@ def tails_dx(
     _adaptive_tails_dx_join_kernel[grid](
         partial, buckets.first, factor, dx, tails.x.stride(0),
         SIZES=tails.sizes, WIDTHS=tails.widths, IS_PER_TOKEN=per_token,
-        N_PARTIALS=blocks["N_PARTIALS"], MIN_COLUMNS=blocks["MIN_COLUMNS"],
-        BLOCK_V=blocks["BLOCK_V"], BLOCK_ROWS=rows, BLOCK_OUT=width, num_warps=4,
+        **split._asdict(), BLOCK_V=config.BLOCK_V, BLOCK_ROWS=rows, BLOCK_OUT=width, num_warps=4,
     )  # fmt: skip
     return dx
 
@@ -332,21 +329,20 @@ def write_tails_dweight(
     dbiases: list[Tensor | None],
 ) -> None:
     """Writes the gradients of the tails' weights and biases, times `factor`; None: not wanted."""
-    dtype = tails.x.dtype
-    blocks, options = tail_config("dweight", dtype)
+    config = tail_config("dweight", lse.device, tails.x.dtype)
     tiles, total = [], 0
     outs, bias_outs = [], []
     for weight, bias, dweight, dbias, has_bias in zip(
         tails.weights, tails.biases, dweights, dbiases, tails.has_bias, strict=True
     ):
         wanted = dweight is not None or dbias is not None
-        total += triton.cdiv(weight.shape[0], blocks["BLOCK_V"]) if wanted else 0
+        total += triton.cdiv(weight.shape[0], config.BLOCK_V) if wanted else 0
         tiles.append(total)
         outs.append(torch.empty_like(weight) if wanted and dweight is None else dweight)
         bias_outs.append(torch.empty_like(bias) if wanted and has_bias and dbias is None else dbias)
     if total == 0:
         return
-    grid = (total, triton.cdiv(max(tails.widths), blocks["MAX_WIDTH"]))
+    grid = (total, triton.cdiv(max(tails.widths), config.MAX_WIDTH))
     _adaptive_tails_dweight_kernel[grid](
         tails.x, tails.weights, tails.biases, buckets.order, buckets.column, buckets.first,
         lse, factor,
@@ -354,5 +350,5 @@ def write_tails_dweight(
         tuple(tails.x if out is None else out for out in bias_outs),
         tails.x.stride(0),
         SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded, HAS_BIAS=tails.has_bias,
-        IS_PER_TOKEN=factor.dim() == 1, TILES=tuple(tiles), **blocks, **options,
+        IS_PER_TOKEN=factor.dim() == 1, TILES=tuple(tiles), **config.options(),
     )  # fmt: skip
