@@ -30,9 +30,7 @@ FORWARD: dict[tuple[str, bool, int], Config] = {
 }
 
 
-def forward_config(
-    arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int
-) -> Config:
+def forward_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int) -> Config:
     if arch == "interpreter":
         return INTERPRETED
     head_size = max(64, block_size(max(D, Dv)))
@@ -40,7 +38,7 @@ def forward_config(
 
 
 def architecture(device: torch.device) -> str:
-    """"interpreter", "sm_80" or "sm_90": the row of the table for a device."""
+    """ "interpreter", "sm_80" or "sm_90": the row of the table for a device."""
     if interprets():
         return "interpreter"
     major, _minor = torch.cuda.get_device_capability(device)

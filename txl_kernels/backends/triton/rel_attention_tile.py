@@ -199,9 +199,7 @@ def tanh(x):
 
 
 @triton.jit
-def dropout_keep(
-    p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """bool [ROWS, COLUMNS]: which probabilities of queries o_i and keys from begin_j on are kept.
 
     Word j mod 4 of Philox4x32-10 with counter (j / 4, i, b · H + h, 0) is at least the threshold,
