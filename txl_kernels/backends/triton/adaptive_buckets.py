@@ -128,7 +128,7 @@ def sort_by_cluster(
 
 
 def _check_range(holds: Tensor, message: str) -> None:
-    if holds.is_cuda:
+    if holds.device.type != "cpu":
         torch._assert_async(holds, message)
     elif not holds:
         raise IndexError(message)

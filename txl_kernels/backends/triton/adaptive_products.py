@@ -194,7 +194,7 @@ def _adaptive_outer_kernel(
     FIRST: tl.constexpr,
     WIDTHS_LEFT: tl.constexpr,
     WIDTHS_RIGHT: tl.constexpr,
-    TILES: tl.constexpr,  # tiles of clusters 0 … k, per k
+    TILES: tl.constexpr,  # tiles of the clusters before, per cluster, and of all
     GATHERS_LEFT: tl.constexpr,
     GATHERS_RIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -208,11 +208,10 @@ def _adaptive_outer_kernel(
     """
     i_tile = tl.program_id(0)
     for k in tl.static_range(len(WIDTHS_LEFT)):
-        BEFORE: tl.constexpr = TILES[k - 1] if k > 0 else 0
-        if (i_tile >= BEFORE) & (i_tile < TILES[k]):
-            n_right: tl.constexpr = (WIDTHS_RIGHT[k] + BLOCK_IN - 1) // BLOCK_IN
-            o_left = (i_tile - BEFORE) // n_right * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-            o_right = (i_tile - BEFORE) % n_right * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        if (i_tile >= TILES[k]) & (i_tile < TILES[k + 1]):
+            n_right = tl.cdiv(WIDTHS_RIGHT[k], BLOCK_IN)
+            o_left = (i_tile - TILES[k]) // n_right * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+            o_right = (i_tile - TILES[k]) % n_right * BLOCK_IN + tl.arange(0, BLOCK_IN)
             end = tl.load(p_first + FIRST + k + 1)
             acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
             for start in range(tl.load(p_first + FIRST + k), end, BLOCK_ROWS):
@@ -251,14 +250,11 @@ def sum_outer(
     if all(out is None for out in outs):
         return
     config = product_config(buckets.order.device, rights[0].dtype)
-    tiles, total = [], 0
+    tiles = [0]
     for out in outs:
-        if out is not None:
-            total += triton.cdiv(out.shape[0], config.BLOCK_OUT) * triton.cdiv(
-                out.shape[1], config.BLOCK_IN
-            )
-        tiles.append(total)
-    _adaptive_outer_kernel[(total,)](
+        m, n = (0, 0) if out is None else out.shape
+        tiles.append(tiles[-1] + triton.cdiv(m, config.BLOCK_OUT) * triton.cdiv(n, config.BLOCK_IN))
+    _adaptive_outer_kernel[(tiles[-1],)](
         tuple(lefts),
         tuple(rights),
         tuple(left if out is None else out for left, out in zip(lefts, outs, strict=True)),

@@ -19,6 +19,7 @@ from txl_kernels.backends.triton.adaptive_buckets import cluster_of, first_token
 from txl_kernels.backends.triton.adaptive_configs import head_options
 
 LOG2E = tl.constexpr(1.4426950408889634)
+ROW_ALIGNMENT = tl.constexpr(32)
 
 MAX_LOGITS = 2**25
 """Logits held at a time, in float32, beside a 16-bit gradient of each: 192 MiB.
@@ -51,13 +52,19 @@ def _head_column(p_target, i_n, firsts, V, ignore_index, N_CLUSTERS: tl.constexp
 
 
 @triton.jit
+def in_row(o_column, n_columns):
+    """Where a row of a `_Block` has room: whole vectors, also behind an odd number of columns."""
+    return o_column < (n_columns + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+
+
+@triton.jit
 def _load_logits(p_logits, p_bias, o_column, n_columns, HAS_BIAS: tl.constexpr):
     """float32, -inf from n_columns on."""
+    logits = tl.load(p_logits + o_column, mask=in_row(o_column, n_columns), other=0.0)
     m_column = o_column < n_columns
-    logits = tl.load(p_logits + o_column, mask=m_column, other=float("-inf"))
     if HAS_BIAS:
         logits += tl.load(p_bias + o_column, mask=m_column, other=0.0).to(tl.float32)
-    return logits
+    return tl.where(m_column, logits, float("-inf"))
 
 
 @triton.jit
@@ -72,7 +79,8 @@ def _row_lse(
         larger = tl.maximum(largest, tl.max(logits, 0))
         total = total * tl.exp2((largest - larger) * LOG2E)
         total += tl.sum(tl.exp2((logits - larger) * LOG2E), 0)
-        at_target += tl.sum(tl.where(o_column == column, logits, 0.0), 0)
+        m_target = (o_column == column) & (o_column < n_columns)
+        at_target += tl.sum(tl.where(m_target, logits, 0.0), 0)
         largest = larger
     return largest, total, at_target
 
@@ -155,17 +163,20 @@ def _adaptive_head_grad_kernel(
     float32 in a fixed order: deterministic.
     """
     i_n = tl.program_id(0)
-    column = _head_column(p_target, i_n, firsts, V, ignore_index, N_CLUSTERS) 
+    column = _head_column(p_target, i_n, firsts, V, ignore_index, N_CLUSTERS)
     counts = column >= 0
     column -= first_column
     p_row = p_logits + i_n.to(tl.int64) * stride_logits
+    largest = float("-inf")
+    total = 0.0
+    at_target = 0.0
     factor = 1.0
     if HAS_LSE:
         lse = tl.load(p_lse + i_n)
         factor = tl.load(p_factor + i_n)
     else:
         largest, total, at_target = _row_lse(
-            p_row, p_bias, column, n_columns, float("-inf"), 0.0, 0.0, HAS_BIAS, BLOCK_V
+            p_row, p_bias, column, n_columns, largest, total, at_target, HAS_BIAS, BLOCK_V
         )
         lse = largest + tl.log(total)
         tl.store(p_nll + i_n, tl.where(counts, lse - at_target, 0.0))
@@ -177,7 +188,7 @@ def _adaptive_head_grad_kernel(
         # Not a product: the target's column of an ignored token may hold an overflow.
         grad = tl.where(factor != 0.0, grad * factor, 0.0)
         p_block = p_grad + i_n.to(tl.int64) * stride_grad + o_column
-        tl.store(p_block, grad.to(p_grad.dtype.element_ty), mask=o_column < n_columns)
+        tl.store(p_block, grad.to(p_grad.dtype.element_ty), mask=in_row(o_column, n_columns))
 
 
 def add_product(a: Tensor, b: Tensor, out: Tensor, adds: bool) -> None:
@@ -201,7 +212,7 @@ class _Block:
     """
 
     def __init__(self, rows: int, columns: int, like: Tensor, with_grad: bool) -> None:
-        stride = triton.cdiv(columns, 32) * 32
+        stride = triton.cdiv(columns, ROW_ALIGNMENT.value) * ROW_ALIGNMENT.value
         self._logits = like.new_empty(rows, stride, dtype=torch.float32)
         self._grad = self._logits
         if with_grad and like.dtype != torch.float32:

@@ -33,8 +33,12 @@ class Tails(NamedTuple):
     biases: tuple[Tensor, ...]  # [sizes[k]]; the weight where there is none
     sizes: tuple[int, ...]
     widths: tuple[int, ...]
-    padded: tuple[int, ...]  # widths, as blocks take them
     has_bias: tuple[bool, ...]
+
+    def padded(self, config: TailConfig) -> tuple[int, ...]:
+        """Columns of a block that holds a row, or as much of it as fits."""
+        sizes = (max(16, triton.next_power_of_2(width)) for width in self.widths)
+        return tuple(min(size, config.MAX_WIDTH) for size in sizes)
 
 
 def project(hidden: Tensor, tails: list[Cluster], buckets: Buckets) -> Tails:
@@ -56,7 +60,6 @@ def project(hidden: Tensor, tails: list[Cluster], buckets: Buckets) -> Tails:
         tuple(tail.weight if tail.bias is None else tail.bias for tail in tails),
         tuple(tail.weight.shape[0] for tail in tails),
         widths,
-        tuple(max(16, triton.next_power_of_2(width)) for width in widths),
         tuple(tail.bias is not None for tail in tails),
     )
 
@@ -160,13 +163,13 @@ def _tail_lse_tile(
     largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     at_target = tl.zeros((BLOCK_ROWS,), tl.float32)
-    if PADDED <= MAX_WIDTH:
+    if WIDTH <= MAX_WIDTH:
         o_d = tl.arange(0, PADDED)
         b_x = load_block(p_x, o_position, m_row, o_d, WIDTH, stride_x)
     for start in range(first_column, last_column, BLOCK_V):
         o_column = start + tl.arange(0, BLOCK_V)
         m_column = o_column < last_column
-        if PADDED <= MAX_WIDTH:
+        if WIDTH <= MAX_WIDTH:
             b_weight = load_block(p_weight, o_column, m_column, o_d, WIDTH, WIDTH)
             logits = tl.dot(b_x, tl.trans(b_weight), input_precision="ieee")
         else:
@@ -313,7 +316,7 @@ def add_tails_nll(nll: Tensor, lse: Tensor, tails: Tails, buckets: Buckets) -> N
     _adaptive_tails_fwd_kernel[(n_programs(N, tails.sizes, config, split),)](
         tails.x, tails.weights, tails.biases, buckets.column, buckets.first,
         largest, total, at_target, tails.x.stride(0),
-        SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded, HAS_BIAS=tails.has_bias,
+        SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded(config), HAS_BIAS=tails.has_bias,
         **split._asdict(), **config.options(),
     )  # fmt: skip
     rows = 128

@@ -46,16 +46,14 @@ def _tail_dx_tile(
     BLOCK_WIDTH: tl.constexpr,
 ):
     """float32 [rows, o_out] of (softmax - onehot) · factor · weight, over a range of columns."""
-    if PADDED <= MAX_WIDTH:
+    if WIDTH <= MAX_WIDTH:
         b_x = load_block(p_x, o_position, m_row, o_out, WIDTH, stride_x)
-        dx = tl.zeros((BLOCK_ROWS, PADDED), tl.float32)
-    else:
-        dx = tl.zeros((BLOCK_ROWS, MAX_WIDTH), tl.float32)
+    dx = tl.zeros((BLOCK_ROWS, PADDED), tl.float32)
     for start in range(first_column, last_column, BLOCK_V):
         o_column = start + tl.arange(0, BLOCK_V)
         m_column = o_column < last_column
         b_weight = load_block(p_weight, o_column, m_column, o_out, WIDTH, WIDTH)
-        if PADDED <= MAX_WIDTH:
+        if WIDTH <= MAX_WIDTH:
             logits = tl.dot(b_x, tl.trans(b_weight), input_precision="ieee")
         else:
             logits = wide_product(
@@ -117,8 +115,7 @@ def _adaptive_tails_dx_kernel(
         factor = tl.load(p_factor + o_token, mask=m_row, other=0.0)
     for k in tl.static_range(len(SIZES)):
         if (tail == k) & (tl.program_id(1) * MAX_WIDTH < WIDTHS[k]):
-            BLOCK_OUT: tl.constexpr = min(PADDED[k], MAX_WIDTH)
-            o_out = tl.program_id(1) * MAX_WIDTH + tl.arange(0, BLOCK_OUT)
+            o_out = tl.program_id(1) * MAX_WIDTH + tl.arange(0, PADDED[k])
             last_column = tl.minimum(first_column + columns, SIZES[k])
             dx = _tail_dx_tile(
                 p_x, weights[k], biases[k], o_position, m_row, target, lse, factor,
@@ -200,12 +197,10 @@ def _tail_dweight_tile(
 ):
     """float32 [columns, o_out] and [columns]: gradients of weight and bias, over all tokens."""
     m_column = o_column < SIZE
+    dweight = tl.zeros((BLOCK_V, PADDED), tl.float32)
     dbias = tl.zeros((BLOCK_V,), tl.float32)
-    if PADDED <= MAX_WIDTH:
+    if WIDTH <= MAX_WIDTH:
         b_weight = load_block(p_weight, o_column, m_column, o_out, WIDTH, WIDTH)
-        dweight = tl.zeros((BLOCK_V, PADDED), tl.float32)
-    else:
-        dweight = tl.zeros((BLOCK_V, MAX_WIDTH), tl.float32)
     if HAS_BIAS:
         b_bias = tl.load(p_bias + o_column, mask=m_column, other=0.0).to(tl.float32)
     for start in range(first, end, BLOCK_ROWS):
@@ -215,7 +210,7 @@ def _tail_dweight_tile(
         target = tl.load(p_column + o_position, mask=m_row, other=-1)
         lse = tl.load(p_lse + o_token, mask=m_row, other=0.0)
         b_x = load_block(p_x, o_position, m_row, o_out, WIDTH, stride_x)
-        if PADDED <= MAX_WIDTH:
+        if WIDTH <= MAX_WIDTH:
             logits = tl.dot(b_weight, tl.trans(b_x), input_precision="ieee")
         else:
             logits = wide_product(
@@ -257,7 +252,7 @@ def _adaptive_tails_dweight_kernel(
     PADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_PER_TOKEN: tl.constexpr,
-    TILES: tl.constexpr,  # tiles of columns of tails 0 … k, per k
+    TILES: tl.constexpr,  # tiles of columns of the tails before, per tail, and of all
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     MAX_WIDTH: tl.constexpr,
@@ -272,12 +267,10 @@ def _adaptive_tails_dweight_kernel(
     """
     i_tile = tl.program_id(0)
     for k in tl.static_range(len(SIZES)):
-        BEFORE: tl.constexpr = TILES[k - 1] if k > 0 else 0
-        m_tile = (i_tile >= BEFORE) & (i_tile < TILES[k])
+        m_tile = (i_tile >= TILES[k]) & (i_tile < TILES[k + 1])
         if m_tile & (tl.program_id(1) * MAX_WIDTH < WIDTHS[k]):
-            BLOCK_OUT: tl.constexpr = min(PADDED[k], MAX_WIDTH)
-            o_column = (i_tile - BEFORE) * BLOCK_V + tl.arange(0, BLOCK_V)
-            o_out = tl.program_id(1) * MAX_WIDTH + tl.arange(0, BLOCK_OUT)
+            o_column = (i_tile - TILES[k]) * BLOCK_V + tl.arange(0, BLOCK_V)
+            o_out = tl.program_id(1) * MAX_WIDTH + tl.arange(0, PADDED[k])
             first = tl.load(p_first + k + 1)
             end = tl.load(p_first + k + 2)
             dweight, dbias = _tail_dweight_tile(
@@ -306,7 +299,7 @@ def tails_dx(tails: Tails, buckets: Buckets, lse: Tensor, factor: Tensor) -> Ten
     _adaptive_tails_dx_kernel[grid](
         tails.x, tails.weights, tails.biases, buckets.order, buckets.column, buckets.first,
         lse, factor, partial, tails.x.stride(0),
-        SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded, HAS_BIAS=tails.has_bias,
+        SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded(config), HAS_BIAS=tails.has_bias,
         IS_PER_TOKEN=per_token, **split._asdict(), **config.options(),
     )  # fmt: skip
     dx = torch.empty_like(tails.x)
@@ -330,25 +323,24 @@ def write_tails_dweight(
 ) -> None:
     """Writes the gradients of the tails' weights and biases, times `factor`; None: not wanted."""
     config = tail_config("dweight", lse.device, tails.x.dtype)
-    tiles, total = [], 0
+    tiles = [0]
     outs, bias_outs = [], []
     for weight, bias, dweight, dbias, has_bias in zip(
         tails.weights, tails.biases, dweights, dbiases, tails.has_bias, strict=True
     ):
         wanted = dweight is not None or dbias is not None
-        total += triton.cdiv(weight.shape[0], config.BLOCK_V) if wanted else 0
-        tiles.append(total)
+        tiles.append(tiles[-1] + (triton.cdiv(weight.shape[0], config.BLOCK_V) if wanted else 0))
         outs.append(torch.empty_like(weight) if wanted and dweight is None else dweight)
         bias_outs.append(torch.empty_like(bias) if wanted and has_bias and dbias is None else dbias)
-    if total == 0:
+    if tiles[-1] == 0:
         return
-    grid = (total, triton.cdiv(max(tails.widths), config.MAX_WIDTH))
+    grid = (tiles[-1], triton.cdiv(max(tails.widths), config.MAX_WIDTH))
     _adaptive_tails_dweight_kernel[grid](
         tails.x, tails.weights, tails.biases, buckets.order, buckets.column, buckets.first,
         lse, factor,
         tuple(tails.x if out is None else out for out in outs),
         tuple(tails.x if out is None else out for out in bias_outs),
         tails.x.stride(0),
-        SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded, HAS_BIAS=tails.has_bias,
+        SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded(config), HAS_BIAS=tails.has_bias,
         IS_PER_TOKEN=factor.dim() == 1, TILES=tuple(tiles), **config.options(),
     )  # fmt: skip
