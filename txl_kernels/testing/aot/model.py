@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -34,8 +35,9 @@ TIMES = (
 
 
 def text(found: Sequence[Surveyed], version: str) -> str:
-    """Both tables in Markdown. Only launches whose passes are known are in them."""
-    modelled = [each for each in found if each.kernel.passes is not None and each.binary.arch == 90]
+    """Both tables in Markdown. Calls that stand for a flag alone are not in them."""
+    modelled = [each for each in found if each.call.modelled and each.binary.arch == 90]
+    with_loops = [each for each in modelled if each.kernel.passes or each.kernel.flop]
     return "\n".join(
         [
             f"Machine code of Triton {version} for sm_90. **A model, not a measurement: nothing of "
@@ -46,7 +48,7 @@ def text(found: Sequence[Surveyed], version: str) -> str:
             "Clocks of a multiprocessor that one pass of a block through its loop asks of each "
             "pipe, as a rule (`loop`: instructions of such a pass):",
             "",
-            *_table(LOOPS, [_loop(each) for each in modelled]),
+            *_table(LOOPS, [_loop(each) for each in with_loops]),
         ]
     )
 
@@ -66,11 +68,19 @@ def write(found: Sequence[Surveyed], version: str) -> None:
     PAGE.write_text(new, encoding="utf-8")
 
 
-def expected(each: Surveyed, gpu: speed.Processor) -> speed.Estimate:
-    """The model's time of one launch."""
-    assert each.kernel.passes is not None
-    passes = each.kernel.passes(each.binary.launch)
-    return speed.estimate(each.binary, passes, gpu, n_bytes=each.kernel.n_bytes)
+def expected(each: Surveyed, gpu: speed.Processor) -> float:
+    """The model's seconds of one kernel of a call, over all its launches."""
+    kernel = each.kernel
+    seconds = each.library_flop / gpu.library
+    for launch in each.launches:
+        binary = dataclasses.replace(each.binary, launch=launch)
+        passes = 0.0
+        if kernel.passes is not None:
+            passes = kernel.passes(launch)
+        elif kernel.flop is not None:
+            passes = speed.passes_for(binary, kernel.flop)
+        seconds += speed.estimate(binary, passes, gpu).seconds
+    return seconds
 
 
 def _times(modelled: Sequence[Surveyed]) -> list[list[str]]:
@@ -82,7 +92,7 @@ def _times(modelled: Sequence[Surveyed]) -> list[list[str]]:
     for (call, part), launched in parts.items():
         row = [f"`{call}`", part]
         for gpu in speed.GPUS:
-            seconds = sum(expected(each, gpu).seconds for each in launched)
+            seconds = sum(expected(each, gpu) for each in launched)
             flop = launched[0].call.flop.get(part)
             row += [f"{seconds * 1e3:.3g}", f"{flop / seconds / 1e12:.0f}" if flop else "–"]
         rows.append(row)

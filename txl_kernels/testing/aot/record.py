@@ -20,6 +20,7 @@ class Launch:
         options: num_warps, num_stages and the rest of the compiler's options.
         grid: programs along each axis.
         values: the arguments that are numbers, by name.
+        n_bytes: of all the tensors that it is given.
     """
 
     kernel: Any
@@ -29,6 +30,7 @@ class Launch:
     options: Any
     grid: tuple[int, int, int]
     values: Mapping[str, Any]
+    n_bytes: int
 
     @property
     def name(self) -> str:
@@ -45,6 +47,16 @@ class Launch:
     def n_programs(self) -> int:
         """Programs of the whole grid."""
         return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def compiles_like(self, other: Launch) -> bool:
+        """Whether both are compiled to the same code."""
+        return (
+            self.kernel is other.kernel
+            and self.signature == other.signature
+            and self.constants == other.constants
+            and self.attributes == other.attributes
+            and self.options == other.options
+        )
 
 
 class _NoDevice:
@@ -87,8 +99,12 @@ def recording(arch: int) -> Iterator[list[Launch]]:
         )
         size = grid(bound) if callable(grid) else grid
         values = {name: v for name, v in bound.items() if isinstance(v, (bool, int, float))}
+        n_bytes = sum(_n_bytes(value) for value in bound.values())
         launches.append(
-            Launch(self, signature, constants, attributes, options, (*size, 1, 1)[:3], values)
+            Launch(
+                *(self, signature, constants, attributes, options),
+                *((*size, 1, 1)[:3], values, n_bytes),
+            )
         )
 
     run, before = JITFunction.run, driver._active
@@ -99,3 +115,10 @@ def recording(arch: int) -> Iterator[list[Launch]]:
     finally:
         JITFunction.run = run
         driver._active = before
+
+
+def _n_bytes(value: Any) -> int:
+    """Of a tensor, or of all in a tuple; 0 for anything else."""
+    if isinstance(value, tuple):
+        return sum(_n_bytes(part) for part in value)
+    return value.numel() * value.element_size() if hasattr(value, "data_ptr") else 0

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from txl_kernels.testing.aot.gates import Gate
 from txl_kernels.testing.aot.record import Launch, recording
@@ -25,15 +26,15 @@ class Kernel:
 
     Attributes:
         gate: what its machine code must hold, from its launch and the architecture.
-        passes: through its main loop, over all programs, from its launch; None: not modelled.
-        n_bytes: that it must read and write at least once.
-        part: of the call: "forward" or "backward".
+        passes: through its main loop, over all programs, from its launch.
+        flop: of its products, where passes are not counted but follow from these.
+        part: of the call: "forward", "backward", or "forward+backward" for both in one.
     """
 
     gate: Callable[[Launch, int], Gate]
     passes: Callable[[Launch], float] | None = None
-    n_bytes: int = 0
-    part: str = "forward"
+    flop: float | None = None
+    part: str = "forward+backward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Call:
         run: makes it, on tensors of the device "meta".
         kernels: by function name, all that it may launch.
         in_ci: whether the tests compile it; `make gates` compiles every call.
+        modelled: whether its time is in the documentation.
         flop: useful ones, by part; empty where no rate is modelled.
     """
 
@@ -52,27 +54,48 @@ class Call:
     run: Callable[[], Any]
     kernels: Mapping[str, Kernel]
     in_ci: bool = False
+    modelled: bool = False
     flop: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def launches(call: Call, arch: int) -> list[tuple[str, Launch]]:
-    """The launches of a call on sm_`arch`, by name; two that are compiled alike are one.
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """The launches of a call that are compiled to the same code.
+
+    `library_flop` are those of the call's matrix products by torch's own library; they stand with
+    the first of its kernels alone.
+    """
+
+    name: str
+    launches: tuple[Launch, ...]
+    library_flop: int
+
+
+def launches(call: Call, arch: int) -> list[Recorded]:
+    """What a call launches on sm_`arch`.
 
     Raises:
         KeyError: it launches a kernel that `call.kernels` does not name.
     """
-    with recording(arch) as found, running_on(arch):
+    library = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop})
+    with recording(arch) as found, running_on(arch), library:
         call.run()
-    named: dict[str, Launch] = {}
+    kinds: list[list[Launch]] = []
     for launch in found:
         if launch.name not in call.kernels:
             raise KeyError(f"{call.name}: no gate for kernel {launch.name}")
-        same = [n for n, other in named.items() if _alike(launch, other)]
-        if not same:
-            n = sum(other.name == launch.name for other in named.values())
-            suffix = f"#{n + 1}" if n else ""
-            named[f"{call.name}/{launch.name}{suffix}"] = launch
-    return list(named.items())
+        same = next((kind for kind in kinds if launch.compiles_like(kind[0])), None)
+        if same is None:
+            kinds.append([launch])
+        else:
+            same.append(launch)
+    recorded = []
+    for n, kind in enumerate(kinds):
+        earlier = sum(other[0].name == kind[0].name for other in kinds[:n])
+        suffix = f"#{earlier + 1}" if earlier else ""
+        flop = library.get_total_flops() if n == 0 else 0
+        recorded.append(Recorded(f"{call.name}/{kind[0].name}{suffix}", tuple(kind), flop))
+    return recorded
 
 
 @contextlib.contextmanager
@@ -85,17 +108,6 @@ def running_on(arch: int) -> Iterator[None]:
 
 def shipped_calls() -> list[Call]:
     """All of them."""
-    from txl_kernels.testing.aot import shipped_attention
+    from txl_kernels.testing.aot import shipped_adaptive, shipped_attention
 
-    return shipped_attention.calls()
-
-
-def _alike(one: Launch, other: Launch) -> bool:
-    return (
-        one.kernel is other.kernel
-        and one.signature == other.signature
-        and one.constants == other.constants
-        and one.attributes == other.attributes
-        and one.options == other.options
-        and one.n_programs == other.n_programs
-    )
+    return [*shipped_attention.calls(), *shipped_adaptive.calls()]

@@ -60,11 +60,6 @@ class Attention:
             )
         return float(self.B * self.H * n)
 
-    def tensor_bytes(self) -> int:
-        """Of q, k, v, mem_k, mem_v, r and out."""
-        rows = self.B * self.H * (2 * self.Tq + 2 * self.n_keys) + self.H * self.n_keys
-        return rows * self.D * self.dtype.itemsize
-
     def run(self) -> None:
         """Forward, and backward where asked for."""
         arguments = self._arguments()
@@ -134,28 +129,61 @@ class Attention:
         def passes(launch: Launch) -> float:
             return self.tiles(launch.constexprs["BLOCK_Q"], launch.constexprs["BLOCK_K"])
 
-        # Backward reads what forward reads and writes, dout too, and writes a gradient for each.
+        backward = Kernel(_backward_gate, passes, part="backward")
         return {
-            "_rel_attention_fwd_kernel": Kernel(_forward_gate, passes, self.tensor_bytes()),
+            "_rel_attention_fwd_kernel": Kernel(_forward_gate, passes, part="forward"),
+            "_rel_attention_bwd_delta_kernel": Kernel(_no_products, part="backward"),
+            "_rel_attention_bwd_dkdv_kernel": backward,
+            "_rel_attention_bwd_dqdr_kernel": backward,
         }
 
 
 def calls() -> list[Call]:
     """Each configuration of the tables, and at one of them each flag that changes the code."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     found = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for D in (64, 128):
-            in_ci = dtype == torch.bfloat16 or (dtype == torch.float32 and D == 64)
-            found.append(_call(f"train_d{D}", Attention(D=D, dtype=dtype), in_ci=in_ci))
+    for D in (64, 128):
+        train = Attention(D=D)
+        found.append(_call(f"train_d{D}", train, in_ci=True, modelled=True))
+        found.append(_call(f"train_d{D}", dataclasses.replace(train, dtype=fp16)))
+        single = dataclasses.replace(train, dtype=fp32)
+        found.append(_call(f"train_d{D}", single, in_ci=D == 64, modelled=True))
+    for dtype in (bf16, fp16, fp32):
+        found.append(_call("head_256", Attention(D=256, dtype=dtype)))
+        found.append(_call("head_32", Attention(D=32, dtype=dtype)))
+    wt103_base = Attention(B=22, H=10, Tq=150, Tm=150, D=41)
+    found.append(_call("head_41", wt103_base, modelled=True))
+    found.append(_call("head_192_values_40", Attention(D=192, Dv=40)))
+    conformer = Attention(B=1, H=8, Tq=7500, Tm=0, causal=False, both_sides=True)
+    conformer = dataclasses.replace(conformer, tensors=("key_lens",))
+    found.append(_call("parakeet_10min", conformer, modelled=True))
+    enwik8 = Attention(B=1, H=8, Tq=128, Tm=3800, D=128, backward=False)
+    found.append(_call("enwik8_large_eval", enwik8, modelled=True))
+    found.append(_call("one_query", Attention(B=32, Tq=1, Tm=3799, backward=False)))
+    flags: dict[str, dict[str, Any]] = {
+        "no_memory": {"Tm": 0},
+        "mask": {"tensors": ("mask",), "causal": False},
+        "padding": {"tensors": ("key_start", "key_lens")},
+        "dropout": {"options": {"dropout_p": 0.1}},
+        "clamp": {"options": {"clamp": True, "offset": 1000}},
+        "window": {"options": {"window_left": 1000}},
+        "chunk": {"options": {"chunk": (256, 2, 0)}, "causal": False},
+        "softcap": {"options": {"softcap": 30.0}},
+        "deterministic": {"deterministic": True},
+    }
+    for name, changed in flags.items():
+        found.append(_call(name, Attention(**changed), in_ci=name == "dropout"))
     return found
 
 
-def _call(what: str, attention: Attention, *, in_ci: bool = False) -> Call:
+def _call(what: str, attention: Attention, *, in_ci: bool = False, modelled: bool = False) -> Call:
     dtype = str(attention.dtype).removeprefix("torch.")
     flop = {"forward": 6.0 * attention.D * attention.pairs}
     if attention.backward:
         flop["backward"] = 16.0 * attention.D * attention.pairs
-    return Call(f"rel_attention/{dtype}/{what}", attention.run, attention.kernels(), in_ci, flop)
+    return Call(
+        f"rel_attention/{dtype}/{what}", attention.run, attention.kernels(), in_ci, modelled, flop
+    )
 
 
 def _is_16_bit(launch: Launch) -> bool:
@@ -169,3 +197,12 @@ def _forward_gate(launch: Launch, arch: int) -> Gate:
         return Gate("none", shuffles=32)
     hopper = constexprs["D"] in _HOPPER_HEAD_SIZES
     return Gate("hopper" if hopper else "tensor", shuffles)
+
+
+def _backward_gate(launch: Launch, _arch: int) -> Gate:
+    """Its loop reduces nothing along rows: probabilities come from lse."""
+    return Gate("tensor", shuffles=0) if _is_16_bit(launch) else Gate("none", shuffles=32)
+
+
+def _no_products(_launch: Launch, _arch: int) -> Gate:
+    return Gate("no products", shuffles=None)

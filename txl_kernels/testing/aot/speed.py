@@ -27,6 +27,7 @@ class Processor:
         bandwidth: bytes/s that a copy reaches.
         tensor: FLOP per clock and multiprocessor, 16-bit, dense.
         warp_share: what products by single warps (HMMA) reach of `tensor`.
+        library: FLOP/s of torch's own products of large 16-bit matrices.
         l2: bytes per clock and multiprocessor.
     """
 
@@ -37,6 +38,7 @@ class Processor:
     bandwidth: float
     tensor: int = 4096
     warp_share: float = 0.62
+    library: float = 7.0e14
     l2: float = 28.0
     registers: int = 65536
     shared: int = 233472
@@ -154,12 +156,16 @@ def resident_blocks(binary: Binary, processor: Processor) -> int:
     )
 
 
-def estimate(binary: Binary, passes: float, processor: Processor, *, n_bytes: int = 0) -> Estimate:
-    """The time of a whole launch.
+def passes_for(binary: Binary, flop: float) -> float:
+    """Passes through the main loop that make so many FLOP of tensor-core products; 0 if none."""
+    per_pass = sass.tensor_flop(binary.code.main_loop(), binary.num_warps)
+    return flop / per_pass if per_pass else 0.0
 
-    Args:
-        passes: through the main loop, over all blocks.
-        n_bytes: that must come from or go to device memory at least once.
+
+def estimate(binary: Binary, passes: float, processor: Processor) -> Estimate:
+    """The time of a whole launch; `passes` are those through the main loop, over all blocks.
+
+    Each tensor that it is given is read or written at least once.
     """
     loop = binary.code.main_loop()
     inside = pipes(sass.steady(loop), binary.num_warps, processor)
@@ -177,7 +183,7 @@ def estimate(binary: Binary, passes: float, processor: Processor, *, n_bytes: in
     # Where there are few waves, the last one leaves multiprocessors idle.
     idle = math.ceil(waves) / waves if waves < 8 else 1.0
     busy = clocks * idle / (processor.n_sm * processor.clock)
-    memory = n_bytes / processor.bandwidth
+    memory = binary.launch.n_bytes / processor.bandwidth
     seconds = LAUNCH_SECONDS + max(busy, memory)
     if max(busy, memory) < LAUNCH_SECONDS:
         bound = "launch"

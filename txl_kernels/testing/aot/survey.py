@@ -10,6 +10,7 @@ from typing import Any
 
 from txl_kernels.testing.aot import gates, sass
 from txl_kernels.testing.aot.build import Binary, build
+from txl_kernels.testing.aot.record import Launch
 from txl_kernels.testing.aot.shipped import ARCHITECTURES, Call, Kernel, launches
 
 # The inner loops of all shipped launches by Triton's version and by name, renewed by `make model`.
@@ -21,13 +22,15 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Surveyed:
-    """A compiled launch of a shipped call, and what of its gates does not hold."""
+    """A kernel of a shipped call, compiled, its launches, and what of its gates does not hold."""
 
     name: str
     call: Call
     kernel: Kernel
     binary: Binary
     failures: tuple[str, ...]
+    launches: tuple[Launch, ...]
+    library_flop: int
 
     @property
     def row(self) -> dict[str, Any]:
@@ -49,12 +52,15 @@ def survey(calls: Iterable[Call], arches: Iterable[int] = ARCHITECTURES) -> Iter
     """Each launch of each call, compiled for each architecture."""
     for call in calls:
         for arch in arches:
-            for name, launch in launches(call, arch):
+            for found in launches(call, arch):
+                launch = found.launches[0]
                 kernel = call.kernels[launch.name]
                 binary = build(launch, arch)
-                full = f"{name}/sm_{arch}"
-                failed = gates.failures(full, binary, kernel.gate(launch, arch))
-                yield Surveyed(full, call, kernel, binary, tuple(failed))
+                name = f"{found.name}/sm_{arch}"
+                failed = tuple(gates.failures(name, binary, kernel.gate(launch, arch)))
+                yield Surveyed(
+                    name, call, kernel, binary, failed, found.launches, found.library_flop
+                )
 
 
 def triton_version() -> str:

@@ -66,7 +66,8 @@ def test_resident_blocks_go_by_the_scarcest(flash):
 
 def test_memory_bounds_what_moves_much(flash):
     binary, passes = flash(64)
-    found = speed.estimate(binary, passes, speed.H200, n_bytes=10**12)
+    launch = dataclasses.replace(binary.launch, n_bytes=10**12)
+    found = speed.estimate(dataclasses.replace(binary, launch=launch), passes, speed.H200)
     assert found.bound == "memory"
     assert found.seconds == pytest.approx(10**12 / 4.3e12, rel=1e-3)
 
