@@ -27,7 +27,7 @@ def run(results: dict[str, Any], save: Save) -> None:
     contender; a contender without a figure has a note instead.
 
     Raises:
-        UnavailableError: no CUDA device. Before that every contender has run once, small, on the CPU.
+        UnavailableError: no CUDA device; by then every contender has run once, small, on the CPU.
         AssertionError: a result of ours is wrong; it then has no figure.
     """
     if not torch.cuda.is_available():

@@ -47,6 +47,7 @@ class Call:
         kernels: by function name, all that it may launch.
         in_ci: whether the tests compile it; `make gates` compiles every call.
         modelled: whether its time is in the documentation.
+        only: where given, the kernels that matter; the others are not compiled.
         flop: useful ones, by part; empty where no rate is modelled.
     """
 
@@ -55,6 +56,7 @@ class Call:
     kernels: Mapping[str, Kernel]
     in_ci: bool = False
     modelled: bool = False
+    only: tuple[str, ...] = ()
     flop: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 

@@ -151,7 +151,7 @@ def _call(
         "adaptive_embedding": sizes.embedding,
     }[op]
     flop = {} if op == "adaptive_embedding" else {"forward+backward": sizes.useful_flop()}
-    return Call(f"{op}/{dtype}/{what}", run, sizes.kernels(), in_ci, modelled, flop)
+    return Call(f"{op}/{dtype}/{what}", run, sizes.kernels(), in_ci, modelled, flop=flop)
 
 
 def _product_gate(launch: Launch, _arch: int) -> Gate:

@@ -6,11 +6,10 @@ import dataclasses
 import functools
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from txl_kernels.testing.aot.gates import Gate, row_shuffles
 from txl_kernels.testing.aot.record import Launch
@@ -61,41 +60,44 @@ class Attention:
         return float(self.B * self.H * n)
 
     def run(self) -> None:
-        """Forward, and backward where asked for."""
-        arguments = self._arguments()
-        launcher = importlib.import_module(f"{_BACKEND}.rel_attention")
-        out, lse = launcher.rel_attention_fwd(**arguments)
+        """Forward, and backward where asked for, on tensors without storage."""
+        forward, backward = self.passes_on("meta")
         if self.backward:
-            before = torch.are_deterministic_algorithms_enabled()
-            torch.use_deterministic_algorithms(self.deterministic)
-            try:
-                self._backward(arguments, out, lse)
-            finally:
-                torch.use_deterministic_algorithms(before)
+            backward()
+        else:
+            forward()
 
-    def _backward(self, arguments: dict[str, Any], out: Tensor, lse: Tensor) -> None:
+    def passes_on(self, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """The Triton launchers' forward and backward, bound to random tensors; backward alone
+        launches forward's kernels once, when this is called."""
+        arguments = self._arguments(device)
+        forward = functools.partial(_launcher("rel_attention_fwd"), **arguments)
+        if not self.backward:
+            return forward, forward
+        out, lse = forward()
         names = ("q", "k", "v", "r", "r_w_bias", "r_r_bias", "mem_k", "mem_v", "q_pos", "bias")
-        launcher = importlib.import_module(f"{_BACKEND}.rel_attention_bwd")
-        launcher.rel_attention_bwd(
-            dout=torch.empty_like(out),
+        backward = functools.partial(
+            _launcher("rel_attention_bwd"),
+            dout=torch.randn_like(out),
             **arguments,
             out=out,
             lse=lse,
             needs_grad=[arguments[name] is not None for name in names],
         )
+        return forward, lambda: _deterministically(self.deterministic, backward)
 
-    def _arguments(self) -> dict[str, Any]:
-        """By the operator's names."""
+    def _arguments(self, device: str) -> dict[str, Any]:
+        """By the operator's names: normal numbers, except that no key is masked away."""
         B, H, Tq, Tm, Tk, D = self.B, self.H, self.Tq, self.Tm, self.n_keys, self.D
         Dv = self.Dv or D
         R = Tk + Tq - 1 if self.both_sides else Tk
-        made = functools.partial(torch.empty, device="meta")
-        floats = functools.partial(made, dtype=self.dtype)
+        floats = functools.partial(torch.randn, dtype=self.dtype, device=device)
         given = {
-            "key_start": made(B, dtype=torch.int64),
-            "key_lens": made(B, dtype=torch.int64),
-            "mask": made(B, H, Tq, Tk, dtype=torch.bool),
+            "key_start": torch.zeros(B, dtype=torch.int64, device=device),
+            "key_lens": torch.full((B,), Tk, dtype=torch.int64, device=device),
+            "mask": torch.ones(B, H, Tq, Tk, dtype=torch.bool, device=device),
         }
+        seed = torch.zeros((), dtype=torch.int64, device=device)
         options = dict(self.options)
         return {
             "q": floats(B, H, Tq, D),
@@ -109,7 +111,7 @@ class Attention:
             "q_pos": None,
             **{name: given[name] if name in self.tensors else None for name in given},
             "bias": None,
-            "dropout_seed": made((), dtype=torch.int64) if "dropout_p" in options else None,
+            "dropout_seed": seed if "dropout_p" in options else None,
             "offset": Tq - 1,
             "clamp": False,
             "causal": self.causal,
@@ -144,22 +146,22 @@ def calls() -> list[Call]:
     found = []
     for D in (64, 128):
         train = Attention(D=D)
-        found.append(_call(f"train_d{D}", train, in_ci=True, modelled=True))
-        found.append(_call(f"train_d{D}", dataclasses.replace(train, dtype=fp16)))
+        found.append(call(f"train_d{D}", train, in_ci=True, modelled=True))
+        found.append(call(f"train_d{D}", dataclasses.replace(train, dtype=fp16)))
         single = dataclasses.replace(train, dtype=fp32)
-        found.append(_call(f"train_d{D}", single, in_ci=D == 64, modelled=True))
+        found.append(call(f"train_d{D}", single, in_ci=D == 64, modelled=True))
     for dtype in (bf16, fp16, fp32):
-        found.append(_call("head_256", Attention(D=256, dtype=dtype)))
-        found.append(_call("head_32", Attention(D=32, dtype=dtype)))
+        found.append(call("head_256", Attention(D=256, dtype=dtype)))
+        found.append(call("head_32", Attention(D=32, dtype=dtype)))
     wt103_base = Attention(B=22, H=10, Tq=150, Tm=150, D=41)
-    found.append(_call("head_41", wt103_base, modelled=True))
-    found.append(_call("head_192_values_40", Attention(D=192, Dv=40)))
+    found.append(call("head_41", wt103_base, modelled=True))
+    found.append(call("head_192_values_40", Attention(D=192, Dv=40)))
     conformer = Attention(B=1, H=8, Tq=7500, Tm=0, causal=False, both_sides=True)
     conformer = dataclasses.replace(conformer, tensors=("key_lens",))
-    found.append(_call("parakeet_10min", conformer, modelled=True))
+    found.append(call("parakeet_10min", conformer, modelled=True))
     enwik8 = Attention(B=1, H=8, Tq=128, Tm=3800, D=128, backward=False)
-    found.append(_call("enwik8_large_eval", enwik8, modelled=True))
-    found.append(_call("one_query", Attention(B=32, Tq=1, Tm=3799, backward=False)))
+    found.append(call("enwik8_large_eval", enwik8, modelled=True))
+    found.append(call("one_query", Attention(B=32, Tq=1, Tm=3799, backward=False)))
     flags: dict[str, dict[str, Any]] = {
         "no_memory": {"Tm": 0},
         "mask": {"tensors": ("mask",), "causal": False},
@@ -172,18 +174,36 @@ def calls() -> list[Call]:
         "deterministic": {"deterministic": True},
     }
     for name, changed in flags.items():
-        found.append(_call(name, Attention(**changed), in_ci=name == "dropout"))
+        found.append(call(name, Attention(**changed), in_ci=name == "dropout"))
     return found
 
 
-def _call(what: str, attention: Attention, *, in_ci: bool = False, modelled: bool = False) -> Call:
+def _launcher(operator: str) -> Callable[..., Any]:
+    """The function that the operator runs; its module is imported at a first use."""
+    module = "rel_attention" if operator.endswith("fwd") else "rel_attention_bwd"
+    launcher: Callable[..., Any] = getattr(
+        importlib.import_module(f"{_BACKEND}.{module}"), operator
+    )
+    return launcher
+
+
+def _deterministically(wanted: bool, run: Callable[[], Any]) -> Any:
+    """`run()` under `torch.use_deterministic_algorithms(wanted)`."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        return run()
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def call(what: str, attention: Attention, *, in_ci: bool = False, modelled: bool = False) -> Call:
     dtype = str(attention.dtype).removeprefix("torch.")
     flop = {"forward": 6.0 * attention.D * attention.pairs}
     if attention.backward:
         flop["backward"] = 16.0 * attention.D * attention.pairs
-    return Call(
-        f"rel_attention/{dtype}/{what}", attention.run, attention.kernels(), in_ci, modelled, flop
-    )
+    name = f"rel_attention/{dtype}/{what}"
+    return Call(name, attention.run, attention.kernels(), in_ci, modelled, flop=flop)
 
 
 def _is_16_bit(launch: Launch) -> bool:

@@ -54,6 +54,8 @@ def survey(calls: Iterable[Call], arches: Iterable[int] = ARCHITECTURES) -> Iter
         for arch in arches:
             for found in launches(call, arch):
                 launch = found.launches[0]
+                if call.only and launch.name not in call.only:
+                    continue
                 kernel = call.kernels[launch.name]
                 binary = build(launch, arch)
                 name = f"{found.name}/sm_{arch}"
