@@ -74,8 +74,7 @@ def _register_loss(namespace: str) -> None:
     """
     fwd, bwd = f"{namespace}::adaptive_loss_fwd", f"{namespace}::adaptive_loss_bwd"
     torch.library.define(
-        fwd,
-        f"({_LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor rest, Tensor[] grads)",
+        fwd, f"({_LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor rest, Tensor[] grads)"
     )
     torch.library.define(bwd, "(Tensor dloss, Tensor rest, Tensor(a!)[] grads) -> ()")
 
@@ -202,10 +201,7 @@ def _register_embedding(namespace: str) -> None:
         operator = getattr(torch.ops, namespace).adaptive_embedding_bwd
         call = (tokens, tables, projections, ctx.scale, ctx.sparse, needs_grad)
         rows, dtables, dprojections = operator(dout, *call)
-        dtables, dprojections = (
-            _wanted(dtables, needs_grad[:n]),
-            _wanted(dprojections, needs_grad[n:]),
-        )
+        dtables, dprojections = _wanted(dtables, needs_grad[:n]), _wanted(dprojections, needs_grad[n:])
         if ctx.sparse:
             dtables = [
                 None if values is None else _sparse_rows(index, values, table)
