@@ -12,7 +12,7 @@ from txl_kernels.backends.triton.rel_attention_tile import (
     is_earlier,
     key_limits,
     load_keys,
-    load_lse_and_delta,
+    load_row_sums,
     load_positions,
     load_rows,
     mask_tile,
@@ -69,8 +69,9 @@ def _rel_attention_bwd_dqdr_kernel(
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
     p_dout,  # [B, H, Tq, DV]
-    p_lse,  # [B, H, Tq], contiguous, float32
-    p_delta,  # [B, H, Tq], contiguous, float32
+    p_lse_high,  # [B, H, Tq], contiguous, float32: lse in base 2 is high + low
+    p_lse_low,  # the same
+    p_delta,  # the same
     p_dq,  # [B, H, Tq, D], contiguous; None where not wanted, as the three below
     p_dr,  # [1 or B, 1 or H, splits or 1, R, D], contiguous, float32, zeros at first
     p_dqu_sums,  # [B, H, tiles, D], contiguous, float32
@@ -130,7 +131,9 @@ def _rel_attention_bwd_dqdr_kernel(
         b_qv = biased_queries(b_q, p_r_r_bias, i_h, o_d, D, sign)
         b_dout = load_rows(p_dout + i_b * s_dout_b + i_h * s_dout_h, o_i, s_dout_i, Tq, o_dv, DV)
         i_row = (i_b * H + i_h) * Tq
-        b_lse, b_delta = load_lse_and_delta(p_lse + i_row, p_delta + i_row, o_i, Tq)
+        b_high, b_low, b_delta = load_row_sums(
+            p_lse_high + i_row, p_lse_low + i_row, p_delta + i_row, o_i, Tq
+        )
 
         first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
         lo, hi = visible_keys(
@@ -173,8 +176,8 @@ def _rel_attention_bwd_dqdr_kernel(
                 i_bh = (i_b * H + i_h).to(tl.int32)
                 keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
             _, b_dscores = probs_and_dscores(
-                b_scores, b_dprobs, b_lse[:, None], b_delta[:, None], seen, keep,
-                scale, softcap, dropout_scale,
+                b_scores, b_dprobs, b_high[:, None], b_low[:, None], b_delta[:, None],
+                seen, keep, scale, softcap, dropout_scale,
             )  # fmt: skip
             b_dscores = b_dscores.to(b_k.dtype)
             if NEEDS_DQU:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def key_limits(p_key_start, p_key_lens, i_b, Tk):
@@ -110,14 +112,12 @@ def load_positions(p_r, stride, o_m, R, o_d, D: tl.constexpr, CLAMP: tl.constexp
 
 
 @triton.jit
-def load_lse_and_delta(p_lse, p_delta, o_i, Tq):
-    """What backward has of its queries; lse is ∞ where a query is not there or sees no key.
-
-    With such a one every probability comes out as 0, and never as NaN.
-    """
-    b_lse = tl.load(p_lse + o_i, mask=o_i < Tq, other=float("inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
-    return b_lse, tl.load(p_delta + o_i, mask=o_i < Tq, other=0.0)
+def load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq):
+    """What backward has of its queries; lse is ∞ where there is none: their probabilities are 0."""
+    m_i = o_i < Tq
+    b_high = tl.load(p_lse_high + o_i, mask=m_i, other=float("inf"))
+    b_low = tl.load(p_lse_low + o_i, mask=m_i, other=0.0)
+    return b_high, b_low, tl.load(p_delta + o_i, mask=m_i, other=0.0)
 
 
 @triton.jit
@@ -240,35 +240,6 @@ def skew_transposed(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def probs_and_dscores(
-    b_scores, b_dprobs, b_lse, b_delta, seen, keep, scale, softcap, dropout_scale
-):
-    """The probabilities that met v, and the gradient of scale · score, of a tile in any orientation.
-
-    b_scores are plain products; lse (∞ for a row without keys) and delta are broadcastable. `seen`
-    and `keep` are bool tiles or None.
-    """
-    if softcap is not None:
-        b_tanh = tanh(b_scores * (scale / softcap))
-        b_exponent = b_tanh * softcap - b_lse
-    else:
-        b_exponent = b_scores * scale - b_lse
-    # The difference first, then log₂e: rounding lse · log₂e would err as much as all else.
-    b_probs = tl.exp2(b_exponent * 1.4426950408889634)
-    if seen is not None:
-        b_probs = tl.where(seen, b_probs, 0.0)
-    b_kept = b_probs
-    if keep is not None:
-        b_factor = tl.where(keep, dropout_scale, 0.0)
-        b_kept = b_probs * b_factor
-        b_dprobs = b_dprobs * b_factor
-    b_dscores = b_probs * (b_dprobs - b_delta)
-    if softcap is not None:
-        b_dscores *= 1.0 - b_tanh * b_tanh
-    return b_kept, b_dscores
-
-
-@triton.jit
 def tanh(x):
     """To about one unit in the last place: a polynomial near 0, where 1 - 2/(e^2x + 1) cancels.
 
@@ -309,3 +280,31 @@ def dropout_keep(
         word01, word23 = tl.where(o_j % 2 == 0, word0, word1), tl.where(o_j % 2 == 0, word2, word3)
         words = tl.where(o_j % 4 < 2, word01, word23)
     return words >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def probs_and_dscores(
+    b_scores, b_dprobs, b_high, b_low, b_delta, seen, keep, scale, softcap, dropout_scale
+):
+    """The probabilities that met v, and the gradient of scale · score, of a tile in any orientation.
+
+    b_scores are plain products. lse in base 2 is high + low (high is ∞ for a row without keys);
+    they and delta are broadcastable. `seen` and `keep` are bool tiles or None.
+    """
+    if softcap is not None:
+        b_tanh = tanh(b_scores * (scale / softcap))
+        b_exponent = b_tanh * (softcap * LOG2_E)
+    else:
+        b_exponent = b_scores * (scale * LOG2_E)
+    b_probs = tl.exp2((b_exponent - b_high) - b_low)
+    if seen is not None:
+        b_probs = tl.where(seen, b_probs, 0.0)
+    b_kept = b_probs
+    if keep is not None:
+        b_factor = tl.where(keep, dropout_scale, 0.0)
+        b_kept = b_probs * b_factor
+        b_dprobs = b_dprobs * b_factor
+    b_dscores = b_probs * (b_dprobs - b_delta)
+    if softcap is not None:
+        b_dscores *= 1.0 - b_tanh * b_tanh
+    return b_kept, b_dscores
