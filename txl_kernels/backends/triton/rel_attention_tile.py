@@ -121,6 +121,34 @@ def load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq):
 
 
 @triton.jit
+def load_block(p_rows, stride, begin, low, high, o_d, D: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, D]: rows from `begin` on of a matrix whose row `low` p_rows points to; 0 outside
+    [low, high) and from column D on.
+
+    For loops: what is the same for every block is 32 bits wide, and the 64-bit part one number.
+    """
+    o = tl.arange(0, ROWS)
+    p_tile = p_rows + (begin - low).to(tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    inside = (begin - low + o).to(tl.uint32, bitcast=True) < (high - low).to(tl.uint32)
+    if D < o_d.shape[0]:
+        return tl.load(p_tile, mask=inside[:, None] & (o_d < D)[None, :], other=0.0)
+    return tl.load(p_tile, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def load_position_block(
+    p_r, stride, begin, R, o_d, D: tl.constexpr, CLAMP: tl.constexpr, ROWS: tl.constexpr
+):
+    """[ROWS, D]: rows of r from `begin` on; outside [0, R) 0, or with CLAMP the nearest row."""
+    if not CLAMP:
+        return load_block(p_r, stride, begin, 0, R, o_d, D, ROWS)
+    nearest = tl.minimum(tl.maximum(begin, 0), R - 1)
+    o = tl.minimum(tl.maximum(begin + tl.arange(0, ROWS), 0), R - 1) - nearest
+    p_tile = p_r + nearest.to(tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    return tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
     """sign · (queries [rows, D] + row i_h of a head bias [H, D], or None), added in float32.
 
@@ -238,18 +266,23 @@ def dropout_keep(
     """bool [ROWS, COLUMNS]: which probabilities of queries o_i and keys from begin_j on are kept.
 
     Word j mod 4 of Philox4x32-10 with counter (j / 4, i, b · H + h, 0) is at least the threshold,
-    ⌊p · 2³²⌋ in the bits of an int32. begin_j is a multiple of 4: four neighbouring keys share a
-    counter.
+    ⌊p · 2³²⌋ in the bits of an int32. From a begin_j that is a multiple of 4, four neighbouring
+    keys share a counter; from another, each key draws its own and takes one word of four.
     """
-    o_block = begin_j // 4 + tl.arange(0, COLUMNS // 4)
-    counter = tl.zeros([ROWS, COLUMNS // 4], tl.int32) + o_block[None, :]
+    seed = tl.load(p_seed)
     zero = tl.zeros([1, 1], tl.int32)
-    word0, word1, word2, word3 = tl.philox(
-        tl.load(p_seed), counter, o_i[:, None], zero + i_bh, zero
-    )
-    # [ROWS, blocks, 2, 2]: the last index counts odd words, the one before it pairs.
-    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
-    words = tl.reshape(words, [ROWS, COLUMNS])
+    i_row = zero + i_bh
+    if begin_j % 4 == 0:
+        o_counter = begin_j // 4 + tl.arange(0, COLUMNS // 4)[None, :] + tl.zeros_like(o_i)[:, None]
+        word0, word1, word2, word3 = tl.philox(seed, o_counter, o_i[:, None], i_row, zero)
+        # [ROWS, counters, 2, 2]: the last index is a word's low bit, the one before it the high.
+        words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+        words = tl.reshape(words, [ROWS, COLUMNS])
+    else:
+        o_j = begin_j + tl.arange(0, COLUMNS)[None, :] + tl.zeros_like(o_i)[:, None]
+        word0, word1, word2, word3 = tl.philox(seed, o_j // 4, o_i[:, None], i_row, zero)
+        word01, word23 = tl.where(o_j % 2 == 0, word0, word1), tl.where(o_j % 2 == 0, word2, word3)
+        words = tl.where(o_j % 4 < 2, word01, word23)
     return words >= threshold.to(tl.uint32, bitcast=True)
 
 
