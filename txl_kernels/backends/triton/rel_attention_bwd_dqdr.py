@@ -9,7 +9,6 @@ from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
 from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
     dropout_keep,
-    is_earlier,
     key_limits,
     load_keys,
     load_row_sums,
@@ -37,7 +36,7 @@ def _add_chunk(
         b_r = load_positions(p_r, s_r_m, o_m, R, o_d, D, CLAMP)
         b_dqv = tl.dot(b_chunk, b_r, b_dqv, input_precision="ieee")
     if p_dr is not None:
-        b_dr = tl.dot(tl.trans(b_chunk), b_qv, input_precision="ieee")
+        b_dr = tl.trans(tl.dot(tl.trans(b_qv), b_chunk, input_precision="ieee"))
         inside = ((o_m >= 0) & (o_m < R))[:, None] & (o_d < D)[None, :]
         p_tile = p_dr + o_m.to(tl.int64)[:, None] * D + o_d[None, :]
         tl.atomic_add(p_tile, b_dr, mask=inside, sem="relaxed")
@@ -152,25 +151,29 @@ def _rel_attention_bwd_dqdr_kernel(
         b_dqv = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         b_below = tl.zeros([BLOCK_Q], tl.float32)
         b_above = tl.zeros([BLOCK_Q], tl.float32)
-        pending = tl.zeros([BLOCK_Q, BLOCK_K], p_q.dtype.element_ty)
+        before = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         o_m = begin - begin_i + offset - BLOCK_K + tl.arange(0, BLOCK_K)
         b_r = load_positions(p_r_bh, s_r_m, o_m, R, o_d, D, CLAMP)
-        earlier = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+        like = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
         tl.debug_barrier()
         for begin_j in tl.range(begin, end, BLOCK_K):
             o_j = begin_j + tl.arange(0, BLOCK_K)
             o_m = o_j - begin_i + offset
             b_r = load_positions(p_r_bh, s_r_m, o_m, R, o_d, D, CLAMP)
             chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+            b_r_before = load_positions(p_r_bh, s_r_m, o_m - BLOCK_K, R, o_d, D, CLAMP)
+            earlier = tl.dot(b_qv, tl.trans(b_r_before), input_precision="ieee")
             b_scores = skew(chunk, earlier, BLOCK_Q, BLOCK_K)
-            earlier = chunk
             b_k = load_keys(p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, o_j, Tm, last, o_d, D)
             b_scores = tl.dot(b_qu, tl.trans(b_k), b_scores, input_precision="ieee")
             b_v = load_keys(p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, o_j, Tm, last, o_dv, DV)
             b_dprobs = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
-            seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
+            if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
+                seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
+                b_scores = tl.where(seen, b_scores, float("-inf"))
+            seen = None
             if p_mask is not None:
-                seen &= mask_tile(p_mask_bh, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
+                seen = mask_tile(p_mask_bh, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
             keep = None
             if threshold is not None:
                 i_bh = (i_b * H + i_h).to(tl.int32)
@@ -179,18 +182,18 @@ def _rel_attention_bwd_dqdr_kernel(
                 b_scores, b_dprobs, b_high[:, None], b_low[:, None], b_delta[:, None],
                 seen, keep, scale, softcap, dropout_scale,
             )  # fmt: skip
-            b_dscores = b_dscores.to(b_k.dtype)
             if NEEDS_DQU:
-                b_dqu = tl.dot(b_dscores, b_k, b_dqu, input_precision="ieee")
-            complete, pending = unskew(b_dscores, pending, BLOCK_Q, BLOCK_K)
+                b_dqu = tl.dot(b_dscores.to(b_k.dtype), b_k, b_dqu, input_precision="ieee")
+            b_chunk = unskew(b_dscores, before, like, BLOCK_Q, BLOCK_K).to(b_q.dtype)
+            before = b_dscores
             b_dqv, b_below, b_above = _add_chunk(
-                complete, b_qv, b_dqv, b_below, b_above, o_m - BLOCK_K,
+                b_chunk, b_qv, b_dqv, b_below, b_above, o_m - BLOCK_K,
                 p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV,
             )  # fmt: skip
-        # What the last block left of its own chunk; o_m is that chunk's.
-        rest = tl.where(is_earlier(BLOCK_Q, BLOCK_K), 0.0, pending).to(pending.dtype)
+        # The last block's own chunk, whose rows are o_m.
+        b_chunk = unskew(tl.zeros_like(before), before, like, BLOCK_Q, BLOCK_K).to(b_q.dtype)
         b_dqv, b_below, b_above = _add_chunk(
-            rest, b_qv, b_dqv, b_below, b_above, o_m,
+            b_chunk, b_qv, b_dqv, b_below, b_above, o_m,
             p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV,
         )  # fmt: skip
         if CLAMP and p_dr is not None:

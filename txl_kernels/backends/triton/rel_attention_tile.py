@@ -162,31 +162,36 @@ def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
 
 @triton.jit
 def core_order(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile as one row, 8 × 8 block after block: the order in which tensor cores hold it.
+    """A tile as one row: eight columns of all rows, then the next eight.
 
-    Shared memory in this order is written and read without bank conflicts.
+    Tensor cores hold tiles in 8 × 8 blocks: in this order shared memory is written without bank
+    conflicts and read along a diagonal with at most two lanes on a bank.
     """
-    blocks = tl.reshape(tile, [ROWS // 8, 8, COLUMNS // 8, 8])
-    return tl.reshape(tl.permute(blocks, (0, 2, 1, 3)), [ROWS * COLUMNS])
+    blocks = tl.permute(tl.reshape(tile, [ROWS, COLUMNS // 8, 8]), (1, 0, 2))
+    return tl.reshape(blocks, [ROWS * COLUMNS])
 
 
 @triton.jit
 def from_core_order(row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The inverse of `core_order`."""
-    blocks = tl.reshape(row, [ROWS // 8, COLUMNS // 8, 8, 8])
-    return tl.reshape(tl.permute(blocks, (0, 2, 1, 3)), [ROWS, COLUMNS])
+    blocks = tl.permute(tl.reshape(row, [COLUMNS // 8, ROWS, 8]), (1, 0, 2))
+    return tl.reshape(blocks, [ROWS, COLUMNS])
 
 
 @triton.jit
-def rotate_rows(tile, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def rotate_rows(tile, like, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out[a, c] = tile[a, (c + STEP · a) mod COLUMNS]; STEP is 1 or -1, COLUMNS a power of 2.
 
     One gather on the flattened tile: a store to shared memory and a load from it. A gather on the
-    tile itself would shuffle between lanes and spill.
+    tile itself would shuffle between lanes and spill. `like`, a float tile or None, says in which
+    layout the result is wanted, where the compiler would not find out by itself.
     """
     a = tl.arange(0, ROWS)[:, None]
-    c = (tl.arange(0, COLUMNS)[None, :] + STEP * a) & (COLUMNS - 1)
-    source = (a // 8 * (COLUMNS // 8) + c // 8) * 64 + a % 8 * 8 + c % 8
+    c = tl.arange(0, COLUMNS)[None, :] + STEP * a
+    # c // 8 · 8 · ROWS + c % 8 + 8 · a, such that eight columns further on is a constant further on.
+    source = (c * ROWS - (c & 7) * (ROWS - 1) + 8 * a) & (ROWS * COLUMNS - 1)
+    if like is not None:
+        source += (tl.abs(like) < 0.0).to(tl.int32)  # never, which only the last compiler pass sees
     rotated = tl.gather(core_order(tile, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
     return from_core_order(rotated, ROWS, COLUMNS)
 
@@ -210,18 +215,18 @@ def skew(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     other way round the choice would stand in another layout than the products.
     """
     chosen = tl.where(is_earlier(ROWS, COLUMNS), earlier, chunk)
-    return rotate_rows(chosen, -1, ROWS, COLUMNS)
+    return rotate_rows(chosen, None, -1, ROWS, COLUMNS)
 
 
 @triton.jit
-def unskew(tile, pending, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The inverse, for gradients: what a block of keys [queries, keys] adds by row of r.
+def unskew(tile, before, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse, for gradients: by row of r, for the chunk before a block's own, all that it gets.
 
-    Returns the chunk before the current one, complete with this block, and what is pending until
-    the next: the current chunk's part, in the columns where `is_earlier` is False.
+    That is from this block (`tile`, by key) where key b of row a lies b - a < 0 in its own chunk,
+    and from the block before. `like` is as in `rotate_rows`.
     """
-    rotated = rotate_rows(tile, 1, ROWS, COLUMNS)
-    return tl.where(is_earlier(ROWS, COLUMNS), rotated, pending), rotated
+    of_tile = tl.arange(0, COLUMNS)[None, :] < tl.arange(0, ROWS)[:, None]
+    return rotate_rows(tl.where(of_tile, tile, before), like, 1, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -233,8 +238,7 @@ def skew_transposed(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     a = tl.arange(0, COLUMNS)[None, :]
     b = tl.arange(0, ROWS)[:, None]
     chosen = tl.where(b >= ROWS - a, earlier, chunk)
-    x = (b - a) & (ROWS - 1)
-    source = (x // 8 * (COLUMNS // 8) + a // 8) * 64 + x % 8 * 8 + a % 8
+    source = (a & -8) * ROWS + ((b - a) * 8 & (ROWS * 8 - 1)) + (a & 7)
     rotated = tl.gather(core_order(chosen, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
     return from_core_order(rotated, ROWS, COLUMNS)
 
