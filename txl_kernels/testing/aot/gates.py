@@ -12,6 +12,10 @@ from txl_kernels.testing.aot.build import Binary
 # "none": not on tensor cores, as tf32 would round float32. "no products": it has none.
 Products = Literal["hopper", "tensor", "none", "no products"]
 
+# Versions of Triton whose machine code is held to the gates: the one that tests pin and torch 2.11
+# brings, and the one that torch 2.13's CUDA build requires.
+TRITON_VERSIONS = ("3.6.0", "3.7.1")
+
 # Bytes of shared memory that one block may ask for.
 SHARED_LIMIT = {80: 166912, 90: 232448}
 TENSOR_OPCODES = ("HGMMA", "HMMA")
