@@ -197,50 +197,58 @@ def rotate_rows(tile, like, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit
-def is_earlier(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """bool [a, c]: where row a wants column c of the chunk of r before the current one.
-
-    Key b of row a wants distance b - a: column b - a of the current chunk, or, where that is
-    negative, column b - a + COLUMNS of the chunk before. Needs ROWS ≤ COLUMNS.
-    """
-    return tl.arange(0, COLUMNS)[None, :] >= COLUMNS - tl.arange(0, ROWS)[:, None]
-
-
-@triton.jit
-def skew(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def skew(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Scores by key from scores by row of r: out[a, b] = x[a, b - a], x = [earlier | chunk].
 
-    `chunk` holds x's columns [0, COLUMNS), `earlier` those of [-COLUMNS, 0). Each chunk serves
-    twice: for a block of keys and, as `earlier`, for the next. Chosen before they are rotated: the
-    other way round the choice would stand in another layout than the products.
+    `chunk` holds x's columns [0, COLUMNS), `earlier` those of [-COLUMNS, 0). Key b of row a is in
+    column b - a of the one, or in column b - a + COLUMNS of the other. Needs ROWS ≤ COLUMNS. Chosen
+    before they are rotated: the other way round the choice would stand in another layout than the
+    products. `begin` is any number that changes from block to block: comparisons that do not would
+    be made before the loop, kept as bits, and taken apart at twice their price.
     """
-    chosen = tl.where(is_earlier(ROWS, COLUMNS), earlier, chunk)
-    return rotate_rows(chosen, None, -1, ROWS, COLUMNS)
+    from_earlier = (begin + tl.arange(0, COLUMNS))[None, :] >= (
+        begin + COLUMNS - tl.arange(0, ROWS)
+    )[:, None]
+    return rotate_rows(tl.where(from_earlier, earlier, chunk), None, -1, ROWS, COLUMNS)
 
 
 @triton.jit
-def unskew(tile, before, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def unskew(tile, before, begin, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The inverse, for gradients: by row of r, for the chunk before a block's own, all that it gets.
 
     That is from this block (`tile`, by key) where key b of row a lies b - a < 0 in its own chunk,
-    and from the block before. `like` is as in `rotate_rows`.
+    and from the block before. `begin` is as in `skew`, `like` as in `rotate_rows`.
     """
-    of_tile = tl.arange(0, COLUMNS)[None, :] < tl.arange(0, ROWS)[:, None]
+    of_tile = (begin + tl.arange(0, COLUMNS))[None, :] < (begin + tl.arange(0, ROWS))[:, None]
     return rotate_rows(tl.where(of_tile, tile, before), like, 1, ROWS, COLUMNS)
 
 
 @triton.jit
-def skew_transposed(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def skew_transposed(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """`skew` for tiles [rows of r or keys, queries]: out[b, a] = x[b - a, a], x = earlier over chunk.
 
-    Needs COLUMNS ≤ ROWS. The same order in shared memory, for the accumulators lie the same way.
+    Needs COLUMNS ≤ ROWS.
     """
-    a = tl.arange(0, COLUMNS)[None, :]
-    b = tl.arange(0, ROWS)[:, None]
-    chosen = tl.where(b >= ROWS - a, earlier, chunk)
+    o_a, o_b = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
+    from_earlier = (begin + o_b)[:, None] >= (begin + ROWS - o_a)[None, :]
+    chosen = tl.where(from_earlier, earlier, chunk)
+    a, b = o_a[None, :], o_b[:, None]
     source = (a & -8) * ROWS + ((b - a) * 8 & (ROWS * 8 - 1)) + (a & 7)
     rotated = tl.gather(core_order(chosen, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
     return from_core_order(rotated, ROWS, COLUMNS)
+
+
+@triton.jit
+def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, Tm, Tk):
+    """Where to read a block of keys that lies in the memory or in the segment: pointer to the row
+    of key `low`, stride, and [low, high), the keys that are there."""
+    if p_memory is not None:
+        in_memory = begin_j < Tm
+        p_rows = tl.where(in_memory, p_memory, p_segment)
+        stride = tl.where(in_memory, s_memory, s_segment)
+        return p_rows, stride, tl.where(in_memory, 0, Tm), tl.where(in_memory, Tm, Tk)
+    else:
+        return p_segment, s_segment, Tm, Tk
 
 
 @triton.jit
