@@ -11,7 +11,7 @@ from txl_kernels.backends.triton.rel_attention_tile import (
     dropout_keep,
     key_limits,
     load_keys,
-    load_lse_and_delta,
+    load_row_sums,
     load_positions,
     load_rows,
     mask_tile,
@@ -52,8 +52,9 @@ def _rel_attention_bwd_dkdv_kernel(
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
     p_dout,  # [B, H, Tq, DV]
-    p_lse,  # [B, H, Tq], contiguous, float32
-    p_delta,  # [B, H, Tq], contiguous, float32
+    p_lse_high,  # [B, H, Tq], contiguous, float32: lse in base 2 is high + low
+    p_lse_low,  # the same
+    p_delta,  # the same
     p_dk,  # [B, H, Ts, D], contiguous; None where not wanted, as the three below
     p_dv,  # [B, H, Ts, DV]
     p_dmem_k,  # [B, H, Tm, D]
@@ -95,7 +96,8 @@ def _rel_attention_bwd_dkdv_kernel(
     p_q += i_b * s_q_b + i_h * s_q_h
     p_dout += i_b * s_dout_b + i_h * s_dout_h
     p_r += i_b * s_r_b + i_h * s_r_h
-    p_lse += i_bh * Tq
+    p_lse_high += i_bh * Tq
+    p_lse_low += i_bh * Tq
     p_delta += i_bh * Tq
     p_k += i_b * s_k_b + i_h * s_k_h
     p_v += i_b * s_v_b + i_h * s_v_h
@@ -140,10 +142,10 @@ def _rel_attention_bwd_dkdv_kernel(
                 p_seed, threshold, i_bh.to(tl.int32), o_i, begin_j, BLOCK_Q, BLOCK_K
             )
             keep = tl.trans(keep)
-        b_lse, b_delta = load_lse_and_delta(p_lse, p_delta, o_i, Tq)
+        b_high, b_low, b_delta = load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq)
         b_probs, b_dscores = probs_and_dscores(
-            b_scores, b_dprobs, b_lse[None, :], b_delta[None, :], seen, keep,
-            scale, softcap, dropout_scale,
+            b_scores, b_dprobs, b_high[None, :], b_low[None, :], b_delta[None, :],
+            seen, keep, scale, softcap, dropout_scale,
         )  # fmt: skip
         if NEEDS_DV:
             b_dv = tl.dot(b_probs.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")

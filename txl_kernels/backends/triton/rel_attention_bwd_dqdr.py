@@ -9,10 +9,9 @@ from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
 from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
     dropout_keep,
-    is_earlier,
     key_limits,
     load_keys,
-    load_lse_and_delta,
+    load_row_sums,
     load_positions,
     load_rows,
     mask_tile,
@@ -37,7 +36,7 @@ def _add_chunk(
         b_r = load_positions(p_r, s_r_m, o_m, R, o_d, D, CLAMP)
         b_dqv = tl.dot(b_chunk, b_r, b_dqv, input_precision="ieee")
     if p_dr is not None:
-        b_dr = tl.dot(tl.trans(b_chunk), b_qv, input_precision="ieee")
+        b_dr = tl.trans(tl.dot(tl.trans(b_qv), b_chunk, input_precision="ieee"))
         inside = ((o_m >= 0) & (o_m < R))[:, None] & (o_d < D)[None, :]
         p_tile = p_dr + o_m.to(tl.int64)[:, None] * D + o_d[None, :]
         tl.atomic_add(p_tile, b_dr, mask=inside, sem="relaxed")
@@ -69,8 +68,9 @@ def _rel_attention_bwd_dqdr_kernel(
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
     p_dout,  # [B, H, Tq, DV]
-    p_lse,  # [B, H, Tq], contiguous, float32
-    p_delta,  # [B, H, Tq], contiguous, float32
+    p_lse_high,  # [B, H, Tq], contiguous, float32: lse in base 2 is high + low
+    p_lse_low,  # the same
+    p_delta,  # the same
     p_dq,  # [B, H, Tq, D], contiguous; None where not wanted, as the three below
     p_dr,  # [1 or B, 1 or H, splits or 1, R, D], contiguous, float32, zeros at first
     p_dqu_sums,  # [B, H, tiles, D], contiguous, float32
@@ -130,7 +130,9 @@ def _rel_attention_bwd_dqdr_kernel(
         b_qv = biased_queries(b_q, p_r_r_bias, i_h, o_d, D, sign)
         b_dout = load_rows(p_dout + i_b * s_dout_b + i_h * s_dout_h, o_i, s_dout_i, Tq, o_dv, DV)
         i_row = (i_b * H + i_h) * Tq
-        b_lse, b_delta = load_lse_and_delta(p_lse + i_row, p_delta + i_row, o_i, Tq)
+        b_high, b_low, b_delta = load_row_sums(
+            p_lse_high + i_row, p_lse_low + i_row, p_delta + i_row, o_i, Tq
+        )
 
         first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
         lo, hi = visible_keys(
@@ -149,45 +151,49 @@ def _rel_attention_bwd_dqdr_kernel(
         b_dqv = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         b_below = tl.zeros([BLOCK_Q], tl.float32)
         b_above = tl.zeros([BLOCK_Q], tl.float32)
-        pending = tl.zeros([BLOCK_Q, BLOCK_K], p_q.dtype.element_ty)
+        before = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         o_m = begin - begin_i + offset - BLOCK_K + tl.arange(0, BLOCK_K)
         b_r = load_positions(p_r_bh, s_r_m, o_m, R, o_d, D, CLAMP)
-        earlier = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+        like = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
         tl.debug_barrier()
         for begin_j in tl.range(begin, end, BLOCK_K):
             o_j = begin_j + tl.arange(0, BLOCK_K)
             o_m = o_j - begin_i + offset
             b_r = load_positions(p_r_bh, s_r_m, o_m, R, o_d, D, CLAMP)
             chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+            b_r_before = load_positions(p_r_bh, s_r_m, o_m - BLOCK_K, R, o_d, D, CLAMP)
+            earlier = tl.dot(b_qv, tl.trans(b_r_before), input_precision="ieee")
             b_scores = skew(chunk, earlier, BLOCK_Q, BLOCK_K)
-            earlier = chunk
             b_k = load_keys(p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, o_j, Tm, last, o_d, D)
             b_scores = tl.dot(b_qu, tl.trans(b_k), b_scores, input_precision="ieee")
             b_v = load_keys(p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, o_j, Tm, last, o_dv, DV)
             b_dprobs = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
-            seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
+            if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
+                seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
+                b_scores = tl.where(seen, b_scores, float("-inf"))
+            seen = None
             if p_mask is not None:
-                seen &= mask_tile(p_mask_bh, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
+                seen = mask_tile(p_mask_bh, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
             keep = None
             if threshold is not None:
                 i_bh = (i_b * H + i_h).to(tl.int32)
                 keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
             _, b_dscores = probs_and_dscores(
-                b_scores, b_dprobs, b_lse[:, None], b_delta[:, None], seen, keep,
-                scale, softcap, dropout_scale,
+                b_scores, b_dprobs, b_high[:, None], b_low[:, None], b_delta[:, None],
+                seen, keep, scale, softcap, dropout_scale,
             )  # fmt: skip
-            b_dscores = b_dscores.to(b_k.dtype)
             if NEEDS_DQU:
-                b_dqu = tl.dot(b_dscores, b_k, b_dqu, input_precision="ieee")
-            complete, pending = unskew(b_dscores, pending, BLOCK_Q, BLOCK_K)
+                b_dqu = tl.dot(b_dscores.to(b_k.dtype), b_k, b_dqu, input_precision="ieee")
+            b_chunk = unskew(b_dscores, before, like, BLOCK_Q, BLOCK_K).to(b_q.dtype)
+            before = b_dscores
             b_dqv, b_below, b_above = _add_chunk(
-                complete, b_qv, b_dqv, b_below, b_above, o_m - BLOCK_K,
+                b_chunk, b_qv, b_dqv, b_below, b_above, o_m - BLOCK_K,
                 p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV,
             )  # fmt: skip
-        # What the last block left of its own chunk; o_m is that chunk's.
-        rest = tl.where(is_earlier(BLOCK_Q, BLOCK_K), 0.0, pending).to(pending.dtype)
+        # The last block's own chunk, whose rows are o_m.
+        b_chunk = unskew(tl.zeros_like(before), before, like, BLOCK_Q, BLOCK_K).to(b_q.dtype)
         b_dqv, b_below, b_above = _add_chunk(
-            rest, b_qv, b_dqv, b_below, b_above, o_m,
+            b_chunk, b_qv, b_dqv, b_below, b_above, o_m,
             p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV,
         )  # fmt: skip
         if CLAMP and p_dr is not None:

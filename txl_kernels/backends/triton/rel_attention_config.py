@@ -37,9 +37,7 @@ BACKWARD_DQDR: dict[tuple[str, bool, int], Config] = {
 }
 
 
-def forward_config(
-    arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int
-) -> Config:
+def forward_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int) -> Config:
     if arch == "interpreter":
         return INTERPRETED
     head_size = max(64, block_size(max(D, Dv)))
@@ -61,7 +59,7 @@ def dqdr_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int
 
 
 def architecture(device: torch.device) -> str:
-    """"interpreter", "sm_80" or "sm_90": the row of the table for a device."""
+    """ "interpreter", "sm_80" or "sm_90": the row of the table for a device."""
     if interprets():
         return "interpreter"
     major, _minor = torch.cuda.get_device_capability(device)
