@@ -49,6 +49,8 @@ class RelAttentionCase:
         used = [name for name, given in (("q_pos", self.Dp), ("bias", self.bias)) if given]
         if self.options.get("dead_rows") == "uniform":
             used.append("dead_rows='uniform'")
+        if self.options.get("dropout_p", 0) > 0:
+            used.append("dropout_p")
         return used
 
     def inputs(
