@@ -43,6 +43,13 @@ class Serves(NamedTuple):
 # The reference takes every call and is not listed.
 _SERVES: dict[tuple[str, ...], Serves] = {
     ("native", "rel_attention"): Serves(_FLOAT, head_size=256, lacks=_DENSE_ARGUMENTS),
+    ("native", "rel_attention", "cuda"): Serves(
+        _FLOAT_TO_16_BIT,
+        head_size=256,
+        Tq=16,
+        gradients=False,
+        lacks=(*_DENSE_ARGUMENTS, "dropout_p"),
+    ),
     ("native", "rel_shift"): Serves(_FLOAT),
     ("triton", "rel_attention"): Serves(_FLOAT_TO_16_BIT, head_size=256, lacks=_DENSE_ARGUMENTS),
     ("triton", "rel_shift"): Serves(_FLOAT),
@@ -87,7 +94,7 @@ def resolve(
         D, Dv: head size of keys and of values (None: the same); of `rel_attention` alone.
         needs_grad: whether a backward pass will follow.
         uses: the optional arguments that not every backend takes and that this call gives:
-            "q_pos", "bias", "dead_rows='uniform'".
+            "q_pos", "bias", "dead_rows='uniform'", "dropout_p".
 
     Raises:
         ValueError: no such op or backend.
@@ -167,7 +174,7 @@ def _door_refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> s
         return reason
     if _has_kernel(f"txl_native::{op}_fwd", device_type):
         return None
-    return f"the native library here has no {device_type.upper()} kernel for {op}"
+    return native.no_kernel_reason(op, device_type)
 
 
 @functools.cache

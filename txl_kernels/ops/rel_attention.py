@@ -110,6 +110,8 @@ def rel_attention(
     uses = [name for name, tensor in (("q_pos", q_pos), ("bias", bias)) if tensor is not None]
     if dead_rows == "uniform":
         uses.append("dead_rows='uniform'")
+    if dropout_p > 0:
+        uses.append("dropout_p")
     chosen = choose(
         "rel_attention",
         backend=backend,
