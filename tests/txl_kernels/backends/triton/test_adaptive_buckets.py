@@ -31,11 +31,11 @@ def test_is_a_stable_sort_by_cluster(N, sizes):
     assert torch.equal(buckets.column.long()[:n], column)
 
 
-def test_a_token_out_of_range_is_named():
+@pytest.mark.parametrize("wrong", [-1, 50])
+@pytest.mark.parametrize("ignore_index", [-100, None])
+def test_a_token_out_of_range_is_named(wrong, ignore_index):
     from txl_kernels.backends.triton.adaptive_buckets import sort_by_cluster
 
-    for wrong in (-1, 50):
-        for ignore_index in (-100, None):
-            with pytest.raises(IndexError, match=r"op: tokens must be in \[0, 50\)"):
-                tokens = torch.tensor([3, wrong, 4])
-                sort_by_cluster("op", "tokens", tokens, (10, 40), ignore_index)
+    tokens = torch.tensor([3, wrong, 4])
+    with pytest.raises(IndexError, match=r"op: tokens must be in \[0, 50\)"):
+        sort_by_cluster("op", "tokens", tokens, (10, 40), ignore_index)
