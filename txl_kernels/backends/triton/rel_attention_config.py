@@ -29,12 +29,33 @@ FORWARD: dict[tuple[str, bool, int], Config] = {
     ("sm_80", True, 64): Config(64, 64, 4, 2),
 }
 
+BACKWARD_DKDV: dict[tuple[str, bool, int], Config] = {
+    ("sm_90", True, 64): Config(64, 64, 4, 2),
+}
+BACKWARD_DQDR: dict[tuple[str, bool, int], Config] = {
+    ("sm_90", True, 64): Config(64, 64, 8, 2),
+}
+
 
 def forward_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int) -> Config:
     if arch == "interpreter":
         return INTERPRETED
     head_size = max(64, block_size(max(D, Dv)))
     return FORWARD[arch, dtype != torch.float32, head_size]
+
+
+def dkdv_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int) -> Config:
+    """For the backward kernel that owns keys."""
+    if arch == "interpreter":
+        return INTERPRETED
+    return BACKWARD_DKDV[arch, dtype != torch.float32, max(64, block_size(max(D, Dv)))]
+
+
+def dqdr_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int) -> Config:
+    """For the backward kernel that owns queries."""
+    if arch == "interpreter":
+        return INTERPRETED
+    return BACKWARD_DQDR[arch, dtype != torch.float32, max(64, block_size(max(D, Dv)))]
 
 
 def architecture(device: torch.device) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def key_limits(p_key_start, p_key_lens, i_b, Tk):
@@ -110,6 +112,43 @@ def load_positions(p_r, stride, o_m, R, o_d, D: tl.constexpr, CLAMP: tl.constexp
 
 
 @triton.jit
+def load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq):
+    """What backward has of its queries; lse is ∞ where there is none: their probabilities are 0."""
+    m_i = o_i < Tq
+    b_high = tl.load(p_lse_high + o_i, mask=m_i, other=float("inf"))
+    b_low = tl.load(p_lse_low + o_i, mask=m_i, other=0.0)
+    return b_high, b_low, tl.load(p_delta + o_i, mask=m_i, other=0.0)
+
+
+@triton.jit
+def load_block(p_rows, stride, begin, low, high, o_d, D: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, D]: rows from `begin` on of a matrix whose row `low` p_rows points to; 0 outside
+    [low, high) and from column D on.
+
+    For loops: what is the same for every block is 32 bits wide, and the 64-bit part one number.
+    """
+    o = tl.arange(0, ROWS)
+    p_tile = p_rows + (begin - low).to(tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    inside = (begin - low + o).to(tl.uint32, bitcast=True) < (high - low).to(tl.uint32)
+    if D < o_d.shape[0]:
+        return tl.load(p_tile, mask=inside[:, None] & (o_d < D)[None, :], other=0.0)
+    return tl.load(p_tile, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def load_position_block(
+    p_r, stride, begin, R, o_d, D: tl.constexpr, CLAMP: tl.constexpr, ROWS: tl.constexpr
+):
+    """[ROWS, D]: rows of r from `begin` on; outside [0, R) 0, or with CLAMP the nearest row."""
+    if not CLAMP:
+        return load_block(p_r, stride, begin, 0, R, o_d, D, ROWS)
+    nearest = tl.minimum(tl.maximum(begin, 0), R - 1)
+    o = tl.minimum(tl.maximum(begin + tl.arange(0, ROWS), 0), R - 1) - nearest
+    p_tile = p_r + nearest.to(tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    return tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
     """sign · (queries [rows, D] + row i_h of a head bias [H, D], or None), added in float32.
 
@@ -123,31 +162,36 @@ def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
 
 @triton.jit
 def core_order(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile as one row, 8 × 8 block after block: the order in which tensor cores hold it.
+    """A tile as one row: eight columns of all rows, then the next eight.
 
-    Shared memory in this order is written and read without bank conflicts.
+    Tensor cores hold tiles in 8 × 8 blocks: in this order shared memory is written without bank
+    conflicts and read along a diagonal with at most two lanes on a bank.
     """
-    blocks = tl.reshape(tile, [ROWS // 8, 8, COLUMNS // 8, 8])
-    return tl.reshape(tl.permute(blocks, (0, 2, 1, 3)), [ROWS * COLUMNS])
+    blocks = tl.permute(tl.reshape(tile, [ROWS, COLUMNS // 8, 8]), (1, 0, 2))
+    return tl.reshape(blocks, [ROWS * COLUMNS])
 
 
 @triton.jit
 def from_core_order(row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The inverse of `core_order`."""
-    blocks = tl.reshape(row, [ROWS // 8, COLUMNS // 8, 8, 8])
-    return tl.reshape(tl.permute(blocks, (0, 2, 1, 3)), [ROWS, COLUMNS])
+    blocks = tl.permute(tl.reshape(row, [COLUMNS // 8, ROWS, 8]), (1, 0, 2))
+    return tl.reshape(blocks, [ROWS, COLUMNS])
 
 
 @triton.jit
-def rotate_rows(tile, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def rotate_rows(tile, like, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out[a, c] = tile[a, (c + STEP · a) mod COLUMNS]; STEP is 1 or -1, COLUMNS a power of 2.
 
     One gather on the flattened tile: a store to shared memory and a load from it. A gather on the
-    tile itself would shuffle between lanes and spill.
+    tile itself would shuffle between lanes and spill. `like`, a float tile or None, says in which
+    layout the result is wanted, where the compiler would not find out by itself.
     """
     a = tl.arange(0, ROWS)[:, None]
-    c = (tl.arange(0, COLUMNS)[None, :] + STEP * a) & (COLUMNS - 1)
-    source = (a // 8 * (COLUMNS // 8) + c // 8) * 64 + a % 8 * 8 + c % 8
+    c = tl.arange(0, COLUMNS)[None, :] + STEP * a
+    # c // 8 · 8 · ROWS + c % 8 + 8 · a, such that eight columns further on is a constant further on.
+    source = (c * ROWS - (c & 7) * (ROWS - 1) + 8 * a) & (ROWS * COLUMNS - 1)
+    if like is not None:
+        source += (tl.abs(like) < 0.0).to(tl.int32)  # never, which only the last compiler pass sees
     rotated = tl.gather(core_order(tile, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
     return from_core_order(rotated, ROWS, COLUMNS)
 
@@ -171,15 +215,32 @@ def skew(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     other way round the choice would stand in another layout than the products.
     """
     chosen = tl.where(is_earlier(ROWS, COLUMNS), earlier, chunk)
-    return rotate_rows(chosen, -1, ROWS, COLUMNS)
+    return rotate_rows(chosen, None, -1, ROWS, COLUMNS)
 
 
 @triton.jit
-def unskew(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The inverse: from gradients by key those by row of r, (chunk, earlier), each 0 elsewhere."""
-    rotated = rotate_rows(tile, 1, ROWS, COLUMNS)
-    to_earlier = is_earlier(ROWS, COLUMNS)
-    return tl.where(to_earlier, 0.0, rotated), tl.where(to_earlier, rotated, 0.0)
+def unskew(tile, before, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse, for gradients: by row of r, for the chunk before a block's own, all that it gets.
+
+    That is from this block (`tile`, by key) where key b of row a lies b - a < 0 in its own chunk,
+    and from the block before. `like` is as in `rotate_rows`.
+    """
+    of_tile = tl.arange(0, COLUMNS)[None, :] < tl.arange(0, ROWS)[:, None]
+    return rotate_rows(tl.where(of_tile, tile, before), like, 1, ROWS, COLUMNS)
+
+
+@triton.jit
+def skew_transposed(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`skew` for tiles [rows of r or keys, queries]: out[b, a] = x[b - a, a], x = earlier over chunk.
+
+    Needs COLUMNS ≤ ROWS. The same order in shared memory, for the accumulators lie the same way.
+    """
+    a = tl.arange(0, COLUMNS)[None, :]
+    b = tl.arange(0, ROWS)[:, None]
+    chosen = tl.where(b >= ROWS - a, earlier, chunk)
+    source = (a & -8) * ROWS + ((b - a) * 8 & (ROWS * 8 - 1)) + (a & 7)
+    rotated = tl.gather(core_order(chosen, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
+    return from_core_order(rotated, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -203,16 +264,49 @@ def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLU
     """bool [ROWS, COLUMNS]: which probabilities of queries o_i and keys from begin_j on are kept.
 
     Word j mod 4 of Philox4x32-10 with counter (j / 4, i, b · H + h, 0) is at least the threshold,
-    ⌊p · 2³²⌋ in the bits of an int32. begin_j is a multiple of 4: four neighbouring keys share a
-    counter.
+    ⌊p · 2³²⌋ in the bits of an int32. From a begin_j that is a multiple of 4, four neighbouring
+    keys share a counter; from another, each key draws its own and takes one word of four.
     """
-    o_block = begin_j // 4 + tl.arange(0, COLUMNS // 4)
-    counter = tl.zeros([ROWS, COLUMNS // 4], tl.int32) + o_block[None, :]
+    seed = tl.load(p_seed)
     zero = tl.zeros([1, 1], tl.int32)
-    word0, word1, word2, word3 = tl.philox(
-        tl.load(p_seed), counter, o_i[:, None], zero + i_bh, zero
-    )
-    # [ROWS, blocks, 2, 2]: the last index counts odd words, the one before it pairs.
-    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
-    words = tl.reshape(words, [ROWS, COLUMNS])
+    i_row = zero + i_bh
+    if begin_j % 4 == 0:
+        o_counter = begin_j // 4 + tl.arange(0, COLUMNS // 4)[None, :] + tl.zeros_like(o_i)[:, None]
+        word0, word1, word2, word3 = tl.philox(seed, o_counter, o_i[:, None], i_row, zero)
+        # [ROWS, counters, 2, 2]: the last index is a word's low bit, the one before it the high.
+        words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+        words = tl.reshape(words, [ROWS, COLUMNS])
+    else:
+        o_j = begin_j + tl.arange(0, COLUMNS)[None, :] + tl.zeros_like(o_i)[:, None]
+        word0, word1, word2, word3 = tl.philox(seed, o_j // 4, o_i[:, None], i_row, zero)
+        word01, word23 = tl.where(o_j % 2 == 0, word0, word1), tl.where(o_j % 2 == 0, word2, word3)
+        words = tl.where(o_j % 4 < 2, word01, word23)
     return words >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def probs_and_dscores(
+    b_scores, b_dprobs, b_high, b_low, b_delta, seen, keep, scale, softcap, dropout_scale
+):
+    """The probabilities that met v, and the gradient of scale · score, of a tile in any orientation.
+
+    b_scores are plain products. lse in base 2 is high + low (high is ∞ for a row without keys);
+    they and delta are broadcastable. `seen` and `keep` are bool tiles or None.
+    """
+    if softcap is not None:
+        b_tanh = tanh(b_scores * (scale / softcap))
+        b_exponent = b_tanh * (softcap * LOG2_E)
+    else:
+        b_exponent = b_scores * (scale * LOG2_E)
+    b_probs = tl.exp2((b_exponent - b_high) - b_low)
+    if seen is not None:
+        b_probs = tl.where(seen, b_probs, 0.0)
+    b_kept = b_probs
+    if keep is not None:
+        b_factor = tl.where(keep, dropout_scale, 0.0)
+        b_kept = b_probs * b_factor
+        b_dprobs = b_dprobs * b_factor
+    b_dscores = b_probs * (b_dprobs - b_delta)
+    if softcap is not None:
+        b_dscores *= 1.0 - b_tanh * b_tanh
+    return b_kept, b_dscores
