@@ -238,7 +238,6 @@ def _launch_head_grad(
 ) -> None:
     """With `lse` and `factor` they are used, else `nll` is written."""
     n, n_columns = logits.shape
-    has_lse = lse is not None
     _adaptive_head_grad_kernel[(n,)](
         logits, grad, logits if bias is None else bias, targets.target,
         targets.target if nll is None else nll,
@@ -246,7 +245,8 @@ def _launch_head_grad(
         targets.target if factor is None else factor,
         first_tokens(targets.sizes), sum(targets.sizes), targets.ignore_index,
         first_column, n_columns, logits.stride(0), grad.stride(0),
-        HAS_BIAS=bias is not None, HAS_LSE=has_lse, N_CLUSTERS=len(targets.sizes), **head_options(logits.device),
+        HAS_BIAS=bias is not None, HAS_LSE=lse is not None, N_CLUSTERS=len(targets.sizes),
+        **head_options(logits.device),
     )  # fmt: skip
 
 
@@ -302,9 +302,7 @@ def head_bwd(
         logits, grad = block.logits(N, last - first), block.grad(N, last - first)
         add_product(x, weight.mT, logits, adds=False)
         bias = None if head.bias is None else head.bias[first:last]
-        _launch_head_grad(
-            logits, grad, bias, targets, first_column=first, lse=lse, factor=factor
-        )
+        _launch_head_grad(logits, grad, bias, targets, first_column=first, lse=lse, factor=factor)
         if dbias is not None:
             dbias[first:last] = grad.sum(0, dtype=torch.float32)
         if dweight is not None:
@@ -333,7 +331,9 @@ def head_loss(
     block = _Block(block_size, V0, x, with_grad=True)
     dx = torch.empty_like(x) if needs_dx else None
     sums = {
-        "weight": None if dweight is None else dweight.new_empty(dweight.shape, dtype=torch.float32),
+        "weight": None
+        if dweight is None
+        else dweight.new_empty(dweight.shape, dtype=torch.float32),
         "bias": None if dbias is None else dbias.new_zeros(dbias.shape, dtype=torch.float32),
     }
     for first in range(0, N, block_size):
