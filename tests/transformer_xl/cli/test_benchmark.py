@@ -1,4 +1,4 @@
-"""`transformer-xl benchmark tune`: times on a GPU only, ranks anywhere; doctor on Triton's version."""
+"""`transformer-xl benchmark tune`: times on a GPU, ranks anywhere. Doctor on Triton's version."""
 
 from __future__ import annotations
 
