@@ -161,13 +161,13 @@ def _launch_dkdv(
     B, H, Tq, D = q.shape
     Tm, Tk = arguments["Tm"], arguments["Tk"]
     config = dkdv_config(architecture(q.device), D, arguments["DV"], q.dtype, Tq, Tk)
-    first_tile, end = 0, Tk
-    if dmem_k is None and dmem_v is None:
-        first_tile = Tm // config.BLOCK_K
-    if dk is None and dv is None:
-        end = 0 if dmem_k is None and dmem_v is None else Tm
-    n_tiles = triton.cdiv(end, config.BLOCK_K) - first_tile
-    if n_tiles <= 0 or B * H == 0:
+    memory_tiles = triton.cdiv(Tm, config.BLOCK_K)  # no tile is of memory and segment
+    wants_memory = dmem_k is not None or dmem_v is not None
+    first_tile = 0 if wants_memory else memory_tiles
+    n_tiles = memory_tiles - first_tile
+    if dk is not None or dv is not None:
+        n_tiles += triton.cdiv(Tk - Tm, config.BLOCK_K)
+    if n_tiles * B * H == 0:
         return
     with torch.cuda.device_of(q):
         _rel_attention_bwd_dkdv_kernel[(n_tiles * B * H,)](

@@ -8,6 +8,7 @@ import triton.language as tl
 from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
 from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
+    capped_scores,
     dropout_keep,
     key_block,
     key_limits,
@@ -39,7 +40,7 @@ def _add_chunk(
     if p_dr is not None:
         b_dr = tl.trans(tl.dot(tl.trans(b_qv), b_chunk, input_precision="ieee"))
         o = tl.arange(0, ROWS)
-        m_row = (begin_m + o).to(tl.uint32, bitcast=True) < R.to(tl.uint32)
+        m_row = (begin_m + o >= 0) & (begin_m + o < R)
         p_tile = p_dr + begin_m.to(tl.int64) * D + (o * D)[:, None] + o_d[None, :]
         tl.atomic_add(p_tile, b_dr, mask=m_row[:, None] & (o_d < D)[None, :], sem="relaxed")
         if CLAMP:
@@ -168,29 +169,30 @@ def _rel_attention_bwd_dqdr_kernel(
             b_scores = skew(chunk, earlier, begin_j, BLOCK_Q, BLOCK_K)
             earlier = chunk
             p_rows, s_row, low, high = key_block(
-                p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, Tm, last
+                p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, last, Tm
             )
             b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
             b_scores = tl.dot(b_qu, tl.trans(b_k), b_scores, input_precision="ieee")
             p_rows, s_row, low, high = key_block(
-                p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, Tm, last
+                p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, last, Tm
             )
             b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
             b_dprobs = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
             o_j = begin_j + tl.arange(0, BLOCK_K)
+            b_scores, b_tanh = capped_scores(b_scores, scale, softcap)
             if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
                 seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
                 b_scores = tl.where(seen, b_scores, float("-inf"))
-            seen = None
             if p_mask is not None:
                 seen = mask_tile(p_mask_bh, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
+                b_scores = tl.where(seen, b_scores, float("-inf"))
             keep = None
             if threshold is not None:
                 i_bh = (i_b * H + i_h).to(tl.int32)
                 keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
             _, b_dscores = probs_and_dscores(
-                b_scores, b_dprobs, b_high[:, None], b_low[:, None], b_delta[:, None],
-                seen, keep, scale, softcap, dropout_scale,
+                b_scores, b_tanh, b_dprobs, b_high[:, None], b_low[:, None], b_delta[:, None],
+                keep, softcap, dropout_scale,
             )  # fmt: skip
             if NEEDS_DQU:
                 b_dqu = tl.dot(b_dscores.to(b_k.dtype), b_k, b_dqu, input_precision="ieee")
@@ -209,7 +211,7 @@ def _rel_attention_bwd_dqdr_kernel(
         if CLAMP and p_dr is not None:
             tl.debug_barrier()
             _add_clamped(p_dr_bh, b_below, b_qv, o_d, D)
-            _add_clamped(p_dr_bh + (R - 1).to(tl.int64) * D, b_above, b_qv, o_d, D)
+            _add_clamped(p_dr_bh + tl.full((), R - 1, tl.int64) * D, b_above, b_qv, o_d, D)
 
         b_dqu *= scale * sign
         b_dqv *= scale * sign

@@ -128,8 +128,9 @@ def load_block(p_rows, stride, begin, low, high, o_d, D: tl.constexpr, ROWS: tl.
     For loops: what is the same for every block is 32 bits wide, and the 64-bit part one number.
     """
     o = tl.arange(0, ROWS)
-    p_tile = p_rows + (begin - low).to(tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
-    inside = (begin - low + o).to(tl.uint32, bitcast=True) < (high - low).to(tl.uint32)
+    p_tile = p_rows + tl.full((), begin - low, tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    o_row = begin - low + o
+    inside = (o_row >= 0) & (o_row < high - low)
     if D < o_d.shape[0]:
         return tl.load(p_tile, mask=inside[:, None] & (o_d < D)[None, :], other=0.0)
     return tl.load(p_tile, mask=inside[:, None], other=0.0)
@@ -239,16 +240,19 @@ def skew_transposed(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, Tm, Tk):
-    """Where to read a block of keys that lies in the memory or in the segment: pointer to the row
-    of key `low`, stride, and [low, high), the keys that are there."""
+def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, last, Tm):
+    """Where a block of keys is read, which lies in the memory or in the segment.
+
+    Returns what `load_block` takes: a pointer to the row of key `low`, the rows' stride, and
+    [low, high), the keys before `last` that are there, if only none.
+    """
+    p_rows, stride, low, high = p_segment, s_segment, Tm, tl.maximum(last, Tm)
     if p_memory is not None:
         in_memory = begin_j < Tm
         p_rows = tl.where(in_memory, p_memory, p_segment)
         stride = tl.where(in_memory, s_memory, s_segment)
-        return p_rows, stride, tl.where(in_memory, 0, Tm), tl.where(in_memory, Tm, Tk)
-    else:
-        return p_segment, s_segment, Tm, Tk
+        low, high = tl.where(in_memory, 0, Tm), tl.where(in_memory, tl.minimum(last, Tm), high)
+    return p_rows, stride, low, high
 
 
 @triton.jit
@@ -293,22 +297,28 @@ def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLU
 
 
 @triton.jit
+def capped_scores(b_scores, scale, softcap):
+    """From plain products: scores in base 2, and with a softcap the tanh of what it bends."""
+    if softcap is not None:
+        b_tanh = tanh(b_scores * (scale / softcap))
+        b_scores = b_tanh * (softcap * LOG2_E)
+    else:
+        b_tanh = b_scores  # not used
+        b_scores = b_scores * (scale * LOG2_E)
+    return b_scores, b_tanh
+
+
+@triton.jit
 def probs_and_dscores(
-    b_scores, b_dprobs, b_high, b_low, b_delta, seen, keep, scale, softcap, dropout_scale
+    b_scores, b_tanh, b_dprobs, b_high, b_low, b_delta, keep, softcap, dropout_scale
 ):
     """The probabilities that met v, and the gradient of scale · score, of a tile in any orientation.
 
-    b_scores are plain products. lse in base 2 is high + low (high is ∞ for a row without keys);
-    they and delta are broadcastable. `seen` and `keep` are bool tiles or None.
+    Scores and tanh are `capped_scores`', -∞ where a key is not seen. lse in base 2 is high + low
+    (high is ∞ for a row without keys); they and delta are broadcastable. `keep` is a bool tile or
+    None.
     """
-    if softcap is not None:
-        b_tanh = tanh(b_scores * (scale / softcap))
-        b_exponent = b_tanh * (softcap * LOG2_E)
-    else:
-        b_exponent = b_scores * (scale * LOG2_E)
-    b_probs = tl.exp2((b_exponent - b_high) - b_low)
-    if seen is not None:
-        b_probs = tl.where(seen, b_probs, 0.0)
+    b_probs = tl.exp2((b_scores - b_high) - b_low)
     b_kept = b_probs
     if keep is not None:
         b_factor = tl.where(keep, dropout_scale, 0.0)
