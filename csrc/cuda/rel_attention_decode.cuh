@@ -1,5 +1,5 @@
 // rel_attention for few queries in three kernels: position scores by row of r, splits of the keys,
-// and their merge. The derivation is in docs/mathematics.md, section 12.
+// and their merge. The derivation is in docs/mathematics.md, section 4.
 #pragma once
 
 #include "lanes.cuh"

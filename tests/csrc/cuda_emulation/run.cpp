@@ -35,7 +35,6 @@ struct Problem {
     using T = std::decay_t<decltype(field)>;
     if (numbers.contains(name)) field = static_cast<T>(numbers.at(name));
   }
-  const void* data(const char* name) { return tensors[name].data; }
 };
 
 static const char* attend(Problem& p, std::ofstream& results) {
@@ -49,10 +48,10 @@ static const char* attend(Problem& p, std::ofstream& results) {
   a.q = p.tensors["q"], a.k = p.tensors["k"], a.v = p.tensors["v"], a.r = p.tensors["r"];
   a.mem_k = p.tensors["mem_k"], a.mem_v = p.tensors["mem_v"], a.mask = p.tensors["mask"];
   p.set(a.mask_stride_key, "mask_stride_key");
-  a.r_w_bias = {p.data("r_w_bias"), p.numbers["float_biases"] != 0};
-  a.r_r_bias = {p.data("r_r_bias"), p.numbers["float_biases"] != 0};
-  a.key_start = {p.data("key_start"), p.numbers["wide_lengths"] != 0};
-  a.key_lens = {p.data("key_lens"), p.numbers["wide_lengths"] != 0};
+  a.r_w_bias = {p.tensors["r_w_bias"].data, p.numbers["float_biases"] != 0};
+  a.r_r_bias = {p.tensors["r_r_bias"].data, p.numbers["float_biases"] != 0};
+  a.key_start = {p.tensors["key_start"].data, p.numbers["wide_lengths"] != 0};
+  a.key_lens = {p.tensors["key_lens"].data, p.numbers["wide_lengths"] != 0};
   a.plan = txl::plan_decode(a);
   const size_t rows = size_t(a.B) * a.H * a.Tq, bytes = rows * a.Dv * size_t(p.numbers["bytes"]);
   auto floats = [&](size_t n) { return reinterpret_cast<float*>(p.allocate(4 * n)); };
@@ -74,8 +73,7 @@ static const char* shift(Problem& p, std::ofstream& results) {
   a.src = static_cast<char*>(p.tensors["src"].data) + size_t(p.numbers["bytes_into_src"]);
   a.dst = p.allocate(into + a.n * a.n_dst * size) + into;
   const char* error = txl::rel_shift_cuda(size, a, nullptr);
-  results.write(static_cast<char*>(a.dst), a.n * a.n_dst * size);
-  return error;
+  return results.write(static_cast<char*>(a.dst), a.n * a.n_dst * size), error;
 }
 
 int main(int, char** files) {
