@@ -1,5 +1,5 @@
 // rel_attention for few queries in three kernels: position scores by row of r, splits of the keys,
-// and their merge. The derivation is in docs/mathematics.md, section 12.
+// and their merge. The derivation is in docs/mathematics.md, section 4.
 #pragma once
 
 #include "lanes.cuh"
@@ -182,7 +182,7 @@ struct SplitWarp {
   static constexpr int kKeys = sizeof(typename L::Part) <= 16 ? 4 : 2;
   static constexpr int kStep = kKeys * L::kGroups;
   // Blocks that a multiprocessor holds at least: what registers allow without spills.
-  static constexpr int kBlocks = kQueries == 1 ? 5 : kKeys == 4 ? 3 : 2;
+  static constexpr int kBlocks = kQueries == 1 ? 4 : kKeys == 4 ? 3 : 2;
 
   const DecodeArgs& args;
   int b, h, own, group;
@@ -252,13 +252,22 @@ struct SplitWarp {
       k_part[u].widen(key);
 #pragma unroll
       for (int a = 0; a < kQueries; ++a) {
-        const float sum = sum_over_lanes<L::kLanes>(scores[a][u] + dot(query[a], key));
-        const float capped = args.softcap > 0 ? args.softcap * kLog2e * tanhf(sum) : sum;
-        scores[a][u] = visible[a] >> u & 1 ? capped : kNone;
+        scores[a][u] = sum_over_lanes<L::kLanes>(scores[a][u] + dot(query[a], key));
+      }
+    }
+    if (args.softcap > 0) {
+#pragma unroll
+      for (int a = 0; a < kQueries; ++a) {
+#pragma unroll
+        for (int u = 0; u < kKeys; ++u) scores[a][u] = args.softcap * kLog2e * tanhf(scores[a][u]);
       }
     }
 #pragma unroll
-    for (int a = 0; a < kQueries; ++a) online[a].weigh(scores[a]);
+    for (int a = 0; a < kQueries; ++a) {
+#pragma unroll
+      for (int u = 0; u < kKeys; ++u) scores[a][u] = visible[a] >> u & 1 ? scores[a][u] : kNone;
+      online[a].weigh(scores[a]);
+    }
 #pragma unroll
     for (int u = 0; u < kKeys; ++u) {
       float value[L::kElements];

@@ -27,7 +27,8 @@ WITHOUT_RANDOMISATION = ("setarch", "-R")
 class Emulation:
     """The CUDA kernels as a program on the CPU.
 
-    `source` holds `.cu` files (`csrc/cuda`, or an altered copy), `sanitizer` is "thread" or "address".
+    `source` holds `.cu` files: `csrc/cuda`, or an altered copy; `sanitizer` is "thread" or
+    "address".
     """
 
     def __init__(self, source: Path, sanitizer: str, folder: Path) -> None:
@@ -73,14 +74,25 @@ class Emulation:
         window_left, window_right = call.get("window", (None, None))
         size, left, phase = (*call.get("chunk", ()), 0, 0, 0)[:3]
         numbers = {
-            **{"B": B, "H": H, "Tq": Tq, "Tm": Tm, "Ts": Ts, "D": D, "Dv": Dv, "R": R},
-            **{"dtype": SCALARS[q.dtype], "bytes": q.element_size()},
-            **{"offset": call.get("offset", Tq - 1), "clamp": call.get("clamp", False)},
-            **{"scale": call.get("scale", D**-0.5), "softcap": call.get("softcap", 0.0)},
-            **{"causal": call.get("causal", False), "chunk_size": size},
-            **{"chunk_left": left, "chunk_phase": phase},
+            "B": B,
+            "H": H,
+            "Tq": Tq,
+            "Tm": Tm,
+            "Ts": Ts,
+            "D": D,
+            "Dv": Dv,
+            "R": R,
+            "dtype": SCALARS[q.dtype],
+            "bytes": q.element_size(),
+            "offset": call.get("offset", Tq - 1),
+            "clamp": call.get("clamp", False),
+            "scale": call.get("scale", D**-0.5),
+            "softcap": call.get("softcap", 0.0),
+            "causal": call.get("causal", False),
+            "chunk_size": size,
+            "chunk_left": left,
+            "chunk_phase": phase,
             "float_biases": call.get("r_w_bias", q).dtype == torch.float32,
-            "wide_lengths": True,
         }
         for name, side in (("window_left", window_left), ("window_right", window_right)):
             if side is not None:
@@ -88,6 +100,7 @@ class Emulation:
         tensors = {name: given for name, given in call.items() if isinstance(given, Tensor)}
         if "mask" in tensors:
             tensors["mask"] = tensors["mask"].expand(B, H, Tq, Tm + Ts)
+            numbers["mask_stride_key"] = tensors["mask"].stride(3)
         for name in ("key_start", "key_lens"):
             if name in tensors:
                 numbers["wide_lengths"] = tensors[name].dtype == torch.int64
@@ -108,10 +121,10 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 def strides_of(tensor: Tensor) -> Sequence[int]:
-    """Four strides in elements, 0 along dimensions of size 1, as the glue passes them."""
+    """The first three strides in elements, 0 along dimensions of size 1, as the glue gives them."""
     shape, stride = tensor.shape, tensor.stride()
     kept = [s if n > 1 else 0 for n, s in zip(shape, stride, strict=True)]
-    return [*kept, 0, 0, 0, 0][:4]
+    return [*kept, 0, 0, 0][:3]
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +139,14 @@ def emulations(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Emul
         return built[sanitizer]
 
     return build
+
+
+@pytest.fixture
+def emulation_of(tmp_path: Path) -> Callable[[Path, str], Emulation]:
+    """The kernels in another folder than `csrc/cuda`, under a sanitizer."""
+    return lambda source, sanitizer: Emulation(source, sanitizer, tmp_path)
+
+
+@pytest.fixture
+def csrc() -> Path:
+    return CSRC

@@ -52,15 +52,13 @@ def check_rel_attention_output(
     run: Callable[..., tuple[Tensor, Tensor]],
     device: str = "cpu",
 ) -> None:
-    """Asserts that `run(**inputs, **options)`, a forward pass, gives output and lse within budget."""
+    """Asserts that a forward pass, `run(**inputs, **options)`, is within the error budget."""
     floats, others = case.inputs(dtype, device)
     floats = {name: tensor.detach() for name, tensor in floats.items()}
     actual = run(**floats, **others, **case.options)
     eager = _eager(floats, others, case.options)
     doubles = {name: tensor.double() for name, tensor in floats.items()}
-    ref64 = rel_attention(
-        **doubles, **others, **case.options, return_lse=True, backend="reference"
-    )
+    ref64 = rel_attention(**doubles, **others, **case.options, return_lse=True, backend="reference")
     assert actual[0].dtype == dtype
     for name, result, due, plain in zip(("out", "lse"), actual, ref64, eager, strict=True):
         check_budget(f"{case} {dtype}: {name}", result, due, plain, dtype=dtype)

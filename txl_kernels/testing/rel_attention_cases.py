@@ -224,7 +224,9 @@ def _decode_cases() -> tuple[RelAttentionCase, ...]:
         case("chunk_phase", Tq=5, options={"chunk": (7, 0, -45)}),
         case("key_start", Tq=2, key_start=[0, 9]),
         case("key_lens", Tq=2, key_lens=[22, 3]),
-        case("wild_lengths", B=4, H=1, key_start=[-5, 2**40, 0, 3], key_lens=[2**50, 5, -(2**40), 9]),
+        case(
+            "wild_lengths", B=4, H=1, key_start=[-5, 2**40, 0, 3], key_lens=[2**50, 5, -(2**40), 9]
+        ),
         case("mask", Tq=3, mask=(2, 2, 3, 33)),
         case("mask_broadcast", Tq=2, mask=(2, 1, 1, 32)),
         case("dead_rows", Tq=3, Tm=5, key_start=[4, 8], options={"window": (1, 0)}),

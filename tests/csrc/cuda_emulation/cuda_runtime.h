@@ -17,12 +17,8 @@
 #define __shared__ static  // one block at a time: every thread sees the same
 #define __launch_bounds__(...)
 
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
-struct float2 {
-  float x, y;
-};
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct float2 { float x, y; };
 struct dim3 {
   unsigned x;
   explicit dim3(unsigned x = 0) : x(x) {}
@@ -32,10 +28,7 @@ inline thread_local dim3 threadIdx, blockIdx;
 namespace emulation {
 
 constexpr unsigned kWarp = 32;
-struct Warp {
-  std::barrier<> barrier{kWarp};
-  uint32_t slots[kWarp];
-};
+struct Warp { std::barrier<> barrier{kWarp}; uint32_t slots[kWarp]; };
 struct Block {
   std::barrier<> barrier;
   std::deque<Warp> warps;
@@ -79,15 +72,15 @@ using std::min;
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-inline const char* cudaGetErrorString(cudaError_t) { return "refused by the emulation"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "refused"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = 1, cudaSuccess;
 }
 
 template <typename Args>
-cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 threads, void** parameters, size_t,
-                             cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 threads, void** parameters,
+                             size_t, cudaStream_t) {
   const Args args = *static_cast<Args*>(parameters[0]);
   for (unsigned b = grid.x; b-- > 0;) {
     emulation::Block block(threads.x);

@@ -1,6 +1,6 @@
 // Runs one op on a problem file and writes the results' bytes: `run problem results`. The file is
-// lines "number NAME VALUE" and "tensor NAME BYTES STRIDE*4" (elements), each tensor's bytes behind
-// its line. Every tensor lies in an allocation of exactly its size; results start as NaN.
+// lines "number NAME VALUE" and "tensor NAME BYTES STRIDE*3" (in elements), each tensor's bytes
+// behind its line. Every tensor lies in an allocation of exactly its size; results start as NaN.
 #include <cstring>
 #include <fstream>
 #include <map>
@@ -14,7 +14,6 @@
 struct Problem {
   std::map<std::string, double> numbers;
   std::map<std::string, txl::Tensor4> tensors;
-  std::map<std::string, int64_t> last_strides;
   std::vector<std::unique_ptr<char[]>> memory;
 
   char* allocate(size_t bytes) {
@@ -23,24 +22,19 @@ struct Problem {
   }
   explicit Problem(std::istream& file) {
     for (std::string kind, name; file >> kind >> name;) {
-      if (kind == "number") {
-        file >> numbers[name];
-      } else {
-        size_t bytes;
-        txl::Tensor4& x = tensors[name];
-        file >> bytes >> x.stride_b >> x.stride_h >> x.stride_t >> last_strides[name];
-        file.ignore();
-        x.data = allocate(bytes);
-        file.read(static_cast<char*>(x.data), bytes);
-      }
+      if (kind == "number" && file >> numbers[name]) continue;
+      size_t bytes;
+      txl::Tensor4& x = tensors[name];
+      file >> bytes >> x.stride_b >> x.stride_h >> x.stride_t;
+      file.ignore();
+      x.data = allocate(bytes);
+      file.read(static_cast<char*>(x.data), bytes);
     }
   }
-  // A number as it is named, or what the field holds by default.
-  template <typename T>
-  void set(T& field, const char* name) const {
+  void set(auto& field, const char* name) const {  // where the file names it
+    using T = std::decay_t<decltype(field)>;
     if (numbers.contains(name)) field = static_cast<T>(numbers.at(name));
   }
-  const void* data(const char* name) { return tensors[name].data; }
 };
 
 static const char* attend(Problem& p, std::ofstream& results) {
@@ -53,13 +47,12 @@ static const char* attend(Problem& p, std::ofstream& results) {
   p.set(a.rule.chunk_left, "chunk_left"), p.set(a.rule.chunk_phase, "chunk_phase");
   a.q = p.tensors["q"], a.k = p.tensors["k"], a.v = p.tensors["v"], a.r = p.tensors["r"];
   a.mem_k = p.tensors["mem_k"], a.mem_v = p.tensors["mem_v"], a.mask = p.tensors["mask"];
-  a.mask_stride_key = p.last_strides["mask"];
-  a.r_w_bias = {p.data("r_w_bias"), p.numbers["float_biases"] != 0};
-  a.r_r_bias = {p.data("r_r_bias"), p.numbers["float_biases"] != 0};
-  a.key_start = {p.data("key_start"), p.numbers["wide_lengths"] != 0};
-  a.key_lens = {p.data("key_lens"), p.numbers["wide_lengths"] != 0};
+  p.set(a.mask_stride_key, "mask_stride_key");
+  a.r_w_bias = {p.tensors["r_w_bias"].data, p.numbers["float_biases"] != 0};
+  a.r_r_bias = {p.tensors["r_r_bias"].data, p.numbers["float_biases"] != 0};
+  a.key_start = {p.tensors["key_start"].data, p.numbers["wide_lengths"] != 0};
+  a.key_lens = {p.tensors["key_lens"].data, p.numbers["wide_lengths"] != 0};
   a.plan = txl::plan_decode(a);
-  p.set(a.plan.batches_per_block, "batches_per_block");
   const size_t rows = size_t(a.B) * a.H * a.Tq, bytes = rows * a.Dv * size_t(p.numbers["bytes"]);
   auto floats = [&](size_t n) { return reinterpret_cast<float*>(p.allocate(4 * n)); };
   a.out = p.allocate(bytes), a.lse = floats(rows);
@@ -80,8 +73,7 @@ static const char* shift(Problem& p, std::ofstream& results) {
   a.src = static_cast<char*>(p.tensors["src"].data) + size_t(p.numbers["bytes_into_src"]);
   a.dst = p.allocate(into + a.n * a.n_dst * size) + into;
   const char* error = txl::rel_shift_cuda(size, a, nullptr);
-  results.write(static_cast<char*>(a.dst), a.n * a.n_dst * size);
-  return error;
+  return results.write(static_cast<char*>(a.dst), a.n * a.n_dst * size), error;
 }
 
 int main(int, char** files) {
