@@ -88,8 +88,8 @@ CASES = [
     Case("all_in_last", targets="last", N=70),
     Case("one_tail_empty", targets="two", N=80),
     Case("all_ignored", targets="ignored"),
-    Case("wide", sizes=(20, 40, 210), widths=(33, 33, 33), d=33, N=50, projected=False),
-    Case("split", sizes=(20, 40, 640), widths=(64, 16, 4), d=64, N=90),
+    Case("wide", sizes=(20, 40, 70), widths=(33, 33, 33), d=33, N=30, projected=False),
+    Case("split", sizes=(20, 40, 230), widths=(40, 16, 4), d=40, N=50),
 ]
 by_name = {case.name: case for case in CASES}
 
