@@ -62,7 +62,9 @@ void softmax_gradients(const ClusterArgs& args, const ClusterPlan& plan, bool he
              *scale = static_cast<const Acc<T>*>(given.scale) + tokens.begin;
   for (int64_t i = 0; i < plan.tile; ++i) {
     ws.factor[i] = i < tokens.n ? scale[i] : Acc<T>(0);
-    ws.shift[i] = i < tokens.n ? static_cast<Acc<T>>(-kLog2e * double{lse[i]}) : Acc<T>(0);
+    // Behind the last token every gradient is exactly 0, whatever the biases.
+    ws.shift[i] = i < tokens.n ? static_cast<Acc<T>>(-kLog2e * double{lse[i]})
+                               : std::numeric_limits<Acc<T>>::lowest() / 2;
   }
   const auto* bias = static_cast<const Acc<T>*>(args.bias);
   const Vec log2e(static_cast<Acc<T>>(kLog2e));

@@ -111,7 +111,8 @@ void cluster_combine(const ClusterArgs& args, const ClusterPlan& plan, const Clu
   const int64_t padded = plan.padded_block(), begin = block * plan.block;
   const int64_t n = std::min(plan.block, args.n - begin);
   const auto* scale = static_cast<const Acc<T>*>(out.scale);
-  std::fill(shared.max, shared.max + padded, Acc<T>(0));
+  // Behind the last token every gradient is exactly 0, whatever the biases.
+  std::fill(shared.max, shared.max + padded, std::numeric_limits<Acc<T>>::max());
   std::fill(shared.share, shared.share + padded, Acc<T>(0));
   for (int64_t i = 0; i < n; ++i) {
     Acc<T> max = shared.slot_max[i];
