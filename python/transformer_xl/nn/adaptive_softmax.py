@@ -160,4 +160,4 @@ class AdaptiveSoftmax(nn.Module):
         sizes = [right - left for left, right in itertools.pairwise(self.ends)]
         # One split, not slices: backward joins the bins' gradients once, into a new table, where
         # each slice would fill a table of its own with zeros.
-        return list(weights[0].split(sizes)), list(biases[0].split(sizes))
+        return list(torch.split(weights[0], sizes)), list(torch.split(biases[0], sizes))

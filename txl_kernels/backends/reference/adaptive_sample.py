@@ -73,7 +73,9 @@ def draw(
     """`n_draws` tokens per row, independent of each other."""
     c0 = head.weight.shape[0] - len(tails)
     entry = logits_of(projected(hidden, head), columns(head, c0, None))  # [N, n_tails]
-    lses, runs = [], []
+    lses: list[Tensor] = []
+    homes: list[int] = []  # the cluster of each piece
+    found: list[tuple[Tensor, Tensor, Tensor]] = []  # its winners: goal, logit, token
     for first_token, x, cluster in _token_clusters(hidden, head, tails):
         parts = []
         for first, piece in pieces(cluster):
@@ -81,7 +83,8 @@ def draw(
             tempered = logits / temperature
             parts.append(torch.stack([logits.logsumexp(1), tempered.logsumexp(1)]))
             goal, column = _race(tempered, n_draws, generator)
-            runs.append((len(lses), goal, logits.gather(1, column), column + first_token + first))
+            found.append((goal, logits.gather(1, column), column + first_token + first))
+            homes.append(len(lses))
         lses.append(torch.stack(parts).logsumexp(0))  # [2, N]: plain, tempered
 
     lse, tempered_lse = torch.stack(lses, dim=1)  # [n_clusters, N] each
@@ -89,9 +92,8 @@ def draw(
     shifts = torch.cat([torch.zeros_like(lse[:1]), entry.mT - lse[1:]]) - head_lse
     total = (tempered_lse + shifts / temperature).logsumexp(0)
 
-    cluster_of_run = torch.tensor([run[0] for run in runs], device=hidden.device)
-    goals, best_logits, tokens = (torch.stack([run[i] for run in runs]) for i in (1, 2, 3))
-    shift = shifts[cluster_of_run, :, None]  # [n_pieces, N, 1]
+    goals, best_logits, tokens = (torch.stack(parts) for parts in zip(*found, strict=True))
+    shift = shifts[homes][..., None]  # [n_pieces, N, 1]
     winner = (goals + shift / temperature).argmax(0, keepdim=True)  # [1, N, J]
     log_probs = (best_logits + shift).gather(0, winner)[0]
     return Drawn(tokens.gather(0, winner)[0], log_probs, shifts, total)
@@ -107,7 +109,7 @@ def mass_before(
         for _, piece in pieces(cluster):
             log_probs = logits_of(x, piece) + shift[:, None]  # as `draw` adds them, to the bit
             probs = (log_probs / temperature - drawn.total[:, None]).exp()
-            likelier = [log_probs > least for least in drawn.log_probs.split(1, 1)]
+            likelier = [log_probs > least[:, None] for least in drawn.log_probs.unbind(1)]
             mass += torch.stack([(probs * ahead).sum(1) for ahead in likelier], 1)
     return mass
 
