@@ -20,6 +20,7 @@ OPS = (
     "adaptive_nll",
     "adaptive_log_prob",
     "adaptive_topk",
+    "adaptive_sample",
     "adaptive_embedding",
 )
 _AUTO = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
