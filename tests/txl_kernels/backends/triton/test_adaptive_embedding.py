@@ -8,14 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from txl_kernels import adaptive_embedding
-from txl_kernels.backends import resolve
 from txl_kernels.testing import check_budget
 
-_REFUSED = resolve("adaptive_embedding", backend="triton", device="cpu", dtype=torch.float32).reason
-pytestmark = pytest.mark.skipif(_REFUSED is not None, reason=str(_REFUSED))
+pytestmark = pytest.mark.interpreted
 
 SIZES = (10, 15, 25)
 WIDTHS = {"projected": (12, 6, 3), "first_bare": (12, 6, 3), "bare": (12, 12, 12)}
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_interpreter(require_backend):
+    require_backend("adaptive_embedding", "triton", needs_grad=True)
 
 
 def _weights(dtype, kind="projected", sizes=SIZES, widths=None, d=12):

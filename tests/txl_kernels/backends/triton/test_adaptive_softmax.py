@@ -10,13 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from txl_kernels import adaptive_loss, adaptive_nll
-from txl_kernels.backends import resolve
 from txl_kernels.testing import check_budget
 
-_REFUSED = resolve("adaptive_nll", backend="triton", device="cpu", dtype=torch.float32).reason
-pytestmark = pytest.mark.skipif(_REFUSED is not None, reason=str(_REFUSED))
+pytestmark = pytest.mark.interpreted
 
 OPS = {"nll": adaptive_nll, "mean": adaptive_loss, "sum": adaptive_loss}
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_interpreter(require_backend):
+    require_backend("adaptive_nll", "triton", needs_grad=True)
 
 
 @dataclasses.dataclass(frozen=True)
