@@ -306,11 +306,8 @@ def n_programs(N: int, sizes: tuple[int, ...], config: TailConfig, split: Splits
 
     Σ tiles_k · splits_k, with tiles_k ≤ n_k / BLOCK_ROWS + 1 and splits_k ≤ sizes_k / columns + 1.
     """
-    return (
-        triton.cdiv(split.N_PARTIALS + N, config.BLOCK_ROWS)
-        + triton.cdiv(sum(sizes), split.MIN_COLUMNS)
-        + len(sizes)
-    )
+    n_tiles = -(-(split.N_PARTIALS + N) // config.BLOCK_ROWS)
+    return n_tiles + -(-sum(sizes) // split.MIN_COLUMNS) + len(sizes)
 
 
 def add_tails_nll(nll: Tensor, lse: Tensor, tails: Tails, buckets: Buckets) -> None:

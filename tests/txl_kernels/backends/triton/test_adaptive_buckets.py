@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from txl_kernels.backends import resolve
+pytestmark = pytest.mark.interpreted
 
-_REFUSED = resolve("adaptive_nll", backend="triton", device="cpu", dtype=torch.float32).reason
-pytestmark = pytest.mark.skipif(_REFUSED is not None, reason=str(_REFUSED))
+
+@pytest.fixture(autouse=True)
+def _needs_the_interpreter(require_backend):
+    require_backend("adaptive_nll", "triton", needs_grad=True)
 
 
 @pytest.mark.parametrize("N", [0, 1, 511, 512, 513, 2000])

@@ -22,8 +22,6 @@ def _needs_the_interpreter():
         pytest.skip(reason)
 
 
-
-
 @triton.jit
 def _skew_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
