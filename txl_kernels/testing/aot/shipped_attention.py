@@ -175,7 +175,21 @@ def calls() -> list[Call]:
     }
     for name, changed in flags.items():
         found.append(call(name, Attention(**changed), in_ci=name == "dropout"))
-    return found
+    return [*found, *(_shift(dtype) for dtype in (bf16, fp32))]
+
+
+def _shift(dtype: torch.dtype) -> Call:
+    """`rel_shift`, forward and backward, of the position scores of eight heads."""
+    module = f"{_BACKEND}.rel_shift"
+
+    def run() -> None:
+        shift = importlib.import_module(module)
+        x = torch.empty(8, 2048, 4096, dtype=dtype, device="meta")
+        shift.rel_shift_bwd(shift.rel_shift_fwd(x, 4096, 2047), 4096, 2047)
+
+    name = f"rel_shift/{str(dtype).removeprefix('torch.')}/train"
+    kernels = {"_rel_shift_kernel": Kernel(_no_products)}
+    return Call(name, run, kernels, in_ci=dtype == torch.bfloat16)
 
 
 def _launcher(operator: str) -> Callable[..., Any]:
