@@ -134,7 +134,7 @@ class Attention:
         backward = Kernel(_backward_gate, passes, part="backward")
         return {
             "_rel_attention_fwd_kernel": Kernel(_forward_gate, passes, part="forward"),
-            "_rel_attention_bwd_delta_kernel": Kernel(_no_products, part="backward"),
+            "_rel_attention_bwd_rows_kernel": Kernel(_no_products, part="backward"),
             "_rel_attention_bwd_dkdv_kernel": backward,
             "_rel_attention_bwd_dqdr_kernel": backward,
         }
