@@ -88,7 +88,9 @@ def test_wild_lengths_read_nothing_outside(start, length):
 
 
 @pytest.mark.parametrize(
-    "chunk", [(1, 0), (2**62, 0), (2**62, 3, 5), (2**50, 0, 2**50 - 4), (7, 2**60, -(2**60))], ids=str
+    "chunk",
+    [(1, 0), (2**62, 0), (2**62, 3, 5), (2**50, 0, 2**50 - 4), (7, 2**60, -(2**60))],
+    ids=str,
 )
 def test_chunks_of_any_size(chunk):
     case = RelAttentionCase("chunk", B=1, H=1, Tq=19, Tm=3, options={"chunk": chunk})
@@ -103,7 +105,9 @@ def test_a_scale_that_is_not_positive(scale):
 
 @pytest.mark.parametrize("sizes", [{"Tq": 0}, {"Ts": 0}, {"B": 0}], ids=str)
 def test_nothing_to_attend(sizes):
-    B, H, Tq, Ts, D = (sizes.get(name, n) for name, n in (("B", 2), ("H", 3), ("Tq", 4), ("Ts", 5), ("D", 6)))
+    B, H, Tq, Ts, D = (
+        sizes.get(name, n) for name, n in (("B", 2), ("H", 3), ("Tq", 4), ("Ts", 5), ("D", 6))
+    )
     q, k, v, r = (
         torch.randn(shape, requires_grad=True)
         for shape in ((B, H, Tq, D), (B, H, Ts, D), (B, H, Ts, D), (1, H, 7, D))
