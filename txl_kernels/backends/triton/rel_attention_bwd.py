@@ -71,9 +71,7 @@ def rel_attention_bwd(
         offset, clamp, causal, window_left, window_right, chunk, scale, softcap, dropout_p,
     )  # fmt: skip
     inputs = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, None, None)
-    wanted = [
-        x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)
-    ]
+    wanted = [x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)]
     dq, dk, dv, _, _, _, dmem_k, dmem_v, _, _ = (
         None if x is None else x.new_empty(x.shape) for x in wanted
     )
@@ -194,9 +192,7 @@ def _launch_dqdr(
     if dq is None and r is None and r_w_bias is None and r_r_bias is None:
         return None, None, None
     B, H, Tq, D = q.shape
-    config = dqdr_config(
-        architecture(q.device), D, arguments["DV"], q.dtype, Tq, arguments["Tk"]
-    )
+    config = dqdr_config(architecture(q.device), D, arguments["DV"], q.dtype, Tq, arguments["Tk"])
     n_tiles = triton.cdiv(Tq, config.BLOCK_Q)
     # A program walks tiles of one table of r: those of all batch rows where they share it.
     rows = B if arguments["p_r"].shape[0] == 1 else 1

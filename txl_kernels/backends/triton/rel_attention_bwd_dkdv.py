@@ -87,7 +87,7 @@ def _rel_attention_bwd_dkdv_kernel(
     """One program: BLOCK_K keys of one (batch, head) and all queries that see some of them.
 
     Recomputes probabilities from lse, block by block of BLOCK_Q queries, as tiles [keys, queries]:
-    so they are left operands of the products that sum over queries, as they come out of the products
+    so they are left operands of the products that sum over queries, as they come from those
     before. Two chunks of r are multiplied per block, for the queries change with every block.
     Accumulates dk and dv in float32 in registers and writes them once. Deterministic: every sum is
     one program's, in a fixed order.

@@ -98,7 +98,7 @@ def _rel_attention_bwd_dqdr_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program: every n_splits-th of n_items tiles of BLOCK_Q queries of one head, all their keys.
+    """One program: every n_splits-th of n_items tiles of BLOCK_Q queries of a head, all their keys.
 
     Recomputes probabilities from lse, block by block; dq stays in registers. A block's score
     gradients complete the chunk of rows of r before its own, which is then multiplied once for dq

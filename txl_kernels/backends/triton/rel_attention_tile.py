@@ -81,7 +81,7 @@ def load_rows(p_rows, o_row, stride, n_rows, o_d, D: tl.constexpr):
     """[rows, D]: rows o_row of a matrix, 0 outside [0, n_rows) and from column D on."""
     p_tile = p_rows + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
     inside = ((o_row >= 0) & (o_row < n_rows))[:, None]
-    if D < o_d.shape[0]:
+    if o_d.shape[0] > D:
         inside = inside & (o_d < D)[None, :]
     return tl.load(p_tile, mask=inside, other=0.0)
 
@@ -98,7 +98,7 @@ def load_keys(p_segment, stride, p_memory, memory_stride, o_j, Tm, Tk, o_d, D: t
     else:
         p_row = p_segment + o_j.to(tl.int64) * stride
     inside = (o_j < Tk)[:, None]
-    if D < o_d.shape[0]:
+    if o_d.shape[0] > D:
         inside = inside & (o_d < D)[None, :]
     return tl.load(p_row[:, None] + o_d[None, :], mask=inside, other=0.0)
 
@@ -128,10 +128,12 @@ def load_block(p_rows, stride, begin, low, high, o_d, D: tl.constexpr, ROWS: tl.
     For loops: what is the same for every block is 32 bits wide, and the 64-bit part one number.
     """
     o = tl.arange(0, ROWS)
-    p_tile = p_rows + tl.full((), begin - low, tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    p_tile = (
+        p_rows + tl.full((), begin - low, tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    )
     o_row = begin - low + o
     inside = (o_row >= 0) & (o_row < high - low)
-    if D < o_d.shape[0]:
+    if o_d.shape[0] > D:
         return tl.load(p_tile, mask=inside[:, None] & (o_d < D)[None, :], other=0.0)
     return tl.load(p_tile, mask=inside[:, None], other=0.0)
 
@@ -189,7 +191,7 @@ def rotate_rows(tile, like, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.
     """
     a = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, COLUMNS)[None, :] + STEP * a
-    # c // 8 · 8 · ROWS + c % 8 + 8 · a, such that eight columns further on is a constant further on.
+    # c // 8 · 8 · ROWS + c % 8 + 8 · a, such that eight columns on are a constant number further.
     source = (c * ROWS - (c & 7) * (ROWS - 1) + 8 * a) & (ROWS * COLUMNS - 1)
     if like is not None:
         source += (tl.abs(like) < 0.0).to(tl.int32)  # never, which only the last compiler pass sees
@@ -215,7 +217,7 @@ def skew(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def unskew(tile, before, begin, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The inverse, for gradients: by row of r, for the chunk before a block's own, all that it gets.
+    """The inverse, for gradients: by row of r, all that the chunk before a block's own gets.
 
     That is from this block (`tile`, by key) where key b of row a lies b - a < 0 in its own chunk,
     and from the block before. `begin` is as in `skew`, `like` as in `rotate_rows`.
@@ -226,7 +228,7 @@ def unskew(tile, before, begin, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 @triton.jit
 def skew_transposed(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`skew` for tiles [rows of r or keys, queries]: out[b, a] = x[b - a, a], x = earlier over chunk.
+    """`skew` for tiles [rows of r or keys, queries]: out[b, a] = x[b - a, a], x = earlier, chunk.
 
     Needs COLUMNS ≤ ROWS.
     """
@@ -272,27 +274,38 @@ def tanh(x):
 
 
 @triton.jit
+def _words_of_shared_counters(seed, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Philox words of queries o_i and keys from begin_j, a multiple of 4, on: four a counter."""
+    zero = tl.zeros([1, 1], tl.int32)
+    o_counter = begin_j // 4 + tl.arange(0, COLUMNS // 4)[None, :] + tl.zeros_like(o_i)[:, None]
+    word0, word1, word2, word3 = tl.philox(seed, o_counter, o_i[:, None], zero + i_bh, zero)
+    # [ROWS, counters, 2, 2]: the last index is a word's low bit, the one before it the high.
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+    return tl.reshape(words, [ROWS, COLUMNS])
+
+
+@triton.jit
+def _words_of_each_key(seed, i_bh, o_i, begin_j, COLUMNS: tl.constexpr):
+    """The same from any begin_j: every key draws its counter's four words and takes one."""
+    zero = tl.zeros([1, 1], tl.int32)
+    o_j = begin_j + tl.arange(0, COLUMNS)[None, :] + tl.zeros_like(o_i)[:, None]
+    word0, word1, word2, word3 = tl.philox(seed, o_j // 4, o_i[:, None], zero + i_bh, zero)
+    odd = o_j % 2 == 1
+    return tl.where(o_j % 4 < 2, tl.where(odd, word1, word0), tl.where(odd, word3, word2))
+
+
+@triton.jit
 def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """bool [ROWS, COLUMNS]: which probabilities of queries o_i and keys from begin_j on are kept.
 
     Word j mod 4 of Philox4x32-10 with counter (j / 4, i, b · H + h, 0) is at least the threshold,
-    ⌊p · 2³²⌋ in the bits of an int32. From a begin_j that is a multiple of 4, four neighbouring
-    keys share a counter; from another, each key draws its own and takes one word of four.
+    ⌊p · 2³²⌋ in the bits of an int32.
     """
     seed = tl.load(p_seed)
-    zero = tl.zeros([1, 1], tl.int32)
-    i_row = zero + i_bh
     if begin_j % 4 == 0:
-        o_counter = begin_j // 4 + tl.arange(0, COLUMNS // 4)[None, :] + tl.zeros_like(o_i)[:, None]
-        word0, word1, word2, word3 = tl.philox(seed, o_counter, o_i[:, None], i_row, zero)
-        # [ROWS, counters, 2, 2]: the last index is a word's low bit, the one before it the high.
-        words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
-        words = tl.reshape(words, [ROWS, COLUMNS])
+        words = _words_of_shared_counters(seed, i_bh, o_i, begin_j, ROWS, COLUMNS)
     else:
-        o_j = begin_j + tl.arange(0, COLUMNS)[None, :] + tl.zeros_like(o_i)[:, None]
-        word0, word1, word2, word3 = tl.philox(seed, o_j // 4, o_i[:, None], i_row, zero)
-        word01, word23 = tl.where(o_j % 2 == 0, word0, word1), tl.where(o_j % 2 == 0, word2, word3)
-        words = tl.where(o_j % 4 < 2, word01, word23)
+        words = _words_of_each_key(seed, i_bh, o_i, begin_j, COLUMNS)
     return words >= threshold.to(tl.uint32, bitcast=True)
 
 
@@ -312,7 +325,7 @@ def capped_scores(b_scores, scale, softcap):
 def probs_and_dscores(
     b_scores, b_tanh, b_dprobs, b_high, b_low, b_delta, keep, softcap, dropout_scale
 ):
-    """The probabilities that met v, and the gradient of scale · score, of a tile in any orientation.
+    """The probabilities that met v, and the gradient of scale · score, of a tile lying either way.
 
     Scores and tanh are `capped_scores`', -∞ where a key is not seen. lse in base 2 is high + low
     (high is ∞ for a row without keys); they and delta are broadcastable. `keep` is a bool tile or

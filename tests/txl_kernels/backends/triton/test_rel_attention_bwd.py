@@ -181,7 +181,9 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_of_queries_times_keys_is_made(determinism):
     torch.use_deterministic_algorithms(determinism)
     try:
-        case = RelAttentionCase("lean", B=1, H=1, Tq=256, Tm=0, R=8, D=4, options={"window": (2, 2)})
+        case = RelAttentionCase(
+            "lean", B=1, H=1, Tq=256, Tm=0, R=8, D=4, options={"window": (2, 2)}
+        )
         with LargestTensor() as largest:
             gradients(case)
     finally:

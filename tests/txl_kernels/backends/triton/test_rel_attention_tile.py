@@ -30,9 +30,7 @@ def _skew_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _skew_transposed_kernel(
-    p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _skew_transposed_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     chunk, earlier = tl.load(p_chunk + o), tl.load(p_earlier + o)
     tl.store(p_out + o, tile.skew_transposed(chunk, earlier, -3, ROWS, COLUMNS))
@@ -153,5 +151,5 @@ def test_bounds_hold_exactly_the_keys_and_queries_that_see_each_other(Tq, Tk, le
         lo, hi = out.tolist()
         seeing = sees[:, begin:end].any(1).nonzero()[:, 0].tolist()
         assert set(seeing) <= set(range(lo, hi))
-        assert 0 <= lo
+        assert lo >= 0
         assert hi <= Tq
