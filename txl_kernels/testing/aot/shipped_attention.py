@@ -17,6 +17,7 @@ from txl_kernels.testing.aot.shipped import Call, Kernel
 
 _BACKEND = "txl_kernels.backends.triton"
 _HOPPER_HEAD_SIZES = (64, 128)
+_SHORT = 16  # queries, up to which the launcher takes lower tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +230,11 @@ def _forward_gate(launch: Launch, arch: int) -> Gate:
     shuffles = row_shuffles(constexprs["BLOCK_Q"], launch.options.num_warps, arch)
     if not _is_16_bit(launch):
         return Gate("none", shuffles=32)
-    hopper = constexprs["D"] in _HOPPER_HEAD_SIZES
+    # Tiles for few queries are lower than HGMMA's 64 rows, and so are some with a number for each
+    # pair (dropout, a dense mask), which wants registers.
+    by_pair = any(launch.signature[name] != "constexpr" for name in ("p_seed", "p_mask"))
+    plain = not by_pair and launch.values["Tq"] > _SHORT
+    hopper = plain and constexprs["D"] in _HOPPER_HEAD_SIZES
     return Gate("hopper" if hopper else "tensor", shuffles)
 
 
