@@ -140,7 +140,7 @@ def _rel_attention_bwd_dkdv_kernel(
         b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
         b_dout = load_block(p_dout, s_dout_i, begin_i, 0, Tq, o_dv, DV, BLOCK_Q)
         b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-        b_scores, b_tanh = capped_scores(b_scores, scale, softcap)
+        b_scores, unit, b_tanh = capped_scores(b_scores, scale, softcap)
         _, all_end = visible_keys(
             begin_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
         )
@@ -164,7 +164,7 @@ def _rel_attention_bwd_dkdv_kernel(
             keep = tl.trans(keep)
         b_high, b_low, b_delta = load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq)
         b_probs, b_dscores = probs_and_dscores(
-            b_scores, b_tanh, b_dprobs, b_high[None, :], b_low[None, :], b_delta[None, :],
+            b_scores, unit, b_tanh, b_dprobs, b_high[None, :], b_low[None, :], b_delta[None, :],
             keep, softcap, dropout_scale,
         )  # fmt: skip
         if NEEDS_DV:

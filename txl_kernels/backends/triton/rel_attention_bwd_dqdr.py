@@ -179,7 +179,7 @@ def _rel_attention_bwd_dqdr_kernel(
             b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
             b_dprobs = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
             o_j = begin_j + tl.arange(0, BLOCK_K)
-            b_scores, b_tanh = capped_scores(b_scores, scale, softcap)
+            b_scores, unit, b_tanh = capped_scores(b_scores, scale, softcap)
             if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
                 seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
                 b_scores = tl.where(seen, b_scores, float("-inf"))
@@ -191,7 +191,7 @@ def _rel_attention_bwd_dqdr_kernel(
                 i_bh = (i_b * H + i_h).to(tl.int32)
                 keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
             _, b_dscores = probs_and_dscores(
-                b_scores, b_tanh, b_dprobs, b_high[:, None], b_low[:, None], b_delta[:, None],
+                b_scores, unit, b_tanh, b_dprobs, b_high[:, None], b_low[:, None], b_delta[:, None],
                 keep, softcap, dropout_scale,
             )  # fmt: skip
             if NEEDS_DQU:

@@ -311,27 +311,26 @@ def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLU
 
 @triton.jit
 def capped_scores(b_scores, scale, softcap):
-    """From plain products: scores in base 2, and with a softcap the tanh of what it bends."""
+    """From plain products: scores to be masked, their factor to base 2, and with a softcap tanh."""
+    b_tanh = b_scores
+    unit = scale * LOG2_E
     if softcap is not None:
         b_tanh = tanh(b_scores * (scale / softcap))
-        b_scores = b_tanh * (softcap * LOG2_E)
-    else:
-        b_tanh = b_scores  # not used
-        b_scores = b_scores * (scale * LOG2_E)
-    return b_scores, b_tanh
+        unit = softcap * LOG2_E
+    return b_tanh, unit, b_tanh
 
 
 @triton.jit
 def probs_and_dscores(
-    b_scores, b_tanh, b_dprobs, b_high, b_low, b_delta, keep, softcap, dropout_scale
+    b_scores, unit, b_tanh, b_dprobs, b_high, b_low, b_delta, keep, softcap, dropout_scale
 ):
     """The probabilities that met v, and the gradient of scale · score, of a tile lying either way.
 
-    Scores and tanh are `capped_scores`', -∞ where a key is not seen. lse in base 2 is high + low
+    Scores, unit and tanh are `capped_scores`', scores -∞ where a key is not seen. lse in base 2 is high + low
     (high is ∞ for a row without keys); they and delta are broadcastable. `keep` is a bool tile or
     None.
     """
-    b_probs = tl.exp2((b_scores - b_high) - b_low)
+    b_probs = tl.exp2((b_scores * unit - b_high) - b_low)
     b_kept = b_probs
     if keep is not None:
         b_factor = tl.where(keep, dropout_scale, 0.0)
