@@ -57,8 +57,8 @@ def rel_attention_fwd(
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    by_pair = mask is not None or dropout_p > 0
-    config = forward_config(architecture(q.device), D, Dv, q.dtype, Tq, by_pair)
+    arch = architecture(q.device)
+    config = forward_config(arch, D, Dv, q.dtype, Tq, mask is not None, dropout_p > 0)
     grid = (triton.cdiv(Tq, config.BLOCK_Q) * B * H,)
     with torch.cuda.device_of(q):
         _rel_attention_fwd_kernel[grid](

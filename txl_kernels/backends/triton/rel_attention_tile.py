@@ -326,9 +326,9 @@ def probs_and_dscores(
 ):
     """The probabilities that met v, and the gradient of scale · score, of a tile lying either way.
 
-    Scores, unit and tanh are `capped_scores`', scores -∞ where a key is not seen. lse in base 2 is high + low
-    (high is ∞ for a row without keys); they and delta are broadcastable. `keep` is a bool tile or
-    None.
+    Scores, unit and tanh are `capped_scores`', scores -∞ where a key is not seen. lse in base 2 is
+    high + low (high is ∞ for a row without keys); they and delta are broadcastable. `keep` is a
+    bool tile or None.
     """
     b_probs = tl.exp2((b_scores * unit - b_high) - b_low)
     b_kept = b_probs
