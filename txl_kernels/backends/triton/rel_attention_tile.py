@@ -112,6 +112,23 @@ def load_positions(p_r, stride, o_m, R, o_d, D: tl.constexpr, CLAMP: tl.constexp
 
 
 @triton.jit
+def load_skewed(
+    p_position, o_i, begin_j, offset, Tq, R, CLAMP: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """float32 [queries, keys from begin_j on]: x[i, j - i + offset] of a contiguous x [Tq, R].
+
+    Outside [0, R) 0, or with CLAMP the nearest column.
+    """
+    o_m = (begin_j + offset + tl.arange(0, COLUMNS))[None, :] - o_i[:, None]
+    inside = (o_i < Tq)[:, None]
+    if CLAMP:
+        o_m = tl.minimum(tl.maximum(o_m, 0), R - 1)
+    else:
+        inside = inside & (o_m >= 0) & (o_m < R)
+    return tl.load(p_position + o_i.to(tl.int64)[:, None] * R + o_m, mask=inside, other=0.0)
+
+
+@triton.jit
 def load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq):
     """What backward has of its queries; lse is ∞ where there is none: their probabilities are 0."""
     m_i = o_i < Tq
