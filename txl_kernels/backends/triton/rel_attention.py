@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -42,8 +43,13 @@ def rel_attention_fwd(
     softcap: float,
     dropout_p: float,
     dead_uniform: bool,
+    *,
+    position: Tensor | None = None,  # [B, H, Tq, R]
 ) -> tuple[Tensor, Tensor]:
-    """Returns out [B, H, Tq, Dv] in q's dtype and lse [B, H, Tq] in float32."""
+    """Returns out [B, H, Tq, Dv] in q's dtype and lse [B, H, Tq] in float32.
+
+    `position`, where given, is read instead of multiplying with r in the kernel.
+    """
     assert q_pos is None, "resolve refuses these"
     assert bias is None
     assert not dead_uniform
@@ -57,12 +63,13 @@ def rel_attention_fwd(
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    by_pair = mask is not None or dropout_p > 0
-    config = forward_config(architecture(q.device), D, Dv, q.dtype, Tq, by_pair)
+    arch = architecture(q.device)
+    config = forward_config(arch, D, Dv, q.dtype, Tq, mask is not None, dropout_p > 0)
     grid = (triton.cdiv(Tq, config.BLOCK_Q) * B * H,)
     with torch.cuda.device_of(q):
         _rel_attention_fwd_kernel[grid](
             **arguments,
+            p_position=position,
             p_out=out,
             p_lse=lse,
             BLOCK_D=block_size(D),
@@ -70,3 +77,19 @@ def rel_attention_fwd(
             **config.options(),
         )
     return out, lse
+
+
+def rel_attention_fwd_materialised(
+    q: Tensor, k: Tensor, v: Tensor, r: Tensor, r_w_bias: Tensor | None, r_r_bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`rel_attention_fwd` with all products with r from one of torch's, [B, H, Tq, R] float32.
+
+    An oracle for the chunks and their rotation at sizes where the reference does not fit. `"auto"`
+    never takes it: the fused kernel runs wherever this one does.
+    """
+    scale = rest[-4]
+    queries = q.float() if r_r_bias is None else q.float() + r_r_bias.float()[:, None]
+    sign = float((scale > 0) - (scale < 0))
+    position = (sign * queries).to(q.dtype).float() @ r.float().mT
+    return rel_attention_fwd(q, k, v, r, r_w_bias, r_r_bias, *rest, position=position.contiguous())

@@ -18,8 +18,8 @@ from txl_kernels.backends.triton.rel_attention_tile import (
     load_rows,
     mask_tile,
     probs_and_dscores,
-    skew,
-    unskew,
+    skew_transposed,
+    unskew_transposed,
     visible_keys,
 )
 
@@ -29,24 +29,24 @@ def _add_chunk(
     b_chunk, b_qv, b_dqv, b_below, b_above, begin_m, p_r, s_r_m, p_dr, R, o_d,
     D: tl.constexpr, CLAMP: tl.constexpr, NEEDS_DQV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Spends score gradients by row of r, [queries, ROWS from begin_m on]: on dqv, and on dr.
+    """Spends score gradients by row of r, [ROWS from begin_m on, queries]: on dqv, and on dr.
 
     With CLAMP, what falls on rows below 0 or above R - 1 is summed for each query and left to the
     end: within one addition to dr no row occurs twice.
     """
     if NEEDS_DQV:
         b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, ROWS)
-        b_dqv = tl.dot(b_chunk, b_r, b_dqv, input_precision="ieee")
+        b_dqv = tl.dot(tl.trans(b_r), b_chunk, b_dqv, input_precision="ieee")
     if p_dr is not None:
-        b_dr = tl.trans(tl.dot(tl.trans(b_qv), b_chunk, input_precision="ieee"))
+        b_dr = tl.dot(b_chunk, b_qv, input_precision="ieee")
         o = tl.arange(0, ROWS)
         m_row = (begin_m + o >= 0) & (begin_m + o < R)
         p_tile = p_dr + begin_m.to(tl.int64) * D + (o * D)[:, None] + o_d[None, :]
         tl.atomic_add(p_tile, b_dr, mask=m_row[:, None] & (o_d < D)[None, :], sem="relaxed")
         if CLAMP:
-            below, above = (begin_m + o < 0)[None, :], (begin_m + o >= R)[None, :]
-            b_below += tl.sum(tl.where(below, b_chunk.to(tl.float32), 0.0), 1)
-            b_above += tl.sum(tl.where(above, b_chunk.to(tl.float32), 0.0), 1)
+            below, above = (begin_m + o < 0)[:, None], (begin_m + o >= R)[:, None]
+            b_below += tl.sum(tl.where(below, b_chunk.to(tl.float32), 0.0), 0)
+            b_above += tl.sum(tl.where(above, b_chunk.to(tl.float32), 0.0), 0)
     return b_dqv, b_below, b_above
 
 
@@ -152,58 +152,61 @@ def _rel_attention_bwd_dqdr_kernel(
         # Blocks of keys are aligned to the segment's first, as the forward's are.
         begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
 
-        b_dqu = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-        b_dqv = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        b_dqu = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
+        b_dqv = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
         b_below = tl.zeros([BLOCK_Q], tl.float32)
         b_above = tl.zeros([BLOCK_Q], tl.float32)
-        before = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+        before = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
         begin_m = begin - begin_i + offset - BLOCK_K
         b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
-        earlier = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+        earlier = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
         like = earlier
         tl.debug_barrier()
         for begin_j in tl.range(begin, end, BLOCK_K):
             begin_m = begin_j - begin_i + offset
             b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
-            chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
-            b_scores = skew(chunk, earlier, begin_j, BLOCK_Q, BLOCK_K)
+            chunk = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
+            b_scores = skew_transposed(chunk, earlier, begin_j, BLOCK_K, BLOCK_Q)
             earlier = chunk
             p_rows, s_row, low, high = key_block(
                 p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, last, Tm
             )
             b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
-            b_scores = tl.dot(b_qu, tl.trans(b_k), b_scores, input_precision="ieee")
+            b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
             p_rows, s_row, low, high = key_block(
                 p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, last, Tm
             )
             b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
-            b_dprobs = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
-            o_j = begin_j + tl.arange(0, BLOCK_K)
+            b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
             b_scores, unit, b_tanh = capped_scores(b_scores, scale, softcap)
+            o_j = begin_j + tl.arange(0, BLOCK_K)
             if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
-                seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
+                seen = (o_j[:, None] >= lo[None, :]) & (o_j[:, None] < hi[None, :])
                 b_scores = tl.where(seen, b_scores, float("-inf"))
             if p_mask is not None:
-                seen = mask_tile(p_mask_bh, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
+                seen = mask_tile(p_mask_bh, s_mask_j, s_mask_i, o_j, o_i, Tk, Tq)
                 b_scores = tl.where(seen, b_scores, float("-inf"))
             keep = None
             if threshold is not None:
                 i_bh = (i_b * H + i_h).to(tl.int32)
                 keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
+                keep = tl.trans(keep)
             _, b_dscores = probs_and_dscores(
-                b_scores, unit, b_tanh, b_dprobs, b_high[:, None], b_low[:, None], b_delta[:, None],
+                b_scores, unit, b_tanh, b_dprobs, b_high[None, :], b_low[None, :], b_delta[None, :],
                 keep, softcap, dropout_scale,
             )  # fmt: skip
             if NEEDS_DQU:
-                b_dqu = tl.dot(b_dscores.to(b_k.dtype), b_k, b_dqu, input_precision="ieee")
-            b_chunk = unskew(b_dscores, before, begin_j, like, BLOCK_Q, BLOCK_K).to(b_q.dtype)
+                b_left = tl.trans(b_k)
+                b_dqu = tl.dot(b_left, b_dscores.to(b_k.dtype), b_dqu, input_precision="ieee")
+            b_chunk = unskew_transposed(b_dscores, before, begin_j, like, BLOCK_K, BLOCK_Q)
             before = b_dscores
             b_dqv, b_below, b_above = _add_chunk(
-                b_chunk, b_qv, b_dqv, b_below, b_above, begin_m - BLOCK_K,
+                b_chunk.to(b_k.dtype), b_qv, b_dqv, b_below, b_above, begin_m - BLOCK_K,
                 p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV, BLOCK_K,
             )  # fmt: skip
-        # The last block's own chunk, whose rows are o_m.
-        b_chunk = unskew(tl.zeros_like(before), before, 0, like, BLOCK_Q, BLOCK_K).to(b_q.dtype)
+        # The last block's own chunk, whose rows begin at begin_m.
+        nothing = tl.zeros_like(before)
+        b_chunk = unskew_transposed(nothing, before, 0, like, BLOCK_K, BLOCK_Q).to(b_q.dtype)
         b_dqv, b_below, b_above = _add_chunk(
             b_chunk, b_qv, b_dqv, b_below, b_above, begin_m,
             p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV, BLOCK_K,
@@ -218,9 +221,9 @@ def _rel_attention_bwd_dqdr_kernel(
         if p_dq is not None:
             p_tile = p_dq + (i_row + o_i)[:, None] * D + o_d[None, :]
             inside = (o_i < Tq)[:, None] & (o_d < D)[None, :]
-            tl.store(p_tile, (b_dqu + b_dqv).to(p_dq.dtype.element_ty), mask=inside)
+            tl.store(p_tile, tl.trans(b_dqu + b_dqv).to(p_dq.dtype.element_ty), mask=inside)
         p_sums = ((i_b * H + i_h) * n_tiles + i_tile) * D + o_d
         if p_dqu_sums is not None:
-            tl.store(p_dqu_sums + p_sums, tl.sum(b_dqu, 0), mask=o_d < D)
+            tl.store(p_dqu_sums + p_sums, tl.sum(b_dqu, 1), mask=o_d < D)
         if p_dqv_sums is not None:
-            tl.store(p_dqv_sums + p_sums, tl.sum(b_dqv, 0), mask=o_d < D)
+            tl.store(p_dqv_sums + p_sums, tl.sum(b_dqv, 1), mask=o_d < D)

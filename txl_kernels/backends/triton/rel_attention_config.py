@@ -39,12 +39,17 @@ FORWARD: dict[tuple[str, bool, int], Config] = {
     ("sm_80", False, 128): Config(16, 16, 8, 2),
     ("sm_80", False, 256): Config(16, 16, 8, 2),
 }
-# What differs with dropout or a dense mask, which want registers for each pair.
-FORWARD_BY_PAIR: dict[tuple[str, bool, int], Config] = {
+# What differs where registers are wanted for each pair or load: with one, or with more, of dropout,
+# a dense mask, and rows that are no multiple of 16 elements.
+FORWARD_BURDENED: dict[tuple[str, bool, int], Config] = {
     ("sm_90", True, 64): Config(64, 64, 8, 2),
     ("sm_90", True, 128): Config(32, 64, 8, 2),
-    ("sm_80", True, 64): Config(64, 64, 8, 2),
+    ("sm_80", True, 64): Config(32, 64, 8, 2),
     ("sm_80", True, 128): Config(32, 64, 8, 2),
+}
+FORWARD_OVERBURDENED: dict[tuple[str, bool, int], Config] = {
+    **FORWARD_BURDENED,
+    ("sm_90", True, 64): Config(32, 64, 8, 2),
 }
 # What differs for up to SHORT queries.
 SHORT = 16
@@ -66,16 +71,17 @@ BACKWARD_DQDR: dict[tuple[str, bool, int], Config] = {
 
 
 def forward_config(
-    arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, by_pair: bool
+    arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, has_mask: bool, has_dropout: bool
 ) -> Config:
-    """`by_pair`: whether dropout or a dense mask has a number for every query and key."""
+    """The tables' row for a call."""
     if arch == "interpreter":
         return INTERPRETED
     key = (arch, dtype != torch.float32, max(64, block_size(max(D, Dv))))
-    config = FORWARD_SHORT.get(key) if Tq <= SHORT else None
-    if by_pair and config is None:
-        config = FORWARD_BY_PAIR.get(key)
-    return config or FORWARD[key]
+    burdens = has_mask + has_dropout + (D % 16 > 0 or Dv % 16 > 0)
+    if Tq <= SHORT and key in FORWARD_SHORT:
+        return FORWARD_SHORT[key]
+    table = (FORWARD, FORWARD_BURDENED, FORWARD_OVERBURDENED)[min(burdens, 2)]
+    return table.get(key) or FORWARD[key]
 
 
 def dkdv_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int) -> Config:

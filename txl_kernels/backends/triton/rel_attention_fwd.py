@@ -13,6 +13,7 @@ from txl_kernels.backends.triton.rel_attention_tile import (
     load_block,
     load_position_block,
     load_rows,
+    load_skewed,
     mask_tile,
     skew,
     tanh,
@@ -37,6 +38,7 @@ def _rel_attention_fwd_kernel(
     p_key_lens,  # [B]
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
+    p_position,  # [B, H, Tq, R], contiguous, float32: products with r; or None
     p_out,  # [B, H, Tq, DV], contiguous
     p_lse,  # [B, H, Tq], contiguous, float32
     s_q_b,
@@ -89,8 +91,9 @@ def _rel_attention_fwd_kernel(
 
     Reads its queries once, and keys, values and rows of r once per block of BLOCK_K keys; writes
     out and lse. Each chunk of BLOCK_K rows of r is multiplied once and used for two neighbouring
-    blocks of keys. Scores, softmax and sums are float32; probabilities are rounded to the inputs'
-    dtype for the product with v. Deterministic: every sum is one program's, in a fixed order.
+    blocks of keys; p_position, where given, is read instead. Scores, softmax and sums are float32;
+    probabilities are rounded to the inputs' dtype for the product with v. Deterministic: every sum
+    is one program's, in a fixed order.
     """
     n_tiles = tl.cdiv(Tq, BLOCK_Q)
     i_bh = tl.program_id(0) // n_tiles
@@ -131,15 +134,21 @@ def _rel_attention_fwd_kernel(
     # Blocks of keys are aligned to the segment's first: each holds keys of the memory or of the
     # segment, so which base pointers and strides to read through is one choice for a block.
     begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
-    begin_m = begin - begin_i + offset - BLOCK_K
-    b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
-    earlier = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
-    for begin_j in tl.range(begin, end, BLOCK_K):
-        begin_m = begin_j - begin_i + offset
+    if p_position is not None:
+        p_position += i_bh.to(tl.int64) * Tq * R
+    else:
+        begin_m = begin - begin_i + offset - BLOCK_K
         b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
-        chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
-        b_scores = skew(chunk, earlier, begin_j, BLOCK_Q, BLOCK_K)
-        earlier = chunk
+        earlier = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+    for begin_j in tl.range(begin, end, BLOCK_K):
+        if p_position is not None:
+            b_scores = load_skewed(p_position, o_i, begin_j, offset, Tq, R, CLAMP, BLOCK_K)
+        else:
+            begin_m = begin_j - begin_i + offset
+            b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
+            chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+            b_scores = skew(chunk, earlier, begin_j, BLOCK_Q, BLOCK_K)
+            earlier = chunk
         p_keys, p_values, s_key, s_value, low, high = p_k, p_v, s_k_j, s_v_j, Tm, Tk
         if p_mem_k is not None:
             in_memory = begin_j < Tm

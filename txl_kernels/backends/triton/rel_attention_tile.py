@@ -112,6 +112,23 @@ def load_positions(p_r, stride, o_m, R, o_d, D: tl.constexpr, CLAMP: tl.constexp
 
 
 @triton.jit
+def load_skewed(
+    p_position, o_i, begin_j, offset, Tq, R, CLAMP: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """float32 [queries, keys from begin_j on]: x[i, j - i + offset] of a contiguous x [Tq, R].
+
+    Outside [0, R) 0, or with CLAMP the nearest column.
+    """
+    o_m = (begin_j + offset + tl.arange(0, COLUMNS))[None, :] - o_i[:, None]
+    inside = (o_i < Tq)[:, None]
+    if CLAMP:
+        o_m = tl.minimum(tl.maximum(o_m, 0), R - 1)
+    else:
+        inside = inside & (o_m >= 0) & (o_m < R)
+    return tl.load(p_position + o_i.to(tl.int64)[:, None] * R + o_m, mask=inside, other=0.0)
+
+
+@triton.jit
 def load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq):
     """What backward has of its queries; lse is ∞ where there is none: their probabilities are 0."""
     m_i = o_i < Tq
@@ -182,17 +199,30 @@ def from_core_order(row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def rotate_rows(tile, like, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def rotate_rows(tile, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out[a, c] = tile[a, (c + STEP · a) mod COLUMNS]; STEP is 1 or -1, COLUMNS a power of 2.
 
     One gather on the flattened tile: a store to shared memory and a load from it. A gather on the
-    tile itself would shuffle between lanes and spill. `like`, a float tile or None, says in which
-    layout the result is wanted, where the compiler would not find out by itself.
+    tile itself would shuffle between lanes and spill.
     """
     a = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, COLUMNS)[None, :] + STEP * a
     # c // 8 · 8 · ROWS + c % 8 + 8 · a, such that eight columns on are a constant number further.
     source = (c * ROWS - (c & 7) * (ROWS - 1) + 8 * a) & (ROWS * COLUMNS - 1)
+    rotated = tl.gather(core_order(tile, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
+    return from_core_order(rotated, ROWS, COLUMNS)
+
+
+@triton.jit
+def rotate_columns(tile, like, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out[b, a] = tile[(b + STEP · a) mod ROWS, a], as `rotate_rows` does it; ROWS a power of 2.
+
+    `like`, a float tile or None, says in which layout the result is wanted, where the compiler
+    would not find out by itself.
+    """
+    b = tl.arange(0, ROWS)[:, None]
+    a = tl.arange(0, COLUMNS)[None, :]
+    source = (a & -8) * ROWS + (((b + STEP * a) * 8) & (ROWS * 8 - 1)) + (a & 7)
     if like is not None:
         source += (tl.abs(like) < 0.0).to(tl.int32)  # never, which only the last compiler pass sees
     rotated = tl.gather(core_order(tile, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
@@ -212,33 +242,30 @@ def skew(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     from_earlier = (begin + tl.arange(0, COLUMNS))[None, :] >= (
         begin + COLUMNS - tl.arange(0, ROWS)
     )[:, None]
-    return rotate_rows(tl.where(from_earlier, earlier, chunk), None, -1, ROWS, COLUMNS)
-
-
-@triton.jit
-def unskew(tile, before, begin, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The inverse, for gradients: by row of r, all that the chunk before a block's own gets.
-
-    That is from this block (`tile`, by key) where key b of row a lies b - a < 0 in its own chunk,
-    and from the block before. `begin` is as in `skew`, `like` as in `rotate_rows`.
-    """
-    of_tile = (begin + tl.arange(0, COLUMNS))[None, :] < (begin + tl.arange(0, ROWS))[:, None]
-    return rotate_rows(tl.where(of_tile, tile, before), like, 1, ROWS, COLUMNS)
+    return rotate_rows(tl.where(from_earlier, earlier, chunk), -1, ROWS, COLUMNS)
 
 
 @triton.jit
 def skew_transposed(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`skew` for tiles [rows of r or keys, queries]: out[b, a] = x[b - a, a], x = earlier, chunk.
+    """`skew` for tiles [rows of r, queries] and [keys, queries]: out[b, a] = x[b - a, a].
 
-    Needs COLUMNS ≤ ROWS.
+    x is `earlier` over `chunk`. Needs COLUMNS ≤ ROWS. `begin` is as in `skew`.
     """
-    o_a, o_b = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    from_earlier = (begin + o_b)[:, None] >= (begin + ROWS - o_a)[None, :]
-    chosen = tl.where(from_earlier, earlier, chunk)
-    a, b = o_a[None, :], o_b[:, None]
-    source = (a & -8) * ROWS + ((b - a) * 8 & (ROWS * 8 - 1)) + (a & 7)
-    rotated = tl.gather(core_order(chosen, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
-    return from_core_order(rotated, ROWS, COLUMNS)
+    from_earlier = (begin + tl.arange(0, ROWS))[:, None] >= (begin + ROWS - tl.arange(0, COLUMNS))[
+        None, :
+    ]
+    return rotate_columns(tl.where(from_earlier, earlier, chunk), None, -1, ROWS, COLUMNS)
+
+
+@triton.jit
+def unskew_transposed(tile, before, begin, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse, for gradients: by row of r, all that the chunk before a block's own gets.
+
+    That is from this block (`tile`, [keys, queries]) where key b of query a lies b - a < 0 in its
+    own chunk, and from the block before. `begin` is as in `skew`, `like` as in `rotate_columns`.
+    """
+    of_tile = (begin + tl.arange(0, ROWS))[:, None] < (begin + tl.arange(0, COLUMNS))[None, :]
+    return rotate_columns(tl.where(of_tile, tile, before), like, 1, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -326,9 +353,9 @@ def probs_and_dscores(
 ):
     """The probabilities that met v, and the gradient of scale · score, of a tile lying either way.
 
-    Scores, unit and tanh are `capped_scores`', scores -∞ where a key is not seen. lse in base 2 is high + low
-    (high is ∞ for a row without keys); they and delta are broadcastable. `keep` is a bool tile or
-    None.
+    Scores, unit and tanh are `capped_scores`', scores -∞ where a key is not seen. lse in base 2 is
+    high + low (high is ∞ for a row without keys); they and delta are broadcastable. `keep` is a
+    bool tile or None.
     """
     b_probs = tl.exp2((b_scores * unit - b_high) - b_low)
     b_kept = b_probs
