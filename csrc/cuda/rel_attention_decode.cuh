@@ -151,11 +151,11 @@ __device__ Merged merge_runs(int n, StatsOf stats_of, OutOf out_of) {
   return all;
 }
 
-// Writes column d of a query row's result, and with column 0 its lse; a row without keys gives 0,
-// -inf.
+// Writes column d of a query row's result, and with column 0 its lse. A row without keys, whose sum
+// is 0 where any other's is at least 1 or NaN, gives 0 and -inf.
 template <typename T>
 __device__ void finish(const DecodeArgs& args, int64_t query_row, int d, const Merged& all) {
-  const bool dead = all.stats.maximum == kNone;
+  const bool dead = all.stats.sum == 0;
   static_cast<T*>(args.out)[query_row * args.Dv + d] =
       Word<T>::narrow(dead ? 0 : all.out / all.stats.sum);
   if (d == 0)
@@ -215,9 +215,9 @@ struct SplitWarp {
     return m >= 0 && m < plan.n_rows ? args.positions[query_row * plan.n_rows + m] : 0;
   }
   __device__ bool attends(int a, int j) const {
-    return args.mask.data == nullptr ||
-           args.mask.head<const bool>(
-               b, h)[queries[a] * args.mask.stride_t + j * args.mask_stride_key];
+    if (args.mask.data == nullptr) return true;
+    const bool* row = args.mask.head<const bool>(b, h) + queries[a] * args.mask.stride_t;
+    return row[j * args.mask_stride_key];
   }
 
   // Takes in keys [begin, end), at most kStep of them; `k` and `v` are the rows of this group's
@@ -251,9 +251,8 @@ struct SplitWarp {
       float key[L::kElements];
       k_part[u].widen(key);
 #pragma unroll
-      for (int a = 0; a < kQueries; ++a) {
+      for (int a = 0; a < kQueries; ++a)
         scores[a][u] = sum_over_lanes<L::kLanes>(scores[a][u] + dot(query[a], key));
-      }
     }
     if (args.softcap > 0) {
 #pragma unroll

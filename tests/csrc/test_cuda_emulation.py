@@ -70,6 +70,15 @@ def test_keys_that_are_not_there_are_never_read(emulations):
     assert torch.equal(emulations("address").attend(**call, **lengths)[0], due)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "r"])
+def test_a_nan_is_no_row_without_keys(name, emulations):
+    call = inputs("one_query")
+    call[name] = torch.full_like(call[name], float("nan"))
+    out, lse = emulations("address").attend(**call)
+    assert out.isnan().all()
+    assert lse.isnan().all()
+
+
 def test_biases_are_taken_in_float32_beside_16_bit_inputs(emulations):
     call = inputs(dtype=torch.bfloat16)
     wide = {name: call.pop(name).float() for name in ("r_w_bias", "r_r_bias")}
