@@ -185,14 +185,13 @@ struct SplitWarp {
   static constexpr int kBlocks = kQueries == 1 ? 4 : kKeys == 4 ? 3 : 2;
 
   const DecodeArgs& args;
-  int b, h, own, group;
-  int queries[kQueries];
+  int b, h, own, group, first_query;
   Seen seen[kQueries];
   float query[kQueries][L::kElements];
   Online<L::kElements> online[kQueries];
 
   __device__ SplitWarp(const DecodeArgs& args, int pair, int first_query)
-      : args(args), b(pair / args.H), h(pair % args.H) {
+      : args(args), b(pair / args.H), h(pair % args.H), first_query(first_query) {
     const int lane = threadIdx.x % kWarp;
     own = lane % L::kLanes, group = lane / L::kLanes;
     float bias[L::kElements];
@@ -200,23 +199,22 @@ struct SplitWarp {
 #pragma unroll
     for (int a = 0; a < kQueries; ++a) {
       const bool there = first_query + a < args.Tq;
-      queries[a] = there ? first_query + a : args.Tq - 1;
-      seen[a] = there ? seen_by(args, b, queries[a]) : Seen{args.Tk(), 0};
-      load_query<L, T>(args, bias, b, h, queries[a], own, query[a]);
+      seen[a] = there ? seen_by(args, b, first_query + a) : Seen{args.Tk(), 0};
+      load_query<L, T>(args, bias, b, h, there ? first_query + a : 0, own, query[a]);
     }
   }
 
   // The position score of query a and key j, and whether the mask lets them meet.
   __device__ float position(int a, int j) const {
     const DecodePlan& plan = args.plan;
-    int m = j - queries[a] + plan.shift;
+    int m = j - (first_query + a) + plan.shift;
     if (args.clamp) m = max(0, min(m, plan.n_rows - 1));
-    const int64_t query_row = (int64_t(b) * args.H + h) * args.Tq + queries[a];
+    const int64_t query_row = (int64_t(b) * args.H + h) * args.Tq + first_query + a;
     return m >= 0 && m < plan.n_rows ? args.positions[query_row * plan.n_rows + m] : 0;
   }
   __device__ bool attends(int a, int j) const {
     if (args.mask.data == nullptr) return true;
-    const bool* row = args.mask.head<const bool>(b, h) + queries[a] * args.mask.stride_t;
+    const bool* row = args.mask.head<const bool>(b, h) + (first_query + a) * args.mask.stride_t;
     return row[j * args.mask_stride_key];
   }
 
