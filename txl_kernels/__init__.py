@@ -5,6 +5,7 @@ from __future__ import annotations
 from txl_kernels.backends import Resolution, resolve
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.ops.adaptive_embedding import adaptive_embedding
+from txl_kernels.ops.adaptive_sample import adaptive_sample
 from txl_kernels.ops.adaptive_softmax import (
     adaptive_log_prob,
     adaptive_loss,
@@ -21,6 +22,7 @@ __all__ = [
     "adaptive_log_prob",
     "adaptive_loss",
     "adaptive_nll",
+    "adaptive_sample",
     "adaptive_topk",
     "rel_attention",
     "rel_shift",

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.gpu.stages import ROOT, UnavailableError
 
+_CUDA = "/usr/local/cuda/bin"
 # pybind11's own CMake files, where the active Python has only the headers that torch brings.
 _PYBIND11_OF_TORCH = """\
 function(pybind11_add_module name)
@@ -33,32 +34,31 @@ def run(results: dict[str, Any], save: Callable[[], None]) -> None:
         RuntimeError: it did not build; the last lines of what the tools said.
     """
     cmake = _tool("cmake")
-    if _tool("nvcc", required=False) is None and "CUDACXX" not in os.environ:
-        raise UnavailableError("no nvcc on PATH: the CUDA kernels cannot be built")
-    ninja = _tool("ninja", required=False)
+    if cmake is None:
+        raise UnavailableError("no cmake: the native part cannot be built")
+    if _tool("nvcc", _CUDA) is None and "CUDACXX" not in os.environ:
+        raise UnavailableError("no nvcc: the CUDA kernels cannot be built")
+    ninja = _tool("ninja")
     folder = ROOT / "build" / f"gpu-{sysconfig.get_config_var('SOABI')}"
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     configure = [
-        *(str(cmake), "-S", str(ROOT), "-B", str(folder), *generator),
+        *(cmake, "-S", str(ROOT), "-B", str(folder), *generator),
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={_pybind11(folder)}",
         "-DTXL_CUDA=ON",
     ]
     _run(configure)
-    _run([str(cmake), "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
+    _run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
     record = json.loads((ROOT / "txl_kernels" / "_native_build.json").read_text())
     results["record"] = record
     if not record["built"]:
         raise RuntimeError(record["reason"])
 
 
-def _tool(name: str, required: bool = True) -> str | None:
-    """The active Python's own, else the first on PATH."""
-    places = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
-    found = shutil.which(name, path=os.pathsep.join(places))
-    if found is None and required:
-        raise UnavailableError(f"no {name}: the native part cannot be built")
-    return found
+def _tool(name: str, *places: str) -> str | None:
+    """The active Python's own, else the first on PATH, else one in `places`."""
+    path = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath), *places]
+    return shutil.which(name, path=os.pathsep.join(path))
 
 
 def _pybind11(folder: Path) -> str:

@@ -19,9 +19,18 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import device
+from benchmarks.gpu.adaptive_parity import check_adaptive
 from benchmarks.gpu.stages import ROOT
-from txl_kernels import resolve
-from txl_kernels.testing import REL_ATTENTION_CASES, check_rel_attention
+from txl_kernels import rel_shift, resolve
+from txl_kernels.testing import (
+    ADAPTIVE_SOFTMAX_CASES,
+    DECODE_CASES,
+    REL_ATTENTION_CASES,
+    AdaptiveSoftmaxCase,
+    RelAttentionCase,
+    check_rel_attention,
+    check_rel_attention_output,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("triton", "native")
@@ -66,11 +75,19 @@ def run(results: dict[str, Any], save: Callable[[], None]) -> None:
 
 def checks(device_type: str) -> Iterator[Check]:
     """Each as its name and what raises AssertionError where it does not hold."""
-    for case in REL_ATTENTION_CASES:
-        for dtype in DTYPES:
-            for backend in BACKENDS:
-                name = f"rel_attention {case} {_short(dtype)} {backend}"
-                yield name, functools.partial(_rel_attention, case, dtype, backend, device_type)
+    for dtype in DTYPES:
+        for backend in BACKENDS:
+            kind = f"{str(dtype).removeprefix('torch.')} {backend}"
+            where = (backend, dtype, device_type)
+            for case in REL_ATTENTION_CASES:
+                yield f"rel_attention {case} {kind}", functools.partial(_attention, case, *where)
+            for case in DECODE_CASES:
+                yield f"decode {case} {kind}", functools.partial(_decoding, case, *where)
+            yield f"rel_shift {kind}", functools.partial(_shift, *where)
+            for softmax in ADAPTIVE_SOFTMAX_CASES:
+                for op in ("adaptive_loss", "adaptive_nll"):
+                    check = functools.partial(_adaptive, softmax, op, *where)
+                    yield f"{op} {softmax} {kind}", check
 
 
 def work(n: int, workers: int, path: Path) -> None:
@@ -93,25 +110,45 @@ class NotServedError(Exception):
     """`resolve`'s sentence on a case that a backend does not serve."""
 
 
-def _rel_attention(case: Any, dtype: torch.dtype, backend: str, device_type: str) -> None:
-    _, reason = resolve(
-        "rel_attention",
-        backend=backend,
-        device=device_type,
-        dtype=dtype,
-        Tq=case.Tq,
-        D=case.D,
-        Dv=case.Dv,
-        needs_grad=True,
-        uses=case.uses,
-    )
+def _require(op: str, backend: str, dtype: torch.dtype, device_type: str, **call: Any) -> None:
+    _, reason = resolve(op, backend=backend, device=device_type, dtype=dtype, **call)
     if reason is not None:
         raise NotServedError(reason)
-    check_rel_attention(case, backend, dtype, device_type)
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _attention(
+    case: RelAttentionCase, backend: str, dtype: torch.dtype, device_type: str, grad: bool = True
+) -> None:
+    sizes = {"Tq": case.Tq, "D": case.D, "Dv": case.Dv, "uses": case.uses}
+    _require("rel_attention", backend, dtype, device_type, needs_grad=grad, **sizes)
+    check = check_rel_attention if grad else check_rel_attention_output
+    check(case, backend, dtype, device_type)
+
+
+def _decoding(case: RelAttentionCase, backend: str, dtype: torch.dtype, device_type: str) -> None:
+    _attention(case, backend, dtype, device_type, grad=False)
+
+
+def _shift(backend: str, dtype: torch.dtype, device_type: str) -> None:
+    """Copies, so the same bits as the reference's, gradient too."""
+    _require("rel_shift", backend, dtype, device_type, needs_grad=True)
+    for n_rows, n_keys, offset in ((70, 70, 16), (33, 90, 40), (300, 257, -5)):
+        x = torch.randn(2, 3, 17, n_rows, device=device_type).to(dtype).requires_grad_()
+        out, due = (
+            rel_shift(x, n_keys=n_keys, offset=offset, backend=name)
+            for name in (backend, "reference")
+        )
+        dout = torch.randn_like(out)
+        grads = [torch.autograd.grad(y, x, dout)[0] for y in (out, due)]
+        assert torch.equal(out, due), "another result than the reference's"
+        assert torch.equal(*grads), "another gradient than the reference's"
+
+
+def _adaptive(
+    case: AdaptiveSoftmaxCase, op: str, backend: str, dtype: torch.dtype, device_type: str
+) -> None:
+    _require(op, backend, dtype, device_type, needs_grad=True)
+    check_adaptive(case, op, backend, dtype, device_type)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 // torch ring of rel_attention on the CPU: tensors to pointers, allocation, threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -9,6 +8,7 @@
 #include "arguments.h"
 #include "txl/gemm.h"
 #include "txl/rel_attention.h"
+#include "workspace.h"
 
 namespace txl {
 namespace {
@@ -87,29 +87,6 @@ struct Call {
     home = given->to(at::kLong).clamp(0, args.Tk()).contiguous();
     return home.const_data_ptr<int64_t>();
   }
-};
-
-// Scratch memory for `threads` threads, on huge pages where it is large: packed matrices are read
-// with strides of many pages, and would miss the TLB at every row (a quarter of the time at D 128,
-// Tk 3,900).
-class Workspace {
- public:
-  Workspace(int64_t threads, int64_t bytes) {
-    constexpr int64_t kPage = 4096, kHugePage = 1 << 21;
-    stride_ = (bytes + kPage - 1) / kPage * kPage;  // no two threads share a page
-    const int64_t total = threads * stride_, align = total >= kHugePage ? kHugePage : kPage;
-    memory_ = at::empty({total + align}, at::kByte);
-    base_ = static_cast<char*>(memory_.data_ptr());
-    base_ += align - reinterpret_cast<uintptr_t>(base_) % align;
-    if (align == kHugePage)
-      madvise(base_, static_cast<size_t>(total), MADV_HUGEPAGE);  // may be refused
-  }
-  char* of(int64_t thread) const { return base_ + thread * stride_; }
-
- private:
-  Tensor memory_;
-  int64_t stride_;
-  char* base_;
 };
 
 // Runs f(chunk, workspace) for every chunk; a free thread takes the next one.

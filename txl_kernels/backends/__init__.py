@@ -20,6 +20,7 @@ OPS = (
     "adaptive_nll",
     "adaptive_log_prob",
     "adaptive_topk",
+    "adaptive_sample",
     "adaptive_embedding",
 )
 _AUTO = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
@@ -51,6 +52,9 @@ _SERVES: dict[tuple[str, ...], Serves] = {
         lacks=(*_DENSE_ARGUMENTS, "dropout_p"),
     ),
     ("native", "rel_shift"): Serves(_FLOAT),
+    ("native", "adaptive_loss"): Serves(_FLOAT),
+    ("native", "adaptive_nll"): Serves(_FLOAT),
+    ("native", "adaptive_embedding"): Serves(_FLOAT),
     ("triton", "rel_attention"): Serves(_FLOAT_TO_16_BIT, head_size=256, lacks=_DENSE_ARGUMENTS),
     ("triton", "rel_shift"): Serves(_FLOAT),
     ("triton", "adaptive_loss"): Serves(_FLOAT_TO_16_BIT),

@@ -70,10 +70,10 @@ def adaptive_nll(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
     _check_target(op, target, hidden, ignore_index)
-    chosen = _choose(op, backend, hidden, head, clusters)
+    chosen = choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device):
         if chosen == "reference":
-            check_tokens(op, "target", target, _n_tokens(head, clusters), ignore_index)
+            check_tokens(op, "target", target, n_tokens_of(head, clusters), ignore_index)
             return reference.nll(hidden, target, head, clusters, ignore_index)
         flat = _flat(hidden, head, clusters)
         nll, _lse = operators(chosen).adaptive_nll_fwd(hidden, target, flat, ignore_index)
@@ -109,10 +109,10 @@ def adaptive_loss(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
     _check_target(op, target, hidden, ignore_index)
-    chosen = _choose(op, backend, hidden, head, clusters)
+    chosen = choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device):
         if chosen == "reference":
-            check_tokens(op, "target", target, _n_tokens(head, clusters), ignore_index)
+            check_tokens(op, "target", target, n_tokens_of(head, clusters), ignore_index)
             return reference.loss(hidden, target, head, clusters, ignore_index, reduction)
         flat = _flat(hidden, head, clusters)
         needed = [any_needs_grad(x) for x in (hidden, *flat)]
@@ -138,19 +138,15 @@ def adaptive_log_prob(
     Args, Raises and Precision: as `adaptive_nll`, without target.
 
     Returns:
-        [N, V] float32 (float64 for float64); differentiable on the reference, which "auto" takes
-        where a gradient is needed.
+        [N, V] float32 (float64 for float64), differentiable.
     """
     op = "adaptive_log_prob"
     hidden, head, clusters = checked_clusters(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
-    chosen = _choose(op, backend, hidden, head, clusters)
+    choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device):
-        if chosen == "reference":
-            return reference.log_prob(hidden, head, clusters)
-        flat = _flat(hidden, head, clusters)
-        return cast(Tensor, operators(chosen).adaptive_log_prob_fwd(hidden, flat))
+        return reference.log_prob(hidden, head, clusters)
 
 
 def adaptive_topk(
@@ -177,16 +173,12 @@ def adaptive_topk(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
     check_int(op, "k", k, at_least=1)
-    if k > _n_tokens(head, clusters):
-        raise ValueError(f"{op}: k must be at most V = {_n_tokens(head, clusters)}, got {k}")
+    if k > n_tokens_of(head, clusters):
+        raise ValueError(f"{op}: k must be at most V = {n_tokens_of(head, clusters)}, got {k}")
     with torch.no_grad():
-        chosen = _choose(op, backend, hidden, head, clusters)
+        choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device), torch.no_grad():
-        if chosen == "reference":
-            return reference.topk(hidden, head, clusters, k)
-        flat = _flat(hidden, head, clusters)
-        log_probs, tokens = operators(chosen).adaptive_topk_fwd(hidden, flat, k)
-        return log_probs, tokens
+        return reference.topk(hidden, head, clusters, k)
 
 
 def _check_target(op: str, target: Tensor, hidden: Tensor, ignore_index: int) -> None:
@@ -196,7 +188,10 @@ def _check_target(op: str, target: Tensor, hidden: Tensor, ignore_index: int) ->
     check_int(op, "ignore_index", ignore_index)
 
 
-def _choose(op: str, backend: str, hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> str:
+def choose_backend(
+    op: str, backend: str, hidden: Tensor, head: Cluster, tails: Sequence[Cluster]
+) -> str:
+    """The backend that serves the call; BackendUnavailableError where none does."""
     weights = [tensor for cluster in (head, *tails) for tensor in cluster]
     return choose(
         op,
@@ -214,5 +209,6 @@ def _flat(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> list[Tenso
     return [absent if x is None else x for cluster in (head, *tails) for x in cluster]
 
 
-def _n_tokens(head: Cluster, tails: Sequence[Cluster]) -> int:
+def n_tokens_of(head: Cluster, tails: Sequence[Cluster]) -> int:
+    """V."""
     return head.weight.shape[0] - len(tails) + sum(tail.weight.shape[0] for tail in tails)

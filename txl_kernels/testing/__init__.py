@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from txl_kernels.backends.reference.philox import dropout_keep
+from txl_kernels.testing.adaptive_softmax_cases import (
+    ADAPTIVE_SOFTMAX_CASES,
+    AdaptiveSoftmaxCase,
+)
 from txl_kernels.testing.budget import check_budget
 from txl_kernels.testing.rel_attention import check_rel_attention, check_rel_attention_output
 from txl_kernels.testing.rel_attention_cases import (
@@ -12,8 +16,10 @@ from txl_kernels.testing.rel_attention_cases import (
 )
 
 __all__ = [
+    "ADAPTIVE_SOFTMAX_CASES",
     "DECODE_CASES",
     "REL_ATTENTION_CASES",
+    "AdaptiveSoftmaxCase",
     "RelAttentionCase",
     "check_budget",
     "check_rel_attention",

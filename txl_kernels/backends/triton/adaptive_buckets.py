@@ -141,7 +141,7 @@ def first_tokens(sizes: Sequence[int]) -> tuple[int, ...]:
 
 def n_tiles(n_tokens: int, n_clusters: int, block: int) -> int:
     """As many tiles as tokens can need: each cluster's last one may be part empty."""
-    return triton.cdiv(n_tokens, block) + n_clusters
+    return -(-n_tokens // block) + n_clusters
 
 
 @triton.jit

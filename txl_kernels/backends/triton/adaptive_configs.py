@@ -56,18 +56,18 @@ PRODUCT: dict[tuple[str, bool], ProductConfig] = {
 }
 # By kernel, architecture and whether inputs have 16 bits.
 TAIL: dict[tuple[str, str, bool], TailConfig] = {
-    ("fwd", "sm_80", True): TailConfig(64, 128, 256, 64, 4, 2),
-    ("fwd", "sm_80", False): TailConfig(32, 64, 64, 32, 4, 2),
-    ("fwd", "sm_90", True): TailConfig(64, 128, 256, 64, 4, 2),
-    ("fwd", "sm_90", False): TailConfig(32, 64, 64, 32, 4, 2),
-    ("dx", "sm_80", True): TailConfig(64, 64, 256, 64, 8, 2),
-    ("dx", "sm_80", False): TailConfig(32, 32, 64, 32, 4, 2),
-    ("dx", "sm_90", True): TailConfig(64, 64, 256, 64, 8, 2),
-    ("dx", "sm_90", False): TailConfig(32, 32, 64, 32, 4, 2),
-    ("dweight", "sm_80", True): TailConfig(64, 64, 256, 64, 8, 2),
-    ("dweight", "sm_80", False): TailConfig(32, 32, 64, 32, 4, 2),
+    ("fwd", "sm_80", True): TailConfig(64, 128, 256, 32, 8, 2),
+    ("fwd", "sm_80", False): TailConfig(32, 32, 64, 32, 8, 2),
+    ("fwd", "sm_90", True): TailConfig(64, 128, 256, 64, 8, 2),
+    ("fwd", "sm_90", False): TailConfig(32, 32, 64, 32, 8, 2),
+    ("dx", "sm_80", True): TailConfig(64, 32, 256, 32, 8, 2),
+    ("dx", "sm_80", False): TailConfig(32, 32, 64, 32, 8, 2),
+    ("dx", "sm_90", True): TailConfig(64, 64, 256, 32, 8, 2),
+    ("dx", "sm_90", False): TailConfig(32, 32, 64, 32, 8, 2),
+    ("dweight", "sm_80", True): TailConfig(64, 64, 256, 32, 8, 2),
+    ("dweight", "sm_80", False): TailConfig(32, 32, 64, 32, 8, 2),
     ("dweight", "sm_90", True): TailConfig(64, 64, 256, 64, 8, 2),
-    ("dweight", "sm_90", False): TailConfig(32, 32, 64, 32, 4, 2),
+    ("dweight", "sm_90", False): TailConfig(32, 32, 64, 32, 8, 2),
 }
 _INTERPRETED_TAIL = TailConfig(16, 16, 32, 16, 4, 1)
 # About two programs to each of a large GPU's 132 multiprocessors, at 64 tokens each.

@@ -1,4 +1,4 @@
-"""`torch.ops.txl_triton.adaptive_embedding_fwd` and `_bwd`: each token's row, projected, and back."""
+"""`torch.ops.txl_triton.adaptive_embedding_*`: each token's row, projected, and the way back."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """Products with one matrix per cluster, of rows that are gathered and scattered on the way.
 
-Projections of the adaptive softmax and of the adaptive embedding, forward and backward. All clusters
-go in one launch, sized for the worst that tokens can ask; programs without work leave at once.
+Projections of the adaptive softmax and of the adaptive embedding, forward and backward. All
+clusters go in one launch, sized for the worst that tokens can ask; programs without work leave at
+once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +19,7 @@ from txl_kernels.backends.triton.adaptive_configs import product_config
 
 @triton.jit
 def load_block(p, o_row, m_row, o_column, width, stride):
-    """[rows, columns] of a matrix with that stride between rows; 0 where masked and from width on."""
+    """[rows, columns] of a matrix, `stride` from row to row; 0 where masked and from width on."""
     return tl.load(
         p + o_row.to(tl.int64)[:, None] * stride + o_column[None, :],
         mask=m_row[:, None] & (o_column < width)[None, :],
@@ -272,4 +272,3 @@ def sum_outer(
         GATHERS_RIGHT=right_row is not None,
         **config.options(),
     )
-

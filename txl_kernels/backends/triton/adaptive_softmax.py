@@ -71,9 +71,8 @@ def adaptive_loss_fwd(
         nll, lse = call.new_losses()
         one = nll.new_ones(())
         # The first of the ignored tokens stands behind those that count.
-        scale = 1.0 / call.buckets.first[-2].clamp(min=1) if mean else one
-        deferred = hidden.dtype == torch.float16
-        factor, rest = (one, scale) if deferred else (scale, one.clone())
+        scale = call.buckets.first[-2].clamp(min=1).float().reciprocal() if mean else one
+        factor, rest = (one, scale) if hidden.dtype == torch.float16 else (scale, one)
         if call.N == 0:
             grads.zero()
             nll = nll.new_zeros(1)
@@ -82,7 +81,7 @@ def adaptive_loss_fwd(
         else:
             heads.head_nll(call.head_x(), call.head, call.targets, nll, lse[0])
             call.add_tails_nll(nll, lse[1])
-    return nll.sum() * scale, rest.clone(), grads.flat()
+    return nll.sum() * scale, rest, grads.flat()
 
 
 def adaptive_loss_bwd(dloss: Tensor, rest: Tensor, grads: Sequence[Tensor]) -> None:
@@ -181,7 +180,8 @@ class _Call:
         """The head's projected rows [N, d_0], in hidden's dtype."""
         if self.head.projection is None:
             return self.hidden
-        return torch.mm(self.hidden, self.head.projection.mT)
+        x = self.hidden.new_empty(self.N, self.head.weight.shape[1])
+        return heads.multiply(self.hidden, self.head.projection.mT, out=x)
 
     def add_tails_nll(self, nll: Tensor, lse: Tensor) -> Tails | None:
         if not self.tails:
@@ -229,9 +229,9 @@ class _Call:
             if projection is None:
                 grads.hidden.copy_(dx)
             else:
-                torch.mm(dx, projection, out=grads.hidden)
+                heads.multiply(dx, projection, out=grads.hidden)
         if grads.projections[0] is not None:
-            torch.mm(dx.mT, self.hidden, out=grads.projections[0])
+            heads.multiply(dx.mT, self.hidden, out=grads.projections[0])
 
     def _tails_bwd(self, grads: _Gradients, tails: Tails, lse: Tensor, factor: Tensor) -> None:
         """Adds the tails' part to hidden's gradient, which the head's has been written to."""

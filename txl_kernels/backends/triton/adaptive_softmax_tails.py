@@ -5,7 +5,7 @@ No logits reach memory. All tails go in one launch; `docs/mathematics.md` derive
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,10 +35,16 @@ class Tails(NamedTuple):
     widths: tuple[int, ...]
     has_bias: tuple[bool, ...]
 
-    def padded(self, config: TailConfig) -> tuple[int, ...]:
-        """Columns of a block that holds a row, or as much of it as fits."""
-        sizes = (max(16, triton.next_power_of_2(width)) for width in self.widths)
-        return tuple(min(size, config.MAX_WIDTH) for size in sizes)
+    def options(self, config: TailConfig) -> dict[str, Any]:
+        """The keyword arguments that all kernels over tiles of logits take."""
+        held = (max(16, triton.next_power_of_2(width)) for width in self.widths)
+        return {
+            "SIZES": self.sizes,
+            "WIDTHS": self.widths,
+            "PADDED": tuple(min(size, config.MAX_WIDTH) for size in held),
+            "HAS_BIAS": self.has_bias,
+            **config.options(),
+        }
 
 
 def project(hidden: Tensor, tails: list[Cluster], buckets: Buckets) -> Tails:
@@ -202,7 +208,7 @@ def _adaptive_tails_fwd_kernel(
     stride_x,
     SIZES: tl.constexpr,
     WIDTHS: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr,  # columns of a block that holds a row, or as much of it as fits
     HAS_BIAS: tl.constexpr,
     N_PARTIALS: tl.constexpr,
     MIN_COLUMNS: tl.constexpr,
@@ -278,7 +284,7 @@ def _adaptive_tails_join_kernel(
         n_before += n_tokens * n_here
     largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for i_split in range(0, n_splits):
+    for i_split in range(n_splits):
         o_partial = partial + i_split * stride + o_position
         new = tl.load(p_largest + o_partial, mask=m_row, other=0.0)
         larger = tl.maximum(largest, new)
@@ -300,11 +306,8 @@ def n_programs(N: int, sizes: tuple[int, ...], config: TailConfig, split: Splits
 
     Σ tiles_k · splits_k, with tiles_k ≤ n_k / BLOCK_ROWS + 1 and splits_k ≤ sizes_k / columns + 1.
     """
-    return (
-        triton.cdiv(split.N_PARTIALS + N, config.BLOCK_ROWS)
-        + triton.cdiv(sum(sizes), split.MIN_COLUMNS)
-        + len(sizes)
-    )
+    n_tiles = -(-(split.N_PARTIALS + N) // config.BLOCK_ROWS)
+    return n_tiles + -(-sum(sizes) // split.MIN_COLUMNS) + len(sizes)
 
 
 def add_tails_nll(nll: Tensor, lse: Tensor, tails: Tails, buckets: Buckets) -> None:
@@ -316,8 +319,7 @@ def add_tails_nll(nll: Tensor, lse: Tensor, tails: Tails, buckets: Buckets) -> N
     _adaptive_tails_fwd_kernel[(n_programs(N, tails.sizes, config, split),)](
         tails.x, tails.weights, tails.biases, buckets.column, buckets.first,
         largest, total, at_target, tails.x.stride(0),
-        SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded(config), HAS_BIAS=tails.has_bias,
-        **split._asdict(), **config.options(),
+        **tails.options(config), **split._asdict(),
     )  # fmt: skip
     rows = 128
     _adaptive_tails_join_kernel[(n_tiles(N, len(tails.sizes), rows),)](

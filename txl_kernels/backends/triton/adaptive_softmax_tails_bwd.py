@@ -162,7 +162,7 @@ def _adaptive_tails_dx_join_kernel(
         n_splits = tl.cdiv(SIZES[k], columns)
         if (cluster == k + 1) & (tl.program_id(1) * BLOCK_OUT < WIDTHS[k]):
             dx = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-            for i_split in range(0, n_splits):
+            for i_split in range(n_splits):
                 o_partial = n_before + i_split * n_tokens - first + o_position
                 dx += load_block(p_partial, o_partial, m_row, o_out, WIDTHS[k], stride_x)
             p_tile = p_dx + o_position.to(tl.int64)[:, None] * stride_x + o_out[None, :]
@@ -299,8 +299,7 @@ def tails_dx(tails: Tails, buckets: Buckets, lse: Tensor, factor: Tensor) -> Ten
     _adaptive_tails_dx_kernel[grid](
         tails.x, tails.weights, tails.biases, buckets.order, buckets.column, buckets.first,
         lse, factor, partial, tails.x.stride(0),
-        SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded(config), HAS_BIAS=tails.has_bias,
-        IS_PER_TOKEN=per_token, **split._asdict(), **config.options(),
+        IS_PER_TOKEN=per_token, **tails.options(config), **split._asdict(),
     )  # fmt: skip
     dx = torch.empty_like(tails.x)
     rows, width = 32, 64
@@ -341,6 +340,5 @@ def write_tails_dweight(
         tuple(tails.x if out is None else out for out in outs),
         tuple(tails.x if out is None else out for out in bias_outs),
         tails.x.stride(0),
-        SIZES=tails.sizes, WIDTHS=tails.widths, PADDED=tails.padded(config), HAS_BIAS=tails.has_bias,
-        IS_PER_TOKEN=factor.dim() == 1, TILES=tuple(tiles), **config.options(),
+        IS_PER_TOKEN=factor.dim() == 1, TILES=tuple(tiles), **tails.options(config),
     )  # fmt: skip

@@ -12,6 +12,10 @@ from txl_kernels.testing.aot.build import Binary
 # "none": not on tensor cores, as tf32 would round float32. "no products": it has none.
 Products = Literal["hopper", "tensor", "none", "no products"]
 
+# Versions of Triton whose machine code is held to the gates: the one that tests pin and torch 2.11
+# brings, and the one that torch 2.13's CUDA build requires.
+TRITON_VERSIONS = ("3.6.0", "3.7.1")
+
 # Bytes of shared memory that one block may ask for.
 SHARED_LIMIT = {80: 166912, 90: 232448}
 TENSOR_OPCODES = ("HGMMA", "HMMA")
@@ -89,9 +93,10 @@ def row_shuffles(block_rows: int, num_warps: int, arch: int, reductions: int = 2
     """SHFL that `reductions` along the rows of a tile may cost.
 
     In the layout of a product's result a row lies in four lanes (two steps), and a thread holds 2
-    rows of each 16 of its warp. Before sm_90 two warps may share a row: each then holds twice the
-    rows, and a few more steps join the halves.
+    rows of each 16 of its warp. Where two warps share a row a step more joins the halves; without
+    HGMMA (before sm_90, or under 64 rows) each of them then holds twice the rows.
     """
-    rows_per_thread = max(2 * block_rows // (16 * num_warps), 2)
-    shuffles = 2 * reductions * rows_per_thread
-    return shuffles if arch >= 90 else 2 * shuffles + 2 * reductions
+    shuffles = 2 * reductions * max(2 * block_rows // (16 * num_warps), 2)
+    if arch < 90 or block_rows < 64:
+        return 2 * shuffles + 2 * reductions
+    return shuffles + 2 * reductions * (16 * num_warps > block_rows)

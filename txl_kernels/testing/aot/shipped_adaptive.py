@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -45,9 +44,11 @@ class Adaptive:
 
     @property
     def shares(self) -> list[float]:
-        """Of the tokens that fall into each tail, by Zipf's law: token n goes with 1 / (n + 1)."""
-        logs = [math.log(border) + 0.5772 for border in self.borders]
-        return [(end - begin) / logs[-1] for begin, end in pairwise(logs)]
+        """Of the tokens that fall into each tail, as words fall in text: Zipf's and Mandelbrot's
+        law, token n with (n + 3.7)^-1.2, summed as an integral. The head has 92%."""
+        beyond = [(border + 3.2) ** -0.2 for border in (0, *self.borders)]
+        whole = beyond[0] - beyond[-1]
+        return [(begin - end) / whole for begin, end in pairwise(beyond[1:])]
 
     def tail_flop(self) -> float:
         """Of the product of the tails' logits."""
@@ -127,18 +128,20 @@ class Adaptive:
 
 def calls() -> list[Call]:
     """WikiText-103's large model in each dtype; its base one, whose tails are as wide as d."""
-    found = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        large = Adaptive(dtype=dtype)
-        bf16 = dtype == torch.bfloat16
-        found += [
-            _call("adaptive_loss", "wt103_large", large, in_ci=bf16, modelled=bf16),
-            _call("adaptive_nll", "wt103_large", large, modelled=bf16),
-            _call("adaptive_embedding", "wt103_large", large, in_ci=bf16, modelled=bf16),
-            _call("adaptive_nll", "equal_widths", Adaptive(d=410, div_val=1, dtype=dtype)),
-        ]
-    no_bias = Adaptive(biases=False)
-    return [*found, _call("adaptive_loss", "no_biases", no_bias)]
+    bf16, large = torch.bfloat16, Adaptive()
+    found = [
+        _call("adaptive_loss", "wt103_large", large, in_ci=True, modelled=True),
+        _call("adaptive_nll", "wt103_large", large, modelled=True),
+        _call("adaptive_embedding", "wt103_large", large, in_ci=True, modelled=True),
+        _call("adaptive_loss", "no_biases", dataclasses.replace(large, biases=False)),
+        _call("adaptive_loss", "wt103_large", dataclasses.replace(large, dtype=torch.float16)),
+    ]
+    for dtype in (bf16, torch.float32):
+        equal = Adaptive(d=410, div_val=1, dtype=dtype)
+        found.append(_call("adaptive_nll", "equal_widths", equal))
+    single = dataclasses.replace(large, dtype=torch.float32)
+    found.append(_call("adaptive_loss", "wt103_large", single))
+    return [*found, _call("adaptive_embedding", "wt103_large", single)]
 
 
 def _call(

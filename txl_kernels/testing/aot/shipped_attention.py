@@ -17,6 +17,7 @@ from txl_kernels.testing.aot.shipped import Call, Kernel
 
 _BACKEND = "txl_kernels.backends.triton"
 _HOPPER_HEAD_SIZES = (64, 128)
+_SHORT = 16  # queries, up to which the launcher takes lower tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Attention:
         backward = Kernel(_backward_gate, passes, part="backward")
         return {
             "_rel_attention_fwd_kernel": Kernel(_forward_gate, passes, part="forward"),
-            "_rel_attention_bwd_delta_kernel": Kernel(_no_products, part="backward"),
+            "_rel_attention_bwd_rows_kernel": Kernel(_no_products, part="backward"),
             "_rel_attention_bwd_dkdv_kernel": backward,
             "_rel_attention_bwd_dqdr_kernel": backward,
         }
@@ -147,12 +148,12 @@ def calls() -> list[Call]:
     for D in (64, 128):
         train = Attention(D=D)
         found.append(call(f"train_d{D}", train, in_ci=True, modelled=True))
-        found.append(call(f"train_d{D}", dataclasses.replace(train, dtype=fp16)))
         single = dataclasses.replace(train, dtype=fp32)
         found.append(call(f"train_d{D}", single, in_ci=D == 64, modelled=True))
-    for dtype in (bf16, fp16, fp32):
+    for dtype in (bf16, fp32):
         found.append(call("head_256", Attention(D=256, dtype=dtype)))
-        found.append(call("head_32", Attention(D=32, dtype=dtype)))
+    found.append(call("train_d64", Attention(dtype=fp16)))  # float16 differs in opcodes alone
+    found.append(call("head_32", Attention(D=32)))
     wt103_base = Attention(B=22, H=10, Tq=150, Tm=150, D=41)
     found.append(call("head_41", wt103_base, modelled=True))
     found.append(call("head_192_values_40", Attention(D=192, Dv=40)))
@@ -175,7 +176,21 @@ def calls() -> list[Call]:
     }
     for name, changed in flags.items():
         found.append(call(name, Attention(**changed), in_ci=name == "dropout"))
-    return found
+    return [*found, *(_shift(dtype) for dtype in (bf16, fp32))]
+
+
+def _shift(dtype: torch.dtype) -> Call:
+    """`rel_shift`, forward and backward, of the position scores of eight heads."""
+    module = f"{_BACKEND}.rel_shift"
+
+    def run() -> None:
+        shift = importlib.import_module(module)
+        x = torch.empty(8, 2048, 4096, dtype=dtype, device="meta")
+        shift.rel_shift_bwd(shift.rel_shift_fwd(x, 4096, 2047), 4096, 2047)
+
+    name = f"rel_shift/{str(dtype).removeprefix('torch.')}/train"
+    kernels = {"_rel_shift_kernel": Kernel(_no_products)}
+    return Call(name, run, kernels, in_ci=dtype == torch.bfloat16)
 
 
 def _launcher(operator: str) -> Callable[..., Any]:
@@ -215,7 +230,11 @@ def _forward_gate(launch: Launch, arch: int) -> Gate:
     shuffles = row_shuffles(constexprs["BLOCK_Q"], launch.options.num_warps, arch)
     if not _is_16_bit(launch):
         return Gate("none", shuffles=32)
-    hopper = constexprs["D"] in _HOPPER_HEAD_SIZES
+    # Tiles for few queries are lower than HGMMA's 64 rows, and so are some with a number for each
+    # pair (dropout, a dense mask), which wants registers.
+    by_pair = any(launch.signature[name] != "constexpr" for name in ("p_seed", "p_mask"))
+    plain = not by_pair and launch.values["Tq"] > _SHORT
+    hopper = plain and constexprs["D"] in _HOPPER_HEAD_SIZES
     return Gate("hopper" if hopper else "tensor", shuffles)
 
 

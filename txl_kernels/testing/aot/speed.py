@@ -58,7 +58,8 @@ _SHARED_BYTES = 128  # per clock and multiprocessor
 _MUFU_CLOCKS = 8  # 4 lanes of a warp at a time
 
 _FP32 = {"FFMA", "FMUL", "FADD"}
-_SHARED_OPS = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
+# Spilled registers go the same way.
+_SHARED_OPS = {"LDS", "STS", "LDSM", "STSM", "ATOMS", "LDL", "STL"}
 _GLOBAL_OPS = {"LDG", "LDGSTS", "STG", "RED", "REDG", "ATOMG"}
 _ISSUE_ONLY = {"BAR", "BRA", "NOP", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "WARPSYNC", "BSSY", "BSYNC"}
 _TENSOR_OPS = {"HGMMA", "HMMA"}

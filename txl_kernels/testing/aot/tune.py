@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 
+from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.testing.aot import model, shipped_attention, speed
 from txl_kernels.testing.aot.shipped import Call
 from txl_kernels.testing.aot.shipped_attention import Attention
@@ -41,6 +42,12 @@ class Candidate:
     failures: tuple[str, ...]
     ms: float | None = None
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        known = {"model_ms": self.seconds * 1e3, "ms": self.ms, "failures": self.failures}
+        return {**self.config._asdict(), **known}
+
 
 def key_of(attention: Attention, arch: int) -> Key:
     """Row of the tables for a call's head size and dtype on sm_`arch`."""
@@ -48,6 +55,15 @@ def key_of(attention: Attention, arch: int) -> Key:
 
     head_size = max(64, block_size(max(attention.D, attention.Dv or attention.D)))
     return (f"sm_{arch}", attention.dtype != torch.float32, head_size)
+
+
+def row(table: str, attention: Attention, arch: int, best: Candidate | None) -> str:
+    """The table's row as it stands in the source, or what keeps it from having one."""
+    name, _kernel = TABLES[table]
+    key = key_of(attention, arch)
+    if best is None:
+        return f"{name}: no candidate for {key} holds its gates"
+    return f"{name}: {key}: Config({', '.join(map(str, best.config))}),"
 
 
 def configurations(table: str) -> list[Any]:
@@ -86,10 +102,10 @@ def measure(table: str, attention: Attention, ranked: Iterable[Candidate]) -> li
     """The best `TIMED` sound candidates with their milliseconds on this GPU, the fastest first.
 
     Raises:
-        RuntimeError: there is no CUDA device.
+        BackendUnavailableError: there is no CUDA device.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("tune: no CUDA device: candidates can be ranked, not timed")
+        raise BackendUnavailableError("tune: no CUDA device: candidates are ranked, not timed")
     from triton.testing import do_bench
 
     major, _minor = torch.cuda.get_device_capability()

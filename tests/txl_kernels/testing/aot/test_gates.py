@@ -76,3 +76,10 @@ def test_spills_fail_unless_named_and_justified(built, monkeypatch):
 
 def test_every_justified_spill_says_why():
     assert all(spill.why and spill.most > 0 for spill in gates.SPILLS.values())
+
+
+def test_shuffles_of_a_rotation_never_fit_into_those_of_reductions():
+    """A 2-D gather of a 64 x 64 tile costs 64 in each of four warps."""
+    for num_warps in (4, 8):
+        for arch in (80, 90):
+            assert gates.row_shuffles(64, num_warps, arch) < 64 * 4 // num_warps
