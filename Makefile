@@ -19,7 +19,7 @@ NEXT_TRITON := 3.7.1
 PY := $(VENV)/bin/python
 PIP := -m pip --quiet --quiet --disable-pip-version-check --no-input
 CLANG_FORMAT := $(PY) -c 'from clang_format import clang_format as run; run()'
-NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16

@@ -151,11 +151,11 @@ __device__ Merged merge_runs(int n, StatsOf stats_of, OutOf out_of) {
   return all;
 }
 
-// Writes column d of a query row's result, and with column 0 its lse; a row without keys gives 0,
-// -inf.
+// Writes column d of a query row's result, and with column 0 its lse. A row without keys, whose sum
+// is 0 where any other's is at least 1 or NaN, gives 0 and -inf.
 template <typename T>
 __device__ void finish(const DecodeArgs& args, int64_t query_row, int d, const Merged& all) {
-  const bool dead = all.stats.maximum == kNone;
+  const bool dead = all.stats.sum == 0;
   static_cast<T*>(args.out)[query_row * args.Dv + d] =
       Word<T>::narrow(dead ? 0 : all.out / all.stats.sum);
   if (d == 0)
@@ -185,14 +185,13 @@ struct SplitWarp {
   static constexpr int kBlocks = kQueries == 1 ? 4 : kKeys == 4 ? 3 : 2;
 
   const DecodeArgs& args;
-  int b, h, own, group;
-  int queries[kQueries];
+  int b, h, own, group, first_query;
   Seen seen[kQueries];
   float query[kQueries][L::kElements];
   Online<L::kElements> online[kQueries];
 
   __device__ SplitWarp(const DecodeArgs& args, int pair, int first_query)
-      : args(args), b(pair / args.H), h(pair % args.H) {
+      : args(args), b(pair / args.H), h(pair % args.H), first_query(first_query) {
     const int lane = threadIdx.x % kWarp;
     own = lane % L::kLanes, group = lane / L::kLanes;
     float bias[L::kElements];
@@ -200,24 +199,23 @@ struct SplitWarp {
 #pragma unroll
     for (int a = 0; a < kQueries; ++a) {
       const bool there = first_query + a < args.Tq;
-      queries[a] = there ? first_query + a : args.Tq - 1;
-      seen[a] = there ? seen_by(args, b, queries[a]) : Seen{args.Tk(), 0};
-      load_query<L, T>(args, bias, b, h, queries[a], own, query[a]);
+      seen[a] = there ? seen_by(args, b, first_query + a) : Seen{args.Tk(), 0};
+      load_query<L, T>(args, bias, b, h, there ? first_query + a : 0, own, query[a]);
     }
   }
 
   // The position score of query a and key j, and whether the mask lets them meet.
   __device__ float position(int a, int j) const {
     const DecodePlan& plan = args.plan;
-    int m = j - queries[a] + plan.shift;
+    int m = j - (first_query + a) + plan.shift;
     if (args.clamp) m = max(0, min(m, plan.n_rows - 1));
-    const int64_t query_row = (int64_t(b) * args.H + h) * args.Tq + queries[a];
+    const int64_t query_row = (int64_t(b) * args.H + h) * args.Tq + first_query + a;
     return m >= 0 && m < plan.n_rows ? args.positions[query_row * plan.n_rows + m] : 0;
   }
   __device__ bool attends(int a, int j) const {
-    return args.mask.data == nullptr ||
-           args.mask.head<const bool>(
-               b, h)[queries[a] * args.mask.stride_t + j * args.mask_stride_key];
+    if (args.mask.data == nullptr) return true;
+    const bool* row = args.mask.head<const bool>(b, h) + (first_query + a) * args.mask.stride_t;
+    return row[j * args.mask_stride_key];
   }
 
   // Takes in keys [begin, end), at most kStep of them; `k` and `v` are the rows of this group's
@@ -251,9 +249,8 @@ struct SplitWarp {
       float key[L::kElements];
       k_part[u].widen(key);
 #pragma unroll
-      for (int a = 0; a < kQueries; ++a) {
+      for (int a = 0; a < kQueries; ++a)
         scores[a][u] = sum_over_lanes<L::kLanes>(scores[a][u] + dot(query[a], key));
-      }
     }
     if (args.softcap > 0) {
 #pragma unroll

@@ -58,14 +58,19 @@ def kernels(compiled) -> dict[tuple[str, str], sass.Code]:
     knobs = pytest.importorskip("triton.knobs", reason="cuobjdump comes with triton")
     found = {}
     for path in compiled[0].rglob("*.cu.o"):
-        text = disassemble(path, knobs.nvidia.cuobjdump.path)
-        for section in re.split(r"^Fatbin elf code:", text, flags=re.M)[1:]:
-            architecture = re.search(r"arch = (\w+)", section)[1]
-            resources = dict(re.findall(r"Function (\w+):\n\s*(REG.*)", section))
-            for body in re.split(r"^\s*Function : ", section, flags=re.M)[1:]:
-                symbol = body.split(None, 1)[0]
-                code = sass.parse(f"{resources[symbol]}\n{body}")
-                found[architecture, demangled(symbol)] = code
+        found |= read(path, knobs.nvidia.cuobjdump.path)
+    return found
+
+
+def read(path: Path, cuobjdump: str) -> dict[tuple[str, str], sass.Code]:
+    found = {}
+    for section in re.split(r"^Fatbin elf code:", disassemble(path, cuobjdump), flags=re.M)[1:]:
+        architecture = re.search(r"arch = (\w+)", section)[1]
+        resources = dict(re.findall(r"Function (\w+):\n\s*(REG.*)", section))
+        for body in re.split(r"^\s*Function : ", section, flags=re.M)[1:]:
+            symbol = body.split(None, 1)[0]
+            code = sass.parse(f"{resources[symbol]}\n{body}")
+            found[architecture, demangled(symbol)] = code
     return found
 
 
@@ -87,14 +92,18 @@ def straight_runs(code: sass.Code) -> list[list[sass.Instruction]]:
 
 
 def loads_in_flight(code: sass.Code) -> int:
-    """The most 16-byte loads that a straight run issues before arithmetic on floats begins."""
+    """The most 16-byte loads that a straight run issues before it needs what one of them loads."""
     best = 0
     for run in straight_runs(code):
-        count = 0
+        pending: list[set[str]] = []
         for i in run:
-            count = 0 if i.base in {"FFMA", "FADD", "MUFU"} else count
-            count += i.opcode.startswith("LDG.E.128")
-            best = max(best, count)
+            used = set(re.findall(r"\bR\d+\b", i.operands))
+            if any(used & loaded for loaded in pending):
+                pending = []
+            if i.opcode.startswith("LDG.E.128"):
+                first = int(re.match(r"R(\d+)", i.operands)[1])
+                pending.append({f"R{first + n}" for n in range(4)})
+            best = max(best, len(pending))
     return best
 
 
@@ -143,3 +152,38 @@ def test_accesses_are_16_bytes_and_many_are_in_flight(kernels, architecture):
         assert loads_in_flight(code) >= allowed.loads, f"{name}: {loads_in_flight(code)} in flight"
         stores = sum(i.opcode.startswith("STG.E.128") for i in code.instructions)
         assert stores >= allowed.stores, f"{name}: {stores} stores of 16 bytes"
+
+
+def has_spilled(code: sass.Code) -> bool:
+    return code.stack > 0 and bool(FORBIDDEN & set(sass.count(code.instructions)))
+
+
+def has_few_loads(code: sass.Code) -> bool:
+    return loads_in_flight(code) < budgets.budget_of("rel_shift_kernel<>").loads
+
+
+@pytest.mark.parametrize(
+    ("text", "planted", "is_seen"),
+    [
+        ("__launch_bounds__(kThreads)", "__launch_bounds__(kThreads, 16)", has_spilled),
+        ("kBatch = 4;", "kBatch = 1;", has_few_loads),
+    ],
+    ids=["spill", "one_load_after_the_other"],
+)
+def test_a_planted_fault_is_seen(text, planted, is_seen, tmp_path):
+    knobs = pytest.importorskip("triton.knobs", reason="cuobjdump comes with triton")
+    made, source = tmp_path / "rel_shift.o", tmp_path / "cuda"
+    shutil.copytree(ROOT / "csrc" / "cuda", source)
+    code = (source / "rel_shift.cu").read_text(encoding="utf-8")
+    assert code.count(text) == 1
+    (source / "rel_shift.cu").write_text(code.replace(text, planted), encoding="utf-8")
+    options = ["-std=c++20", f"-I{ROOT / 'csrc' / 'include'}", "-arch=sm_80"]
+    subprocess.run([NVCC, *options, "-c", source / "rel_shift.cu", "-o", made], check=True)
+    kernels = read(made, knobs.nvidia.cuobjdump.path)
+    assert len(kernels) == 3
+    assert all(is_seen(code) for code in kernels.values())
+
+
+def test_a_kernel_without_a_budget_is_named():
+    with pytest.raises(LookupError, match="no budget for rel_new_kernel"):
+        budgets.budget_of("rel_new_kernel<float>")

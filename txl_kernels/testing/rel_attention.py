@@ -57,8 +57,9 @@ def check_rel_attention_output(
     floats = {name: tensor.detach() for name, tensor in floats.items()}
     actual = run(**floats, **others, **case.options)
     eager = _eager(floats, others, case.options)
-    doubles = {name: tensor.double() for name, tensor in floats.items()}
-    ref64 = rel_attention(**doubles, **others, **case.options, return_lse=True, backend="reference")
+    call: dict[str, Any] = {name: tensor.double() for name, tensor in floats.items()}
+    call |= {**others, **case.options, "return_lse": True, "backend": "reference"}
+    ref64 = rel_attention(**call)
     assert actual[0].dtype == dtype
     for name, result, due, plain in zip(("out", "lse"), actual, ref64, eager, strict=True):
         check_budget(f"{case} {dtype}: {name}", result, due, plain, dtype=dtype)
