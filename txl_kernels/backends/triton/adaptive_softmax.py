@@ -13,6 +13,7 @@ from txl_kernels.backends.reference.adaptive_softmax import Cluster
 from txl_kernels.backends.triton import adaptive_softmax_head as heads
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, sort_by_cluster
 from txl_kernels.backends.triton.adaptive_products import multiply_rows, sum_outer
+from txl_kernels.backends.triton.adaptive_softmax_head_rows import Targets
 from txl_kernels.backends.triton.adaptive_softmax_tails import Tails, add_tails_nll, project
 from txl_kernels.backends.triton.adaptive_softmax_tails_bwd import tails_dx, write_tails_dweight
 
@@ -166,7 +167,7 @@ class _Call:
         self.N = hidden.shape[0]
         c0 = self.head.weight.shape[0] - len(self.tails)
         sizes = (c0, *(tail.weight.shape[0] for tail in self.tails))
-        self.targets = heads.Targets(target.contiguous(), sizes, ignore_index)
+        self.targets = Targets(target.contiguous(), sizes, ignore_index)
         self.buckets: Buckets = sort_by_cluster(
             op, "target", self.targets.target, sizes, ignore_index
         )
