@@ -115,7 +115,7 @@ class _Gradients:
         self._hidden = hidden
         buffers = [
             torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            if needed and x.numel() > 0
+            if needed and (x is hidden or x.numel() > 0)
             else None
             for x, needed in zip((hidden, *clusters), needs_grad, strict=True)
         ]
