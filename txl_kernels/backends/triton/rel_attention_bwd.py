@@ -71,9 +71,7 @@ def rel_attention_bwd(
         offset, clamp, causal, window_left, window_right, chunk, scale, softcap, dropout_p,
     )  # fmt: skip
     inputs = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, None, None)
-    wanted = [
-        x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)
-    ]
+    wanted = [x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)]
     dq, dk, dv, _, _, _, dmem_k, dmem_v, _, _ = (
         None if x is None else x.new_empty(x.shape) for x in wanted
     )
@@ -161,13 +159,13 @@ def _launch_dkdv(
     B, H, Tq, D = q.shape
     Tm, Tk = arguments["Tm"], arguments["Tk"]
     config = dkdv_config(architecture(q.device), D, arguments["DV"], q.dtype, Tq, Tk)
-    first_tile, end = 0, Tk
-    if dmem_k is None and dmem_v is None:
-        first_tile = Tm // config.BLOCK_K
-    if dk is None and dv is None:
-        end = 0 if dmem_k is None and dmem_v is None else Tm
-    n_tiles = triton.cdiv(end, config.BLOCK_K) - first_tile
-    if n_tiles <= 0 or B * H == 0:
+    memory_tiles = triton.cdiv(Tm, config.BLOCK_K)  # no tile is of memory and segment
+    wants_memory = dmem_k is not None or dmem_v is not None
+    first_tile = 0 if wants_memory else memory_tiles
+    n_tiles = memory_tiles - first_tile
+    if dk is not None or dv is not None:
+        n_tiles += triton.cdiv(Tk - Tm, config.BLOCK_K)
+    if n_tiles * B * H == 0:
         return
     with torch.cuda.device_of(q):
         _rel_attention_bwd_dkdv_kernel[(n_tiles * B * H,)](
@@ -194,9 +192,7 @@ def _launch_dqdr(
     if dq is None and r is None and r_w_bias is None and r_r_bias is None:
         return None, None, None
     B, H, Tq, D = q.shape
-    config = dqdr_config(
-        architecture(q.device), D, arguments["DV"], q.dtype, Tq, arguments["Tk"]
-    )
+    config = dqdr_config(architecture(q.device), D, arguments["DV"], q.dtype, Tq, arguments["Tk"])
     n_tiles = triton.cdiv(Tq, config.BLOCK_Q)
     # A program walks tiles of one table of r: those of all batch rows where they share it.
     rows = B if arguments["p_r"].shape[0] == 1 else 1

@@ -1,4 +1,4 @@
-"""`rel_shift` in Triton, forward and backward: rows of a matrix copied with a shift of their own."""
+"""`rel_shift` in Triton, forward and backward: rows copied with a shift of their own."""
 
 from __future__ import annotations
 

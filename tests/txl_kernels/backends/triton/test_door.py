@@ -34,9 +34,9 @@ def test_a_blocked_triton_is_one_sentence():
 
 @pytest.mark.skipif(not _compiles(), reason="Triton interprets here")
 def test_a_cpu_tensor_needs_the_interpreter():
-    with pytest.raises(BackendUnavailableError, match="TRITON_INTERPRET=1|not installed"):
+    with pytest.raises(BackendUnavailableError, match=r"TRITON_INTERPRET=1|not installed"):
         rel_shift(X, backend="triton")
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1|not installed"):
+    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1|not installed"):
         torch.ops.txl_triton.rel_shift_fwd(X, 4, 2)
 
 

@@ -25,8 +25,22 @@ def _needs_the_interpreter():
 @triton.jit
 def _skew_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    b_out = tile.skew(tl.load(p_chunk + o), tl.load(p_earlier + o), ROWS, COLUMNS)
+    b_out = tile.skew(tl.load(p_chunk + o), tl.load(p_earlier + o), 7, ROWS, COLUMNS)
     tl.store(p_out + o, b_out)
+
+
+@triton.jit
+def _skew_transposed_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    chunk, earlier = tl.load(p_chunk + o), tl.load(p_earlier + o)
+    tl.store(p_out + o, tile.skew_transposed(chunk, earlier, -3, ROWS, COLUMNS))
+
+
+@triton.jit
+def _unskew_kernel(p_tile, p_before, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    b_tile = tl.load(p_tile + o)
+    tl.store(p_out + o, tile.unskew(b_tile, tl.load(p_before + o), 5, b_tile, ROWS, COLUMNS))
 
 
 @triton.jit
@@ -70,6 +84,27 @@ def test_skew_reads_both_chunks_along_the_diagonals(rows, columns):
     x = torch.cat([earlier, chunk], dim=1)
     m = torch.arange(columns) - torch.arange(rows)[:, None] + columns
     assert torch.equal(out, x.gather(1, m))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (64, 16), (64, 64), (128, 8)])
+def test_transposed_skew_reads_both_chunks_along_the_diagonals(rows, columns):
+    chunk, earlier = torch.randn(2, rows, columns)
+    out = torch.empty(rows, columns)
+    _skew_transposed_kernel[(1,)](chunk, earlier, out, rows, columns)
+    x = torch.cat([earlier, chunk])
+    m = torch.arange(rows)[:, None] - torch.arange(columns) + rows
+    assert torch.equal(out, x.gather(0, m))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (16, 64), (64, 64), (8, 128)])
+def test_unskew_gathers_all_that_two_blocks_give_to_one_chunk(rows, columns):
+    before, after = torch.randn(2, rows, columns)
+    out = torch.empty(rows, columns)
+    _unskew_kernel[(1,)](after, before, out, rows, columns)
+    # Key b of row a is on row b - a of r; the chunk asked for is the one of the block before.
+    by_key = torch.cat([before, after], dim=1)
+    b = torch.arange(columns) + torch.arange(rows)[:, None]
+    assert torch.equal(out, by_key.gather(1, b))
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345, -(2**63)])
@@ -116,5 +151,5 @@ def test_bounds_hold_exactly_the_keys_and_queries_that_see_each_other(Tq, Tk, le
         lo, hi = out.tolist()
         seeing = sees[:, begin:end].any(1).nonzero()[:, 0].tolist()
         assert set(seeing) <= set(range(lo, hi))
-        assert 0 <= lo
+        assert lo >= 0
         assert hi <= Tq
