@@ -64,7 +64,8 @@ def adaptive_loss_fwd(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns loss [], rest [] and the gradients of hidden and of the clusters' tensors.
 
-    In float16 the mean's factor stays in `rest`: 1 / N of a small gradient would be 0 there.
+    In float16 the root of the mean's factor stays in `rest`: 1 / n of a small gradient would be 0
+    there, and a sum over n tokens may be infinite.
     """
     with torch.cuda.device_of(hidden):
         call = _Call("adaptive_loss", hidden, target, clusters, ignore_index)
@@ -73,7 +74,7 @@ def adaptive_loss_fwd(
         one = nll.new_ones(())
         # The first of the ignored tokens stands behind those that count.
         scale = call.buckets.first[-2].clamp(min=1).float().reciprocal() if mean else one
-        factor, rest = (one, scale) if hidden.dtype == torch.float16 else (scale, one)
+        factor, rest = (scale, one) if hidden.dtype != torch.float16 else (scale.sqrt(),) * 2
         if call.N == 0:
             grads.zero()
             nll = nll.new_zeros(1)
