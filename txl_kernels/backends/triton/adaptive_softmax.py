@@ -13,6 +13,7 @@ from txl_kernels.backends.reference.adaptive_softmax import Cluster
 from txl_kernels.backends.triton import adaptive_softmax_head as heads
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, sort_by_cluster
 from txl_kernels.backends.triton.adaptive_products import multiply_rows, sum_outer
+from txl_kernels.backends.triton.adaptive_softmax_head_rows import Targets
 from txl_kernels.backends.triton.adaptive_softmax_tails import Tails, add_tails_nll, project
 from txl_kernels.backends.triton.adaptive_softmax_tails_bwd import tails_dx, write_tails_dweight
 
@@ -63,7 +64,8 @@ def adaptive_loss_fwd(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns loss [], rest [] and the gradients of hidden and of the clusters' tensors.
 
-    In float16 the mean's factor stays in `rest`: 1 / N of a small gradient would be 0 there.
+    In float16 the root of the mean's factor stays in `rest`: 1 / n of a small gradient would be 0
+    there, and a sum over n tokens may be infinite.
     """
     with torch.cuda.device_of(hidden):
         call = _Call("adaptive_loss", hidden, target, clusters, ignore_index)
@@ -72,7 +74,7 @@ def adaptive_loss_fwd(
         one = nll.new_ones(())
         # The first of the ignored tokens stands behind those that count.
         scale = call.buckets.first[-2].clamp(min=1).float().reciprocal() if mean else one
-        factor, rest = (one, scale) if hidden.dtype == torch.float16 else (scale, one)
+        factor, rest = (scale, one) if hidden.dtype != torch.float16 else (scale.sqrt(),) * 2
         if call.N == 0:
             grads.zero()
             nll = nll.new_zeros(1)
@@ -114,7 +116,7 @@ class _Gradients:
         self._hidden = hidden
         buffers = [
             torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            if needed and x.numel() > 0
+            if needed and (x is hidden or x.numel() > 0)
             else None
             for x, needed in zip((hidden, *clusters), needs_grad, strict=True)
         ]
@@ -166,7 +168,7 @@ class _Call:
         self.N = hidden.shape[0]
         c0 = self.head.weight.shape[0] - len(self.tails)
         sizes = (c0, *(tail.weight.shape[0] for tail in self.tails))
-        self.targets = heads.Targets(target.contiguous(), sizes, ignore_index)
+        self.targets = Targets(target.contiguous(), sizes, ignore_index)
         self.buckets: Buckets = sort_by_cluster(
             op, "target", self.targets.target, sizes, ignore_index
         )

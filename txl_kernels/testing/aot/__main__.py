@@ -29,7 +29,10 @@ def main() -> int:
     table = survey.read_table().get(version, {})
     found, failed, started = [], 0, time.monotonic()
     print(f"Triton {version}, {len(calls)} calls")
-    for each in survey.survey(calls):
+    for each in survey.survey(calls, on_error=lambda said: print(f"FAILED {said}", flush=True)):
+        if each is None:
+            failed += 1
+            continue
         found.append(each)
         failures = list(each.failures)
         if options.what == "gates" and (grown := survey.growth_failure(each, table)):

@@ -79,7 +79,7 @@ def _check(tokens, weights, **options):
         check_budget(grad, *tensors, dtype=dtype, magnitude=3 * largest, is_sum=True)
 
 
-@pytest.mark.parametrize("shape", [(1,), (7,), (3, 31), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 31)], ids=str)
 @pytest.mark.parametrize("kind", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
@@ -89,8 +89,8 @@ def test_rows_and_gradients_are_within_the_error_budget(shape, kind, dtype, spar
 
 
 def test_a_frequent_token_s_rows_are_added_in_float32():
-    tokens = torch.zeros(3000, dtype=torch.int64)
-    tokens[::100] = 49
+    tokens = torch.zeros(400, dtype=torch.int64)
+    tokens[::50] = 49
     _check(tokens, _weights(torch.float16, "bare"))
 
 
@@ -141,7 +141,7 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(a, b)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
     st.integers(1, 40),

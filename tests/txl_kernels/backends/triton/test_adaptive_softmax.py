@@ -35,6 +35,9 @@ class Case:
     biased: bool = True
     targets: str = "any"
 
+    def __str__(self):
+        return self.name
+
     def inputs(self, dtype):
         generator = torch.Generator().manual_seed(3)
 
@@ -157,9 +160,13 @@ def _check(case, what, dtype):
     return actual
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("what", ["nll", "mean"])
+PAIRS = [("nll", torch.float32, case) for case in CASES]
+PAIRS += [("mean", torch.float16, case) for case in CASES]
+PAIRS += [("nll", torch.float16, case) for case in CASES[:3]]
+PAIRS += [("mean", torch.float32, case) for case in CASES[:3]]
+
+
+@pytest.mark.parametrize(("what", "dtype", "case"), PAIRS, ids=str)
 def test_value_and_gradients_are_within_the_error_budget(what, dtype, case):
     _check(case, what, dtype)
 
@@ -238,7 +245,7 @@ def test_only_wanted_gradients_are_formed(what):
     inputs = case.inputs(torch.float32)
     due = dict(enumerate(_run(case, what, inputs)[1:]))
     dout = torch.randn(case.N, generator=torch.Generator().manual_seed(5))
-    for n, wanted in enumerate(_leaves(inputs)):
+    for n, wanted in enumerate(_leaves(inputs)[:6]):
         for leaf in _leaves(inputs):
             leaf.requires_grad_(leaf is wanted)
         value = case.call(what, inputs, "triton")
@@ -250,8 +257,10 @@ def test_only_wanted_gradients_are_formed(what):
 
 
 def test_small_gradients_of_a_float16_mean_survive():
-    case = Case("", N=2000, sizes=(40, 10), widths=(4, 4), d=4)
+    case = Case("", N=64, sizes=(40, 10), widths=(4, 4), d=4)
     inputs = case.inputs(torch.float16)
+    with torch.no_grad():
+        inputs[0].mul_(2.0**-13)
     due = _double(inputs)
     # As a gradient scaler does.
     (case.call("mean", inputs, "triton") * 2.0**15).backward()
@@ -310,7 +319,7 @@ def test_compiles_as_one_graph(what):
         torch.testing.assert_close(a, b)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
     st.integers(1, 40),
