@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import sys
 import time
+from collections.abc import Mapping
 
 from txl_kernels.testing.aot import gates, model, shipped, survey
+from txl_kernels.testing.aot.survey import Surveyed
 
 
 def main() -> int:
@@ -27,21 +30,18 @@ def main() -> int:
     ]
     version = survey.triton_version()
     table = survey.read_table().get(version, {})
-    found, failed, started = [], 0, time.monotonic()
+    found: list[Surveyed] = []
+    failed, started = 0, time.monotonic()
     print(f"Triton {version}, {len(calls)} calls")
-    for each in survey.survey(calls, on_error=lambda said: print(f"FAILED {said}", flush=True)):
-        if each is None:
+    for call, arch in itertools.product(calls, shipped.ARCHITECTURES):
+        try:
+            surveyed = list(survey.survey([call], [arch]))
+        except Exception as error:  # the others are looked at all the same
             failed += 1
+            print(f"FAILED {call.name}/sm_{arch}: {type(error).__name__}: {error}", flush=True)
             continue
-        found.append(each)
-        failures = list(each.failures)
-        if options.what == "gates" and (grown := survey.growth_failure(each, table)):
-            failures.append(grown)
-        failed += bool(failures)
-        row = " ".join(f"{name} {value}" for name, value in each.row.items())
-        print(f"{'FAILED' if failures else 'ok':6} {each.name}: {row}", flush=True)
-        for failure in failures:
-            print(f"       {failure}", flush=True)
+        found += surveyed
+        failed += sum(_failed(each, table, options.what) for each in surveyed)
     print(f"{len(found)} launches, {failed} failed, {time.monotonic() - started:.0f} s")
     if options.what == "renew":
         # A part of the calls renews its own rows.
@@ -50,6 +50,18 @@ def main() -> int:
         if options.calls == ["*"] and version == gates.TRITON_VERSIONS[0]:
             model.write(found, version)
     return int(failed > 0)
+
+
+def _failed(each: Surveyed, table: Mapping[str, survey.Row], what: str) -> bool:
+    """Prints a launch with what does not hold."""
+    failures = list(each.failures)
+    if what == "gates" and (grown := survey.growth_failure(each, table)):
+        failures.append(grown)
+    row = " ".join(f"{name} {value}" for name, value in each.row.items())
+    print(f"{'FAILED' if failures else 'ok':6} {each.name}: {row}", flush=True)
+    for failure in failures:
+        print(f"       {failure}", flush=True)
+    return bool(failures)
 
 
 if __name__ == "__main__":
