@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -20,8 +21,6 @@ FLAGS = (
     *("-std=c++20", "-O1", "-g", "-pthread", "-mf16c", "-fno-strict-aliasing"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
 )
-# Address-space randomisation of some kernels leaves no room for the thread sanitizer's shadow.
-WITHOUT_RANDOMISATION = ("setarch", "-R")
 
 
 class Emulation:
@@ -58,9 +57,7 @@ class Emulation:
                 memory = bytes_of(tensor)
                 strides = " ".join(map(str, strides_of(tensor)))
                 file.write(f"tensor {name} {len(memory)} {strides}\n".encode() + memory)
-        command = [self.program, problem, results]
-        if shutil.which(WITHOUT_RANDOMISATION[0]):
-            command = [*WITHOUT_RANDOMISATION, *command]
+        command = [*without_randomisation(), self.program, problem, results]
         options = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
         subprocess.run(command, env=options, check=True, capture_output=True, text=True)
         return results.read_bytes()
@@ -109,6 +106,16 @@ class Emulation:
         out = torch.frombuffer(bytearray(results[:n_out]), dtype=q.dtype)
         lse = torch.frombuffer(bytearray(results[n_out:]), dtype=torch.float32)
         return out.view(B, H, Tq, Dv), lse.view(B, H, Tq)
+
+
+@functools.cache
+def without_randomisation() -> tuple[str, ...]:
+    """A prefix for commands, where it may be used: on some kernels randomised addresses leave no
+    room for the thread sanitizer's shadow."""
+    prefix = ("setarch", "-R")
+    if shutil.which(prefix[0]) is None:
+        return ()
+    return prefix if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0 else ()
 
 
 def bytes_of(tensor: Tensor) -> bytes:
