@@ -12,7 +12,8 @@ from txl_kernels.backends.triton.adaptive_buckets import cluster_of, first_token
 from txl_kernels.backends.triton.adaptive_configs import head_options
 
 LOG2E = tl.constexpr(1.4426950408889634)
-_ROW_ALIGNMENT = tl.constexpr(32)
+_ALIGNMENT = 32
+_ROW_ALIGNMENT = tl.constexpr(_ALIGNMENT)
 
 
 class Targets(NamedTuple):
@@ -25,7 +26,7 @@ class Targets(NamedTuple):
 
 def padded(n_columns: int) -> int:
     """Elements from one row of logits to the next."""
-    return -(-n_columns // _ROW_ALIGNMENT.value) * _ROW_ALIGNMENT.value
+    return -(-n_columns // _ALIGNMENT) * _ALIGNMENT
 
 
 @triton.jit

@@ -245,7 +245,7 @@ def test_only_wanted_gradients_are_formed(what):
     inputs = case.inputs(torch.float32)
     due = dict(enumerate(_run(case, what, inputs)[1:]))
     dout = torch.randn(case.N, generator=torch.Generator().manual_seed(5))
-    for n, wanted in enumerate(_leaves(inputs)[:6]):
+    for n, wanted in list(enumerate(_leaves(inputs)))[:9:4]:
         for leaf in _leaves(inputs):
             leaf.requires_grad_(leaf is wanted)
         value = case.call(what, inputs, "triton")
@@ -257,7 +257,7 @@ def test_only_wanted_gradients_are_formed(what):
 
 
 def test_small_gradients_of_a_float16_mean_survive():
-    case = Case("", N=64, sizes=(40, 10), widths=(4, 4), d=4)
+    case = Case("", N=64, sizes=(10,), widths=(4,), d=4, projected=False)
     inputs = case.inputs(torch.float16)
     with torch.no_grad():
         inputs[0].mul_(2.0**-13)
@@ -332,3 +332,19 @@ def test_compiles_as_one_graph(what):
 def test_any_shape(sizes, d, N, projected, biased, targets, what):
     widths = tuple(max(1, d // 2**k) if projected else d for k in range(len(sizes)))
     _check(Case("", tuple(sizes), widths, d, N, projected, biased, targets), what, torch.float32)
+
+
+def test_the_operators_keep_their_promises_to_torch():
+    hidden, target, clusters = CASES[0].inputs(torch.float32)
+    flat = [x.detach() for cluster in clusters for x in cluster]
+    needed = [True] * (1 + len(flat))
+    call = (hidden.detach(), target, flat, -100)
+    ops = torch.ops.txl_triton
+    nll, lse = ops.adaptive_nll_fwd(*call)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for operator, args in (
+        (ops.adaptive_nll_fwd, call),
+        (ops.adaptive_nll_bwd, (torch.ones_like(nll), *call, lse, needed)),
+        (ops.adaptive_loss_fwd, (*call, True, needed)),
+    ):
+        torch.library.opcheck(operator.default, args, test_utils=checks)
