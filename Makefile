@@ -13,11 +13,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 HF_VENV ?= .venv-hf
+# The Triton that torch 2.13's CUDA build requires, gated beside the one that tests pin.
+NEXT_TRITON := 3.7.1
 
 PY := $(VENV)/bin/python
 PIP := -m pip --quiet --quiet --disable-pip-version-check --no-input
 CLANG_FORMAT := $(PY) -c 'from clang_format import clang_format as run; run()'
-NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,11 +27,23 @@ help: ## print this list
 run: $(VENV)/.installed-lm ## train, evaluate and sample a small model; results in runs/demo
 	$(VENV)/bin/transformer-xl demo --out runs/demo
 
-test: $(VENV)/.installed-dev ## the full test suite
-	$(PY) -m pytest
+test: $(VENV)/.installed-dev ## the full test suite; Triton kernels in a process that interprets them
+	$(PY) -m pytest -m 'not interpreted'
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpreted tests/txl_kernels
 
 bench: $(VENV)/.installed-dev ## the benchmarks: one table, JSON and a plot
 	$(PY) -m benchmarks
+
+gpu: ## on a machine with a GPU: build, prove, measure; JSON in benchmarks/results
+	$(PYTHON) -m benchmarks.gpu
+
+gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## machine code of every Triton kernel, sm_80 and sm_90
+	$(PY) -m txl_kernels.testing.aot gates
+	PYTHONPATH=build/triton-$(NEXT_TRITON) $(PY) -m txl_kernels.testing.aot gates
+
+model: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## renew the table of inner loops and the model of speed
+	$(PY) -m txl_kernels.testing.aot renew
+	PYTHONPATH=build/triton-$(NEXT_TRITON) $(PY) -m txl_kernels.testing.aot renew
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
 	$(PYTHON) -m venv $(HF_VENV)
@@ -75,13 +89,17 @@ clean: ## remove what builds and tools leave; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f txl_kernels/_C.*.so txl_kernels/_native_build.json $(VENV)/.installed-*
 
-.PHONY: help run test bench bench-hf-env venv build format lint types wheel ci clean native-status torch
+.PHONY: help run test bench gpu gates model bench-hf-env venv build format lint types wheel ci clean native-status torch
 
 # ---- the environment
 
 native-status:
 	@$(PY) -c 'from txl_kernels.backends import native; \
 	  print("native kernels:", native.unavailable_reason() or "built and loaded")'
+
+# Put in front of the environment's own: Triton needs no other package.
+build/triton-%: | $(VENV)/.installed-dev
+	$(PY) $(PIP) install --no-deps --target $@ triton==$*
 
 # Where the active Python has a torch that serves, the environment sees that Python's packages.
 $(PY):

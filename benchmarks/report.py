@@ -23,10 +23,12 @@ NOT_QUIET = "~"
 EXPLANATION = """\
 Ratios are peer / ours, above 1 ours is faster: the median of the pairs' ratios [quartiles].
 A "~" marks what was taken while something else slowed the machine down. GFLOP/s are useful ones:
-6·D per attended pair forward, 16·D backward; "of limit" is their share of the best rate that
-products of cached tiles reached just before, by the routine named. The yardstick computes
-something else: sdpa has no positions, no mask and no memory to join; reference is our own model
-without the kernel. MiB: growth at the peak, ours / the leanest peer's."""
+6·D per attended pair forward, 16·D backward; three products per weight that its tokens need in
+the adaptive softmax; "of limit" is their share of the best rate that products of cached tiles
+reached just before, by the routine named. The yardstick computes something else: sdpa has no
+positions, no mask and no memory to join; full is the softmax over all V; reference is our own
+model without the kernel. MiB: growth at the peak, ours / the leanest peer's; of the adaptive
+softmax beyond the gradients handed back."""
 
 
 def print_report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from txl_kernels.backends import Resolution, resolve
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.ops.adaptive_embedding import adaptive_embedding
+from txl_kernels.ops.adaptive_sample import adaptive_sample
 from txl_kernels.ops.adaptive_softmax import (
     adaptive_log_prob,
     adaptive_loss,
@@ -13,6 +14,7 @@ from txl_kernels.ops.adaptive_softmax import (
 )
 from txl_kernels.ops.rel_attention import rel_attention
 from txl_kernels.ops.rel_shift import rel_shift
+from txl_kernels.ops.warmup import warmup
 
 __all__ = [
     "BackendUnavailableError",
@@ -21,8 +23,10 @@ __all__ = [
     "adaptive_log_prob",
     "adaptive_loss",
     "adaptive_nll",
+    "adaptive_sample",
     "adaptive_topk",
     "rel_attention",
     "rel_shift",
     "resolve",
+    "warmup",
 ]

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from txl_kernels import _register_adaptive
+
 _REL_ATTENTION = (
     "Tensor q, Tensor k, Tensor v, Tensor r, "
     "Tensor? r_w_bias, Tensor? r_r_bias, Tensor? mem_k, Tensor? mem_v, Tensor? q_pos, "
@@ -22,6 +24,7 @@ def register(namespace: str) -> None:
     """Registers the ops under `torch.ops.<namespace>`; a backend adds kernels to them."""
     _register_rel_attention(namespace)
     _register_rel_shift(namespace)
+    _register_adaptive.register(namespace)
 
 
 def _register_rel_attention(namespace: str) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from transformer_xl.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("hf_worker.py")
+W = TypeVar("W", bound="Worker")
 
 # Our names, and the same parameters in Hugging Face's layers.
 _RENAMED = {"attn_layer_norm": "dec_attn.layer_norm", "ff_layer_norm": "pos_ff.layer_norm"}
@@ -59,18 +60,10 @@ def state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-class HuggingFaceWorker:
-    """The model in its process; a context, which ends the process."""
+class Worker:
+    """A process in the peer's environment; a context, which ends the process."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        model_config: ModelConfig,
-        tokens: Tensor,  # int64 [B, 2·T]
-        *,
-        lr: float,
-        clip: float,
-    ) -> None:
+    def __init__(self) -> None:
         python = interpreter()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         self._process = subprocess.Popen(
@@ -80,11 +73,6 @@ class HuggingFaceWorker:
             text=True,
             env=environment,
         )
-        try:
-            self._build(model, model_config, tokens=tokens.tolist(), lr=lr, clip=clip)
-        except BaseException:
-            self.close()
-            raise
 
     def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
         """The worker's answer.
@@ -106,7 +94,7 @@ class HuggingFaceWorker:
             raise RuntimeError(f"TransfoXL's worker, {action}: {answer['error']}")
         return answer
 
-    def __enter__(self) -> HuggingFaceWorker:
+    def __enter__(self: W) -> W:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,15 +110,37 @@ class HuggingFaceWorker:
             self._process.kill()
             self._process.wait()
 
-    def _build(self, model: torch.nn.Module, model_config: ModelConfig, **request: Any) -> None:
-        """Let the worker make the same model, its weights handed over as a file."""
-        with tempfile.TemporaryDirectory() as folder:
-            weights = Path(folder) / "weights.pt"
-            torch.save(state_dict(model.state_dict()), weights)
-            self.ask(
-                "build",
-                config=config(model_config),
-                weights=str(weights),
-                threads=torch.get_num_threads(),
-                **request,
-            )
+    def _build(self, action: str, tensors: Mapping[str, Any], **request: Any) -> None:
+        """Let the worker build from `tensors`, handed over as a file, and the request."""
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "tensors.pt"
+                torch.save(tensors, path)
+                threads = torch.get_num_threads()
+                self.ask(action, tensors=str(path), threads=threads, **request)
+        except BaseException:
+            self.close()
+            raise
+
+
+class HuggingFaceWorker(Worker):
+    """The model in its process."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_config: ModelConfig,
+        tokens: Tensor,  # int64 [B, 2·T]
+        *,
+        lr: float,
+        clip: float,
+    ) -> None:
+        super().__init__()
+        self._build(
+            "build",
+            state_dict(model.state_dict()),
+            config=config(model_config),
+            tokens=tokens.tolist(),
+            lr=lr,
+            clip=clip,
+        )

@@ -1,8 +1,13 @@
-"""Hugging Face's TransfoXL as a worker: runs in an environment of its own, with transformers and
-torch alone, and answers one JSON object per line on stdout to one per line on stdin.
+"""Hugging Face's TransfoXL, or its adaptive softmax alone, as a worker: runs in an environment of
+its own, with transformers and torch alone, and answers one JSON object per line on stdout to one
+per line on stdin.
 
-    {"do": "build", "config": {…}, "weights": path, "tokens": [[…]], "threads", "lr", "clip"}
+    {"do": "build", "config": {…}, "tensors": path, "tokens": [[…]], "threads", "lr", "clip"}
     {"do": "check" | "train_step" | "evaluate", "bf16": false}
+
+    {"do": "build_softmax", "config": {…}, "tensors": path, "threads"}
+    {"do": "run", "per_token": false} | {"do": "save", "path": path}
+
     {"do": "quit"}
 
 An answer has "seconds", measured here, or "error". `tokens` is int64 [B, 2·T]: the first half
@@ -19,6 +24,9 @@ import traceback
 
 import torch
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
+from transformers.models.deprecated.transfo_xl.modeling_transfo_xl_utilities import (
+    ProjectedAdaptiveLogSoftmax,
+)
 
 
 class Worker:
@@ -28,7 +36,7 @@ class Worker:
         torch.set_num_threads(request["threads"])
         torch.manual_seed(0)
         self.model = TransfoXLLMHeadModel(TransfoXLConfig(**request["config"]))
-        weights = torch.load(request["weights"], weights_only=True)
+        weights = torch.load(request["tensors"], weights_only=True)
         absent, unknown = self.model.load_state_dict(weights, strict=False)
         if unknown or set(absent) - {"transformer.pos_emb.inv_freq"}:
             raise ValueError(f"weights: absent {absent}, unknown {unknown}")
@@ -75,6 +83,50 @@ class Worker:
         return self.model.crit(hidden.float(), tokens).mean()
 
 
+class SoftmaxWorker:
+    """ProjectedAdaptiveLogSoftmax with the weights, the hidden states and the targets of a file."""
+
+    def __init__(self, request: dict) -> None:
+        torch.set_num_threads(request["threads"])
+        tensors = torch.load(request["tensors"], weights_only=True)
+        with torch.device("meta"):
+            self.softmax = ProjectedAdaptiveLogSoftmax(**request["config"])
+        for k in request["unprojected"]:
+            self.softmax.out_projs[k] = None
+        self.softmax.load_state_dict(tensors["weights"], assign=True)
+        for parameter in self.softmax.parameters():
+            parameter.requires_grad_()
+        # The class scores each label given the hidden state before it.
+        self.hidden = torch.nn.functional.pad(tensors["hidden"], (0, 0, 0, 1)).requires_grad_()
+        self.labels = torch.nn.functional.pad(tensors["target"], (1, 0))
+        self.dout = tensors["dout"].to(self.hidden.dtype)
+
+    def run(self, per_token: bool) -> dict:
+        """Forward and backward: of the mean loss, or of each token's with a gradient each."""
+        self._backward(per_token, keep_order=False)
+        return {}
+
+    def save(self, path: str) -> dict:
+        """Losses in token order and all gradients, into a file."""
+        nll = self._backward(True, keep_order=True)
+        results = {name: x.grad for name, x in self.softmax.named_parameters()}
+        torch.save({"nll": nll, "hidden": self.hidden.grad[:-1], **results}, path)
+        return {}
+
+    def _backward(self, per_token: bool, keep_order: bool) -> torch.Tensor:
+        for tensor in (self.hidden, *self.softmax.parameters()):
+            tensor.grad = None
+        nll = self.softmax(self.hidden, self.labels, keep_order=keep_order)
+        if per_token:
+            nll.backward(self.dout)
+        else:
+            nll.mean().backward()
+        return nll.detach()
+
+
+BUILDERS = {"build": Worker, "build_softmax": SoftmaxWorker}
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
@@ -86,8 +138,8 @@ def main() -> None:
             break
         started = time.perf_counter()
         try:
-            if action == "build":
-                worker, answer = Worker(request), {}
+            if action in BUILDERS:
+                worker, answer = BUILDERS[action](request), {}
             else:
                 answer = getattr(worker, action)(**request)
             answer["seconds"] = time.perf_counter() - started

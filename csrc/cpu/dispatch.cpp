@@ -44,4 +44,9 @@ const RelShiftKernels& rel_shift_kernels(Scalar dtype) {
               AVX512BF16::rel_shift_kernels);
 }
 
+const ClusterKernels& adaptive_softmax_kernels(Scalar dtype) {
+  return pick(dtype, DEFAULT::adaptive_softmax_kernels, AVX2::adaptive_softmax_kernels,
+              AVX512::adaptive_softmax_kernels, AVX512BF16::adaptive_softmax_kernels);
+}
+
 }  // namespace txl

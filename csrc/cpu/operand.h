@@ -13,6 +13,9 @@ using at::vec::Vectorized;
 using c10::BFloat16;
 using c10::Half;
 
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
 // `Acc`: scores, softmax, sums. `Operand`: what products read. bfloat16 stays bfloat16 where the
 // processor multiplies it, and is widened to float32 elsewhere, as float16 always is.
 template <typename T>
@@ -97,6 +100,19 @@ inline void store_operand(double* dst, Vectorized<double> x) {
 #ifdef __AVX512BF16__
 inline void store_operand(BFloat16* dst, Vectorized<float> x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), (__m256i)_mm512_cvtneps_pbh(x));
+}
+#endif
+
+inline Vectorized<float> load_operand(const float* src) {
+  return Vectorized<float>::loadu(src);
+}
+inline Vectorized<double> load_operand(const double* src) {
+  return Vectorized<double>::loadu(src);
+}
+#ifdef __AVX512BF16__
+inline Vectorized<float> load_operand(const BFloat16* src) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 #endif
 

@@ -58,19 +58,7 @@ KeyRange RelAttentionArgs::keys_of_row(int64_t b) const {
 }
 
 KeyRange RelAttentionArgs::keys_of(int64_t b, int64_t i) const {
-  const int64_t p = i + Tk() - Tq;
-  KeyRange keys = keys_of_row(b);
-  auto allow = [&](int64_t begin, int64_t end) {
-    keys = {std::max(keys.begin, begin), std::min(keys.end, end)};
-  };
-  if (causal) allow(0, p + 1);
-  if (window_left < kOpen) allow(p - window_left, Tk());
-  if (window_right < kOpen) allow(0, p + window_right + 1);
-  if (chunk_size > 0) {
-    const int64_t chunk = floor_div(p + chunk_phase, chunk_size);
-    allow((chunk - chunk_left) * chunk_size - chunk_phase, (chunk + 1) * chunk_size - chunk_phase);
-  }
-  return keys;
+  return rule.narrow(keys_of_row(b), i + Tk() - Tq);
 }
 
 TileKeys tile_keys(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b,

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "arena.h"
 #include "operand.h"
 #include "pack.h"
 #include "txl/gemm.h"
@@ -10,33 +11,12 @@
 
 namespace txl::TXL_ISA {
 
-constexpr double kLog2e = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-
 // Rows of a score tile are wider than a block, and the tile has slack in front: the position
 // product is written through a row stride of one more column and from `rows - 1` columns earlier,
 // which puts its column j - i + const at key j. That is the relative shift, and it costs nothing.
 constexpr int64_t kScoreLd = leading_dimension(kKeyBlock + kQueryTile + 16);
 constexpr int64_t kScoreSlack = kQueryTile + 16;
 constexpr int64_t kScoreSize = kScoreSlack + kQueryTile * kScoreLd + kScoreSlack;
-
-// Takes aligned arrays from a chunk's workspace; with a null base it only measures.
-class Arena {
- public:
-  explicit Arena(char* base) : base_(base) {}
-
-  template <typename T>
-  T* take(int64_t n) {
-    char* taken = base_ + used_;
-    used_ += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(taken);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
 
 struct TileRows {
   int64_t begin, end;

@@ -1,48 +1,20 @@
 // torch ring of rel_attention on the CPU: tensors to pointers, allocation, threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <atomic>
 
+#include "arguments.h"
 #include "txl/gemm.h"
 #include "txl/rel_attention.h"
+#include "workspace.h"
 
 namespace txl {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-Scalar scalar_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return Scalar::f32;
-    case at::kDouble:
-      return Scalar::f64;
-    case at::kHalf:
-      return Scalar::f16;
-    case at::kBFloat16:
-      return Scalar::bf16;
-    default:
-      TORCH_CHECK_TYPE(
-          false, "rel_attention: q must be float32, float64, float16 or bfloat16, got ", dtype);
-  }
-}
-
-at::ScalarType acc_dtype(const Tensor& q) {
-  return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-Tensor last_dim_contiguous(const Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
-}
-
-Tensor4 view4(const Tensor& x) {
-  auto stride = [&](int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };
-  return {x.data_ptr(), stride(0), stride(1), x.stride(2)};
-}
 
 // The arguments of the schema that both directions share.
 struct Call {
@@ -89,11 +61,8 @@ struct Call {
       args.mask = {mask.data_ptr(), mask.stride(0), mask.stride(1), mask.stride(2)};
       args.mask_stride_key = mask.stride(3);
     }
-    args.offset = offset, args.clamp = clamp, args.causal = causal;
-    args.window_left = std::min(window_left.value_or(kOpen), kOpen);
-    args.window_right = std::min(window_right.value_or(kOpen), kOpen);
-    if (!chunk.empty())
-      args.chunk_size = chunk[0], args.chunk_left = chunk[1], args.chunk_phase = chunk[2];
+    args.offset = offset, args.clamp = clamp;
+    args.rule = key_rule(causal, window_left, window_right, chunk);
     args.scale = scale, args.softcap = softcap, args.dropout_p = dropout_p;
     if (dropout_p > 0)
       args.dropout_seed = static_cast<uint64_t>(dropout_seed.value().item<int64_t>());
@@ -118,29 +87,6 @@ struct Call {
     home = given->to(at::kLong).clamp(0, args.Tk()).contiguous();
     return home.const_data_ptr<int64_t>();
   }
-};
-
-// Scratch memory for `threads` threads, on huge pages where it is large: packed matrices are read
-// with strides of many pages, and would miss the TLB at every row (a quarter of the time at D 128,
-// Tk 3,900).
-class Workspace {
- public:
-  Workspace(int64_t threads, int64_t bytes) {
-    constexpr int64_t kPage = 4096, kHugePage = 1 << 21;
-    stride_ = (bytes + kPage - 1) / kPage * kPage;  // no two threads share a page
-    const int64_t total = threads * stride_, align = total >= kHugePage ? kHugePage : kPage;
-    memory_ = at::empty({total + align}, at::kByte);
-    base_ = static_cast<char*>(memory_.data_ptr());
-    base_ += align - reinterpret_cast<uintptr_t>(base_) % align;
-    if (align == kHugePage)
-      madvise(base_, static_cast<size_t>(total), MADV_HUGEPAGE);  // may be refused
-  }
-  char* of(int64_t thread) const { return base_ + thread * stride_; }
-
- private:
-  Tensor memory_;
-  int64_t stride_;
-  char* base_;
 };
 
 // Runs f(chunk, workspace) for every chunk; a free thread takes the next one.
@@ -173,7 +119,7 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(
   const Tensor lse = at::empty({args.B, args.H, args.Tq}, q.options().dtype(acc_dtype(q)));
   if (call.empty()) return {out, lse};
   args.out = view4(out), args.lse = lse.data_ptr();
-  const FwdKernels& kernels = rel_attention_fwd_kernels(scalar_of(q.scalar_type()));
+  const FwdKernels& kernels = rel_attention_fwd_kernels(scalar_of("rel_attention", "q", q));
   const RelAttentionPlan plan = plan_rel_attention(args, kFwdKeyBlock, call.threads());
   run_chunks(plan, call.threads(), kernels.workspace(args, plan),
              [&](int64_t c, char* workspace) { kernels.chunk(args, plan, c, workspace); });
@@ -227,7 +173,7 @@ Gradients rel_attention_bwd(const Tensor& dout_, const Tensor& q, const Tensor& 
   };
 
   if (!call.empty()) {
-    const BwdKernels& kernels = rel_attention_bwd_kernels(scalar_of(q.scalar_type()));
+    const BwdKernels& kernels = rel_attention_bwd_kernels(scalar_of("rel_attention", "q", q));
     const RelAttentionPlan plan = plan_rel_attention(args, kBwdKeyBlock, call.threads());
     const RelAttentionGrads grads{view4(dout), pointer(dq),        pointer(dk),
                                   pointer(dv), pointer(dmem_k),    pointer(dmem_v),

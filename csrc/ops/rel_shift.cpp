@@ -3,28 +3,13 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "arguments.h"
 #include "txl/rel_shift.h"
 
 namespace txl {
 namespace {
 
 using at::Tensor;
-
-Scalar scalar_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Scalar::f32;
-    case at::kDouble:
-      return Scalar::f64;
-    case at::kHalf:
-      return Scalar::f16;
-    case at::kBFloat16:
-      return Scalar::bf16;
-    default:
-      TORCH_CHECK_TYPE(false, "rel_shift: x must be float32, float64, float16 or bfloat16, got ",
-                       x.scalar_type());
-  }
-}
 
 // A result like `src` with `columns` in its last dimension, computed row by row.
 template <typename Kernel>
@@ -44,13 +29,14 @@ Tensor shift(const Tensor& src, int64_t columns, RelShiftArgs args, Kernel kerne
 Tensor rel_shift_fwd(const Tensor& x, int64_t n_keys, int64_t offset) {
   RelShiftArgs args{};
   args.R = x.size(-1), args.n_keys = n_keys, args.offset = offset;
-  return shift(x.contiguous(), n_keys, args, rel_shift_kernels(scalar_of(x)).fwd);
+  return shift(x.contiguous(), n_keys, args, rel_shift_kernels(scalar_of("rel_shift", "x", x)).fwd);
 }
 
 Tensor rel_shift_bwd(const Tensor& dout, int64_t n_rows, int64_t offset) {
   RelShiftArgs args{};
   args.R = n_rows, args.n_keys = dout.size(-1), args.offset = offset;
-  return shift(dout.contiguous(), n_rows, args, rel_shift_kernels(scalar_of(dout)).bwd);
+  return shift(dout.contiguous(), n_rows, args,
+               rel_shift_kernels(scalar_of("rel_shift", "dout", dout)).bwd);
 }
 
 }  // namespace

@@ -147,6 +147,7 @@ class TrainConfig:
         seed: of weights, dropout and data order.
         autocast: "auto" uses bf16 where the processor gains from it.
         compile: train through torch.compile.
+        backend: the implementation that every op of `txl_kernels` must run; "auto" chooses.
     """
 
     batch_size: int = 22
@@ -174,6 +175,7 @@ class TrainConfig:
     seed: int = 1111
     autocast: Literal["off", "bf16", "auto"] = "off"
     compile: bool = False
+    backend: Literal["auto", "reference", "native", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "tgt_len", "max_step", "batch_chunk", "eval_batch_size")

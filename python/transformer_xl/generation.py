@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -46,9 +46,11 @@ def generate(
     Raises:
         ValueError: an empty prompt, or a number outside its range; before anything is drawn.
     """
-    sampling = Sampling(temperature, top_k, top_p)
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt: expected [B, T] with T ≥ 1, got {list(prompt.shape)}")
+    _require("temperature", temperature, temperature >= 0, "0 or more")
+    _require("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1")
+    _require("top_p", top_p, top_p is None or 0 < top_p <= 1, "None or a probability in (0, 1]")
     _require("n_tokens", n_tokens, n_tokens >= 0, "0 or more")
     _require("segment_len", segment_len, segment_len >= 1, "at least 1 token")
     _require("seed", seed, seed is None or generator is None, "None beside a generator")
@@ -58,43 +60,10 @@ def generate(
             generator.seed()
         else:
             generator.manual_seed(seed)
-    return _write(model, prompt, segment_len, n_tokens, sampling, generator)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; fields as `generate` has them."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        k, p = self.top_k, self.top_p
-        _require("temperature", self.temperature, self.temperature >= 0, "0 or more")
-        _require("top_k", k, k is None or k >= 1, "None or at least 1")
-        _require("top_p", p, p is None or 0 < p <= 1, "None or a probability in (0, 1]")
-
-    def draw(self, log_probs: Tensor, generator: torch.Generator) -> Tensor:
-        """int64 [B] from log-probabilities [B, V]."""
-        if self.temperature == 0:
-            return log_probs.argmax(dim=-1)
-        probs = self.probs(log_probs)
-        return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-
-    def probs(self, log_probs: Tensor) -> Tensor:
-        """The probabilities [B, V] drawn from, at a temperature above 0: top_k, then top_p."""
-        logits = log_probs.float() / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            smallest = logits.topk(self.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < smallest, -torch.inf)
-        probs = logits.softmax(dim=-1)
-        if self.top_p is not None:
-            ordered, order = probs.sort(dim=-1, descending=True)
-            before = ordered.cumsum(dim=-1) - ordered  # what the more probable tokens hold
-            kept = ordered.masked_fill(before >= self.top_p, 0)
-            probs = torch.zeros_like(probs).scatter(-1, order, kept)
-        return probs / probs.sum(dim=-1, keepdim=True)
+    draw = functools.partial(
+        model.sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+    )
+    return _write(model, prompt, segment_len, n_tokens, draw)
 
 
 @torch.no_grad()
@@ -103,8 +72,7 @@ def _write(
     prompt: Tensor,
     segment_len: int,
     n_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator,
+    draw: Callable[[Tensor], Tensor],
 ) -> Iterator[Tensor]:
     was_training = model.training
     model.eval()
@@ -114,7 +82,7 @@ def _write(
             output = model(prompt[:, begin : begin + segment_len], memory)
             memory = output.memory
         for left in range(n_tokens, 0, -1):
-            token = sampling.draw(model.log_probs(output.hidden[:, -1]), generator)
+            token = draw(output.hidden[:, -1])
             yield token
             if left > 1:
                 output = model(token[:, None], output.memory)

@@ -127,6 +127,24 @@ class TransformerXL(nn.Module):
         """Natural logarithms of all V probabilities […, V], from `Output.hidden` […, d_model]."""
         return self.crit.log_prob(hidden)
 
+    def sample(
+        self,
+        hidden: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The next token of each row of `Output.hidden` […, d_model], drawn: int64 […].
+
+        Arguments as `txl_kernels.adaptive_sample`, which holds no more than a piece of the V
+        log-probabilities.
+        """
+        return self.crit.sample(
+            hidden, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
+
     def init_memory(self, batch_size: int) -> Memory:
         """The memory before the first segment: of length 0, or `mem_len` zeros that are attended
         to where the config says so."""

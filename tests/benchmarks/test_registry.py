@@ -23,7 +23,10 @@ def test_every_case_is_found_by_its_name():
 
 def test_selection_by_part_of_the_name_or_pattern():
     cases = registry.timed_cases()
-    assert {case.shape.name for case in registry.select(cases, ["wt103"])} == {"wt103_base_train"}
+    assert {case.shape.name for case in registry.select(cases, ["wt103_base"])} == {
+        "wt103_base_train",
+        "wt103_base_softmax",
+    }
     both = registry.select(cases, ["wt103*/float32/forward", "evaluate"])
     assert {case.name.split("/")[0] for case in both} == {"rel_attention", "model"}
     assert registry.select(cases, ["nothing"]) == []
@@ -48,7 +51,17 @@ def test_the_model_is_the_base_models_layer_four_times():
     assert (config.d_inner, config.mem_len, shape.tgt_len, shape.batch_size) == (2048, 512, 512, 4)
 
 
+def test_softmaxes_are_those_of_the_published_models():
+    sizes = {s.name: (s.N, s.d, s.V, s.cutoffs, s.div_val) for s in registry.softmax_shapes()}
+    assert sizes == {
+        "wt103_base_softmax": (2048, 410, 267_735, (20_000, 40_000, 200_000), 1),
+        "wt103_large_softmax": (2048, 1024, 267_735, (20_000, 40_000, 200_000), 4),
+        "lm1b_large_softmax": (512, 1280, 793_470, (60_000, 100_000, 640_000), 4),
+    }
+
+
 def test_both_dtypes_are_timed_everywhere():
-    for shape in (*registry.attention_shapes(), *registry.model_shapes()):
+    shapes = (*registry.attention_shapes(), *registry.softmax_shapes(), *registry.model_shapes())
+    for shape in shapes:
         dtypes = {case.dtype for case in registry.timed_cases() if case.shape.name == shape.name}
         assert dtypes == {torch.float32, torch.bfloat16}

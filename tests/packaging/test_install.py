@@ -89,20 +89,65 @@ def test_install_without_torch_succeeds_and_says_so(sources, tmp_path):
     assert "torch was not found" in record["reason"]
 
 
-@pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cu117"])
-def test_a_torch_too_old_is_a_reason(tmp_path, version):
+def configure(
+    tmp_path: Path, *options: str, version: str = "2.13.0", cuda: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Configures for a torch that is a version number and nothing else."""
     torch_dir = tmp_path / "torch"
     torch_dir.mkdir()
-    (torch_dir / "version.py").write_text(f"__version__ = '{version}'\n")
-    subprocess.run(
-        [
-            *(tool("cmake"), "-S", ROOT, "-B", tmp_path / "build"),
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DTXL_TORCH_DIR={torch_dir}",
-            f"-DTXL_OUTPUT_DIR={tmp_path / 'txl_kernels'}",
-        ],
-        check=True,
-    )
+    lines = f"__version__ = {version!r}\ncuda: Optional[str] = {cuda!r}\n"
+    (torch_dir / "version.py").write_text(lines)
+    command = [
+        *(tool("cmake"), "-S", ROOT, "-B", tmp_path / "build"),
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DTXL_TORCH_DIR={torch_dir}",
+        f"-DTXL_OUTPUT_DIR={tmp_path / 'txl_kernels'}",
+        *options,
+    ]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("option", ["OFF", "AUTO"])
+def test_without_a_cuda_torch_there_are_no_cuda_kernels_and_the_reason_is_said(tmp_path, option):
+    run = configure(tmp_path, f"-DTXL_CUDA={option}")
+    assert run.returncode == 0, run.stderr
+    reason = {"OFF": "TXL_CUDA=OFF", "AUTO": "torch 2.13.0 is built without CUDA"}[option]
+    assert f"No CUDA kernels: {'the build was told ' * (option == 'OFF')}{reason}" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"option": "ON"}, "TXL_CUDA=ON: torch 2.13.0 is built without CUDA"),
+        ({"option": "ON", "version": "2.10.0"}, "TXL_CUDA=ON: it needs torch 2.11"),
+        ({"option": "ON", "cuda": "11.8"}, "torch of 11.8"),
+        ({"option": "yes"}, "TXL_CUDA must be AUTO, ON, OFF or COMPILE_ONLY, got yes"),
+    ],
+    ids=["no_cuda_torch", "old_torch", "another_cuda", "unknown"],
+)
+def test_cuda_on_without_what_it_needs_fails_loudly(tmp_path, options, named):
+    if "cuda" in options:
+        tool("nvcc")
+    run = configure(tmp_path, f"-DTXL_CUDA={options.pop('option')}", **options)
+    assert run.returncode != 0
+    assert named in " ".join(run.stderr.split())
+
+
+@pytest.mark.parametrize(("cuda", "built"), [("13.0", True), ("11.8", False)])
+def test_auto_goes_by_the_toolchain(tmp_path, cuda, built):
+    """A GPU is not asked for: this runs without one."""
+    version = subprocess.run([tool("nvcc"), "--version"], capture_output=True, text=True).stdout
+    if built and "release 13." not in version:
+        pytest.skip("needs nvcc of CUDA 13")
+    run = configure(tmp_path, cuda=cuda)
+    assert run.returncode == 0, run.stderr
+    assert ("No CUDA kernels" not in run.stdout) == built
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cu117"])
+def test_a_torch_too_old_is_a_reason(tmp_path, version):
+    run = configure(tmp_path, version=version)
+    assert run.returncode == 0, run.stderr
     record = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))
     assert not record["built"]
     assert version in record["reason"]

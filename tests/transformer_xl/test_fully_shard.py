@@ -70,6 +70,7 @@ def process(rank: int) -> None:
         fully_shard(layer)
     fully_shard(sharded)
     register_fsdp_forward_method(sharded, "log_probs")
+    register_fsdp_forward_method(sharded, "sample")
 
     # Each process owns two of four streams; the mean of their losses is the loss of all four.
     segments = torch.randint(0, 30, (4, 24)).split(8, dim=1)

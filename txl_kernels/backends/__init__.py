@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from txl_kernels._register import register
-from txl_kernels.backends import native
+from txl_kernels.backends import native, triton
 from txl_kernels.errors import BackendUnavailableError
 
 BACKENDS = ("reference", "native", "triton")
@@ -20,15 +20,51 @@ OPS = (
     "adaptive_nll",
     "adaptive_log_prob",
     "adaptive_topk",
+    "adaptive_sample",
     "adaptive_embedding",
 )
 _AUTO = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
-_NATIVE_OPS = ("rel_attention", "rel_shift")
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NATIVE_MAX_HEAD_SIZE = 256
-_NATIVE_LACKS = ("q_pos", "bias", "dead_rows='uniform'")
+
+_FLOAT_TO_16_BIT = (torch.float32, torch.bfloat16, torch.float16)
+_FLOAT = (*_FLOAT_TO_16_BIT, torch.float64)
+_DENSE_ARGUMENTS = ("q_pos", "bias", "dead_rows='uniform'")
+
+
+class Serves(NamedTuple):
+    """What one backend takes of one op. Tq and head sizes: the largest; None: no limit."""
+
+    dtypes: Collection[torch.dtype]
+    head_size: int | None = None
+    Tq: int | None = None
+    gradients: bool = True
+    lacks: Collection[str] = ()  # optional arguments, in the words of `resolve`'s `uses`
+
+
+# (backend, op) or, where devices differ, (backend, op, device type), which goes before.
+# The reference takes every call and is not listed.
+_SERVES: dict[tuple[str, ...], Serves] = {
+    ("native", "rel_attention"): Serves(_FLOAT, head_size=256, lacks=_DENSE_ARGUMENTS),
+    ("native", "rel_attention", "cuda"): Serves(
+        _FLOAT_TO_16_BIT,
+        head_size=256,
+        Tq=16,
+        gradients=False,
+        lacks=(*_DENSE_ARGUMENTS, "dropout_p"),
+    ),
+    ("native", "rel_shift"): Serves(_FLOAT),
+    ("native", "adaptive_loss"): Serves(_FLOAT),
+    ("native", "adaptive_nll"): Serves(_FLOAT),
+    ("native", "adaptive_embedding"): Serves(_FLOAT),
+    ("triton", "rel_attention"): Serves(_FLOAT_TO_16_BIT, head_size=256, lacks=_DENSE_ARGUMENTS),
+    ("triton", "rel_shift"): Serves(_FLOAT),
+    ("triton", "adaptive_loss"): Serves(_FLOAT_TO_16_BIT),
+    ("triton", "adaptive_nll"): Serves(_FLOAT_TO_16_BIT),
+    ("triton", "adaptive_embedding"): Serves(_FLOAT_TO_16_BIT),
+}
 
 register("txl_native")
+register("txl_triton")
+triton.register_kernels()
 
 
 class Resolution(NamedTuple):
@@ -60,9 +96,9 @@ def resolve(
         device, dtype: of the tensors.
         Tq: queries (for the adaptive ops: tokens).
         D, Dv: head size of keys and of values (None: the same); of `rel_attention` alone.
-        needs_grad: whether a backward pass will follow. No backend here goes by it, nor by Tq.
+        needs_grad: whether a backward pass will follow.
         uses: the optional arguments that not every backend takes and that this call gives:
-            "q_pos", "bias", "dead_rows='uniform'".
+            "q_pos", "bias", "dead_rows='uniform'", "dropout_p".
 
     Raises:
         ValueError: no such op or backend.
@@ -76,7 +112,7 @@ def resolve(
     candidates = _AUTO.get(device_type, ("reference",)) if backend == "auto" else (backend,)
     reason = None
     for name in candidates:
-        reason = _refusal(name, op, device_type, dtype, max(D, Dv or D), uses)
+        reason = _refusal(name, op, device_type, dtype, Tq, max(D, Dv or D), needs_grad, uses)
         if reason is None:
             return Resolution(name, None)
     return Resolution(None, reason)
@@ -94,41 +130,55 @@ def choose(op: str, **call: Any) -> str:
     return name
 
 
+def operators(backend: str) -> Any:
+    """The namespace of a backend that `choose` gave, "reference" excepted: `torch.ops.txl_…`."""
+    return getattr(torch.ops, f"txl_{backend}")
+
+
 def _refusal(
     name: str,
     op: str,
     device_type: str,
     dtype: torch.dtype,
+    Tq: int,
     head_size: int,
+    needs_grad: bool,
     uses: Collection[str],
 ) -> str | None:
     """Why backend `name` does not serve this call, or None where it does."""
     if name == "reference":
         return None
-    if name == "triton" or op not in _NATIVE_OPS:
+    serves = _SERVES.get((name, op, device_type)) or _SERVES.get((name, op))
+    if serves is None:
         return f"this package has no {name} backend for {op}"
-    reason: str | None = _native_refusal(op, device_type)
+    reason: str | None = _door_refusal(name, op, device_type, dtype)
     if reason is not None:
         return reason
-    if dtype not in _NATIVE_DTYPES:
-        return f"native does not take {dtype}"
-    if op == "rel_attention" and head_size > _NATIVE_MAX_HEAD_SIZE:
-        return f"native takes head sizes up to {_NATIVE_MAX_HEAD_SIZE}, not {head_size}"
-    for argument in _NATIVE_LACKS:
+    if dtype not in serves.dtypes:
+        return f"{name} does not take {dtype}"
+    if op == "rel_attention" and head_size > (serves.head_size or head_size):
+        return f"{name} takes head sizes up to {serves.head_size}, not {head_size}"
+    if serves.Tq is not None and Tq > serves.Tq:
+        return f"{name} takes up to {serves.Tq} queries on {device_type}, not {Tq}"
+    if needs_grad and not serves.gradients:
+        return f"{name} has no gradients on {device_type}"
+    for argument in serves.lacks:
         if argument in uses:
-            return f"native does not take {argument} yet"
+            return f"{name} does not take {argument} yet"
     return None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _native_refusal(op: str, device_type: str) -> str | None:
-    """Why the native library cannot run `op` on this kind of device at all, or None."""
+def _door_refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run `op` on this kind of device at all, or None."""
+    if name == "triton":
+        return triton.unavailable_reason(device_type, dtype)
     reason = native.unavailable_reason()
     if reason is not None:
         return reason
     if _has_kernel(f"txl_native::{op}_fwd", device_type):
         return None
-    return f"the native library here has no {device_type.upper()} kernel for {op}"
+    return native.no_kernel_reason(op, device_type)
 
 
 @functools.cache

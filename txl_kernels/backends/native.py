@@ -44,6 +44,14 @@ def unavailable_reason() -> str | None:
     return no_products
 
 
+def no_kernel_reason(op: str, device_type: str) -> str:
+    """Says that the loaded library has no kernel for `op` on this kind of device, and why."""
+    cuda = load().build_info()["cuda"]
+    built_without = device_type == "cuda" and not cuda["built"]
+    why = f" ({cuda['reason']})" if built_without else ""
+    return f"the native library here has no {device_type.upper()} kernel for {op}{why}"
+
+
 def _refusal(package_dir: Path, torch_version: str) -> str | None:
     """Why the build in `package_dir` must not be loaded under `torch_version`, or None."""
     path = package_dir / RECORD_NAME

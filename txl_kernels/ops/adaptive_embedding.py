@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast as cast_type
 
 import torch
 from torch import Tensor
 
-from txl_kernels.backends import choose
+from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import adaptive_embedding as reference
 from txl_kernels.ops.adaptive_checks import check_cutoffs, check_tokens
 from txl_kernels.ops.autocast import autocast_dtype, cast, outside_autocast
 from txl_kernels.ops.checks import (
     FLOATING,
     check_dtype,
+    check_flag,
     check_given,
     check_number,
     check_shape,
@@ -31,6 +33,7 @@ def adaptive_embedding(
     cutoffs: Sequence[int] = (),
     scale: float = 1.0,
     *,
+    sparse: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Looks each token up in its cluster's table and projects it: scale · projection_k · row.
@@ -41,7 +44,9 @@ def adaptive_embedding(
         projections: per cluster [d, d_k], in `nn.Linear`'s orientation, or None where d_k = d.
         cutoffs: first token of each cluster but the first; () for a single table.
         scale: factor of the result; √d_model in Transformer-XL.
-        backend: "auto" or "reference".
+        sparse: give the tables sparse gradients, which hold the rows that tokens name, for
+            `torch.optim.SparseAdam` and the like; not under `torch.compile`.
+        backend: "auto", "reference", "native" or "triton"; a named one runs or raises.
 
     Returns:
         [..., d] in the tables' dtype.
@@ -52,7 +57,8 @@ def adaptive_embedding(
             device asserts.
         BackendUnavailableError: the named backend is missing.
 
-    Precision: products in float32 (float64 for float64).
+    Precision: sums in float32 (float64 for float64); bfloat16 and float16 products where the
+    backend has them. A second derivative raises, except on the reference.
 
     Source: Baevski and Auli, "Adaptive input representations", ICLR 2019.
     """
@@ -68,8 +74,10 @@ def adaptive_embedding(
     projections = [cast(projection, lower) for projection in projections]
     n_tokens = _check_tables(tokens, tables, projections, cutoffs)
     check_number(OP, "scale", scale)
-    check_tokens(OP, "tokens", tokens, n_tokens)
-    choose(
+    check_flag(OP, "sparse", sparse)
+    if sparse and torch.compiler.is_compiling():
+        raise ValueError(f"{OP}: sparse gradients exist in eager mode only, not under a compiler")
+    chosen = choose(
         OP,
         backend=backend,
         device=tokens.device,
@@ -78,7 +86,13 @@ def adaptive_embedding(
         needs_grad=needs_grad(*tables, *projections),
     )
     with outside_autocast(tokens.device):
-        return reference.embed(tokens, tables, projections, scale)
+        if chosen == "reference":
+            check_tokens(OP, "tokens", tokens, n_tokens)
+            return reference.embed(tokens, tables, projections, scale, sparse)
+        absent = tables[0].new_empty(0)
+        given = [absent if projection is None else projection for projection in projections]
+        embedded = operators(chosen).adaptive_embedding_fwd(tokens, tables, given, scale, sparse)
+        return cast_type(Tensor, embedded)
 
 
 def _check_tables(

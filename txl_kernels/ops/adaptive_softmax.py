@@ -10,11 +10,12 @@ Transformer-XL's (Dai et al., ACL 2019; Baevski and Auli, ICLR 2019).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from txl_kernels.backends import choose
+from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import adaptive_softmax as reference
 from txl_kernels.backends.reference.adaptive_softmax import Cluster
 from txl_kernels.ops.adaptive_checks import check_tokens, checked_clusters
@@ -49,7 +50,7 @@ def adaptive_nll(
         head_bias: [c0 + n_tails], float32 or hidden's dtype, as all biases.
         head_proj: [d_0, d].
         ignore_index: the target that counts for nothing.
-        backend: "auto" or "reference".
+        backend: "auto", "reference", "native" or "triton"; a named one runs or raises.
 
     Returns:
         [N] float32 (float64 for float64).
@@ -60,17 +61,23 @@ def adaptive_nll(
             device asserts.
         BackendUnavailableError: the named backend is missing.
 
-    Precision: products and sums in float32 (float64 for float64). No N × V logits, forward or
-    backward; a cluster without targets gets a zero gradient.
+    Precision: sums in float32 (float64 for float64); bfloat16 and float16 products where the
+    backend has them. No N × V logits, forward or backward; a cluster without targets gets a zero
+    gradient. A second derivative raises, except on the reference.
     """
     op = "adaptive_nll"
     hidden, head, clusters = checked_clusters(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
-    _check_target(op, target, hidden, head, clusters, ignore_index)
-    _choose(op, backend, hidden, head, clusters)
+    _check_target(op, target, hidden, ignore_index)
+    chosen = choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device):
-        return reference.nll(hidden, target, head, clusters, ignore_index)
+        if chosen == "reference":
+            check_tokens(op, "target", target, n_tokens_of(head, clusters), ignore_index)
+            return reference.nll(hidden, target, head, clusters, ignore_index)
+        flat = _flat(hidden, head, clusters)
+        nll, _lse = operators(chosen).adaptive_nll_fwd(hidden, target, flat, ignore_index)
+        return cast(Tensor, nll)
 
 
 def adaptive_loss(
@@ -88,6 +95,9 @@ def adaptive_loss(
 ) -> Tensor:
     """Mean or sum of `adaptive_nll` over the targets that are not ignored: the training path.
 
+    Where gradients are needed, they are formed with the loss, except on the reference; backward
+    hands them over, so it can go through this call once.
+
     Args, Raises and Precision: as `adaptive_nll`; `reduction` is "mean" or "sum".
 
     Returns:
@@ -98,10 +108,19 @@ def adaptive_loss(
     hidden, head, clusters = checked_clusters(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
-    _check_target(op, target, hidden, head, clusters, ignore_index)
-    _choose(op, backend, hidden, head, clusters)
+    _check_target(op, target, hidden, ignore_index)
+    chosen = choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device):
-        return reference.loss(hidden, target, head, clusters, ignore_index, reduction)
+        if chosen == "reference":
+            check_tokens(op, "target", target, n_tokens_of(head, clusters), ignore_index)
+            return reference.loss(hidden, target, head, clusters, ignore_index, reduction)
+        flat = _flat(hidden, head, clusters)
+        needed = [any_needs_grad(x) for x in (hidden, *flat)]
+        mean = reduction == "mean"
+        loss, *_grads = operators(chosen).adaptive_loss_fwd(
+            hidden, target, flat, ignore_index, mean, needed
+        )
+        return cast(Tensor, loss)
 
 
 def adaptive_log_prob(
@@ -125,7 +144,7 @@ def adaptive_log_prob(
     hidden, head, clusters = checked_clusters(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
-    _choose(op, backend, hidden, head, clusters)
+    choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device):
         return reference.log_prob(hidden, head, clusters)
 
@@ -154,29 +173,25 @@ def adaptive_topk(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
     check_int(op, "k", k, at_least=1)
-    if k > _n_tokens(head, clusters):
-        raise ValueError(f"{op}: k must be at most V = {_n_tokens(head, clusters)}, got {k}")
-    _choose(op, backend, hidden, head, clusters)
-    with outside_autocast(hidden.device):
+    if k > n_tokens_of(head, clusters):
+        raise ValueError(f"{op}: k must be at most V = {n_tokens_of(head, clusters)}, got {k}")
+    with torch.no_grad():
+        choose_backend(op, backend, hidden, head, clusters)
+    with outside_autocast(hidden.device), torch.no_grad():
         return reference.topk(hidden, head, clusters, k)
 
 
-def _check_target(
-    op: str,
-    target: Tensor,
-    hidden: Tensor,
-    head: Cluster,
-    tails: Sequence[Cluster],
-    ignore_index: int,
-) -> None:
+def _check_target(op: str, target: Tensor, hidden: Tensor, ignore_index: int) -> None:
     check_tensor(op, "target", target)
     check_given(op, {"target": target}, (torch.int64,), hidden.device)
     check_shape(op, "target", target, (hidden.shape[0],))
     check_int(op, "ignore_index", ignore_index)
-    check_tokens(op, "target", target, _n_tokens(head, tails), ignore_index)
 
 
-def _choose(op: str, backend: str, hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> str:
+def choose_backend(
+    op: str, backend: str, hidden: Tensor, head: Cluster, tails: Sequence[Cluster]
+) -> str:
+    """The backend that serves the call; BackendUnavailableError where none does."""
     weights = [tensor for cluster in (head, *tails) for tensor in cluster]
     return choose(
         op,
@@ -188,5 +203,12 @@ def _choose(op: str, backend: str, hidden: Tensor, head: Cluster, tails: Sequenc
     )
 
 
-def _n_tokens(head: Cluster, tails: Sequence[Cluster]) -> int:
+def _flat(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> list[Tensor]:
+    """The schema's list: three tensors per cluster, an empty one for an absent one."""
+    absent = hidden.new_empty(0)
+    return [absent if x is None else x for cluster in (head, *tails) for x in cluster]
+
+
+def n_tokens_of(head: Cluster, tails: Sequence[Cluster]) -> int:
+    """V."""
     return head.weight.shape[0] - len(tails) + sum(tail.weight.shape[0] for tail in tails)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txl_kernels.backends import choose
+from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.ops import autocast
 from txl_kernels.ops.checks import check_tensor, needs_grad
@@ -110,6 +110,8 @@ def rel_attention(
     uses = [name for name, tensor in (("q_pos", q_pos), ("bias", bias)) if tensor is not None]
     if dead_rows == "uniform":
         uses.append("dead_rows='uniform'")
+    if dropout_p > 0:
+        uses.append("dropout_p")
     chosen = choose(
         "rel_attention",
         backend=backend,
@@ -147,24 +149,32 @@ def rel_attention(
         "dead_uniform": dead_rows == "uniform",
     }
     with autocast.outside_autocast(q.device):
-        if chosen == "native":
-            out, lse = _native(q, k, v, r, Tk, **call)
-        else:
+        if chosen == "reference":
             out, lse = reference.rel_attention(q, k, v, r, **call)
+        else:
+            out, lse = _kernel(chosen, q, k, v, r, Tk, **call)
     return (out, lse) if return_lse else out
 
 
-def _native(
-    q: Tensor, k: Tensor, v: Tensor, r: Tensor, Tk: int, *, mask: Tensor | None, **call: Any
+def _kernel(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    Tk: int,
+    *,
+    mask: Tensor | None,
+    **call: Any,
 ) -> Any:
-    """The compiled kernel, which reads rows of any stride whose last dimension is contiguous."""
+    """A backend's kernel, which reads rows of any stride whose last dimension is contiguous."""
     q, k, v, r = (_contiguous_rows(tensor) for tensor in (q, k, v, r))
     for name in ("mem_k", "mem_v"):
         if call[name] is not None:
             call[name] = _contiguous_rows(call[name])
     if mask is not None:
         mask = mask.expand(*q.shape[:3], Tk)
-    return torch.ops.txl_native.rel_attention_fwd(q, k, v, r, mask=mask, **call)
+    return operators(backend).rel_attention_fwd(q, k, v, r, mask=mask, **call)
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:

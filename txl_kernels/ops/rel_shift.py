@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from txl_kernels.backends import choose
+from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import rel_shift as reference
 from txl_kernels.ops.checks import FLOATING, check_dtype, check_int, check_tensor, needs_grad
 
@@ -21,7 +20,7 @@ def rel_shift(
         x: [..., Tq, R]; float32, bfloat16, float16 or float64; any strides.
         n_keys: columns of the result, default R.
         offset: column of x read at j = i, default Tq - 1.
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
 
     Returns:
         [..., Tq, n_keys], x's dtype; 0 where x has no such column.
@@ -48,7 +47,7 @@ def rel_shift(
     chosen = choose(
         OP, backend=backend, device=x.device, dtype=x.dtype, Tq=Tq, needs_grad=needs_grad(x)
     )
-    if chosen == "native":
-        shifted: Tensor = torch.ops.txl_native.rel_shift_fwd(x, n_keys, offset)
-        return shifted
-    return reference.rel_shift(x, n_keys, offset)
+    if chosen == "reference":
+        return reference.rel_shift(x, n_keys, offset)
+    shifted: Tensor = operators(chosen).rel_shift_fwd(x, n_keys, offset)
+    return shifted

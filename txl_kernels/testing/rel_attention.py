@@ -46,6 +46,25 @@ def check_rel_attention(
         )
 
 
+def check_rel_attention_output(
+    case: RelAttentionCase,
+    dtype: torch.dtype,
+    run: Callable[..., tuple[Tensor, Tensor]],
+    device: str = "cpu",
+) -> None:
+    """Asserts that a forward pass, `run(**inputs, **options)`, is within the error budget."""
+    floats, others = case.inputs(dtype, device)
+    floats = {name: tensor.detach() for name, tensor in floats.items()}
+    actual = run(**floats, **others, **case.options)
+    eager = _eager(floats, others, case.options)
+    call: dict[str, Any] = {name: tensor.double() for name, tensor in floats.items()}
+    call |= {**others, **case.options, "return_lse": True, "backend": "reference"}
+    ref64 = rel_attention(**call)
+    assert actual[0].dtype == dtype
+    for name, result, due, plain in zip(("out", "lse"), actual, ref64, eager, strict=True):
+        check_budget(f"{case} {dtype}: {name}", result, due, plain, dtype=dtype)
+
+
 def _with_gradients(
     run: Callable[[dict[str, Any]], tuple[Tensor, Tensor]],
     floats: dict[str, Tensor],

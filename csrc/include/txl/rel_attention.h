@@ -4,28 +4,15 @@
 #include <cstdint>
 #include <vector>
 
+#include "txl/key_range.h"
+#include "txl/tensor.h"
+
 namespace txl {
 
-constexpr int64_t kOpen = INT64_MAX / 4;  // a window side without a bound
 // The largest tile: queries, and keys that they meet at once forward and backward (where twice as
 // many matrices must stay in cache).
 constexpr int64_t kQueryTile = 64, kFwdKeyBlock = 1024, kBwdKeyBlock = 512;
 constexpr int64_t kKeyBlock = kFwdKeyBlock;
-
-// A [B, H, T, D] tensor whose last dimension is contiguous; strides in elements, 0 = broadcast.
-struct Tensor4 {
-  void* data = nullptr;
-  int64_t stride_b = 0, stride_h = 0, stride_t = 0;
-
-  template <typename T>
-  T* head(int64_t b, int64_t h) const {
-    return static_cast<T*>(data) + b * stride_b + h * stride_h;
-  }
-};
-
-struct KeyRange {
-  int64_t begin, end;  // keys [begin, end) over [memory; segment]
-};
 
 // What both directions read. Symbols are those of docs/mathematics.md.
 struct RelAttentionArgs {
@@ -36,9 +23,7 @@ struct RelAttentionArgs {
   bool r_per_batch = false, r_per_head = false;
   int64_t offset = 0;
   bool clamp = false;
-  bool causal = false;
-  int64_t window_left = kOpen, window_right = kOpen;
-  int64_t chunk_size = 0, chunk_left = 0, chunk_phase = 0;
+  KeyRule rule;
   const int64_t* key_start = nullptr;  // [B], within [0, Tk], or null
   const int64_t* key_lens = nullptr;
   Tensor4 mask;  // bool, true = attend; data null if absent
@@ -128,8 +113,6 @@ struct BwdKernels {
   void (*finish)(const RelAttentionArgs&, const RelAttentionPlan&, const RelAttentionGrads&,
                  const RelAttentionPartials&, int64_t item);
 };
-
-enum class Scalar { f32, f64, f16, bf16 };
 
 // The best kernels that this processor and ATen's capability setting allow.
 const FwdKernels& rel_attention_fwd_kernels(Scalar dtype);

@@ -1,4 +1,4 @@
-"""The command `transformer-xl`: train, evaluate, generate, doctor, demo."""
+"""The command `transformer-xl`: train, evaluate, generate, doctor, demo, benchmark."""
 
 from __future__ import annotations
 

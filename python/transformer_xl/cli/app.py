@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from transformer_xl.cli.benchmark import benchmark
 from transformer_xl.cli.demo import demo
 from transformer_xl.cli.doctor import doctor
 from transformer_xl.cli.evaluate import evaluate
@@ -53,3 +54,4 @@ def options(
 
 for command in (train, evaluate, generate, doctor, demo):
     app.command()(command)
+app.add_typer(benchmark, name="benchmark")

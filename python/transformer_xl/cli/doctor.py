@@ -14,9 +14,11 @@ from rich.table import Table
 
 from transformer_xl.training.precision import cpu_flags, processor, uses_bf16
 from txl_kernels.backends import BACKENDS, OPS, resolve
+from txl_kernels.testing.aot.gates import TRITON_VERSIONS
 
 PACKAGES = ("txl_kernels", "transformer_xl", "torch")
 LIBRARIES = ("torch", "triton", "numpy", "accelerate", "safetensors", "tokenizers")
+NOT_INSTALLED = "not installed"
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
 
 
@@ -36,7 +38,7 @@ def _machine() -> Table:
         table.add_row(name, f"imported from {Path(str(module.__file__)).parent}")
     table.add_row("python", platform.python_version())
     for name in LIBRARIES:
-        table.add_row(name, _version(name))
+        table.add_row(name, _version(name) + (_triton_note() if name == "triton" else ""))
     flags = cpu_flags()
     table.add_row("processor", f"{processor()}, {torch.get_num_threads()} threads")
     table.add_row("features", ", ".join(name for name in FEATURES if name in flags) or "unknown")
@@ -66,8 +68,16 @@ def _backends(device: str) -> Table:
     return table
 
 
+def _triton_note() -> str:
+    """A warning where this Triton's machine code is not known to hold the kernels' gates."""
+    if _version("triton") in (*TRITON_VERSIONS, NOT_INSTALLED):
+        return ""
+    gated = " and ".join(TRITON_VERSIONS)
+    return f" [yellow](the kernels' machine code is checked for {gated}, not for this one)[/]"
+
+
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED

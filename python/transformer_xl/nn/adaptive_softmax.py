@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from transformer_xl.nn.embedding import has_projection
-from txl_kernels import adaptive_log_prob, adaptive_loss, adaptive_nll
+from txl_kernels import (
+    adaptive_log_prob,
+    adaptive_loss,
+    adaptive_nll,
+    adaptive_sample,
+    adaptive_topk,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 Tail = tuple[Tensor | None, Tensor, Tensor | None]  # projection, weight, bias
@@ -97,6 +103,36 @@ class AdaptiveSoftmax(nn.Module):
         log_prob = adaptive_log_prob(hidden.flatten(0, -2), head, tails, **options)
         return log_prob.view(*hidden.shape[:-1], -1)
 
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """[…, d_proj] to log p and int64 of the k likeliest tokens, likeliest first: […, k]."""
+        head, tails, options = self._clusters()
+        found = adaptive_topk(hidden.flatten(0, -2), head, tails, k, **options)
+        log_probs, tokens = (part.view(*hidden.shape[:-1], k) for part in found)
+        return log_probs, tokens
+
+    def sample(
+        self,
+        hidden: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """[…, d_proj] to one drawn token each, int64 […]; see `txl_kernels.adaptive_sample`."""
+        head, tails, options = self._clusters()
+        tokens = adaptive_sample(
+            hidden.flatten(0, -2),
+            head,
+            tails,
+            **options,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )
+        return tokens.view(hidden.shape[:-1])
+
     def _clusters(self) -> tuple[Tensor, list[Tail], Options]:
         """Head weight, tails and the rest as the functions of `txl_kernels` take them."""
         projections = [None if p is None else p.t() for p in self.out_projs]  # [d_k, d_proj]
@@ -115,11 +151,13 @@ class AdaptiveSoftmax(nn.Module):
         return head_weight, tails, options
 
     def _bins(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Weight and bias of each bin; for div_val = 1 they are slices of one layer."""
+        """Weight and bias of each bin; for div_val = 1 they are parts of one layer."""
         weights, biases = (
             [layer.get_parameter(name) for layer in self.out_layers] for name in ("weight", "bias")
         )
         if len(weights) == len(self.cutoffs) + 1:
             return list(weights), list(biases)
-        spans = [slice(*ends) for ends in itertools.pairwise(self.ends)]
-        return [weights[0][span] for span in spans], [biases[0][span] for span in spans]
+        sizes = [right - left for left, right in itertools.pairwise(self.ends)]
+        # One split, not slices: backward joins the bins' gradients once, into a new table, where
+        # each slice would fill a table of its own with zeros.
+        return list(torch.split(weights[0], sizes)), list(torch.split(biases[0], sizes))

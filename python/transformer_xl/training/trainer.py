@@ -56,7 +56,7 @@ class Trainer:
         self._validation_batches()  # raises now what the first validation would, after hours
 
         torch.manual_seed(train.seed)
-        self.model = TransformerXL(config.model)
+        self.model = TransformerXL(config.model, backend=train.backend)
         if train.compile:
             self.model.compile()
         self.schedule = Schedule(train)

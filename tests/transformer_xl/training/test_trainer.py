@@ -13,6 +13,7 @@ from transformer_xl.config import RunConfig, override
 from transformer_xl.data import open_corpus
 from transformer_xl.evaluation import Lengths
 from transformer_xl.training.trainer import Trainer, join_processes, share, validation_lengths
+from txl_kernels import BackendUnavailableError
 
 
 def trainer(config: RunConfig, **changes: object) -> Trainer:
@@ -32,6 +33,15 @@ def test_training_lowers_the_loss(tiny_config: RunConfig) -> None:
     found = losses(trainer(tiny_config), 24)
     assert found[0] == pytest.approx(math.log(256), abs=0.2)
     assert found[-1] < 0.75 * found[0]
+
+
+def test_the_backend_is_the_one_asked_for(tiny_config: RunConfig) -> None:
+    """Triton runs on no CPU, so the first step says so; the reference trains as "auto" does."""
+    with pytest.raises(BackendUnavailableError, match="triton"):
+        trainer(tiny_config, train__backend="triton").advance()
+    reference = trainer(tiny_config, train__backend="reference")
+    assert {m.backend for m in reference.model.modules() if hasattr(m, "backend")} == {"reference"}
+    assert losses(reference, 4) == pytest.approx(losses(trainer(tiny_config), 4), rel=1e-4)
 
 
 @pytest.mark.parametrize("batch_chunk", [2, 3, 4])

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from txl_kernels import resolve
+from txl_kernels import backends, resolve
 from txl_kernels.backends import OPS, native
 
 
@@ -47,6 +47,56 @@ def test_head_sizes_beyond_256_are_not_native(require_backend):
     assert resolve("rel_attention", **call, D=256).backend == "native"
     assert resolve("rel_attention", **call, D=257).backend == "reference"
     assert "257" in resolve("rel_attention", **call, backend="native", D=64, Dv=257).reason
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch):
+    """As if the native library had been built with CUDA."""
+    monkeypatch.setattr(native, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(backends, "_has_kernel", lambda operator, device_type: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("Tq", [1, 16])
+@pytest.mark.parametrize("D", [1, 41, 256])
+def test_decoding_on_cuda_is_native(cuda_kernels, dtype, Tq, D):
+    assert resolve("rel_attention", device="cuda", dtype=dtype, Tq=Tq, D=D).backend == "native"
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        ({"Tq": 17}, "up to 16 queries on cuda, not 17"),
+        ({"needs_grad": True}, "no gradients on cuda"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"D": 257}, "up to 256, not 257"),
+        ({"uses": ["dropout_p"]}, "dropout_p"),
+        ({"uses": ["q_pos"]}, "q_pos"),
+        ({"uses": ["bias"]}, "bias"),
+        ({"uses": ["dead_rows='uniform'"]}, "dead_rows='uniform'"),
+    ],
+)
+def test_what_decoding_kernels_lack_is_named_and_left_to_others(cuda_kernels, call, named):
+    call = {"device": "cuda", "dtype": torch.float32, **call}
+    chosen, reason = resolve("rel_attention", backend="native", **call)
+    assert chosen is None
+    assert named in reason
+    assert resolve("rel_attention", **call).backend != "native"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_shift_on_cuda_is_native_with_gradients(cuda_kernels, dtype):
+    chosen = resolve("rel_shift", device="cuda", dtype=dtype, Tq=4096, needs_grad=True)
+    assert chosen.backend == "native"
+
+
+def test_a_library_without_cuda_says_why(require_backend):
+    require_backend("rel_attention", "native")
+    cuda = native.load().build_info()["cuda"]
+    if cuda["built"]:
+        pytest.skip("the native library here was built with CUDA")
+    call = {"backend": "native", "device": "cuda", "dtype": torch.float32}
+    assert cuda["reason"] in resolve("rel_attention", **call).reason
 
 
 @pytest.mark.parametrize(("op", "backend"), [("attention", "auto"), ("rel_shift", "fastest")])

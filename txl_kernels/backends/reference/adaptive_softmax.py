@@ -82,17 +82,17 @@ def log_prob(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> Tensor:
 def topk(hidden: Tensor, head: Cluster, tails: Sequence[Cluster], k: int) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens of each row, likeliest first: log p [N, k] and tokens [N, k]."""
     c0 = head.weight.shape[0] - len(tails)
-    x = _projected(hidden, head)
+    x = projected(hidden, head)
     head_lse = _lse(x, head)[:, None]
-    entry = _logits(x, _columns(head, c0, None)) - head_lse  # log p of each tail: [N, n_tails]
+    entry = logits_of(x, columns(head, c0, None)) - head_lse  # log p of each tail: [N, n_tails]
     best = x.new_empty(x.shape[0], 0)
     tokens = torch.empty_like(best, dtype=torch.int64)
     n_before = 0
-    for n, cluster in enumerate((_columns(head, 0, c0), *tails)):
-        x = _projected(hidden, cluster)
+    for n, cluster in enumerate((columns(head, 0, c0), *tails)):
+        x = projected(hidden, cluster)
         shift = -head_lse if n == 0 else entry[:, n - 1, None] - _lse(x, cluster)[:, None]
-        for first, piece in _pieces(cluster):
-            log_probs = _logits(x, piece) + shift
+        for first, piece in pieces(cluster):
+            log_probs = logits_of(x, piece) + shift
             token = torch.arange(log_probs.shape[1], device=x.device) + (n_before + first)
             best, tokens = _best_of_both(best, tokens, log_probs, token.expand_as(log_probs), k)
         n_before += cluster.weight.shape[0]
@@ -109,9 +109,9 @@ def _best_of_both(
 
 def _log_prob_at(hidden: Tensor, cluster: Cluster, column: Tensor) -> Tensor:
     """log softmax of one column per row: [N]; meaningless where the column is out of range."""
-    x = _projected(hidden, cluster)
+    x = projected(hidden, cluster)
     lses, logit = [], x.new_zeros(x.shape[0])
-    for first, piece in _pieces(cluster):
+    for first, piece in pieces(cluster):
         lse, here = _recomputed(_lse_and_logit_at, x, piece.weight, piece.bias, column - first)
         lses.append(lse)
         logit = logit + here
@@ -129,7 +129,7 @@ def _lse_and_logit_at(
     x: Tensor, weight: Tensor, bias: Tensor | None, column: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over one piece, and its logit at `column`, 0 where that is in another: [N]."""
-    logits = _logits(x, Cluster(None, weight, bias))
+    logits = logits_of(x, Cluster(None, weight, bias))
     within = column.clamp(0, logits.shape[1] - 1)
     logit = logits.gather(1, within[:, None])[:, 0]
     return logits.logsumexp(1), logit.masked_fill(within != column, 0.0)
@@ -137,28 +137,27 @@ def _lse_and_logit_at(
 
 def _lse(x: Tensor, cluster: Cluster) -> Tensor:
     """Log-sum-exp of a cluster's logits: [N]."""
-    return torch.stack([_logits(x, piece).logsumexp(1) for _, piece in _pieces(cluster)]).logsumexp(
-        0
-    )
+    lses = [logits_of(x, piece).logsumexp(1) for _, piece in pieces(cluster)]
+    return torch.stack(lses).logsumexp(0)
 
 
 def _log_probs(hidden: Tensor, cluster: Cluster) -> Tensor:
-    return _logits(_projected(hidden, cluster), cluster).log_softmax(1)
+    return logits_of(projected(hidden, cluster), cluster).log_softmax(1)
 
 
-def _projected(hidden: Tensor, cluster: Cluster) -> Tensor:
+def projected(hidden: Tensor, cluster: Cluster) -> Tensor:
     """[N, d_k], in float32 (float64 for float64), as all that follows."""
     x = hidden.to(_work_dtype(hidden))
     return x if cluster.projection is None else x @ cluster.projection.to(x.dtype).mT
 
 
-def _logits(x: Tensor, cluster: Cluster) -> Tensor:
+def logits_of(x: Tensor, cluster: Cluster) -> Tensor:
     """[N, V_k] from projected rows [N, d_k]."""
     logits = x @ cluster.weight.to(x.dtype).mT
     return logits if cluster.bias is None else logits + cluster.bias.to(x.dtype)
 
 
-def _pieces(cluster: Cluster) -> list[tuple[int, Cluster]]:
+def pieces(cluster: Cluster) -> list[tuple[int, Cluster]]:
     """The cluster cut along the vocabulary: each piece's first column, and the piece."""
     n_columns = cluster.weight.shape[0]
     size = max(_MIN_COLUMNS, -(-n_columns // _MAX_PIECES))
@@ -171,7 +170,9 @@ def _pieces(cluster: Cluster) -> list[tuple[int, Cluster]]:
     ]
 
 
-def _columns(cluster: Cluster, first: int, last: int | None) -> Cluster:
+def columns(cluster: Cluster, first: int, last: int | None) -> Cluster:
+    """Columns first … last - 1 of a cluster's logits, as a cluster."""
+    """Columns first … last - 1 of a cluster's logits, as a cluster."""
     bias = None if cluster.bias is None else cluster.bias[first:last]
     return Cluster(cluster.projection, cluster.weight[first:last], bias)
 

@@ -1,0 +1,220 @@
+// The second pass over a cluster: gradients of its logits, tile by tile, and their two products.
+#pragma once
+
+#include "adaptive_softmax_tile.h"
+
+namespace txl::TXL_ISA {
+
+// The gradients of 16 logits of 16 tokens at a time, g = value(v, i), into both layouts; `dbias`
+// collects each row's sum, spread over 16 elements. `rows` is a multiple of 16.
+template <typename T, typename F>
+void spread_gradients(int64_t rows, int64_t n, int64_t ld_t, const ClusterSlot<T>& ws, F&& value) {
+  using Vec = Vectorized<Acc<T>>;
+  constexpr int64_t ld_v = ClusterSlot<T>::ld_v;
+  alignas(64) Acc<T> square[256], transposed[256];
+  for (int64_t v = 0; v < rows; v += 16) {
+    for (int64_t i = 0; i < n; i += 16) {
+      for (int64_t r = 0; r < 16; ++r) {
+        for (int64_t c = 0; c < 16; c += Vec::size()) {
+          const Vec g = value(v + r, i + c);
+          g.store(square + r * 16 + c);
+          store_operand(ws.g_t + (v + r) * ld_t + i + c, g);
+          Acc<T>* sum = ws.dbias + (v + r) * 16 + c;
+          (Vec::loadu(sum) + g).store(sum);
+        }
+      }
+      transpose_16_rows(square, 16, transposed, 16, 16);
+      for (int64_t c = 0; c < 16; ++c) {
+        for (int64_t r = 0; r < 16; r += Vec::size())
+          store_operand(ws.g + (i + c) * ld_v + v + r, Vec::loadu(transposed + c * 16 + r));
+      }
+    }
+  }
+}
+
+// g = scale · softmax of a tile's logits, zeros in the rows behind its last column.
+template <typename T>
+void softmax_gradients(const ClusterArgs& args, const ClusterPlan& plan, bool held,
+                       const VocabTile<T>& vocab, const TokenTile& tokens,
+                       const ClusterTokens& given, const ClusterShared<T>& shared,
+                       const ClusterSlot<T>& ws) {
+  using Vec = Vectorized<Acc<T>>;
+  const int64_t rows = round_up(vocab.n, 16), padded = plan.padded_block();
+  if (held) {
+    const Operand<T>* powers =
+        shared.held + vocab.index * kVocabTile * padded + tokens.at * kVocabTile;
+    const Acc<T>* max = shared.tile_max + vocab.index * padded + tokens.at;
+    const Acc<T>*all_max = shared.max + tokens.at, *share = shared.share + tokens.at;
+    for (int64_t i = 0; i < plan.tile; i += Vec::size()) {
+      const Vec decay = exp2_nonpositive(Vec::loadu(max + i) - Vec::loadu(all_max + i));
+      (decay * Vec::loadu(share + i)).store(ws.factor + i);
+    }
+    spread_gradients(rows, plan.tile, shared.ld_t, ws, [&](int64_t v, int64_t i) {
+      return load_operand(powers + v * plan.tile + i) * Vec::loadu(ws.factor + i);
+    });
+    return;
+  }
+  logits_product(args, plan, vocab, tokens, shared, ws.logits);
+  for (int64_t v = vocab.n; v < rows; ++v)
+    std::fill(ws.logits + v * shared.ld_t, ws.logits + v * shared.ld_t + plan.tile,
+              -std::numeric_limits<Acc<T>>::infinity());
+  const auto *lse = static_cast<const Acc<T>*>(given.lse) + tokens.begin,
+             *scale = static_cast<const Acc<T>*>(given.scale) + tokens.begin;
+  for (int64_t i = 0; i < plan.tile; ++i) {
+    ws.factor[i] = i < tokens.n ? scale[i] : Acc<T>(0);
+    // Behind the last token every gradient is exactly 0, whatever the biases.
+    ws.shift[i] = i < tokens.n ? static_cast<Acc<T>>(-kLog2e * double{lse[i]})
+                               : std::numeric_limits<Acc<T>>::lowest() / 2;
+  }
+  const auto* bias = static_cast<const Acc<T>*>(args.bias);
+  const Vec log2e(static_cast<Acc<T>>(kLog2e));
+  spread_gradients(rows, plan.tile, shared.ld_t, ws, [&](int64_t v, int64_t i) {
+    Vec x = Vec::loadu(ws.logits + v * shared.ld_t + i);
+    if (bias != nullptr && v < vocab.n) x = x + Vec(bias[vocab.begin + v]);
+    const Vec y = at::vec::fmadd(x, log2e, Vec::loadu(ws.shift + i));
+    return exp2_nonpositive(y) * Vec::loadu(ws.factor + i);
+  });
+}
+
+// The column of a token's target, exactly: scale · (p - 1), rounded once.
+template <typename T>
+void target_gradients(const ClusterArgs& args, const VocabTile<T>& vocab, const TokenTile& tokens,
+                      const ClusterTokens& given, const ClusterShared<T>& shared,
+                      const ClusterSlot<T>& ws) {
+  const auto *lse = static_cast<const Acc<T>*>(given.lse) + tokens.begin,
+             *scale = static_cast<const Acc<T>*>(given.scale) + tokens.begin;
+  const auto *held = static_cast<const Acc<T>*>(given.logit),
+             *bias = static_cast<const Acc<T>*>(args.bias);
+  for_each_target(args, vocab, tokens, [&](int64_t i, int64_t v) {
+    const Acc<T> logit = held != nullptr ? held[tokens.begin + i]
+                                         : ws.logits[v * shared.ld_t + i] +
+                                               (bias != nullptr ? bias[vocab.begin + v] : 0);
+    const auto g = static_cast<Operand<T>>(scale[i] * std::expm1(logit - lse[i]));
+    ws.g_t[v * shared.ld_t + i] = g;
+    ws.g[i * ClusterSlot<T>::ld_v + v] = g;
+    ws.dbias[v * 16] -= scale[i];
+  });
+}
+
+// The weight's gradient of one vocabulary tile over a block of tokens: where it is accumulated, and
+// what becomes of it. Products write straight into a gradient of their own type.
+template <typename T>
+struct WeightGradient {
+  static constexpr bool kDirect = std::is_same_v<T, Acc<T>>;
+  Acc<T>* sum;
+  int64_t ld;
+  bool accumulate;  // on top of earlier blocks
+
+  WeightGradient(const ClusterArgs& args, const ClusterGrads& grads, const VocabTile<T>& vocab,
+                 int64_t block, const ClusterSlot<T>& ws)
+      : sum(ws.dweight), ld(ws.ld_d), accumulate(false) {
+    if constexpr (kDirect) {
+      sum = static_cast<Acc<T>*>(grads.dweight) + vocab.begin * args.d;
+      ld = args.d;
+      accumulate = block > 0;
+    }
+  }
+
+  void finish(const ClusterArgs& args, const ClusterPlan& plan, const ClusterGrads& grads,
+              const VocabTile<T>& vocab, int64_t block) const {
+    if constexpr (!kDirect) {
+      for (int64_t v = 0; v < vocab.n; ++v) {
+        Acc<T>* row = sum + v * ld;
+        const int64_t at = (vocab.begin + v) * args.d;
+        if (plan.n_blocks > 1) {
+          Acc<T>* acc = static_cast<Acc<T>*>(grads.dweight_acc) + at;
+          for (int64_t k = 0; k < args.d; ++k) acc[k] = block > 0 ? acc[k] + row[k] : row[k];
+          row = acc;
+        }
+        if (block + 1 == plan.n_blocks)
+          convert_row(row, static_cast<T*>(grads.dweight) + at, args.d);
+      }
+    }
+  }
+};
+
+// The tile's weight as the right-hand matrix [columns, d] of the hidden gradient's product.
+template <typename T>
+std::pair<const Operand<T>*, int64_t> weight_rows(const ClusterArgs& args,
+                                                  const VocabTile<T>& vocab,
+                                                  const ClusterSlot<T>& ws) {
+  if constexpr (kPacked<T>) {
+    const int64_t ld_pairs = ws.ld_d;
+    for (int64_t v = 0; v < vocab.n; v += 2) {
+      const BFloat16* even = vocab.weight + v * vocab.ld;
+      if (v + 1 < vocab.n) {
+        interleave(even, even + vocab.ld, args.d, ws.weight_pairs + v / 2 * ld_pairs);
+      } else {
+        auto* pairs = reinterpret_cast<BFloat16*>(ws.weight_pairs + v / 2 * ld_pairs);
+        for (int64_t k = 0; k < args.d; ++k) pairs[2 * k] = even[k], pairs[2 * k + 1] = 0;
+      }
+    }
+    return {reinterpret_cast<const BFloat16*>(ws.weight_pairs), ld_pairs};
+  } else {
+    return {vocab.weight, vocab.ld};
+  }
+}
+
+// A slot's share of one block: its columns' gradients, and its part of the hidden gradients.
+template <typename T>
+void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const ClusterTokens& given,
+                       const ClusterGrads& grads, bool held, int64_t block, int64_t slot,
+                       char* memory, char* slot_memory) {
+  Arena arena(memory), slot_arena(slot_memory);
+  const ClusterShared<T> shared(args, plan, held, arena);
+  const ClusterSlot<T> ws(args, plan, grads, slot_arena);
+  const int64_t tiles = token_tiles(args, plan, block);
+  const int64_t first = plan.first_tile(slot);
+  for (int64_t index = first; index < plan.first_tile(slot + 1); ++index) {
+    const VocabTile<T> vocab(args, index, ws);
+    const WeightGradient<T> dweight(args, grads, vocab, block, ws);
+    std::fill(ws.dbias, ws.dbias + kVocabTile * 16, Acc<T>(0));
+    std::pair<const Operand<T>*, int64_t> rows;
+    if (grads.dx != nullptr) rows = weight_rows<T>(args, vocab, ws);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const TokenTile tokens(args, plan, block, t);
+      softmax_gradients(args, plan, held, vocab, tokens, given, shared, ws);
+      target_gradients(args, vocab, tokens, given, shared, ws);
+      if (grads.dweight != nullptr) {
+        gemm(vocab.n, args.d, plan.tile, ws.g_t, shared.ld_t,
+             reinterpret_cast<const Operand<T>*>(shared.x_n + t * shared.size_x_n), shared.ld_d,
+             dweight.sum, dweight.ld, dweight.accumulate || t > 0);
+      }
+      if (grads.dx != nullptr) {
+        gemm(plan.tile, args.d, row_length<T>(vocab.n), ws.g, ClusterSlot<T>::ld_v, rows.first,
+             rows.second, ws.dx + tokens.at * ws.ld_d, ws.ld_d, index > first);
+      }
+    }
+    if (grads.dweight != nullptr) dweight.finish(args, plan, grads, vocab, block);
+    if (grads.dbias != nullptr) {
+      auto* dbias = static_cast<Acc<T>*>(grads.dbias) + vocab.begin;
+      for (int64_t v = 0; v < vocab.n; ++v) {
+        Acc<T> sum = 0;
+        for (int64_t c = 0; c < 16; ++c) sum += ws.dbias[v * 16 + c];
+        dbias[v] = block > 0 ? dbias[v] + sum : sum;
+      }
+    }
+  }
+  gemm_release();
+}
+
+// The slots' parts of one token tile's hidden gradients, summed in the order of slots.
+template <typename T>
+void cluster_reduce(const ClusterArgs& args, const ClusterPlan& plan, const ClusterGrads& grads,
+                    int64_t block, int64_t tile, char* slots, int64_t slot_stride) {
+  const TokenTile tokens(args, plan, block, tile);
+  auto* dx = static_cast<Acc<T>*>(grads.dx);
+  for (int64_t slot = 0; slot < plan.n_slots; ++slot) {
+    Arena arena(slots + slot * slot_stride);
+    const ClusterSlot<T> ws(args, plan, grads, arena);
+    const bool on_top = slot > 0 || grads.dx_rows != nullptr;
+    for (int64_t i = 0; i < tokens.n; ++i) {
+      const int64_t token = tokens.begin + i;
+      const Acc<T>* src = ws.dx + (tokens.at + i) * ws.ld_d;
+      Acc<T>* dst = dx + (grads.dx_rows != nullptr ? grads.dx_rows[token] : token) * args.d;
+      for (int64_t k = 0; k < args.d; ++k) dst[k] = on_top ? dst[k] + src[k] : src[k];
+    }
+  }
+}
+
+}  // namespace txl::TXL_ISA

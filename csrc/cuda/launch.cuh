@@ -1,0 +1,27 @@
+// Launching a kernel that takes one struct of arguments.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace txl::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kThreads = 128;  // of every block
+constexpr int kWarps = kThreads / kWarp;
+
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), int64_t blocks, Args args, void* stream) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  void* parameters[] = {&args};
+  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), parameters,
+                          0, static_cast<cudaStream_t>(stream));
+}
+
+inline const char* error_of(cudaError_t status) {
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace txl::cuda

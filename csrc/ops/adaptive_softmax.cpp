@@ -1,0 +1,378 @@
+// torch ring of the adaptive softmax on the CPU: tokens to clusters, projections, threads.
+//
+// Each cluster is a linear cross entropy of the tokens in it; all threads share one cluster at a
+// time. Projections are torch's own products, on the cluster's tokens alone.
+#include "txl/adaptive_softmax.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <numeric>
+
+#include "product.h"
+#include "txl/gemm.h"
+#include "workspace.h"
+
+namespace txl {
+namespace {
+
+using at::Tensor;
+
+struct Cluster {
+  Tensor projection, weight, bias;  // undefined where absent; the bias in the accumulation type
+};
+
+Scalar scalar_of(const char* op, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Scalar::f32;
+    case at::kDouble:
+      return Scalar::f64;
+    case at::kHalf:
+      return Scalar::f16;
+    case at::kBFloat16:
+      return Scalar::bf16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": hidden must be float32, float64, float16 or bfloat16, got ",
+                       dtype);
+  }
+}
+
+// The tokens of each cluster, in token order: a counting sort of the targets that count.
+struct Buckets {
+  Tensor rows, columns;        // int64: of the head [n], then of each tail
+  std::vector<int64_t> first;  // where each cluster's begin; one more for the end
+  bool all_counted;            // the head's rows are 0 … N - 1
+
+  Buckets(const char* op, const Tensor& target, const std::vector<Cluster>& clusters,
+          int64_t ignore_index) {
+    const auto n_tails = static_cast<int64_t>(clusters.size()) - 1;
+    std::vector<int64_t> edges{clusters[0].weight.size(0) - n_tails};
+    for (size_t k = 1; k < clusters.size(); ++k)
+      edges.push_back(edges.back() + clusters[k].weight.size(0));
+    const Tensor given = target.contiguous();
+    const auto* token = given.const_data_ptr<int64_t>();
+    const int64_t N = target.size(0);
+    auto cluster_of = [&](int64_t t) {
+      return static_cast<size_t>(std::upper_bound(edges.begin(), edges.end(), t) - edges.begin());
+    };
+    std::vector<int64_t> count(clusters.size(), 0);
+    for (int64_t i = 0; i < N; ++i) {
+      if (token[i] == ignore_index) continue;
+      TORCH_CHECK_INDEX(token[i] >= 0 && token[i] < edges.back(), op, ": target must be in [0, ",
+                        edges.back(), "), got ", token[i]);
+      ++count[cluster_of(token[i])];
+    }
+    first = {0};
+    first.push_back(std::accumulate(count.begin(), count.end(), int64_t{0}));
+    for (size_t k = 1; k < clusters.size(); ++k) first.push_back(first.back() + count[k]);
+    all_counted = first[1] == N;
+    rows = at::empty({first.back()}, target.options());
+    columns = at::empty_like(rows);
+    auto *row = rows.data_ptr<int64_t>(), *column = columns.data_ptr<int64_t>();
+    std::vector<int64_t> next(first);
+    auto put = [&](size_t k, int64_t i, int64_t c) {
+      row[next[k]] = i;
+      column[next[k]++] = c;
+    };
+    for (int64_t i = 0; i < N; ++i) {
+      if (token[i] == ignore_index) continue;
+      const size_t k = cluster_of(token[i]);
+      put(0, i, k == 0 ? token[i] : edges[0] + static_cast<int64_t>(k) - 1);
+      if (k > 0) put(k, i, token[i] - edges[k - 1]);
+    }
+  }
+
+  int64_t size(size_t k) const { return first[k + 1] - first[k]; }
+  Tensor rows_of(size_t k) const { return rows.slice(0, first[k], first[k + 1]); }
+};
+
+template <typename F>
+void over(int64_t n, int64_t threads, F&& f) {
+  if (threads == 1) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+  } else {
+    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i);
+    });
+  }
+}
+
+// One cluster's tokens, ready for its kernels.
+struct ClusterCall {
+  const ClusterKernels& kernels;
+  Tensor rows, x, lse, logit;
+  ClusterArgs args;
+  int64_t threads;
+
+  ClusterCall(Scalar dtype, const Tensor& hidden, const Cluster& cluster, const Buckets& buckets,
+              size_t k)
+      : kernels(adaptive_softmax_kernels(dtype)), rows(buckets.rows_of(k)), x(hidden) {
+    const bool in_order = k == 0 && buckets.all_counted;
+    args.n = buckets.size(k), args.V = cluster.weight.size(0), args.d = cluster.weight.size(1);
+    if (!in_order) args.rows = rows.const_data_ptr<int64_t>();
+    if (cluster.projection.defined()) {
+      x = product(in_order ? hidden : hidden.index_select(0, rows), cluster.projection.t())
+              .to(hidden.scalar_type());
+      args.rows = nullptr;
+    }
+    args.x = x.const_data_ptr();
+    args.columns = buckets.columns.const_data_ptr<int64_t>() + buckets.first[k];
+    args.weight = cluster.weight.const_data_ptr();
+    args.bias = cluster.bias.defined() ? cluster.bias.const_data_ptr() : nullptr;
+    lse = at::empty({args.n}, hidden.options().dtype(acc_dtype(hidden)));
+    logit = at::empty_like(lse);
+    const double work = static_cast<double>(args.n * args.V) * static_cast<double>(args.d);
+    threads = at::in_parallel_region() || work < 5e5 ? 1 : at::get_num_threads();
+  }
+
+  // Loss and gradients in one pass (`held`), loss alone (no grads), or gradients from `tokens.lse`
+  // (`again`).
+  void run(const ClusterGrads& grads, const Tensor& scale, bool held, bool again) const {
+    if (args.n == 0) return;
+    const ClusterTokens tokens{lse.data_ptr(), again ? nullptr : logit.data_ptr(),
+                               scale.defined() ? scale.const_data_ptr() : nullptr};
+    const bool accumulates = grads.dweight != nullptr && x.scalar_type() != acc_dtype(x);
+    const ClusterPlan plan = plan_cluster(args, held ? kernels.operand_bytes : 0,
+                                          accumulates ? lse.element_size() : 0, threads);
+    ClusterGrads out = grads;
+    Tensor acc;
+    if (accumulates && plan.n_blocks > 1) {
+      acc = at::empty({args.V, args.d}, lse.options());
+      out.dweight_acc = acc.data_ptr();
+    }
+    const Workspace shared(1, kernels.shared_bytes(args, plan, held));
+    const Workspace slots(plan.n_slots, kernels.slot_bytes(args, plan, out));
+    for (int64_t block = 0; block < plan.n_blocks; ++block) {
+      const int64_t tiles = plan.tiles_of(std::min(plan.block, args.n - block * plan.block));
+      over(tiles, threads,
+           [&](int64_t tile) { kernels.pack(args, plan, held, block, tile, shared.of(0)); });
+      if (!again) {
+        over(plan.n_slots, threads, [&](int64_t slot) {
+          kernels.logits(args, plan, held, block, slot, shared.of(0), slots.of(slot));
+        });
+        kernels.combine(args, plan, tokens, held, block, shared.of(0));
+      }
+      if (!held && !again) continue;
+      over(plan.n_slots, threads, [&](int64_t slot) {
+        kernels.gradients(args, plan, tokens, out, held, block, slot, shared.of(0), slots.of(slot));
+      });
+      if (grads.dx == nullptr) continue;
+      over(tiles, threads, [&](int64_t tile) {
+        kernels.reduce(args, plan, out, block, tile, slots.of(0), slots.stride());
+      });
+    }
+  }
+};
+
+// All tensors of one call.
+struct Call {
+  Scalar dtype;
+  Tensor hidden;
+  std::vector<Cluster> clusters;
+  std::vector<at::ScalarType> bias_dtypes;
+  Buckets buckets;
+
+  Call(const char* op, const Tensor& hidden_, const Tensor& target, at::TensorList flat,
+       int64_t ignore_index)
+      : dtype(scalar_of(op, hidden_.scalar_type())),
+        hidden(hidden_.contiguous()),
+        clusters(unflatten(op, hidden_, flat)),
+        buckets(op, target, clusters, ignore_index) {}
+
+  static std::vector<Cluster> unflatten(const char* op, const Tensor& hidden, at::TensorList flat) {
+    const char* missing = gemm_unavailable_reason();
+    TORCH_CHECK(missing == nullptr, op, ": the native backend cannot run here: ", missing);
+    TORCH_CHECK_VALUE(!flat.empty() && flat.size() % 3 == 0, op,
+                      ": clusters must hold three tensors each, got ", flat.size());
+    std::vector<Cluster> clusters;
+    for (size_t k = 0; k < flat.size(); k += 3) {
+      Cluster cluster;
+      if (present(flat[k])) cluster.projection = flat[k].contiguous();
+      cluster.weight = flat[k + 1].contiguous();
+      if (present(flat[k + 2])) cluster.bias = flat[k + 2].to(acc_dtype(hidden)).contiguous();
+      for (const Tensor& x : {cluster.projection, cluster.weight}) {
+        TORCH_CHECK_TYPE(!x.defined() || x.scalar_type() == hidden.scalar_type(), op,
+                         ": hidden and weights must share a dtype, got ", hidden.scalar_type(),
+                         " and ", x.defined() ? x.scalar_type() : at::kFloat);
+      }
+      clusters.push_back(cluster);
+    }
+    return clusters;
+  }
+
+  int64_t N() const { return hidden.size(0); }
+  at::TensorOptions acc_options() const { return hidden.options().dtype(acc_dtype(hidden)); }
+};
+
+// A cluster's values of type acc_t, scattered to token order: f(token's place, value).
+template <typename F>
+void scatter(const ClusterCall& call, F&& f) {
+  const auto* row = call.rows.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < call.args.n; ++i) f(row[i], i);
+}
+
+// Adds a cluster's losses to nll [N]; keeps its log-sum-exp in lse [N] if that is given.
+void add_losses(const ClusterCall& call, const Tensor& nll, Tensor* lse) {
+  AT_DISPATCH_FLOATING_TYPES(nll.scalar_type(), "adaptive_nll", [&] {
+    const auto *from = call.lse.const_data_ptr<scalar_t>(),
+               *logit = call.logit.const_data_ptr<scalar_t>();
+    auto *to = nll.data_ptr<scalar_t>(), *kept = lse ? lse->data_ptr<scalar_t>() : nullptr;
+    scatter(call, [&](int64_t row, int64_t i) {
+      to[row] += from[i] - logit[i];
+      if (kept) kept[row] = from[i];
+    });
+  });
+}
+
+// Gradients of one call, made cluster by cluster.
+class Gradients {
+ public:
+  Gradients(const Call& call, at::TensorList flat, const c10::List<bool>& needed)
+      : call_(call), flat_(flat), needed_(needed) {
+    if (needed.get(0)) dhidden_ = at::zeros(call.hidden.sizes(), call.acc_options());
+    out_.resize(flat.size());
+  }
+
+  // `scale`: [N], the gradient of each token's loss. As ClusterCall::run.
+  void run(size_t k, const ClusterCall& cluster, const Tensor& scale, bool held, bool again) {
+    const Tensor& projection = call_.clusters[k].projection;
+    const bool any_needed = wants(3 * k) || wants(3 * k + 1) || wants(3 * k + 2);
+    const bool projected = projection.defined();
+    ClusterGrads grads;
+    Tensor dx;
+    if (projected && (dhidden_.defined() || wants(3 * k))) {
+      dx = at::empty({cluster.args.n, cluster.args.d}, call_.acc_options());
+      grads.dx = dx.data_ptr();
+    } else if (dhidden_.defined()) {
+      grads.dx = dhidden_.data_ptr();
+      grads.dx_rows = cluster.rows.const_data_ptr<int64_t>();
+    }
+    Tensor dbias;
+    if (wants(3 * k + 1)) {
+      out_[3 * k + 1] = gradient_of(call_.clusters[k].weight, cluster.args.n);
+      grads.dweight = out_[3 * k + 1].data_ptr();
+    }
+    if (wants(3 * k + 2)) {
+      dbias = at::zeros({cluster.args.V}, call_.acc_options());
+      grads.dbias = dbias.data_ptr();
+    }
+    if (any_needed || dhidden_.defined() || held) {
+      cluster.run(grads, scale.index_select(0, cluster.rows), held, again);
+    }
+    if (dbias.defined()) out_[3 * k + 2] = dbias.to(flat_[3 * k + 2].scalar_type());
+    if (dx.defined()) through_projection(k, cluster, dx);
+  }
+
+  std::vector<Tensor> take() {
+    std::vector<Tensor> all{dhidden_.defined() ? dhidden_.to(call_.hidden.scalar_type()) : none()};
+    for (const Tensor& x : out_) all.push_back(x.defined() ? x : none());
+    return all;
+  }
+
+ private:
+  bool wants(size_t index) const { return needed_.get(index + 1) && present(flat_[index]); }
+  Tensor none() const { return at::empty({0}, call_.hidden.options()); }  // never one shared
+
+  static Tensor gradient_of(const Tensor& weight, int64_t n) {
+    if (n == 0) return at::zeros_like(weight);
+    Tensor grad = at::empty_like(weight);
+    advise_huge_pages(grad.data_ptr(), static_cast<int64_t>(grad.nbytes()));
+    return grad;
+  }
+
+  void through_projection(size_t k, const ClusterCall& cluster, const Tensor& dx) {
+    const Tensor& projection = call_.clusters[k].projection;
+    if (dhidden_.defined()) {
+      dhidden_.index_add_(0, cluster.rows, product(dx, projection).to(dhidden_.scalar_type()));
+    }
+    if (wants(3 * k)) {
+      const Tensor hidden = call_.hidden.index_select(0, cluster.rows);
+      out_[3 * k] = product(dx.t(), hidden).to(projection.scalar_type());
+    }
+  }
+
+  const Call& call_;
+  at::TensorList flat_;
+  const c10::List<bool>& needed_;
+  Tensor dhidden_;
+  std::vector<Tensor> out_;
+};
+
+std::tuple<Tensor, Tensor> adaptive_nll_fwd(const Tensor& hidden, const Tensor& target,
+                                            at::TensorList clusters, int64_t ignore_index) {
+  const Call call("adaptive_nll", hidden, target, clusters, ignore_index);
+  const Tensor nll = at::zeros({call.N()}, call.acc_options());
+  const Tensor lse = at::zeros({2, call.N()}, call.acc_options());
+  for (size_t k = 0; k < call.clusters.size(); ++k) {
+    const ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
+    cluster.run({}, {}, false, false);
+    Tensor kept = lse[k == 0 ? 0 : 1];
+    add_losses(cluster, nll, &kept);
+  }
+  return {nll, lse};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> adaptive_nll_bwd(const Tensor& dnll, const Tensor& hidden,
+                                                         const Tensor& target,
+                                                         at::TensorList clusters,
+                                                         int64_t ignore_index, const Tensor& lse,
+                                                         const c10::List<bool>& needs_grad) {
+  const Call call("adaptive_nll", hidden, target, clusters, ignore_index);
+  Gradients gradients(call, clusters, needs_grad);
+  const Tensor scale = dnll.to(acc_dtype(hidden)).contiguous();
+  for (size_t k = 0; k < call.clusters.size(); ++k) {
+    ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
+    cluster.lse = lse[k == 0 ? 0 : 1].index_select(0, cluster.rows);
+    gradients.run(k, cluster, scale, false, true);
+  }
+  std::vector<Tensor> all = gradients.take();
+  const Tensor dhidden = all[0];
+  all.erase(all.begin());
+  return {dhidden, all};
+}
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> adaptive_loss_fwd(
+    const Tensor& hidden, const Tensor& target, at::TensorList clusters, int64_t ignore_index,
+    bool mean, const c10::List<bool>& needs_grad) {
+  const Call call("adaptive_loss", hidden, target, clusters, ignore_index);
+  const auto counted = static_cast<double>(std::max<int64_t>(1, call.buckets.size(0)));
+  // float16 cannot hold what a mean over many tokens leaves of a small gradient, nor every sum:
+  // half of the factor now, half with backward's.
+  const bool halved = mean && hidden.scalar_type() == at::kHalf;
+  const double rest = halved ? 1 / std::sqrt(counted) : 1;
+  const double share = mean ? 1 / counted : 1;
+  const Tensor nll = at::zeros({call.N()}, call.acc_options());
+  const Tensor scale = at::full({call.N()}, share / rest, call.acc_options());
+  const bool any = std::any_of(needs_grad.begin(), needs_grad.end(), [](bool b) { return b; });
+  Gradients gradients(call, clusters, needs_grad);
+  for (size_t k = 0; k < call.clusters.size(); ++k) {
+    const ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
+    if (any) {
+      gradients.run(k, cluster, scale, true, false);
+    } else {
+      cluster.run({}, {}, false, false);
+    }
+    add_losses(cluster, nll, nullptr);
+  }
+  const Tensor loss = (nll.sum(at::kDouble) * share).to(nll.scalar_type());
+  return {loss, at::full({}, rest, nll.options()), gradients.take()};
+}
+
+void adaptive_loss_bwd(const Tensor& dloss, const Tensor& rest, at::TensorList grads) {
+  const double factor = dloss.item<double>() * rest.item<double>();
+  if (factor == 1) return;
+  for (const Tensor& grad : grads) grad.mul_(factor);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(txl_native, CPU, m) {
+  m.impl("adaptive_nll_fwd", &adaptive_nll_fwd);
+  m.impl("adaptive_nll_bwd", &adaptive_nll_bwd);
+  m.impl("adaptive_loss_fwd", &adaptive_loss_fwd);
+  m.impl("adaptive_loss_bwd", &adaptive_loss_bwd);
+}
+
+}  // namespace txl

@@ -1,0 +1,54 @@
+// From a schema's arguments to what kernels take, for the glue of every device.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "txl/key_range.h"
+#include "txl/tensor.h"
+
+namespace txl {
+
+inline Scalar scalar_of(const char* op, const char* argument, const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Scalar::f32;
+    case at::kDouble:
+      return Scalar::f64;
+    case at::kHalf:
+      return Scalar::f16;
+    case at::kBFloat16:
+      return Scalar::bf16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": ", argument,
+                       " must be float32, float64, float16 or bfloat16, got ", x.scalar_type());
+  }
+}
+
+inline at::ScalarType acc_dtype(const at::Tensor& q) {
+  return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline at::Tensor last_dim_contiguous(const at::Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+}
+
+inline Tensor4 view4(const at::Tensor& x) {
+  auto stride = [&](int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };
+  return {x.data_ptr(), stride(0), stride(1), x.stride(2)};
+}
+
+inline KeyRule key_rule(bool causal, std::optional<int64_t> window_left,
+                        std::optional<int64_t> window_right, at::IntArrayRef chunk) {
+  KeyRule rule;
+  rule.causal = causal;
+  rule.window_left = std::min(window_left.value_or(kOpen), kOpen);
+  rule.window_right = std::min(window_right.value_or(kOpen), kOpen);
+  if (!chunk.empty())
+    rule.chunk_size = chunk[0], rule.chunk_left = chunk[1], rule.chunk_phase = chunk[2];
+  return rule;
+}
+
+}  // namespace txl

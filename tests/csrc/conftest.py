@@ -1,0 +1,159 @@
+"""The host emulation of the CUDA kernels: built under a sanitizer, run on one problem at a time."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+CSRC = Path(__file__).parents[2] / "csrc"
+EMULATION = Path(__file__).parent / "cuda_emulation"
+SCALARS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+FLAGS = (
+    *("-std=c++20", "-O1", "-g", "-pthread", "-mf16c", "-fno-strict-aliasing"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+)
+
+
+class Emulation:
+    """The CUDA kernels as a program on the CPU.
+
+    `source` holds `.cu` files: `csrc/cuda`, or an altered copy; `sanitizer` is "thread" or
+    "address".
+    """
+
+    def __init__(self, source: Path, sanitizer: str, folder: Path) -> None:
+        compiler = shutil.which("g++")
+        if compiler is None:
+            pytest.skip("the CUDA kernels' emulation needs g++")
+        self.folder = folder
+        self.program = folder / "run"
+        includes = [f"-I{EMULATION}", f"-I{CSRC / 'include'}"]
+        files = [*sorted(source.glob("*.cu")), EMULATION / "run.cpp"]
+        flags = [*FLAGS, f"-fsanitize={sanitizer}"]
+        subprocess.run(
+            [compiler, *flags, *includes, "-x", "c++", *files, "-o", self.program], check=True
+        )
+
+    def run(self, numbers: Mapping[str, float], tensors: Mapping[str, Tensor]) -> bytes:
+        """The results' bytes.
+
+        Raises:
+            subprocess.CalledProcessError: a sanitizer reported something; it is in `stderr`.
+        """
+        problem, results = self.folder / "problem", self.folder / "results"
+        with problem.open("wb") as file:
+            for name, number in numbers.items():
+                file.write(f"number {name} {float(number)!r}\n".encode())
+            for name, tensor in tensors.items():
+                memory = bytes_of(tensor)
+                strides = " ".join(map(str, strides_of(tensor)))
+                file.write(f"tensor {name} {len(memory)} {strides}\n".encode() + memory)
+        command = [*without_randomisation(), self.program, problem, results]
+        options = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+        subprocess.run(command, env=options, check=True, capture_output=True, text=True)
+        return results.read_bytes()
+
+    def attend(self, **call: Any) -> tuple[Tensor, Tensor]:
+        """`rel_attention`'s output and lse, from its own arguments."""
+        q, v = call["q"], call["v"]
+        B, H, Tq, D = q.shape
+        Tm = call["mem_k"].shape[2] if "mem_k" in call else 0
+        Ts, Dv, R = v.shape[2], v.shape[3], call["r"].shape[2]
+        window_left, window_right = call.get("window", (None, None))
+        size, left, phase = (*call.get("chunk", ()), 0, 0, 0)[:3]
+        numbers = {
+            "B": B,
+            "H": H,
+            "Tq": Tq,
+            "Tm": Tm,
+            "Ts": Ts,
+            "D": D,
+            "Dv": Dv,
+            "R": R,
+            "dtype": SCALARS[q.dtype],
+            "bytes": q.element_size(),
+            "offset": call.get("offset", Tq - 1),
+            "clamp": call.get("clamp", False),
+            "scale": call.get("scale", D**-0.5),
+            "softcap": call.get("softcap", 0.0),
+            "causal": call.get("causal", False),
+            "chunk_size": size,
+            "chunk_left": left,
+            "chunk_phase": phase,
+            "float_biases": call.get("r_w_bias", q).dtype == torch.float32,
+        }
+        for name, side in (("window_left", window_left), ("window_right", window_right)):
+            if side is not None:
+                numbers[name] = side
+        tensors = {name: given for name, given in call.items() if isinstance(given, Tensor)}
+        if "mask" in tensors:
+            tensors["mask"] = tensors["mask"].expand(B, H, Tq, Tm + Ts)
+            numbers["mask_stride_key"] = tensors["mask"].stride(3)
+        for name in ("key_start", "key_lens"):
+            if name in tensors:
+                numbers["wide_lengths"] = tensors[name].dtype == torch.int64
+        results = self.run(numbers, tensors)
+        n_out = B * H * Tq * Dv * q.element_size()
+        out = torch.frombuffer(bytearray(results[:n_out]), dtype=q.dtype)
+        lse = torch.frombuffer(bytearray(results[n_out:]), dtype=torch.float32)
+        return out.view(B, H, Tq, Dv), lse.view(B, H, Tq)
+
+
+@functools.cache
+def without_randomisation() -> tuple[str, ...]:
+    """A prefix for commands, where it may be used: on some kernels randomised addresses leave no
+    room for the thread sanitizer's shadow."""
+    prefix = ("setarch", "-R")
+    if shutil.which(prefix[0]) is None:
+        return ()
+    return prefix if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0 else ()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """What lies in memory from a tensor's first element to its last."""
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    span = tensor.detach().as_strided((last + 1 if tensor.numel() else 0,), (1,))
+    return bytes(span.view(torch.uint8).numpy())
+
+
+def strides_of(tensor: Tensor) -> Sequence[int]:
+    """The first three strides in elements, 0 along dimensions of size 1, as the glue gives them."""
+    shape, stride = tensor.shape, tensor.stride()
+    kept = [s if n > 1 else 0 for n, s in zip(shape, stride, strict=True)]
+    return [*kept, 0, 0, 0][:3]
+
+
+@pytest.fixture(scope="session")
+def emulations(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Emulation]:
+    """The kernels as they are, under a sanitizer; each is built once."""
+    built: dict[str, Emulation] = {}
+
+    def build(sanitizer: str) -> Emulation:
+        if sanitizer not in built:
+            folder = tmp_path_factory.mktemp(sanitizer)
+            built[sanitizer] = Emulation(CSRC / "cuda", sanitizer, folder)
+        return built[sanitizer]
+
+    return build
+
+
+@pytest.fixture
+def emulation_of(tmp_path: Path) -> Callable[[Path, str], Emulation]:
+    """The kernels in another folder than `csrc/cuda`, under a sanitizer."""
+    return lambda source, sanitizer: Emulation(source, sanitizer, tmp_path)
+
+
+@pytest.fixture
+def csrc() -> Path:
+    return CSRC

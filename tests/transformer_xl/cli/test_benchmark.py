@@ -1,0 +1,56 @@
+"""`transformer-xl benchmark tune`: times on a GPU, ranks anywhere. Doctor on Triton's version."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from transformer_xl.cli import doctor
+from transformer_xl.cli.app import app
+from txl_kernels.testing.aot import tune
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["benchmark", "tune", *arguments])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_what_can_be_done():
+    result = run("forward")
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.split())
+    assert "no CUDA device here, so nothing can be timed" in said
+    assert "--model" in said
+
+
+def test_the_model_ranks_candidates_and_gives_the_row(monkeypatch, tmp_path):
+    config = pytest.importorskip("triton") and tune.configurations("forward")[0]
+    best = tune.Candidate(config, 1e-3, ())
+    worst = tune.Candidate(config, 2e-3, ("8 bytes per thread are spilled, 0 are justified",))
+    monkeypatch.setattr(tune, "rank", lambda *_: [best, worst])
+    out = tmp_path / "out.json"
+    result = run("forward", "--model", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert "nothing was measured" in result.stdout
+    assert f"FORWARD: ('sm_90', True, 64): Config({', '.join(map(str, config))})," in result.stdout
+    assert [each["failures"] for each in json.loads(out.read_text())["candidates"]] == [
+        [],
+        list(worst.failures),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"), [("3.6.0", False), ("3.7.1", False), ("3.9.0", True)]
+)
+def test_doctor_warns_of_a_triton_whose_code_was_not_checked(monkeypatch, version, warned):
+    monkeypatch.setattr(doctor, "_version", lambda _name: version)
+    assert ("checked for 3.6.0 and 3.7.1" in doctor._triton_note()) == warned
+
+
+def test_doctor_does_not_warn_of_no_triton(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda _name: doctor.NOT_INSTALLED)
+    assert doctor._triton_note() == ""

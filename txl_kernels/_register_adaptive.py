@@ -1,0 +1,230 @@
+"""Schema, fake and autograd of the adaptive ops, once for all namespaces that implement them.
+
+`clusters` holds three tensors per cluster, the head first: projection, weight, bias, an empty
+tensor standing for an absent one. Gradients come in the same order behind hidden's, and one that is
+not wanted is an empty tensor too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+_LOSS = "Tensor hidden, Tensor target, Tensor[] clusters, int ignore_index"
+_EMBEDDING = "Tensor tokens, Tensor[] tables, Tensor[] projections, float scale, bool sparse"
+
+
+def register(namespace: str) -> None:
+    """Registers the ops under `torch.ops.<namespace>`; a backend adds kernels to them."""
+    _register_nll(namespace)
+    _register_loss(namespace)
+    _register_embedding(namespace)
+
+
+def _register_nll(namespace: str) -> None:
+    """nll [N] and, for backward, lse [2, N]: log-sum-exp of the head and of the token's tail."""
+    fwd, bwd = f"{namespace}::adaptive_nll_fwd", f"{namespace}::adaptive_nll_bwd"
+    torch.library.define(fwd, f"({_LOSS}) -> (Tensor nll, Tensor lse)")
+    torch.library.define(
+        bwd,
+        f"(Tensor dnll, {_LOSS}, Tensor lse, bool[] needs_grad) "
+        "-> (Tensor dhidden, Tensor[] dclusters)",
+    )
+
+    def fake_fwd(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        N, dtype = hidden.shape[0], _work_dtype(hidden)
+        return hidden.new_empty(N, dtype=dtype), hidden.new_empty(2, N, dtype=dtype)
+
+    def fake_bwd(
+        _dnll: Tensor, hidden: Tensor, _target: Tensor, clusters: list[Tensor], *args: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        dhidden, *dclusters = _fake_grads([hidden, *clusters], args[-1])
+        return dhidden, dclusters
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        hidden, target, clusters, ctx.ignore_index = inputs
+        ctx.save_for_backward(hidden, target, output[1], *clusters)
+        ctx.mark_non_differentiable(output[1])
+
+    def backward(ctx: Any, dnll: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
+        hidden, target, lse, *clusters = ctx.saved_tensors
+        needs_grad = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
+        operator = getattr(torch.ops, namespace).adaptive_nll_bwd
+        call = (hidden, target, clusters, ctx.ignore_index, lse, needs_grad)
+        dhidden, dclusters = operator(dnll, *call)
+        dhidden, *dclusters = _wanted([dhidden, *dclusters], needs_grad)
+        return dhidden, None, dclusters, None
+
+    torch.library.register_fake(fwd, fake_fwd)
+    torch.library.register_fake(bwd, fake_bwd)
+    torch.library.register_autograd(fwd, backward, setup_context=setup_context)
+    _refuse_second_derivative("adaptive_nll", bwd)
+
+
+def _register_loss(namespace: str) -> None:
+    """The gradients, formed with the loss, wait for backward: those of the loss are rest · grads.
+
+    `rest` is 1 but where a dtype's range is too small for what the mean leaves of a gradient.
+    Backward multiplies them in place by rest · dloss and hands them over, once; under
+    `torch.compile` it copies them.
+    """
+    fwd, bwd = f"{namespace}::adaptive_loss_fwd", f"{namespace}::adaptive_loss_bwd"
+    torch.library.define(
+        fwd,
+        f"({_LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor rest, Tensor[] grads)",
+    )
+    torch.library.define(bwd, "(Tensor dloss, Tensor rest, Tensor(a!)[] grads) -> ()")
+
+    def fake_fwd(
+        hidden: Tensor, _target: Tensor, clusters: list[Tensor], *args: Any
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        dtype = _work_dtype(hidden)
+        grads = _fake_grads([hidden, *clusters], args[-1])
+        return hidden.new_empty((), dtype=dtype), hidden.new_empty((), dtype=dtype), grads
+
+    def fake_bwd(_dloss: Tensor, _rest: Tensor, _grads: list[Tensor]) -> None:
+        return None
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.needs_grad = inputs[-1]
+        _, ctx.rest, ctx.grads = output
+        ctx.mark_non_differentiable(ctx.rest, *ctx.grads)
+
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "adaptive_loss: its gradients were handed over by an earlier backward through this "
+                "graph; call it again, or sum adaptive_nll, which can go backward many times"
+            )
+        grads, ctx.grads = ctx.grads, None
+        if all(type(grad) is Tensor for grad in grads):
+            getattr(torch.ops, namespace).adaptive_loss_bwd(dloss.detach(), ctx.rest, grads)
+        else:  # traced: a graph may not change what it has handed out
+            factor = ctx.rest * dloss
+            grads = [grad * factor for grad in grads]
+        if torch.is_grad_enabled():
+            grads = _NoSecondDerivative.apply(*(grad.requires_grad_() for grad in grads))
+        dhidden, *dclusters = _wanted(grads, ctx.needs_grad)
+        return dhidden, None, dclusters, None, None, None
+
+    torch.library.register_fake(fwd, fake_fwd)
+    torch.library.register_fake(bwd, fake_bwd)
+    torch.library.register_autograd(fwd, backward, setup_context=setup_context)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands gradients through; who differentiates them gets an error, not a silent zero."""
+
+    @staticmethod
+    def forward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(_ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(_no_second_derivative("adaptive_loss"))
+
+
+def _register_embedding(namespace: str) -> None:
+    """Dense gradients of tables, or with `sparse` those of the rows that tokens name.
+
+    Then table k's gradient is [N, d_k] and its row n belongs to table row rows[k, n]: the distinct
+    rows in ascending order, -1 behind the last, where gradients are 0. Else `rows` is empty.
+    """
+    fwd, bwd = f"{namespace}::adaptive_embedding_fwd", f"{namespace}::adaptive_embedding_bwd"
+    torch.library.define(fwd, f"({_EMBEDDING}) -> Tensor")
+    torch.library.define(
+        bwd,
+        f"(Tensor dout, {_EMBEDDING}, bool[] needs_grad) "
+        "-> (Tensor rows, Tensor[] dtables, Tensor[] dprojections)",
+    )
+
+    def fake_fwd(
+        tokens: Tensor, tables: list[Tensor], projections: list[Tensor], *_: Any
+    ) -> Tensor:
+        return tables[0].new_empty(*tokens.shape, _embedding_width(tables, projections))
+
+    def fake_bwd(
+        _dout: Tensor,
+        tokens: Tensor,
+        tables: list[Tensor],
+        projections: list[Tensor],
+        _scale: float,
+        sparse: bool,
+        needs_grad: list[bool],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        n, N = len(tables), tokens.numel()
+        rows = tokens.new_empty((n, N) if sparse else (0,))
+        like = [table.new_empty(N, table.shape[1]) for table in tables] if sparse else tables
+        dtables = _fake_grads(like, needs_grad[:n])
+        return rows, dtables, _fake_grads(projections, needs_grad[n:])
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tokens, tables, projections, ctx.scale, ctx.sparse = inputs
+        ctx.save_for_backward(tokens, *tables, *projections)
+
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        tokens, *weights = ctx.saved_tensors
+        n = len(weights) // 2
+        tables, projections = weights[:n], weights[n:]
+        needs_grad = [*ctx.needs_input_grad[1], *ctx.needs_input_grad[2]]
+        operator = getattr(torch.ops, namespace).adaptive_embedding_bwd
+        call = (tokens, tables, projections, ctx.scale, ctx.sparse, needs_grad)
+        rows, dtables, dprojections = operator(dout, *call)
+        dtables, dprojections = (
+            _wanted(dtables, needs_grad[:n]),
+            _wanted(dprojections, needs_grad[n:]),
+        )
+        if ctx.sparse:
+            dtables = [
+                None if values is None else _sparse_rows(index, values, table)
+                for index, values, table in zip(rows, dtables, tables, strict=True)
+            ]
+        return None, dtables, dprojections, None, None
+
+    torch.library.register_fake(fwd, fake_fwd)
+    torch.library.register_fake(bwd, fake_bwd)
+    torch.library.register_autograd(fwd, backward, setup_context=setup_context)
+    _refuse_second_derivative("adaptive_embedding", bwd)
+
+
+def _sparse_rows(index: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    """The rows [N, d_k] that tokens named, as a gradient of the table; the host reads how many."""
+    n = int((index >= 0).sum())
+    return torch.sparse_coo_tensor(
+        index[None, :n], values[:n], table.shape, is_coalesced=True, check_invariants=False
+    )
+
+
+def _embedding_width(tables: Sequence[Tensor], projections: Sequence[Tensor]) -> int:
+    return projections[0].shape[0] if projections[0].numel() > 0 else tables[0].shape[1]
+
+
+def _fake_grads(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape) if needed else x.new_empty(0)
+        for x, needed in zip(inputs, needs_grad, strict=True)
+    ]
+
+
+def _wanted(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)]
+
+
+def _work_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _refuse_second_derivative(op: str, bwd: str) -> None:
+    """Makes differentiating a backward op an error; torch alone would warn and return nothing."""
+
+    def backward(*_: Any) -> NoReturn:
+        raise RuntimeError(_no_second_derivative(op))
+
+    torch.library.register_autograd(bwd, backward)
+
+
+def _no_second_derivative(op: str) -> str:
+    return f"{op}: no second derivative exists on this backend; backend='reference' has one"

@@ -1,0 +1,95 @@
+"""The Triton backend's door: whether Triton can run here, and its ops. Imports no Triton itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "txl_triton"
+# Operator: the module here that has a function of that name, with the operator's own signature.
+_KERNELS = {
+    "rel_attention_fwd": "rel_attention",
+    "rel_attention_bwd": "rel_attention_bwd",
+    "rel_shift_fwd": "rel_shift",
+    "rel_shift_bwd": "rel_shift",
+    "adaptive_nll_fwd": "adaptive_softmax",
+    "adaptive_nll_bwd": "adaptive_softmax",
+    "adaptive_loss_fwd": "adaptive_softmax",
+    "adaptive_loss_bwd": "adaptive_softmax",
+    "adaptive_embedding_fwd": "adaptive_embedding",
+    "adaptive_embedding_bwd": "adaptive_embedding",
+}
+_OLDEST_CAPABILITY = (8, 0)
+
+
+def register_kernels() -> None:
+    """Adds kernels to the operators of `torch.ops.txl_triton`; Triton is imported at a first call.
+
+    The ones for CPU tensors raise unless Triton interprets.
+    """
+    for operator, module in _KERNELS.items():
+        kernel = _at_first_use(module, operator)
+        torch.library.impl(f"{NAMESPACE}::{operator}", "CUDA", kernel)
+        torch.library.impl(f"{NAMESPACE}::{operator}", "CPU", _when_interpreting(kernel))
+
+
+def _at_first_use(module: str, function: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(*args)
+
+    return kernel
+
+
+def _when_interpreting(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def interpreted(*args: Any) -> Any:
+        reason = unavailable_reason("cpu")
+        if reason is not None:
+            raise RuntimeError(reason)
+        return kernel(*args)
+
+    return interpreted
+
+
+@functools.cache
+def unavailable_reason(device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """None where Triton kernels can run on this kind of device, else one sentence saying why not.
+
+    Never raises.
+    """
+    if not _is_installed():
+        return "Triton is not installed (pip install triton)"
+    if dtype == torch.bfloat16 and interprets():
+        return "Triton's interpreter computes garbage in bfloat16: unset TRITON_INTERPRET"
+    if device_type == "cpu":
+        if interprets():
+            return None
+        return "Triton runs on a CPU in its interpreter only: start Python with TRITON_INTERPRET=1"
+    if device_type != "cuda":
+        return f"the Triton kernels run on CUDA devices, not on {device_type}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
+        return "the Triton kernels need compute capability 8.0 or newer"
+    return None
+
+
+@functools.cache
+def interprets() -> bool:
+    """Whether Triton interprets in this process, which it fixes when a kernel is decorated."""
+    if not _is_installed():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # sys.modules["triton"] is None: its import is blocked
+        return False

@@ -1,0 +1,237 @@
+"""`torch.ops.txl_triton.rel_attention_bwd`: checks nothing, allocates, launches three kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from txl_kernels.backends.triton.rel_attention_bwd_dkdv import _rel_attention_bwd_dkdv_kernel
+from txl_kernels.backends.triton.rel_attention_bwd_dqdr import _rel_attention_bwd_dqdr_kernel
+from txl_kernels.backends.triton.rel_attention_call import kernel_arguments, strides
+from txl_kernels.backends.triton.rel_attention_config import (
+    architecture,
+    block_size,
+    dkdv_config,
+    dqdr_config,
+)
+from txl_kernels.backends.triton.rel_attention_tile import LOG2_E, load_rows
+
+_ROWS = 32  # of a program of the kernel that prepares rows
+# Deterministic dr: programs to fill a GPU twice over, as far as their buffers fit in this.
+_SPLIT_PROGRAMS = 264
+_SPLIT_BYTES = 2**28
+
+
+def rel_attention_bwd(
+    dout: Tensor,  # [B, H, Tq, Dv]
+    q: Tensor,  # [B, H, Tq, D]
+    k: Tensor,  # [B, H, Ts, D]
+    v: Tensor,  # [B, H, Ts, Dv]
+    r: Tensor,  # [1 or B, 1 or H, R, D]
+    r_w_bias: Tensor | None,  # [H, D]
+    r_r_bias: Tensor | None,  # [H, D]
+    mem_k: Tensor | None,  # [B, H, Tm, D]
+    mem_v: Tensor | None,  # [B, H, Tm, Dv]
+    q_pos: Tensor | None,
+    key_start: Tensor | None,  # [B]
+    key_lens: Tensor | None,  # [B]
+    mask: Tensor | None,  # [B, H, Tq, Tk]
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,  # one element
+    offset: int,
+    clamp: bool,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    chunk: Sequence[int],
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    dead_uniform: bool,
+    out: Tensor,  # [B, H, Tq, Dv]
+    lse: Tensor,  # [B, H, Tq]
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Returns dq, dk, dv, dr, dr_w_bias, dr_r_bias, dmem_k, dmem_v and two empty tensors.
+
+    A gradient that `needs_grad` does not ask for is an empty tensor too, and nothing is computed
+    for it alone. dr's additions are atomic; under `torch.are_deterministic_algorithms_enabled()`
+    every program has a copy of dr to itself, and copies are summed in order.
+    """
+    assert q_pos is None, "resolve refuses these"
+    assert bias is None
+    assert not dead_uniform
+    arguments = kernel_arguments(
+        q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, key_start, key_lens, mask, dropout_seed,
+        offset, clamp, causal, window_left, window_right, chunk, scale, softcap, dropout_p,
+    )  # fmt: skip
+    inputs = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, None, None)
+    wanted = [x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)]
+    dq, dk, dv, _, _, _, dmem_k, dmem_v, _, _ = (
+        None if x is None else x.new_empty(x.shape) for x in wanted
+    )
+    arguments |= {"p_dout": dout, **strides("dout", dout, "bhi")}
+    arguments |= _row_sums(dout, out, lse)
+    arguments |= {"BLOCK_D": block_size(q.shape[3]), "BLOCK_DV": block_size(v.shape[3])}
+    _launch_dkdv(arguments, q, dk, dv, dmem_k, dmem_v)
+    dr, dr_w_bias, dr_r_bias = _launch_dqdr(arguments, q, dq, *wanted[3:6])
+    grads = (dq, dk, dv, dr, dr_w_bias, dr_r_bias, dmem_k, dmem_v, None, None)
+    return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@triton.jit
+def _rel_attention_bwd_rows_kernel(
+    p_dout,  # [B, H, Tq, DV]
+    p_out,  # [B, H, Tq, DV]
+    p_lse,  # [B, H, Tq], contiguous, float32
+    p_lse_high,  # the same, as the two below
+    p_lse_low,
+    p_delta,
+    s_dout_b, s_dout_h, s_dout_i,
+    s_out_b, s_out_h, s_out_i,
+    H, Tq,
+    DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """One program: what backward needs of BLOCK_Q queries of one (batch, head), once.
+
+    delta = Σ_d dout · out, in float32; lse in base 2 as high + low, for rounded to one float32 it
+    would err as much as all else in a probability. A query without keys gets high = ∞.
+    """
+    n_tiles = tl.cdiv(Tq, BLOCK_Q)
+    i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_i = tl.program_id(0) % n_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_dv = tl.arange(0, BLOCK_DV)
+    p_dout += i_b * s_dout_b + i_h * s_dout_h
+    p_out += i_b * s_out_b + i_h * s_out_h
+    b_dout = load_rows(p_dout, o_i, s_dout_i, Tq, o_dv, DV).to(tl.float32)
+    b_out = load_rows(p_out, o_i, s_out_i, Tq, o_dv, DV).to(tl.float32)
+    o_row, m_i = i_bh * Tq + o_i, o_i < Tq
+    tl.store(p_delta + o_row, tl.sum(b_dout * b_out, 1), mask=m_i)
+    b_lse = tl.load(p_lse + o_row, mask=m_i, other=0.0)
+    dead = b_lse == float("-inf")
+    b_lse = tl.where(dead, 0.0, b_lse).to(tl.float64) * LOG2_E
+    b_high = b_lse.to(tl.float32)
+    b_low = (b_lse - b_high.to(tl.float64)).to(tl.float32)
+    tl.store(p_lse_high + o_row, tl.where(dead, float("inf"), b_high), mask=m_i)
+    tl.store(p_lse_low + o_row, b_low, mask=m_i)
+
+
+def _row_sums(dout: Tensor, out: Tensor, lse: Tensor) -> dict[str, Any]:
+    """The arguments that tell the other kernels of each query's delta and lse."""
+    B, H, Tq, Dv = out.shape
+    names = ("p_lse_high", "p_lse_low", "p_delta")
+    rows = {name: torch.empty_like(lse, memory_format=torch.contiguous_format) for name in names}
+    if lse.numel() > 0:
+        with torch.cuda.device_of(out):
+            _rel_attention_bwd_rows_kernel[(triton.cdiv(Tq, _ROWS) * B * H,)](
+                p_dout=dout,
+                p_out=out,
+                p_lse=lse.contiguous(),
+                **rows,
+                **strides("dout", dout, "bhi"),
+                **strides("out", out, "bhi"),
+                H=H,
+                Tq=Tq,
+                DV=Dv,
+                BLOCK_Q=_ROWS,
+                BLOCK_DV=block_size(Dv),
+            )
+    return rows
+
+
+def _launch_dkdv(
+    arguments: dict[str, Any],
+    q: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dmem_k: Tensor | None,
+    dmem_v: Tensor | None,
+) -> None:
+    """Fills the gradients that are not None; key tiles of which none is wanted are left out."""
+    B, H, Tq, D = q.shape
+    Tm, Tk = arguments["Tm"], arguments["Tk"]
+    config = dkdv_config(architecture(q.device), D, arguments["DV"], q.dtype, Tq, Tk)
+    memory_tiles = triton.cdiv(Tm, config.BLOCK_K)  # no tile is of memory and segment
+    wants_memory = dmem_k is not None or dmem_v is not None
+    first_tile = 0 if wants_memory else memory_tiles
+    n_tiles = memory_tiles - first_tile
+    if dk is not None or dv is not None:
+        n_tiles += triton.cdiv(Tk - Tm, config.BLOCK_K)
+    if n_tiles * B * H == 0:
+        return
+    with torch.cuda.device_of(q):
+        _rel_attention_bwd_dkdv_kernel[(n_tiles * B * H,)](
+            **arguments,
+            p_dk=dk,
+            p_dv=dv,
+            p_dmem_k=dmem_k,
+            p_dmem_v=dmem_v,
+            first_tile=first_tile,
+            n_tiles=n_tiles,
+            **config.options(),
+        )
+
+
+def _launch_dqdr(
+    arguments: dict[str, Any],
+    q: Tensor,
+    dq: Tensor | None,
+    r: Tensor | None,
+    r_w_bias: Tensor | None,
+    r_r_bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Fills dq; returns the gradients of those of r, r_w_bias, r_r_bias that are not None."""
+    if dq is None and r is None and r_w_bias is None and r_r_bias is None:
+        return None, None, None
+    B, H, Tq, D = q.shape
+    config = dqdr_config(architecture(q.device), D, arguments["DV"], q.dtype, Tq, arguments["Tk"])
+    n_tiles = triton.cdiv(Tq, config.BLOCK_Q)
+    # A program walks tiles of one table of r: those of all batch rows where they share it.
+    rows = B if arguments["p_r"].shape[0] == 1 else 1
+    n_items = n_splits = rows * n_tiles
+    copies = None
+    if r is not None and torch.are_deterministic_algorithms_enabled():
+        n_splits = _split_count(n_items, B // max(rows, 1) * H, 4 * r.shape[2] * D)
+        copies = r.new_zeros(r.shape[0], H, n_splits, *r.shape[2:], dtype=torch.float32)
+    elif r is not None:
+        copies = r.new_zeros(*r.shape[:2], 1, *r.shape[2:], dtype=torch.float32)
+    dqu_sums, dqv_sums = (
+        None if x is None else q.new_empty(B, H, n_tiles, D, dtype=torch.float32)
+        for x in (r_w_bias, r_r_bias)
+    )
+    if n_items * B * H > 0:
+        with torch.cuda.device_of(q):
+            _rel_attention_bwd_dqdr_kernel[(n_splits * H * (B // rows),)](
+                **arguments,
+                p_dq=dq,
+                p_dr=copies,
+                p_dqu_sums=dqu_sums,
+                p_dqv_sums=dqv_sums,
+                **strides("dr", copies, "bhs"),
+                n_splits=n_splits,
+                n_items=n_items,
+                **config.options(),
+            )
+    dr = None
+    if r is not None and copies is not None:
+        dr = copies.sum(2) if r.shape[1] == copies.shape[1] else copies.sum((1, 2))[:, None]
+        dr = dr.mul_(arguments["scale"]).to(r.dtype)
+    return (
+        dr,
+        None if r_w_bias is None or dqu_sums is None else dqu_sums.sum((0, 2)).to(r_w_bias.dtype),
+        None if r_r_bias is None or dqv_sums is None else dqv_sums.sum((0, 2)).to(r_r_bias.dtype),
+    )
+
+
+def _split_count(n_items: int, n_groups: int, copy_bytes: int) -> int:
+    """Copies of dr for each group of programs: as many as fill a GPU and fit in memory."""
+    affordable = _SPLIT_BYTES // max(1, n_groups * copy_bytes)
+    return max(1, min(n_items, -(-_SPLIT_PROGRAMS // max(1, n_groups)), affordable))

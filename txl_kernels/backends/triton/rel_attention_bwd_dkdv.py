@@ -1,0 +1,177 @@
+"""The backward kernel of `rel_attention` that owns keys: dk, dv and those of the memory."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
+from txl_kernels.backends.triton.rel_attention_tile import (
+    biased_queries,
+    capped_scores,
+    dropout_keep,
+    key_block,
+    key_limits,
+    load_block,
+    load_position_block,
+    load_row_sums,
+    mask_tile,
+    probs_and_dscores,
+    seeing_queries,
+    skew_transposed,
+    visible_keys,
+)
+
+
+@triton.jit
+def _store_keys(
+    p_segment, p_memory, tile, i_bh, begin_j, Tm, Tk, o_d, D: tl.constexpr, ROWS: tl.constexpr
+):
+    """Writes a tile of keys of the memory or of the segment, [B, H, T, D]; None is not wanted."""
+    o_j = begin_j + tl.arange(0, ROWS)
+    columns = (o_d < D)[None, :]
+    if p_segment is not None:
+        if begin_j >= Tm:
+            o_row = i_bh * (Tk - Tm) + o_j - Tm
+            p_tile = p_segment + o_row[:, None] * D + o_d[None, :]
+            b_tile = tile.to(p_segment.dtype.element_ty)
+            tl.store(p_tile, b_tile, mask=(o_j < Tk)[:, None] & columns)
+    if p_memory is not None:
+        if begin_j < Tm:
+            o_row = i_bh * Tm + o_j
+            p_tile = p_memory + o_row[:, None] * D + o_d[None, :]
+            b_tile = tile.to(p_memory.dtype.element_ty)
+            tl.store(p_tile, b_tile, mask=(o_j >= 0)[:, None] & columns)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "first_tile", "n_tiles"])
+def _rel_attention_bwd_dkdv_kernel(
+    p_q,  # [B, H, Tq, D]
+    p_k,  # [B, H, Ts, D]
+    p_v,  # [B, H, Ts, DV]
+    p_r,  # [1 or B, 1 or H, R, D]
+    p_r_w_bias,  # [H, D]
+    p_r_r_bias,  # [H, D]
+    p_mem_k,  # [B, H, Tm, D]
+    p_mem_v,  # [B, H, Tm, DV]
+    p_key_start,  # [B]
+    p_key_lens,  # [B]
+    p_mask,  # [B, H, Tq, Tk]
+    p_seed,  # one int64
+    p_dout,  # [B, H, Tq, DV]
+    p_lse_high,  # [B, H, Tq], contiguous, float32: lse in base 2 is high + low
+    p_lse_low,  # the same
+    p_delta,  # the same
+    p_dk,  # [B, H, Ts, D], contiguous; None where not wanted, as the three below
+    p_dv,  # [B, H, Ts, DV]
+    p_dmem_k,  # [B, H, Tm, D]
+    p_dmem_v,  # [B, H, Tm, DV]
+    s_q_b, s_q_h, s_q_i,
+    s_k_b, s_k_h, s_k_j,
+    s_v_b, s_v_h, s_v_j,
+    s_r_b, s_r_h, s_r_m,
+    s_mem_k_b, s_mem_k_h, s_mem_k_j,
+    s_mem_v_b, s_mem_v_h, s_mem_v_j,
+    s_mask_b, s_mask_h, s_mask_i, s_mask_j,
+    s_dout_b, s_dout_h, s_dout_i,
+    H, Tq, Tm, Tk, R, offset, left, right, chunk_size, chunk_left, chunk_phase,
+    scale, sign, softcap, threshold, dropout_scale, first_tile, n_tiles,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CLAMP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_K keys of one (batch, head) and all queries that see some of them.
+
+    Recomputes probabilities from lse, block by block of BLOCK_Q queries, as tiles [keys, queries]:
+    so they are left operands of the products that sum over queries, as they come from those
+    before. Two chunks of r are multiplied per block, for the queries change with every block.
+    Accumulates dk and dv in float32 in registers and writes them once. Deterministic: every sum is
+    one program's, in a fixed order.
+    """
+    NEEDS_DK: tl.constexpr = (p_dk is not None) or (p_dmem_k is not None)
+    NEEDS_DV: tl.constexpr = (p_dv is not None) or (p_dmem_v is not None)
+    i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
+    # With a causal mask the first keys are seen by most queries: the longest programs start first.
+    # Tiles are aligned to the segment's first key: each is of the memory or of the segment.
+    begin_j = (first_tile + tl.program_id(0) % n_tiles - tl.cdiv(Tm, BLOCK_K)) * BLOCK_K + Tm
+    i_b, i_h = i_bh // H, i_bh % H
+    o_j = begin_j + tl.arange(0, BLOCK_K)
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    p_q += i_b * s_q_b + i_h * s_q_h
+    p_dout += i_b * s_dout_b + i_h * s_dout_h
+    p_r += i_b * s_r_b + i_h * s_r_h
+    p_lse_high += i_bh * Tq
+    p_lse_low += i_bh * Tq
+    p_delta += i_bh * Tq
+    p_k += i_b * s_k_b + i_h * s_k_h
+    p_v += i_b * s_v_b + i_h * s_v_h
+    if p_mem_k is not None:
+        p_mem_k += i_b * s_mem_k_b + i_h * s_mem_k_h
+        p_mem_v += i_b * s_mem_v_b + i_h * s_mem_v_h
+    if p_mask is not None:
+        p_mask += i_b * s_mask_b + i_h * s_mask_h
+    first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
+    p_rows, s_row, low, high = key_block(p_k, s_k_j, p_mem_k, s_mem_k_j, begin_j, last, Tm)
+    b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
+    p_rows, s_row, low, high = key_block(p_v, s_v_j, p_mem_v, s_mem_v_j, begin_j, last, Tm)
+    b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
+    begin, end = seeing_queries(
+        begin_j, begin_j + BLOCK_K,
+        first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
+    )  # fmt: skip
+
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
+    for begin_i in tl.range(begin, end, BLOCK_Q):
+        o_i = begin_i + tl.arange(0, BLOCK_Q)
+        b_q = load_block(p_q, s_q_i, begin_i, 0, Tq, o_d, D, BLOCK_Q)
+        b_qu = biased_queries(b_q, p_r_w_bias, i_h, o_d, D, sign)
+        b_qv = biased_queries(b_q, p_r_r_bias, i_h, o_d, D, sign)
+        begin_m = begin_j - begin_i + offset
+        b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
+        chunk = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
+        b_r = load_position_block(p_r, s_r_m, begin_m - BLOCK_K, R, o_d, D, CLAMP, BLOCK_K)
+        earlier = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
+        b_scores = skew_transposed(chunk, earlier, begin_i, BLOCK_K, BLOCK_Q)
+        b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
+        b_dout = load_block(p_dout, s_dout_i, begin_i, 0, Tq, o_dv, DV, BLOCK_Q)
+        b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+        b_scores, unit, b_tanh = capped_scores(b_scores, scale, softcap)
+        _, all_end = visible_keys(
+            begin_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+        )
+        all_begin, _ = visible_keys(
+            begin_i + BLOCK_Q - 1,
+            first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
+        )  # fmt: skip
+        if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
+            lo, hi = visible_keys(
+                o_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+            )
+            seen = (o_j[:, None] >= lo[None, :]) & (o_j[:, None] < hi[None, :])
+            b_scores = tl.where(seen, b_scores, float("-inf"))
+        if p_mask is not None:
+            seen = mask_tile(p_mask, s_mask_j, s_mask_i, o_j, o_i, Tk, Tq)
+            b_scores = tl.where(seen, b_scores, float("-inf"))
+        keep = None
+        if threshold is not None:
+            i_row = i_bh.to(tl.int32)
+            keep = dropout_keep(p_seed, threshold, i_row, o_i, begin_j, BLOCK_Q, BLOCK_K)
+            keep = tl.trans(keep)
+        b_high, b_low, b_delta = load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq)
+        b_probs, b_dscores = probs_and_dscores(
+            b_scores, unit, b_tanh, b_dprobs, b_high[None, :], b_low[None, :], b_delta[None, :],
+            keep, softcap, dropout_scale,
+        )  # fmt: skip
+        if NEEDS_DV:
+            b_dv = tl.dot(b_probs.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
+        if NEEDS_DK:
+            b_dk = tl.dot(b_dscores.to(b_k.dtype), b_qu, b_dk, input_precision="ieee")
+    if NEEDS_DK:
+        _store_keys(p_dk, p_dmem_k, b_dk * scale, i_bh, begin_j, Tm, Tk, o_d, D, BLOCK_K)
+    if NEEDS_DV:
+        _store_keys(p_dv, p_dmem_v, b_dv, i_bh, begin_j, Tm, Tk, o_dv, DV, BLOCK_K)

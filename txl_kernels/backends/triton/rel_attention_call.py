@@ -1,0 +1,144 @@
+"""From a call of a `rel_attention` operator to the arguments that its Triton kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Kernels are compiled again for each dtype, head size and set of given tensors, and for strides
+# that are multiples of 16 or not, but not for these, which change from call to call.
+UNSPECIALIZED = (
+    "H",
+    "Tq",
+    "Tm",
+    "Tk",
+    "R",
+    "offset",
+    "left",
+    "right",
+    "chunk_size",
+    "chunk_left",
+    "chunk_phase",
+    "scale",
+    "sign",
+    "softcap",
+    "threshold",
+    "dropout_scale",
+)
+_LONGEST_CHUNK = 2**40
+
+
+def kernel_arguments(
+    q: Tensor,  # [B, H, Tq, D]
+    k: Tensor,  # [B, H, Ts, D]
+    v: Tensor,  # [B, H, Ts, Dv]
+    r: Tensor,  # [1 or B, 1 or H, R, D]
+    r_w_bias: Tensor | None,
+    r_r_bias: Tensor | None,
+    mem_k: Tensor | None,
+    mem_v: Tensor | None,
+    key_start: Tensor | None,
+    key_lens: Tensor | None,
+    mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    offset: int,
+    clamp: bool,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    chunk: Sequence[int],
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> dict[str, Any]:
+    """Pointers, strides and numbers by the names that every kernel of the op gives them.
+
+    An absent tensor and its strides are None, which makes the kernel one without it. Numbers are
+    brought into ranges where 32-bit arithmetic cannot overflow, without changing what they mean.
+    """
+    H, Tq, D = q.shape[1:]
+    Tm = 0 if mem_k is None else mem_k.shape[2]
+    Tk, R = Tm + k.shape[2], r.shape[2]
+    far = Tq + Tk  # no two of queries and keys are further apart
+    left = far if window_left is None else min(window_left, far)
+    right = 0 if causal else far
+    if window_right is not None:
+        right = min(right, window_right)
+    chunk_size, chunk_left, chunk_phase = _normal_chunk(chunk, Tq, Tk)
+    dropout = dropout_p > 0
+    return {
+        "p_q": q,
+        "p_k": k,
+        "p_v": v,
+        "p_r": r,
+        "p_r_w_bias": None if r_w_bias is None else r_w_bias.contiguous(),
+        "p_r_r_bias": None if r_r_bias is None else r_r_bias.contiguous(),
+        "p_mem_k": mem_k if Tm else None,
+        "p_mem_v": mem_v if Tm else None,
+        "p_key_start": None if key_start is None else key_start.contiguous(),
+        "p_key_lens": None if key_lens is None else key_lens.contiguous(),
+        "p_mask": None if mask is None else mask.view(torch.uint8),
+        "p_seed": dropout_seed if dropout else None,
+        **strides("q", q, "bhi"),
+        **strides("k", k, "bhj"),
+        **strides("v", v, "bhj"),
+        **strides("r", r, "bhm"),
+        **strides("mem_k", mem_k if Tm else None, "bhj"),
+        **strides("mem_v", mem_v if Tm else None, "bhj"),
+        **strides("mask", mask, "bhij"),
+        "H": H,
+        "Tq": Tq,
+        "Tm": Tm,
+        "Tk": Tk,
+        "R": R,
+        "offset": min(max(offset, -Tk), R + Tq),
+        "left": left,
+        "right": right,
+        "chunk_size": chunk_size,
+        "chunk_left": chunk_left,
+        "chunk_phase": chunk_phase,
+        "scale": abs(scale) or 1.0,  # never 0: sign makes the scores 0, and 0 · inf none
+        "sign": float((scale > 0) - (scale < 0)),
+        "softcap": softcap if softcap > 0 else None,
+        "threshold": _as_int32(int(dropout_p * 2**32)) if dropout else None,
+        "dropout_scale": 1.0 / (1.0 - dropout_p) if dropout else None,
+        "D": D,
+        "DV": v.shape[3],
+        "CLAMP": clamp,
+    }
+
+
+def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int | None]:
+    """`s_<name>_<axis>` in elements; 0 along an axis of size 1, which thereby broadcasts."""
+    if tensor is None:
+        return {f"s_{name}_{axis}": None for axis in axes}
+    return {
+        f"s_{name}_{axis}": tensor.stride(n) if tensor.shape[n] > 1 else 0
+        for n, axis in enumerate(axes)
+    }
+
+
+def _normal_chunk(
+    chunk: Sequence[int], Tq: int, Tk: int
+) -> tuple[int, int, int] | tuple[None, None, None]:
+    """The same borders between positions -Tq and Tk from numbers that are small and above 0.
+
+    With a phase that lifts every position above 0, division rounds down as a floor does.
+    """
+    if not chunk:
+        return None, None, None
+    size, left, phase = chunk
+    phase %= size
+    if size > _LONGEST_CHUNK:  # at most one border is near: the one before 0 or the one behind
+        near_end = size - phase <= _LONGEST_CHUNK // 2
+        phase = _LONGEST_CHUNK - (size - phase) if near_end else min(phase, _LONGEST_CHUNK // 2)
+        size = _LONGEST_CHUNK
+    phase += -(-Tq // size) * size
+    return size, min(left, (Tq + Tk) // size + 1), phase
+
+
+def _as_int32(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word

@@ -1,0 +1,196 @@
+"""The forward kernel of `rel_attention`: flash attention with the position product in its loop."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
+from txl_kernels.backends.triton.rel_attention_tile import (
+    biased_queries,
+    dropout_keep,
+    key_limits,
+    load_block,
+    load_position_block,
+    load_rows,
+    load_skewed,
+    mask_tile,
+    skew,
+    tanh,
+    visible_keys,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _rel_attention_fwd_kernel(
+    p_q,  # [B, H, Tq, D]
+    p_k,  # [B, H, Ts, D]
+    p_v,  # [B, H, Ts, DV]
+    p_r,  # [1 or B, 1 or H, R, D]
+    p_r_w_bias,  # [H, D]
+    p_r_r_bias,  # [H, D]
+    p_mem_k,  # [B, H, Tm, D]
+    p_mem_v,  # [B, H, Tm, DV]
+    p_key_start,  # [B]
+    p_key_lens,  # [B]
+    p_mask,  # [B, H, Tq, Tk]
+    p_seed,  # one int64
+    p_position,  # [B, H, Tq, R], contiguous, float32: products with r; or None
+    p_out,  # [B, H, Tq, DV], contiguous
+    p_lse,  # [B, H, Tq], contiguous, float32
+    s_q_b,
+    s_q_h,
+    s_q_i,
+    s_k_b,
+    s_k_h,
+    s_k_j,
+    s_v_b,
+    s_v_h,
+    s_v_j,
+    s_r_b,
+    s_r_h,
+    s_r_m,
+    s_mem_k_b,
+    s_mem_k_h,
+    s_mem_k_j,
+    s_mem_v_b,
+    s_mem_v_h,
+    s_mem_v_j,
+    s_mask_b,
+    s_mask_h,
+    s_mask_i,
+    s_mask_j,
+    H,
+    Tq,
+    Tm,
+    Tk,
+    R,
+    offset,
+    left,
+    right,
+    chunk_size,
+    chunk_left,
+    chunk_phase,
+    scale,
+    sign,
+    softcap,
+    threshold,
+    dropout_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CLAMP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program: BLOCK_Q queries of one (batch, head) over all keys that they see.
+
+    Reads its queries once, and keys, values and rows of r once per block of BLOCK_K keys; writes
+    out and lse. Each chunk of BLOCK_K rows of r is multiplied once and used for two neighbouring
+    blocks of keys; p_position, where given, is read instead. Scores, softmax and sums are float32;
+    probabilities are rounded to the inputs' dtype for the product with v. Deterministic: every sum
+    is one program's, in a fixed order.
+    """
+    n_tiles = tl.cdiv(Tq, BLOCK_Q)
+    i_bh = tl.program_id(0) // n_tiles
+    # With a causal mask the last queries see most keys: the longest programs start first.
+    begin_i = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_Q
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    o_i = begin_i + tl.arange(0, BLOCK_Q)
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    p_k += i_b * s_k_b + i_h * s_k_h
+    p_v += i_b * s_v_b + i_h * s_v_h
+    p_r += i_b * s_r_b + i_h * s_r_h
+    if p_mem_k is not None:
+        p_mem_k += i_b * s_mem_k_b + i_h * s_mem_k_h
+        p_mem_v += i_b * s_mem_v_b + i_h * s_mem_v_h
+    if p_mask is not None:
+        p_mask += i_b * s_mask_b + i_h * s_mask_h
+    b_q = load_rows(p_q + i_b * s_q_b + i_h * s_q_h, o_i, s_q_i, Tq, o_d, D)
+    b_qu = biased_queries(b_q, p_r_w_bias, i_h, o_d, D, sign)
+    b_qv = biased_queries(b_q, p_r_r_bias, i_h, o_d, D, sign)
+
+    first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
+    lo, hi = visible_keys(
+        o_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+    )
+    begin, all_end = visible_keys(
+        begin_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+    )
+    last_i = tl.minimum(begin_i + BLOCK_Q, Tq) - 1
+    all_begin, end = visible_keys(
+        last_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+    )
+    unit = scale * LOG2_E
+    if softcap is not None:
+        unit = softcap * LOG2_E
+    b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], tl.float32)
+    b_out = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    # Blocks of keys are aligned to the segment's first: each holds keys of the memory or of the
+    # segment, so which base pointers and strides to read through is one choice for a block.
+    begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
+    if p_position is not None:
+        p_position += i_bh.to(tl.int64) * Tq * R
+    else:
+        begin_m = begin - begin_i + offset - BLOCK_K
+        b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
+        earlier = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+    for begin_j in tl.range(begin, end, BLOCK_K):
+        if p_position is not None:
+            b_scores = load_skewed(p_position, o_i, begin_j, offset, Tq, R, CLAMP, BLOCK_K)
+        else:
+            begin_m = begin_j - begin_i + offset
+            b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
+            chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+            b_scores = skew(chunk, earlier, 0, BLOCK_Q, BLOCK_K)
+            earlier = chunk
+        p_keys, p_values, s_key, s_value, low, high = p_k, p_v, s_k_j, s_v_j, Tm, Tk
+        if p_mem_k is not None:
+            in_memory = begin_j < Tm
+            low, high = tl.where(in_memory, 0, Tm), tl.where(in_memory, Tm, Tk)
+            p_keys, p_values = tl.where(in_memory, p_mem_k, p_k), tl.where(in_memory, p_mem_v, p_v)
+            s_key = tl.where(in_memory, s_mem_k_j, s_k_j)
+            s_value = tl.where(in_memory, s_mem_v_j, s_v_j)
+        b_k = load_block(p_keys, s_key, begin_j, low, high, o_d, D, BLOCK_K)
+        b_scores = tl.dot(b_qu, tl.trans(b_k), b_scores, input_precision="ieee")
+        if softcap is not None:
+            b_scores = tanh(b_scores * (scale / softcap))
+        if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
+            o_j = begin_j + tl.arange(0, BLOCK_K)
+            seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
+            b_scores = tl.where(seen, b_scores, float("-inf"))
+        if p_mask is not None:
+            o_j = begin_j + tl.arange(0, BLOCK_K)
+            m_seen = mask_tile(p_mask, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
+            b_scores = tl.where(m_seen, b_scores, float("-inf"))
+
+        # `unit` ≥ 0 turns scores into base 2: one multiply-add with the maximum's subtraction.
+        new_max = tl.maximum(b_max, tl.max(b_scores, 1) * unit)
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        b_probs = tl.exp2(b_scores * unit - finite_max[:, None])
+        shrink = tl.exp2(b_max - finite_max)
+        b_sum = b_sum * shrink + tl.sum(b_probs, 1)
+        b_max = new_max
+        if threshold is not None:
+            keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
+            b_probs = tl.where(keep, b_probs, 0.0)
+        b_v = load_block(p_values, s_value, begin_j, low, high, o_dv, DV, BLOCK_K)
+        b_out *= shrink[:, None]
+        b_out = tl.dot(b_probs.to(b_v.dtype), b_v, b_out, input_precision="ieee")
+
+    dead = b_sum == 0.0
+    b_sum = tl.where(dead, 1.0, b_sum)
+    b_lse = tl.where(dead, float("-inf"), (b_max + tl.log2(b_sum)) * LN_2)
+    factor = 1.0 / b_sum
+    if dropout_scale is not None:
+        factor *= dropout_scale
+    p_row = i_bh.to(tl.int64) * Tq + o_i
+    tl.store(p_lse + p_row, b_lse, mask=o_i < Tq)
+    inside = (o_i < Tq)[:, None] & (o_dv < DV)[None, :]
+    p_tile = p_out + p_row[:, None] * DV + o_dv[None, :]
+    tl.store(p_tile, (b_out * factor[:, None]).to(p_out.dtype.element_ty), mask=inside)

@@ -1,0 +1,369 @@
+"""What forward and backward of `rel_attention` share inside a tile of [queries, keys].
+
+Which keys a query sees, rows of keys and of r from memory, the skew between scores by row of r and
+scores by key, softcap, dropout. `docs/mathematics.md` derives them; numbers come from
+`rel_attention_call.py`, which sees to it that nothing here overflows or divides below 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def key_limits(p_key_start, p_key_lens, i_b, Tk):
+    """[first, last): the keys that batch row i_b has, whatever the lengths say: within [0, Tk]."""
+    first = 0
+    last = Tk
+    if p_key_start is not None:
+        start = tl.load(p_key_start + i_b).to(tl.int64)
+        first = tl.minimum(tl.maximum(start, 0), Tk).to(tl.int32)
+    if p_key_lens is not None:
+        length = tl.load(p_key_lens + i_b).to(tl.int64)
+        last = tl.minimum(tl.maximum(length, 0), Tk).to(tl.int32)
+    return first, last
+
+
+@triton.jit
+def visible_keys(o_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase):
+    """[lo, hi) of the keys that query o_i sees; o_i is a number or a block.
+
+    Both never decrease with o_i, so a tile sees nothing outside [lo(first query), hi(last query))
+    and every query of it sees all of [lo(last query), hi(first query)).
+    """
+    p = o_i + (Tk - Tq)
+    lo = tl.maximum(p - left, first)
+    hi = tl.minimum(p + right + 1, last)
+    if chunk_size is not None:
+        chunk = (p + chunk_phase).to(tl.int64) // chunk_size
+        lo = tl.maximum(lo, (chunk - chunk_left) * chunk_size - chunk_phase).to(tl.int32)
+        hi = tl.minimum(hi, (chunk + 1) * chunk_size - chunk_phase).to(tl.int32)
+    return lo, hi
+
+
+@triton.jit
+def seeing_queries(
+    begin_j, end_j, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+):
+    """[lo, hi) of the queries that see some key in [begin_j, end_j), within [0, Tq].
+
+    The mirror image of `visible_keys`: queries outside see none of these keys, and inside too some
+    may not.
+    """
+    begin_j = tl.maximum(begin_j, first)
+    end_j = tl.minimum(end_j, last)
+    lo = begin_j - right
+    hi = end_j + left
+    if chunk_size is not None:
+        chunk = (begin_j + chunk_phase).to(tl.int64) // chunk_size
+        lo = tl.maximum(lo, chunk * chunk_size - chunk_phase).to(tl.int32)
+        chunk = (end_j - 1 + chunk_phase).to(tl.int64) // chunk_size
+        after = (chunk + chunk_left + 1) * chunk_size - chunk_phase
+        hi = tl.minimum(hi, after).to(tl.int32)
+    lo = tl.maximum(lo - (Tk - Tq), 0)
+    hi = tl.minimum(hi - (Tk - Tq), Tq)
+    return lo, tl.where(begin_j < end_j, hi, lo)
+
+
+@triton.jit
+def mask_tile(p_mask, s_mi, s_mj, o_i, o_j, Tq, Tk):
+    """bool [queries, keys] of the dense mask, False outside it; p_mask stands at [b, h, 0, 0]."""
+    inside = (o_i < Tq)[:, None] & (o_j < Tk)[None, :]
+    p_tile = p_mask + o_i.to(tl.int64)[:, None] * s_mi + o_j.to(tl.int64)[None, :] * s_mj
+    return tl.load(p_tile, mask=inside, other=0) != 0
+
+
+@triton.jit
+def load_rows(p_rows, o_row, stride, n_rows, o_d, D: tl.constexpr):
+    """[rows, D]: rows o_row of a matrix, 0 outside [0, n_rows) and from column D on."""
+    p_tile = p_rows + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+    inside = ((o_row >= 0) & (o_row < n_rows))[:, None]
+    if o_d.shape[0] > D:
+        inside = inside & (o_d < D)[None, :]
+    return tl.load(p_tile, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_keys(p_segment, stride, p_memory, memory_stride, o_j, Tm, Tk, o_d, D: tl.constexpr):
+    """[keys, D]: rows o_j ≥ 0 of [memory; segment], each read where it is; 0 from Tk on."""
+    if p_memory is not None:
+        p_row = tl.where(
+            o_j < Tm,
+            p_memory + o_j.to(tl.int64) * memory_stride,
+            p_segment + (o_j - Tm).to(tl.int64) * stride,
+        )
+    else:
+        p_row = p_segment + o_j.to(tl.int64) * stride
+    inside = (o_j < Tk)[:, None]
+    if o_d.shape[0] > D:
+        inside = inside & (o_d < D)[None, :]
+    return tl.load(p_row[:, None] + o_d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_positions(p_r, stride, o_m, R, o_d, D: tl.constexpr, CLAMP: tl.constexpr):
+    """[rows, D]: rows o_m of r; outside [0, R) 0, or with CLAMP the nearest row."""
+    if CLAMP:
+        o_m = tl.minimum(tl.maximum(o_m, 0), R - 1)
+    return load_rows(p_r, o_m, stride, R, o_d, D)
+
+
+@triton.jit
+def load_skewed(
+    p_position, o_i, begin_j, offset, Tq, R, CLAMP: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """float32 [queries, keys from begin_j on]: x[i, j - i + offset] of a contiguous x [Tq, R].
+
+    Outside [0, R) 0, or with CLAMP the nearest column.
+    """
+    o_m = (begin_j + offset + tl.arange(0, COLUMNS))[None, :] - o_i[:, None]
+    inside = (o_i < Tq)[:, None]
+    if CLAMP:
+        o_m = tl.minimum(tl.maximum(o_m, 0), R - 1)
+    else:
+        inside = inside & (o_m >= 0) & (o_m < R)
+    return tl.load(p_position + o_i.to(tl.int64)[:, None] * R + o_m, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq):
+    """What backward has of its queries; lse is ∞ where there is none: their probabilities are 0."""
+    m_i = o_i < Tq
+    b_high = tl.load(p_lse_high + o_i, mask=m_i, other=float("inf"))
+    b_low = tl.load(p_lse_low + o_i, mask=m_i, other=0.0)
+    return b_high, b_low, tl.load(p_delta + o_i, mask=m_i, other=0.0)
+
+
+@triton.jit
+def load_block(p_rows, stride, begin, low, high, o_d, D: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, D]: rows from `begin` on of a matrix whose row `low` p_rows points to; 0 outside
+    [low, high) and from column D on.
+
+    For loops: what is the same for every block is 32 bits wide, and the 64-bit part one number.
+    """
+    o = tl.arange(0, ROWS)
+    p_tile = (
+        p_rows + tl.full((), begin - low, tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    )
+    o_row = begin - low + o
+    inside = (o_row >= 0) & (o_row < high - low)
+    if o_d.shape[0] > D:
+        return tl.load(p_tile, mask=inside[:, None] & (o_d < D)[None, :], other=0.0)
+    return tl.load(p_tile, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def load_position_block(
+    p_r, stride, begin, R, o_d, D: tl.constexpr, CLAMP: tl.constexpr, ROWS: tl.constexpr
+):
+    """[ROWS, D]: rows of r from `begin` on; outside [0, R) 0, or with CLAMP the nearest row."""
+    if not CLAMP:
+        return load_block(p_r, stride, begin, 0, R, o_d, D, ROWS)
+    nearest = tl.minimum(tl.maximum(begin, 0), R - 1)
+    o = tl.minimum(tl.maximum(begin + tl.arange(0, ROWS), 0), R - 1) - nearest
+    p_tile = p_r + nearest.to(tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    return tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
+    """sign · (queries [rows, D] + row i_h of a head bias [H, D], or None), added in float32.
+
+    Rounded to the queries' dtype for the product that follows.
+    """
+    b_sum = b_q.to(tl.float32)
+    if p_bias is not None:
+        b_sum += tl.load(p_bias + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+    return (b_sum * sign).to(b_q.dtype)
+
+
+@triton.jit
+def core_order(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile as one row: eight columns of all rows, then the next eight.
+
+    Tensor cores hold tiles in 8 × 8 blocks: in this order shared memory is written without bank
+    conflicts and read along a diagonal with at most two lanes on a bank.
+    """
+    blocks = tl.permute(tl.reshape(tile, [ROWS, COLUMNS // 8, 8]), (1, 0, 2))
+    return tl.reshape(blocks, [ROWS * COLUMNS])
+
+
+@triton.jit
+def from_core_order(row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse of `core_order`."""
+    blocks = tl.permute(tl.reshape(row, [COLUMNS // 8, ROWS, 8]), (1, 0, 2))
+    return tl.reshape(blocks, [ROWS, COLUMNS])
+
+
+@triton.jit
+def rotate_rows(tile, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out[a, c] = tile[a, (c + STEP · a) mod COLUMNS]; STEP is 1 or -1, COLUMNS a power of 2.
+
+    One gather on the flattened tile: a store to shared memory and a load from it. A gather on the
+    tile itself would shuffle between lanes and spill.
+    """
+    a = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, COLUMNS)[None, :] + STEP * a
+    # c // 8 · 8 · ROWS + c % 8 + 8 · a, such that eight columns on are a constant number further.
+    source = (c * ROWS - (c & 7) * (ROWS - 1) + 8 * a) & (ROWS * COLUMNS - 1)
+    rotated = tl.gather(core_order(tile, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
+    return from_core_order(rotated, ROWS, COLUMNS)
+
+
+@triton.jit
+def rotate_columns(tile, like, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out[b, a] = tile[(b + STEP · a) mod ROWS, a], as `rotate_rows` does it; ROWS a power of 2.
+
+    `like`, a float tile or None, says in which layout the result is wanted, where the compiler
+    would not find out by itself.
+    """
+    b = tl.arange(0, ROWS)[:, None]
+    a = tl.arange(0, COLUMNS)[None, :]
+    source = (a & -8) * ROWS + (((b + STEP * a) * 8) & (ROWS * 8 - 1)) + (a & 7)
+    if like is not None:
+        source += (tl.abs(like) < 0.0).to(tl.int32)  # never, which only the last compiler pass sees
+    rotated = tl.gather(core_order(tile, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
+    return from_core_order(rotated, ROWS, COLUMNS)
+
+
+@triton.jit
+def skew(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Scores by key from scores by row of r: out[a, b] = x[a, b - a], x = [earlier | chunk].
+
+    `chunk` holds x's columns [0, COLUMNS), `earlier` those of [-COLUMNS, 0). Key b of row a is in
+    column b - a of the one, or in column b - a + COLUMNS of the other. Needs ROWS ≤ COLUMNS. Chosen
+    before they are rotated: the other way round the choice would stand in another layout than the
+    products. `begin` does not change the result: 0, or, in a loop whose comparisons the compiler would
+    make once, keep as bits and take apart at twice their price, a number that changes with blocks.
+    """
+    from_earlier = (begin + tl.arange(0, COLUMNS))[None, :] >= (
+        begin + COLUMNS - tl.arange(0, ROWS)
+    )[:, None]
+    return rotate_rows(tl.where(from_earlier, earlier, chunk), -1, ROWS, COLUMNS)
+
+
+@triton.jit
+def skew_transposed(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`skew` for tiles [rows of r, queries] and [keys, queries]: out[b, a] = x[b - a, a].
+
+    x is `earlier` over `chunk`. Needs COLUMNS ≤ ROWS. `begin` is as in `skew`.
+    """
+    from_earlier = (begin + tl.arange(0, ROWS))[:, None] >= (begin + ROWS - tl.arange(0, COLUMNS))[
+        None, :
+    ]
+    return rotate_columns(tl.where(from_earlier, earlier, chunk), None, -1, ROWS, COLUMNS)
+
+
+@triton.jit
+def unskew_transposed(tile, before, begin, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse, for gradients: by row of r, all that the chunk before a block's own gets.
+
+    That is from this block (`tile`, [keys, queries]) where key b of query a lies b - a < 0 in its
+    own chunk, and from the block before. `begin` is as in `skew`, `like` as in `rotate_columns`.
+    """
+    of_tile = (begin + tl.arange(0, ROWS))[:, None] < (begin + tl.arange(0, COLUMNS))[None, :]
+    return rotate_columns(tl.where(of_tile, tile, before), like, 1, ROWS, COLUMNS)
+
+
+@triton.jit
+def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, last, Tm):
+    """Where a block of keys is read, which lies in the memory or in the segment.
+
+    Returns what `load_block` takes: a pointer to the row of key `low`, the rows' stride, and
+    [low, high), the keys before `last` that are there, if only none.
+    """
+    p_rows, stride, low, high = p_segment, s_segment, Tm, tl.maximum(last, Tm)
+    if p_memory is not None:
+        in_memory = begin_j < Tm
+        p_rows = tl.where(in_memory, p_memory, p_segment)
+        stride = tl.where(in_memory, s_memory, s_segment)
+        low, high = tl.where(in_memory, 0, Tm), tl.where(in_memory, tl.minimum(last, Tm), high)
+    return p_rows, stride, low, high
+
+
+@triton.jit
+def tanh(x):
+    """To about one unit in the last place: a polynomial near 0, where 1 - 2/(e^2x + 1) cancels.
+
+    Source of the coefficients: S. Moshier, Cephes, tanhf.
+    """
+    y = tl.minimum(tl.abs(x), 10.0)
+    far = 1.0 - 2.0 / (tl.exp2(y * 2.8853900817779268) + 1.0)  # 2 · log₂e
+    z = y * y
+    near = -5.70498872745e-3 * z + 2.06390887954e-2
+    near = (near * z - 5.37397155531e-2) * z + 1.33314422036e-1
+    near = (near * z - 3.33332819422e-1) * z * y + y
+    b_tanh = tl.where(y < 0.625, near, far)
+    return tl.where(x < 0, -b_tanh, b_tanh)
+
+
+@triton.jit
+def _words_of_shared_counters(seed, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Philox words of queries o_i and keys from begin_j, a multiple of 4, on: four a counter."""
+    zero = tl.zeros([1, 1], tl.int32)
+    o_counter = begin_j // 4 + tl.arange(0, COLUMNS // 4)[None, :] + tl.zeros_like(o_i)[:, None]
+    word0, word1, word2, word3 = tl.philox(seed, o_counter, o_i[:, None], zero + i_bh, zero)
+    # [ROWS, counters, 2, 2]: the last index is a word's low bit, the one before it the high.
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+    return tl.reshape(words, [ROWS, COLUMNS])
+
+
+@triton.jit
+def _words_of_each_key(seed, i_bh, o_i, begin_j, COLUMNS: tl.constexpr):
+    """The same from any begin_j: every key draws its counter's four words and takes one."""
+    zero = tl.zeros([1, 1], tl.int32)
+    o_j = begin_j + tl.arange(0, COLUMNS)[None, :] + tl.zeros_like(o_i)[:, None]
+    word0, word1, word2, word3 = tl.philox(seed, o_j // 4, o_i[:, None], zero + i_bh, zero)
+    odd = o_j % 2 == 1
+    return tl.where(o_j % 4 < 2, tl.where(odd, word1, word0), tl.where(odd, word3, word2))
+
+
+@triton.jit
+def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """bool [ROWS, COLUMNS]: which probabilities of queries o_i and keys from begin_j on are kept.
+
+    Word j mod 4 of Philox4x32-10 with counter (j / 4, i, b · H + h, 0) is at least the threshold,
+    ⌊p · 2³²⌋ in the bits of an int32.
+    """
+    seed = tl.load(p_seed)
+    if begin_j % 4 == 0:
+        words = _words_of_shared_counters(seed, i_bh, o_i, begin_j, ROWS, COLUMNS)
+    else:
+        words = _words_of_each_key(seed, i_bh, o_i, begin_j, COLUMNS)
+    return words >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def capped_scores(b_scores, scale, softcap):
+    """From plain products: scores to be masked, their factor to base 2, and with a softcap tanh."""
+    b_tanh = b_scores
+    unit = scale * LOG2_E
+    if softcap is not None:
+        b_tanh = tanh(b_scores * (scale / softcap))
+        unit = softcap * LOG2_E
+    return b_tanh, unit, b_tanh
+
+
+@triton.jit
+def probs_and_dscores(
+    b_scores, unit, b_tanh, b_dprobs, b_high, b_low, b_delta, keep, softcap, dropout_scale
+):
+    """The probabilities that met v, and the gradient of scale · score, of a tile lying either way.
+
+    Scores, unit and tanh are `capped_scores`', scores -∞ where a key is not seen. lse in base 2 is
+    high + low (high is ∞ for a row without keys); they and delta are broadcastable. `keep` is a
+    bool tile or None.
+    """
+    b_probs = tl.exp2((b_scores * unit - b_high) - b_low)
+    b_kept = b_probs
+    if keep is not None:
+        b_factor = tl.where(keep, dropout_scale, 0.0)
+        b_kept = b_probs * b_factor
+        b_dprobs = b_dprobs * b_factor
+    b_dscores = b_probs * (b_dprobs - b_delta)
+    if softcap is not None:
+        b_dscores *= 1.0 - b_tanh * b_tanh
+    return b_kept, b_dscores

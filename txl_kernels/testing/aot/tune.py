@@ -1,0 +1,140 @@
+"""Renews the table of launch configurations of `rel_attention`: offline, never in a user's call.
+
+Candidates are compiled ahead of time, those that break a gate are dropped, the rest is ranked by
+the static model; on a GPU the best of them are timed. `transformer-xl benchmark tune` runs this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from txl_kernels.errors import BackendUnavailableError
+from txl_kernels.testing.aot import model, shipped_attention, speed
+from txl_kernels.testing.aot.shipped import Call
+from txl_kernels.testing.aot.shipped_attention import Attention
+from txl_kernels.testing.aot.survey import survey
+
+# Table: its name in `rel_attention_config`, the kernel it configures, the pass that launches it.
+TABLES = {
+    "forward": ("FORWARD", "_rel_attention_fwd_kernel"),
+    "dkdv": ("BACKWARD_DKDV", "_rel_attention_bwd_dkdv_kernel"),
+    "dqdr": ("BACKWARD_DQDR", "_rel_attention_bwd_dqdr_kernel"),
+}
+BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3)
+TIMED = 6  # of the candidates, the best by the model
+
+Key = tuple[str, bool, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A configuration: the model's seconds, what gates it breaks, and where timed its ms."""
+
+    config: Any
+    seconds: float
+    failures: tuple[str, ...]
+    ms: float | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        known = {"model_ms": self.seconds * 1e3, "ms": self.ms, "failures": self.failures}
+        return {**self.config._asdict(), **known}
+
+
+def key_of(attention: Attention, arch: int) -> Key:
+    """Row of the tables for a call's head size and dtype on sm_`arch`."""
+    from txl_kernels.backends.triton.rel_attention_config import block_size
+
+    head_size = max(64, block_size(max(attention.D, attention.Dv or attention.D)))
+    return (f"sm_{arch}", attention.dtype != torch.float32, head_size)
+
+
+def row(table: str, attention: Attention, arch: int, best: Candidate | None) -> str:
+    """The table's row as it stands in the source, or what keeps it from having one."""
+    name, _kernel = TABLES[table]
+    key = key_of(attention, arch)
+    if best is None:
+        return f"{name}: no candidate for {key} holds its gates"
+    return f"{name}: {key}: Config({', '.join(map(str, best.config))}),"
+
+
+def configurations(table: str) -> list[Any]:
+    """All that are tried. A kernel rotates rows no longer than there are columns of its tile."""
+    from txl_kernels.backends.triton.rel_attention_config import Config
+
+    found = []
+    for block_q, block_k, warps, stages in itertools.product(BLOCKS, BLOCKS, WARPS, STAGES):
+        rows, columns = (block_k, block_q) if table == "dkdv" else (block_q, block_k)
+        if rows <= columns:
+            found.append(Config(block_q, block_k, warps, stages))
+    return found
+
+
+def rank(
+    table: str, attention: Attention, arch: int, configs: Iterable[Any] | None = None
+) -> list[Candidate]:
+    """The configurations by the model's time, those that break a gate last; sm_90 only is modelled
+    as a processor, so another architecture's ranking is by the same clocks."""
+    name, kernel = TABLES[table]
+    key = key_of(attention, arch)
+    call = shipped_attention.call("tune", attention)
+    found = []
+    for config in configurations(table) if configs is None else configs:
+        with configured(name, key, config):
+            try:
+                candidate = _compiled(call, kernel, config, arch)
+            except Exception as error:  # what the compiler cannot do is no candidate
+                said = str(error).strip().partition("\n")[0]
+                candidate = Candidate(config, float("inf"), (f"{type(error).__name__}: {said}",))
+        found.append(candidate)
+    return sorted(found, key=lambda each: (bool(each.failures), each.seconds))
+
+
+def measure(table: str, attention: Attention, ranked: Iterable[Candidate]) -> list[Candidate]:
+    """The best `TIMED` sound candidates with their milliseconds on this GPU, the fastest first.
+
+    Raises:
+        BackendUnavailableError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("tune: no CUDA device: candidates are ranked, not timed")
+    from triton.testing import do_bench
+
+    major, _minor = torch.cuda.get_device_capability()
+    key = key_of(attention, 90 if major == 9 else 80)
+    name, _kernel = TABLES[table]
+    sound = [each for each in ranked if not each.failures][:TIMED]
+    forward, backward = attention.passes_on("cuda")
+    work = forward if table == "forward" else backward
+    timed = []
+    for each in sound:
+        with configured(name, key, each.config):
+            timed.append(dataclasses.replace(each, ms=float(do_bench(work, rep=200))))
+    return sorted(timed, key=lambda each: each.ms or 0.0)
+
+
+@contextlib.contextmanager
+def configured(name: str, key: Key, config: Any) -> Iterator[None]:
+    """Within it the table `name` has `config` in the row `key`, and each table some row there."""
+    from txl_kernels.backends.triton import rel_attention_config as tables
+
+    with contextlib.ExitStack() as stack:
+        for other, _ in TABLES.values():
+            table = getattr(tables, other)
+            row = config if other == name else table.get(key, tables.Config(64, 64, 4, 2))
+            stack.enter_context(mock.patch.dict(table, {key: row}))
+        yield
+
+
+def _compiled(call: Call, kernel: str, config: Any, arch: int) -> Candidate:
+    only = dataclasses.replace(call, only=(kernel,))
+    (found,) = survey([only], [arch])
+    return Candidate(config, model.expected(found, speed.H100), found.failures)
