@@ -21,7 +21,6 @@ def register(namespace: str) -> None:
     """Registers the ops under `torch.ops.<namespace>`; a backend adds kernels to them."""
     _register_nll(namespace)
     _register_loss(namespace)
-    _register_without_gradient(namespace)
     _register_embedding(namespace)
 
 
@@ -62,7 +61,7 @@ def _register_nll(namespace: str) -> None:
     torch.library.register_fake(fwd, fake_fwd)
     torch.library.register_fake(bwd, fake_bwd)
     torch.library.register_autograd(fwd, backward, setup_context=setup_context)
-    _refuse_derivative(bwd, "adaptive_nll: no second derivative exists on this backend")
+    _refuse_second_derivative("adaptive_nll", bwd)
 
 
 def _register_loss(namespace: str) -> None:
@@ -74,7 +73,8 @@ def _register_loss(namespace: str) -> None:
     """
     fwd, bwd = f"{namespace}::adaptive_loss_fwd", f"{namespace}::adaptive_loss_bwd"
     torch.library.define(
-        fwd, f"({_LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor rest, Tensor[] grads)"
+        fwd,
+        f"({_LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor rest, Tensor[] grads)",
     )
     torch.library.define(bwd, "(Tensor dloss, Tensor rest, Tensor(a!)[] grads) -> ()")
 
@@ -124,35 +124,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(_ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(
-            "adaptive_loss: no second derivative exists on this backend; backend='reference' has "
-            "one"
-        )
-
-
-def _register_without_gradient(namespace: str) -> None:
-    """log_prob [N, V]; the k likeliest tokens [N, k] and their log p, likeliest first."""
-    log_prob, topk = f"{namespace}::adaptive_log_prob_fwd", f"{namespace}::adaptive_topk_fwd"
-    torch.library.define(log_prob, "(Tensor hidden, Tensor[] clusters) -> Tensor")
-    torch.library.define(
-        topk, "(Tensor hidden, Tensor[] clusters, SymInt k) -> (Tensor log_probs, Tensor tokens)"
-    )
-
-    def fake_log_prob(hidden: Tensor, clusters: list[Tensor]) -> Tensor:
-        n_tails = len(clusters) // 3 - 1
-        V = sum(weight.shape[0] for weight in clusters[1::3]) - n_tails
-        return hidden.new_empty(hidden.shape[0], V, dtype=_work_dtype(hidden))
-
-    def fake_topk(hidden: Tensor, _clusters: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-        values = hidden.new_empty(hidden.shape[0], k, dtype=_work_dtype(hidden))
-        return values, torch.empty_like(values, dtype=torch.int64)
-
-    torch.library.register_fake(log_prob, fake_log_prob)
-    torch.library.register_fake(topk, fake_topk)
-    for op in (log_prob, topk):
-        _refuse_derivative(
-            op, f"{op.split('::')[1].removesuffix('_fwd')}: no derivative exists on this backend"
-        )
+        raise RuntimeError(_no_second_derivative("adaptive_loss"))
 
 
 def _register_embedding(namespace: str) -> None:
@@ -201,7 +173,10 @@ def _register_embedding(namespace: str) -> None:
         operator = getattr(torch.ops, namespace).adaptive_embedding_bwd
         call = (tokens, tables, projections, ctx.scale, ctx.sparse, needs_grad)
         rows, dtables, dprojections = operator(dout, *call)
-        dtables, dprojections = _wanted(dtables, needs_grad[:n]), _wanted(dprojections, needs_grad[n:])
+        dtables, dprojections = (
+            _wanted(dtables, needs_grad[:n]),
+            _wanted(dprojections, needs_grad[n:]),
+        )
         if ctx.sparse:
             dtables = [
                 None if values is None else _sparse_rows(index, values, table)
@@ -212,7 +187,7 @@ def _register_embedding(namespace: str) -> None:
     torch.library.register_fake(fwd, fake_fwd)
     torch.library.register_fake(bwd, fake_bwd)
     torch.library.register_autograd(fwd, backward, setup_context=setup_context)
-    _refuse_derivative(bwd, "adaptive_embedding: no second derivative exists on this backend")
+    _refuse_second_derivative("adaptive_embedding", bwd)
 
 
 def _sparse_rows(index: Tensor, values: Tensor, table: Tensor) -> Tensor:
@@ -242,10 +217,14 @@ def _work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _refuse_derivative(op: str, sentence: str) -> None:
-    """Makes differentiating an op an error; torch alone would warn and return nothing."""
+def _refuse_second_derivative(op: str, bwd: str) -> None:
+    """Makes differentiating a backward op an error; torch alone would warn and return nothing."""
 
     def backward(*_: Any) -> NoReturn:
-        raise RuntimeError(f"{sentence}; backend='reference' has one")
+        raise RuntimeError(_no_second_derivative(op))
 
-    torch.library.register_autograd(op, backward)
+    torch.library.register_autograd(bwd, backward)
+
+
+def _no_second_derivative(op: str) -> str:
+    return f"{op}: no second derivative exists on this backend; backend='reference' has one"

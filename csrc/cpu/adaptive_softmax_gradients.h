@@ -39,17 +39,15 @@ void softmax_gradients(const ClusterArgs& args, const ClusterPlan& plan, bool he
                        const ClusterTokens& given, const ClusterShared<T>& shared,
                        const ClusterSlot<T>& ws) {
   using Vec = Vectorized<Acc<T>>;
-  const auto* scale = static_cast<const Acc<T>*>(given.scale) + tokens.begin;
   const int64_t rows = round_up(vocab.n, 16), padded = plan.padded_block();
   if (held) {
     const Operand<T>* powers =
         shared.held + vocab.index * kVocabTile * padded + tokens.at * kVocabTile;
     const Acc<T>* max = shared.tile_max + vocab.index * padded + tokens.at;
-    std::copy(scale, scale + tokens.n, ws.factor);
-    std::fill(ws.factor + tokens.n, ws.factor + plan.tile, Acc<T>(0));
+    const Acc<T>*all_max = shared.max + tokens.at, *share = shared.share + tokens.at;
     for (int64_t i = 0; i < plan.tile; i += Vec::size()) {
-      const Vec decay = exp2_nonpositive(Vec::loadu(max + i) - Vec::loadu(shared.lse + tokens.at + i));
-      (decay * Vec::loadu(ws.factor + i)).store(ws.factor + i);
+      const Vec decay = exp2_nonpositive(Vec::loadu(max + i) - Vec::loadu(all_max + i));
+      (decay * Vec::loadu(share + i)).store(ws.factor + i);
     }
     spread_gradients(rows, plan.tile, shared.ld_t, ws, [&](int64_t v, int64_t i) {
       return load_operand(powers + v * plan.tile + i) * Vec::loadu(ws.factor + i);
@@ -60,10 +58,13 @@ void softmax_gradients(const ClusterArgs& args, const ClusterPlan& plan, bool he
   for (int64_t v = vocab.n; v < rows; ++v)
     std::fill(ws.logits + v * shared.ld_t, ws.logits + v * shared.ld_t + plan.tile,
               -std::numeric_limits<Acc<T>>::infinity());
-  const auto* lse = static_cast<const Acc<T>*>(given.lse) + tokens.begin;
+  const auto *lse = static_cast<const Acc<T>*>(given.lse) + tokens.begin,
+             *scale = static_cast<const Acc<T>*>(given.scale) + tokens.begin;
   for (int64_t i = 0; i < plan.tile; ++i) {
     ws.factor[i] = i < tokens.n ? scale[i] : Acc<T>(0);
-    ws.shift[i] = i < tokens.n ? static_cast<Acc<T>>(-kLog2e * double{lse[i]}) : Acc<T>(0);
+    // Behind the last token every gradient is exactly 0, whatever the biases.
+    ws.shift[i] = i < tokens.n ? static_cast<Acc<T>>(-kLog2e * double{lse[i]})
+                               : std::numeric_limits<Acc<T>>::lowest() / 2;
   }
   const auto* bias = static_cast<const Acc<T>*>(args.bias);
   const Vec log2e(static_cast<Acc<T>>(kLog2e));

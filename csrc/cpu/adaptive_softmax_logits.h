@@ -101,14 +101,20 @@ void cluster_logits(const ClusterArgs& args, const ClusterPlan& plan, bool held,
 }
 
 // The slots' maxima and sums to each token's log-sum-exp, in the order of slots, in double: what
-// comes after is no better than this number.
+// comes after is no better than this number. The gradients take the sum itself, which shares its
+// rounding errors with them.
 template <typename T>
 void cluster_combine(const ClusterArgs& args, const ClusterPlan& plan, const ClusterTokens& out,
                      bool held, int64_t block, char* memory) {
   Arena arena(memory);
   const ClusterShared<T> shared(args, plan, held, arena);
   const int64_t padded = plan.padded_block(), begin = block * plan.block;
-  for (int64_t i = 0; i < padded; ++i) {
+  const int64_t n = std::min(plan.block, args.n - begin);
+  const auto* scale = static_cast<const Acc<T>*>(out.scale);
+  // Behind the last token every gradient is exactly 0, whatever the biases.
+  std::fill(shared.max, shared.max + padded, std::numeric_limits<Acc<T>>::max());
+  std::fill(shared.share, shared.share + padded, Acc<T>(0));
+  for (int64_t i = 0; i < n; ++i) {
     Acc<T> max = shared.slot_max[i];
     for (int64_t s = 1; s < plan.n_slots; ++s) max = std::max(max, shared.slot_max[s * padded + i]);
     double sum = 0;
@@ -116,10 +122,10 @@ void cluster_combine(const ClusterArgs& args, const ClusterPlan& plan, const Clu
       sum += double{shared.slot_sum[s * padded + i]} *
              std::exp2(double{shared.slot_max[s * padded + i]} - double{max});
     }
-    const double lse = double{max} + std::log2(sum);
-    shared.lse[i] = static_cast<Acc<T>>(lse);
-    if (i >= std::min(plan.block, args.n - begin)) continue;
-    static_cast<Acc<T>*>(out.lse)[begin + i] = static_cast<Acc<T>>(kLn2 * lse);
+    shared.max[i] = max;
+    if (scale != nullptr) shared.share[i] = static_cast<Acc<T>>(scale[begin + i] / sum);
+    static_cast<Acc<T>*>(out.lse)[begin + i] =
+        static_cast<Acc<T>>(kLn2 * (double{max} + std::log2(sum)));
     if (args.columns != nullptr) static_cast<Acc<T>*>(out.logit)[begin + i] = shared.logit[i];
   }
 }

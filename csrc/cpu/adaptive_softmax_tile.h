@@ -38,7 +38,7 @@ struct ClusterShared {
   Operand<T>* held;               // per vocabulary and token tile: 2^(logit - its tile's maximum)
   Acc<T>* tile_max;               // [n_vocab_tiles, padded_block], in units of log2 e as all here
   Acc<T>*slot_max, *slot_sum;     // [n_slots, padded_block]
-  Acc<T>*lse, *logit;             // [padded_block]
+  Acc<T>*max, *share, *logit;     // [padded_block]: of all columns, and scale / their sum
 
   ClusterShared(const ClusterArgs& args, const ClusterPlan& plan, bool held_logits, Arena& arena) {
     const int64_t tokens = plan.padded_block(), tiles = plan.tiles_of(plan.block);
@@ -53,7 +53,8 @@ struct ClusterShared {
     tile_max = arena.take<Acc<T>>(held_logits ? plan.n_vocab_tiles * tokens : 0);
     slot_max = arena.take<Acc<T>>(plan.n_slots * tokens);
     slot_sum = arena.take<Acc<T>>(plan.n_slots * tokens);
-    lse = arena.take<Acc<T>>(tokens);
+    max = arena.take<Acc<T>>(tokens);
+    share = arena.take<Acc<T>>(tokens);
     logit = arena.take<Acc<T>>(tokens);
   }
 };

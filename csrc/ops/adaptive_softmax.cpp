@@ -8,6 +8,9 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <numeric>
+
+#include "product.h"
 #include "txl/gemm.h"
 #include "workspace.h"
 
@@ -19,10 +22,6 @@ using at::Tensor;
 struct Cluster {
   Tensor projection, weight, bias;  // undefined where absent; the bias in the accumulation type
 };
-
-at::ScalarType acc_dtype(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 Scalar scalar_of(const char* op, at::ScalarType dtype) {
   switch (dtype) {
@@ -38,10 +37,6 @@ Scalar scalar_of(const char* op, at::ScalarType dtype) {
       TORCH_CHECK_TYPE(false, op,
                        ": hidden must be float32, float64, float16 or bfloat16, got ", dtype);
   }
-}
-
-bool present(const Tensor& x) {
-  return x.dim() != 1 || x.size(0) != 0;
 }
 
 // The tokens of each cluster, in token order: a counting sort of the targets that count.
@@ -92,14 +87,6 @@ struct Buckets {
   int64_t size(size_t k) const { return first[k + 1] - first[k]; }
   Tensor rows_of(size_t k) const { return rows.slice(0, first[k], first[k + 1]); }
 };
-
-// A product of torch's, in the dtype that this processor multiplies best.
-Tensor product(const Tensor& a, const Tensor& b) {
-  const bool widen = b.scalar_type() == at::kHalf ||
-                     (b.scalar_type() == at::kBFloat16 && !has_packed_products());
-  const auto dtype = widen ? at::kFloat : b.scalar_type();
-  return at::mm(a.to(dtype), b.to(dtype));
-}
 
 template <typename F>
 void over(int64_t n, int64_t threads, F&& f) {

@@ -45,6 +45,9 @@ class Serves(NamedTuple):
 _SERVES: dict[tuple[str, ...], Serves] = {
     ("native", "rel_attention"): Serves(_FLOAT, head_size=256, lacks=_DENSE_ARGUMENTS),
     ("native", "rel_shift"): Serves(_FLOAT),
+    ("native", "adaptive_loss"): Serves(_FLOAT),
+    ("native", "adaptive_nll"): Serves(_FLOAT),
+    ("native", "adaptive_embedding"): Serves(_FLOAT),
     ("triton", "rel_attention"): Serves(_FLOAT_TO_16_BIT, head_size=256, lacks=_DENSE_ARGUMENTS),
     ("triton", "rel_shift"): Serves(_FLOAT),
 }

@@ -138,19 +138,15 @@ def adaptive_log_prob(
     Args, Raises and Precision: as `adaptive_nll`, without target.
 
     Returns:
-        [N, V] float32 (float64 for float64); differentiable on the reference, which "auto" takes
-        where a gradient is needed.
+        [N, V] float32 (float64 for float64), differentiable.
     """
     op = "adaptive_log_prob"
     hidden, head, clusters = checked_clusters(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
-    chosen = choose_backend(op, backend, hidden, head, clusters)
+    choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device):
-        if chosen == "reference":
-            return reference.log_prob(hidden, head, clusters)
-        flat = _flat(hidden, head, clusters)
-        return cast(Tensor, operators(chosen).adaptive_log_prob_fwd(hidden, flat))
+        return reference.log_prob(hidden, head, clusters)
 
 
 def adaptive_topk(
@@ -180,13 +176,9 @@ def adaptive_topk(
     if k > n_tokens_of(head, clusters):
         raise ValueError(f"{op}: k must be at most V = {n_tokens_of(head, clusters)}, got {k}")
     with torch.no_grad():
-        chosen = choose_backend(op, backend, hidden, head, clusters)
+        choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device), torch.no_grad():
-        if chosen == "reference":
-            return reference.topk(hidden, head, clusters, k)
-        flat = _flat(hidden, head, clusters)
-        log_probs, tokens = operators(chosen).adaptive_topk_fwd(hidden, flat, k)
-        return log_probs, tokens
+        return reference.topk(hidden, head, clusters, k)
 
 
 def _check_target(op: str, target: Tensor, hidden: Tensor, ignore_index: int) -> None:

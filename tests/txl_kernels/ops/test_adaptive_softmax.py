@@ -67,6 +67,12 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=["reference", "native"])
+def backend(request, require_backend):
+    require_backend("adaptive_nll", request.param, needs_grad=True)
+    return request.param
+
+
 def _leaves(inputs):
     hidden, _, head, tails = inputs
     tensors = [hidden, *head, *(x for tail in tails for x in tail)]
@@ -103,12 +109,14 @@ def _double(inputs):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_loss_per_token_and_gradients_are_within_the_error_budget(dtype, case):
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_loss_per_token_and_gradients_are_within_the_error_budget(backend, dtype, case):
     inputs = case.inputs(dtype)
     exact = _double(inputs)
     weight = torch.randn(case.N, generator=torch.Generator().manual_seed(5))
-    nll = case.call(adaptive_nll, inputs)
+    nll = case.call(adaptive_nll, inputs, backend=backend)
     eager, due = _plain_nll(inputs, case.cutoffs), _plain_nll(exact, case.cutoffs)
     assert nll.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     check_budget("nll", nll, due, eager, dtype=dtype)
@@ -154,11 +162,11 @@ def test_topk_is_the_top_of_all(case, k):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_reduces_what_is_not_ignored(reduction):
+def test_loss_reduces_what_is_not_ignored(backend, reduction):
     case = CASES[0]
     inputs = case.inputs(torch.float64)
-    nll = case.call(adaptive_nll, inputs)
-    loss = case.call(adaptive_loss, inputs, reduction=reduction)
+    nll = case.call(adaptive_nll, inputs, backend=backend)
+    loss = case.call(adaptive_loss, inputs, reduction=reduction, backend=backend)
     torch.testing.assert_close(loss, nll.sum() / (case.N - 1 if reduction == "mean" else 1))
 
 
@@ -174,56 +182,56 @@ def test_equals_torch_s_adaptive_softmax():
     torch.testing.assert_close(log_probs, module.log_prob(hidden))
 
 
-def test_without_tails_it_is_cross_entropy():
+def test_without_tails_it_is_cross_entropy(backend):
     case = Case("", V=50, project=False)
     inputs = case.inputs(torch.float64)
     hidden, target, (_, weight, bias), _ = inputs
     due = torch.nn.functional.cross_entropy(hidden @ weight.T + bias, target)
-    torch.testing.assert_close(case.call(adaptive_loss, inputs), due)
+    torch.testing.assert_close(case.call(adaptive_loss, inputs, backend=backend), due)
 
 
-def test_a_cluster_without_targets_gets_a_zero_gradient():
+def test_a_cluster_without_targets_gets_a_zero_gradient(backend):
     case = CASES[0]
     inputs = case.inputs(torch.float32)
     inputs[1].clamp_(max=24)
-    case.call(adaptive_loss, inputs).backward()
+    case.call(adaptive_loss, inputs, backend=backend).backward()
     assert all(not x.grad.any() and x.grad.shape == x.shape for x in inputs[3][1])
     assert all(x.grad.any() for x in inputs[3][0])
 
 
-def test_ignored_targets_give_no_loss_and_no_gradient():
+def test_ignored_targets_give_no_loss_and_no_gradient(backend):
     case = CASES[0]
     inputs = case.inputs(torch.float32)
     inputs[1][::2] = -100
-    nll = case.call(adaptive_nll, inputs)
+    nll = case.call(adaptive_nll, inputs, backend=backend)
     nll.sum().backward()
     assert not nll[::2].any()
     assert not inputs[0].grad[::2].any()
 
 
-def test_all_targets_ignored_is_a_loss_of_0():
+def test_all_targets_ignored_is_a_loss_of_0(backend):
     case = CASES[0]
     inputs = case.inputs(torch.float32)
     inputs[1].fill_(-100)
-    loss = case.call(adaptive_loss, inputs)
+    loss = case.call(adaptive_loss, inputs, backend=backend)
     loss.backward()
     assert loss == 0
     assert not any(x.grad.any() for x in _leaves(inputs))
 
 
-def test_an_ignore_index_inside_the_vocabulary_is_ignored():
+def test_an_ignore_index_inside_the_vocabulary_is_ignored(backend):
     case = Case("", V=50, cutoffs=(10, 25))
     inputs = case.inputs(torch.float64)
     inputs[1][:] = torch.arange(case.N)
-    nll = case.call(adaptive_nll, inputs, ignore_index=7)
+    nll = case.call(adaptive_nll, inputs, ignore_index=7, backend=backend)
     assert nll[7] == 0
     assert nll[:7].all()
 
 
 @pytest.mark.parametrize("N", [0, 1, 2, 255, 257])
-def test_ragged_token_counts(N):
+def test_ragged_token_counts(backend, N):
     case = Case("", V=50, cutoffs=(10, 25), N=N)
-    nll = case.call(adaptive_nll, case.inputs(torch.float32))
+    nll = case.call(adaptive_nll, case.inputs(torch.float32), backend=backend)
     assert nll.shape == (N,)
     assert nll.isfinite().all()
 
