@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from txl_kernels import adaptive_embedding
+from txl_kernels.testing import check_budget
 
 V, CUTOFFS = 50, (10, 25)
 
@@ -31,11 +34,17 @@ def _row_by_row(tokens, tables, projections, scale):
     return torch.stack(rows).reshape(*tokens.shape, -1)
 
 
+@pytest.fixture(params=["reference", "native"])
+def embed(request, require_backend):
+    require_backend("adaptive_embedding", request.param, needs_grad=True)
+    return functools.partial(adaptive_embedding, backend=request.param)
+
+
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 11), (2, 3, 4)])
-def test_is_the_projected_row_of_each_token(shape):
+def test_is_the_projected_row_of_each_token(embed, shape):
     tokens = torch.randint(0, V, shape)
     weights = _weights()
-    actual = adaptive_embedding(tokens, *weights, CUTOFFS, 2.5)
+    actual = embed(tokens, *weights, CUTOFFS, 2.5)
     due = _row_by_row(tokens, *weights, 2.5)
     torch.testing.assert_close(actual, due)
     dout, leaves = torch.randn_like(due), [*weights[0], *weights[1]]
@@ -45,56 +54,56 @@ def test_is_the_projected_row_of_each_token(shape):
     )
 
 
-def test_without_projections_and_cutoffs_it_is_an_embedding():
+def test_without_projections_and_cutoffs_it_is_an_embedding(embed):
     table, tokens = torch.randn(V, 6), torch.randint(0, V, (4, 5))
     due = 3 * torch.nn.functional.embedding(tokens, table)
-    torch.testing.assert_close(adaptive_embedding(tokens, [table], [None], scale=3.0), due)
+    torch.testing.assert_close(embed(tokens, [table], [None], scale=3.0), due)
 
 
-def test_a_table_may_stand_unprojected_beside_projected_ones():
+def test_a_table_may_stand_unprojected_beside_projected_ones(embed):
     tables, (_, *projections) = _weights()
     tokens = torch.arange(V)
-    actual = adaptive_embedding(tokens, tables, [None, *projections], CUTOFFS)
+    actual = embed(tokens, tables, [None, *projections], CUTOFFS)
     torch.testing.assert_close(actual, _row_by_row(tokens, tables, [None, *projections], 1.0))
 
 
-def test_tables_without_tokens_get_a_zero_gradient():
+def test_tables_without_tokens_get_a_zero_gradient(embed):
     tables, projections = _weights()
-    adaptive_embedding(torch.arange(25), tables, projections, CUTOFFS).sum().backward()
+    embed(torch.arange(25), tables, projections, CUTOFFS).sum().backward()
     assert not tables[2].grad.any()
     assert not projections[2].grad.any()
     assert tables[1].grad.all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_products_are_float32(dtype):
+def test_products_are_float32(embed, dtype):
     tables, projections = _weights(dtype)
     exact = [x.double() for x in tables], [x.double() for x in projections]
     tokens = torch.arange(V)
-    actual = adaptive_embedding(tokens, tables, projections, CUTOFFS, 4.0)
-    due = adaptive_embedding(tokens, *exact, CUTOFFS, 4.0)
+    actual = embed(tokens, tables, projections, CUTOFFS, 4.0)
+    due = embed(tokens, *exact, CUTOFFS, 4.0)
     assert actual.dtype == dtype
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(actual.double(), due, rtol=rounding, atol=8 * rounding)
 
 
-def test_empty_tokens():
+def test_empty_tokens(embed):
     tables, projections = _weights()
     tokens = torch.empty(2, 0, dtype=torch.int64)
-    assert adaptive_embedding(tokens, tables, projections, CUTOFFS).shape == (2, 0, 8)
+    assert embed(tokens, tables, projections, CUTOFFS).shape == (2, 0, 8)
 
 
-def test_gradcheck():
+def test_gradcheck(embed):
     tables, projections = _weights()
     tokens = torch.randint(0, V, (6,))
     assert torch.autograd.gradcheck(
-        lambda *x: adaptive_embedding(tokens, x[:3], x[3:], CUTOFFS, 2.0),
+        lambda *x: embed(tokens, x[:3], x[3:], CUTOFFS, 2.0),
         (*tables, *projections),
         fast_mode=True,
     )
 
 
-def test_compiles_and_exports_with_dynamic_lengths():
+def test_compiles_and_exports_with_dynamic_lengths(embed):
     class Embedding(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -103,7 +112,7 @@ def test_compiles_and_exports_with_dynamic_lengths():
             self.projections = torch.nn.ParameterList(projections)
 
         def forward(self, tokens):
-            return adaptive_embedding(tokens, list(self.tables), list(self.projections), CUTOFFS)
+            return embed(tokens, list(self.tables), list(self.projections), CUTOFFS)
 
     torch.compiler.reset()
     module, tokens = Embedding(), torch.randint(0, V, (2, 9))
@@ -115,11 +124,91 @@ def test_compiles_and_exports_with_dynamic_lengths():
     torch.testing.assert_close(program.module()(tokens), module(tokens))
 
 
-def test_autocast_gives_its_dtype():
+def test_autocast_gives_its_dtype(embed):
     tables, projections = _weights(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        out = adaptive_embedding(torch.arange(V), tables, projections, CUTOFFS)
+        out = embed(torch.arange(V), tables, projections, CUTOFFS)
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("projected", [True, False], ids=["projected", "plain"])
+def test_sparse_gradients_are_the_dense_ones(embed, projected):
+    tables, projections = _weights(d=8, divide=2 if projected else 1)
+    projections = projections if projected else [None] * 3
+    tokens = torch.tensor([[3, 30, 3], [12, 49, 30]])
+    dense, sparse = (
+        torch.autograd.grad(
+            embed(tokens, tables, projections, CUTOFFS, 2.0, sparse=flag).square().sum(), tables
+        )
+        for flag in (False, True)
+    )
+    for grad, due in zip(sparse, dense, strict=True):
+        assert grad.is_sparse
+        torch.testing.assert_close(grad.to_dense(), due)
+
+
+def test_native_sparse_gradients_name_each_row_once(require_backend):
+    require_backend("adaptive_embedding", "native")
+    tables, projections = _weights()
+    tokens = torch.tensor([49, 30, 30, 26, 49, 3])
+    out = adaptive_embedding(tokens, tables, projections, CUTOFFS, sparse=True, backend="native")
+    out.sum().backward()
+    assert [t.grad._indices()[0].tolist() for t in tables] == [[3], [], [1, 5, 24]]
+    torch.optim.SparseAdam(tables).step()
+
+
+def test_sparse_gradients_under_a_compiler_raise():
+    tables, projections = _weights()
+    compiled = torch.compile(
+        lambda tokens: adaptive_embedding(tokens, tables, projections, CUTOFFS, sparse=True),
+        backend="eager",
+        fullgraph=True,
+    )
+    with pytest.raises(Exception, match="sparse gradients exist in eager mode only"):
+        compiled(torch.arange(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_within_the_error_budget(embed, dtype):
+    tables, projections = _weights(dtype)
+    tokens = torch.randint(0, V, (200,), generator=torch.Generator().manual_seed(1))
+    dout = torch.randn(200, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+    leaves = [*tables, *projections]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    grads, eager, due = (
+        torch.autograd.grad(call(tokens, x[:3], x[3:]), x, dout.to(x[0].dtype))
+        for call, x in (
+            (lambda *args: embed(*args, CUTOFFS, 2.0), leaves),
+            (lambda *args: _row_by_row(*args, 2.0), leaves),
+            (lambda *args: _row_by_row(*args, 2.0), exact),
+        )
+    )
+    largest = 2.0 * float(dout.abs().max()) * max(float(x.detach().abs().max()) for x in leaves)
+    for n, results in enumerate(zip(grads, due, eager, strict=True)):
+        check_budget(f"gradient {n}", *results, dtype=dtype, magnitude=largest, is_sum=True)
+
+
+def test_opcheck(require_backend):
+    require_backend("adaptive_embedding", "native", needs_grad=True)
+    tables, projections = _weights(torch.float32)
+    tokens = torch.randint(0, V, (3, 4))
+    call = (tokens, tables, projections, 2.0)
+    torch.library.opcheck(torch.ops.txl_native.adaptive_embedding_fwd.default, (*call, False))
+    tables, projections = ([x.detach() for x in weights] for weights in (tables, projections))
+    for sparse, wanted in ((False, [True] * 6), (True, [True] * 6), (False, [True, False] * 3)):
+        torch.library.opcheck(
+            torch.ops.txl_native.adaptive_embedding_bwd.default,
+            (torch.randn(3, 4, 8), tokens, tables, projections, 2.0, sparse, wanted),
+        )
+
+
+def test_second_derivative_of_a_kernel_raises(require_backend):
+    require_backend("adaptive_embedding", "native", needs_grad=True)
+    tables, projections = _weights()
+    out = adaptive_embedding(torch.arange(V), tables, projections, CUTOFFS, backend="native")
+    (grad,) = torch.autograd.grad(out.square().sum(), tables[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="adaptive_embedding: no second derivative"):
+        grad.sum().backward()
 
 
 TABLES, PROJECTIONS = _weights(torch.float32)

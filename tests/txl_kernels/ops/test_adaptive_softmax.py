@@ -2,69 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
 from txl_kernels import adaptive_log_prob, adaptive_loss, adaptive_nll, adaptive_topk
 from txl_kernels.backends.reference import adaptive_softmax as reference
+from txl_kernels.testing import ADAPTIVE_SOFTMAX_CASES as CASES
+from txl_kernels.testing import AdaptiveSoftmaxCase as Case
 from txl_kernels.testing import check_budget
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    V: int
-    cutoffs: tuple[int, ...] = ()
-    N: int = 37
-    d: int = 12
-    div: int = 2
-    project: bool = True
-    bias: bool = True
-
-    def inputs(self, dtype):
-        """hidden, target, and the other arguments, all leaves; the last target is ignored."""
-        generator = torch.Generator().manual_seed(3)
-
-        def normal(*shape):
-            x = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
-            return x.to(dtype).requires_grad_()
-
-        edges = (*self.cutoffs, self.V)
-        n_tails = len(self.cutoffs)
-
-        def cluster(k, n_columns):
-            width = max(1, self.d // self.div**k) if self.project else self.d
-            projection = normal(width, self.d) if self.project else None
-            return projection, normal(n_columns, width), normal(n_columns) if self.bias else None
-
-        head = cluster(0, edges[0] + n_tails)
-        tails = [cluster(k + 1, edges[k + 1] - edges[k]) for k in range(n_tails)]
-        hidden = normal(self.N, self.d)
-        target = torch.randint(0, self.V, (self.N,), generator=generator)
-        if self.N:
-            target[-1] = -100
-        return hidden, target, head, tails
-
-    def call(self, op, inputs, **options):
-        hidden, target, (head_proj, head_weight, head_bias), tails = inputs
-        given = (hidden, target) if op in (adaptive_nll, adaptive_loss) else (hidden,)
-        weights = {"cutoffs": self.cutoffs, "head_bias": head_bias, "head_proj": head_proj}
-        return op(*given, head_weight, tails, **weights, **options)
-
-
-CASES = [
-    Case("two_tails", V=50, cutoffs=(10, 25)),
-    Case("no_tails", V=50),
-    Case("no_tails_no_projection", V=10, project=False, bias=False),
-    Case("no_biases", V=50, cutoffs=(10, 25), bias=False),
-    Case("no_projections", V=50, cutoffs=(10, 25), project=False),
-    Case("ten_tokens", V=10, cutoffs=(1, 2, 9), N=7),
-    Case("one_token", V=50, cutoffs=(10,), N=1),
-    Case("two_pieces", V=9100, cutoffs=(4300,), N=5, d=4),
-    Case("wide_ratio", V=700, cutoffs=(20, 60, 300), N=129, d=64, div=4),
-]
 
 
 @pytest.fixture(params=["reference", "native"])
@@ -236,86 +181,13 @@ def test_ragged_token_counts(backend, N):
     assert nll.isfinite().all()
 
 
-@pytest.mark.parametrize("op", [adaptive_nll, adaptive_loss, adaptive_log_prob])
-@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case.name)
-def test_gradcheck(op, case):
-    case = Case(case.name, case.V, case.cutoffs, 5, 6, case.div, case.project, case.bias)
-    hidden, target, head, tails = case.inputs(torch.float64)
-    leaves = _leaves((hidden, target, head, tails))
-    assert torch.autograd.gradcheck(
-        lambda *_: case.call(op, (hidden, target, head, tails)), leaves, fast_mode=True
-    )
-
-
-@pytest.mark.parametrize("op", [adaptive_nll, adaptive_loss, adaptive_log_prob])
-def test_compiles_without_a_graph_break(op):
-    case = CASES[0]
-    inputs = case.inputs(torch.float32)
-    torch.compiler.reset()
-    compiled = torch.compile(
-        lambda x: case.call(op, x), fullgraph=True, dynamic=True, backend="aot_eager"
-    )
-    actual, due = compiled(inputs), case.call(op, inputs)
-    torch.testing.assert_close(actual, due)
-    torch.testing.assert_close(
-        torch.autograd.grad(actual.sum(), _leaves(inputs)),
-        torch.autograd.grad(due.sum(), _leaves(inputs)),
-    )
-
-
-def test_compiles_topk_with_inductor():
-    case = CASES[0]
-    inputs = case.inputs(torch.float32)
-    torch.compiler.reset()
-    compiled = torch.compile(lambda x: case.call(adaptive_topk, x, k=5), fullgraph=True)
-    torch.testing.assert_close(compiled(inputs), case.call(adaptive_topk, inputs, k=5))
-
-
-@pytest.mark.parametrize("strict", [False, True], ids=["tracing", "strict"])
-def test_exports_with_a_dynamic_number_of_tokens(strict):
-    class Loss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = torch.nn.Linear(8, 12)
-            self.tail = torch.nn.Linear(8, 15)
-
-        def forward(self, hidden, target):
-            tail = (None, self.tail.weight, self.tail.bias)
-            return adaptive_nll(hidden, target, self.head.weight, [tail], cutoffs=(11,))
-
-    module = Loss()
-    N = torch.export.Dim("N", min=2, max=10_000)
-    inputs = torch.randn(6, 8), torch.randint(0, 26, (6,))
-    program = torch.export.export(module, inputs, dynamic_shapes=({0: N}, {0: N}), strict=strict)
-    inputs = torch.randn(19, 8), torch.randint(0, 26, (19,))
-    torch.testing.assert_close(program.module()(*inputs), module(*inputs))
-
-
-def test_autocast_casts_hidden_and_weights():
-    case = CASES[0]
-    inputs = case.inputs(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        nll = case.call(adaptive_nll, inputs)
-        nll.sum().backward()
-    hidden, target, head, tails = inputs
-
-    def lower(cluster):
-        projection, weight, bias = cluster
-        return projection.bfloat16(), weight.bfloat16(), bias
-
-    due = case.call(adaptive_nll, (hidden.bfloat16(), target, lower(head), list(map(lower, tails))))
-    assert nll.dtype == torch.float32
-    assert torch.equal(nll, due)
-    assert all(x.grad.dtype == torch.float32 for x in _leaves(inputs))
-
-
 def test_no_logits_are_kept_for_backward(monkeypatch):
     monkeypatch.setattr(reference, "_MIN_COLUMNS", 8)
     case = Case("", V=400, cutoffs=(100,), N=64, d=4)
     inputs = case.inputs(torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        case.call(adaptive_loss, inputs)
+        case.call(adaptive_loss, inputs, backend="reference")
     weights = {x.untyped_storage().data_ptr() for x in _leaves(inputs)}
     others = [x.numel() for x in saved if x.untyped_storage().data_ptr() not in weights]
     assert max(others) < case.N * 100  # of 64 × 400 logits
