@@ -2,8 +2,9 @@
 //
 // Logits are made transposed, [columns, tokens]: the weight is the left-hand matrix as it stands,
 // and a softmax runs down columns of vectors. A tile of their gradients, 64 columns by up to 256
-// tokens, is written in both layouts by squares of 16 in registers; as it stands it is the left-hand
-// matrix of the weight's gradient, turned that of the hidden gradient. Nothing here is atomic.
+// tokens, is written in both layouts by squares of 16 in registers; as it stands it is the
+// left-hand matrix of the weight's gradient, turned that of the hidden gradient. Nothing here is
+// atomic.
 #include "adaptive_softmax_gradients.h"
 #include "adaptive_softmax_logits.h"
 #include "kernels.h"
@@ -26,8 +27,8 @@ int64_t slot_bytes(const ClusterArgs& args, const ClusterPlan& plan, const Clust
 }
 
 template <typename T>
-constexpr ClusterKernels kKernels{sizeof(Operand<T>), shared_bytes<T>,    slot_bytes<T>,
-                                  cluster_pack<T>,    cluster_logits<T>,  cluster_combine<T>,
+constexpr ClusterKernels kKernels{sizeof(Operand<T>),   shared_bytes<T>,   slot_bytes<T>,
+                                  cluster_pack<T>,      cluster_logits<T>, cluster_combine<T>,
                                   cluster_gradients<T>, cluster_reduce<T>};
 
 }  // namespace

@@ -157,9 +157,9 @@ std::pair<const Operand<T>*, int64_t> weight_rows(const ClusterArgs& args,
 
 // A slot's share of one block: its columns' gradients, and its part of the hidden gradients.
 template <typename T>
-void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan,
-                       const ClusterTokens& given, const ClusterGrads& grads, bool held,
-                       int64_t block, int64_t slot, char* memory, char* slot_memory) {
+void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const ClusterTokens& given,
+                       const ClusterGrads& grads, bool held, int64_t block, int64_t slot,
+                       char* memory, char* slot_memory) {
   Arena arena(memory), slot_arena(slot_memory);
   const ClusterShared<T> shared(args, plan, held, arena);
   const ClusterSlot<T> ws(args, plan, grads, slot_arena);

@@ -31,14 +31,14 @@ struct TokenRows {
 // What the slots of a block share. Per token: arrays of `padded_block`.
 template <typename T>
 struct ClusterShared {
-  int64_t ld_t, ld_d;             // leading dimensions of a row of tokens, of a row of d
-  int64_t size_x_t, size_x_n;        // words of one tile in x_t and x_n
-  Word<T>*x_t, *x_n;              // per token tile: [d, tile] and [tile, d]
-  Operand<T>* stage;              // per token tile
-  Operand<T>* held;               // per vocabulary and token tile: 2^(logit - its tile's maximum)
-  Acc<T>* tile_max;               // [n_vocab_tiles, padded_block], in units of log2 e as all here
-  Acc<T>*slot_max, *slot_sum;     // [n_slots, padded_block]
-  Acc<T>*max, *share, *logit;     // [padded_block]: of all columns, and scale / their sum
+  int64_t ld_t, ld_d;          // leading dimensions of a row of tokens, of a row of d
+  int64_t size_x_t, size_x_n;  // words of one tile in x_t and x_n
+  Word<T>*x_t, *x_n;           // per token tile: [d, tile] and [tile, d]
+  Operand<T>* stage;           // per token tile
+  Operand<T>* held;            // per vocabulary and token tile: 2^(logit - its tile's maximum)
+  Acc<T>* tile_max;            // [n_vocab_tiles, padded_block], in units of log2 e as all here
+  Acc<T>*slot_max, *slot_sum;  // [n_slots, padded_block]
+  Acc<T>*max, *share, *logit;  // [padded_block]: of all columns, and scale / their sum
 
   ClusterShared(const ClusterArgs& args, const ClusterPlan& plan, bool held_logits, Arena& arena) {
     const int64_t tokens = plan.padded_block(), tiles = plan.tiles_of(plan.block);
@@ -64,13 +64,13 @@ template <typename T>
 struct ClusterSlot {
   static constexpr int64_t ld_v = leading_dimension(kVocabTile);
   int64_t ld_d;
-  Acc<T>* logits;         // [kVocabTile, ld_t]
-  Operand<T>* weight;     // [kVocabTile, row_length(d)], where products cannot read the caller's
-  Word<T>* weight_pairs;  // [kVocabTile / 2, ld_d], packed operands only
-  Operand<T>*g_t, *g;     // gradients of a tile of logits, [kVocabTile, ld_t] and [tile, ld_v]
-  Acc<T>*dweight, *dbias;         // [kVocabTile, ld_d] and [kVocabTile, 16]
-  Acc<T>*factor, *shift;          // [tile]
-  Acc<T>* dx;                     // [padded_block, ld_d]
+  Acc<T>* logits;          // [kVocabTile, ld_t]
+  Operand<T>* weight;      // [kVocabTile, row_length(d)], where products cannot read the caller's
+  Word<T>* weight_pairs;   // [kVocabTile / 2, ld_d], packed operands only
+  Operand<T>*g_t, *g;      // gradients of a tile of logits, [kVocabTile, ld_t] and [tile, ld_v]
+  Acc<T>*dweight, *dbias;  // [kVocabTile, ld_d] and [kVocabTile, 16]
+  Acc<T>*factor, *shift;   // [tile]
+  Acc<T>* dx;              // [padded_block, ld_d]
 
   ClusterSlot(const ClusterArgs& args, const ClusterPlan& plan, const ClusterGrads& grads,
               Arena& arena) {
@@ -134,8 +134,8 @@ template <typename T>
 void logits_product(const ClusterArgs& args, const ClusterPlan& plan, const VocabTile<T>& vocab,
                     const TokenTile& tokens, const ClusterShared<T>& shared, Acc<T>* logits) {
   gemm(vocab.n, plan.tile, row_length<T>(args.d), vocab.weight, vocab.ld,
-       reinterpret_cast<const Operand<T>*>(shared.x_t + tokens.index * shared.size_x_t), shared.ld_t,
-       logits, shared.ld_t, /*accumulate=*/false);
+       reinterpret_cast<const Operand<T>*>(shared.x_t + tokens.index * shared.size_x_t),
+       shared.ld_t, logits, shared.ld_t, /*accumulate=*/false);
 }
 
 // Calls f(token within the tile, column within the tile) for tokens whose column is in the tile.

@@ -136,8 +136,7 @@ void sum_runs(const Runs& runs, const Tensor& from, const int64_t* from_row, con
         for (int64_t i = runs.begin[at]; i < runs.begin[at + 1]; ++i) {
           const int64_t lookup = runs.order[static_cast<size_t>(i)];
           const scalar_t* src = source + (from_row != nullptr ? from_row[lookup] : lookup) * d;
-          for (int64_t k = 0; k < d; ++k)
-            sum[static_cast<size_t>(k)] += static_cast<acc_t>(src[k]);
+          for (int64_t k = 0; k < d; ++k) sum[static_cast<size_t>(k)] += static_cast<acc_t>(src[k]);
         }
         scalar_t* dst = target + place(r) * d;
         for (int64_t k = 0; k < d; ++k)

@@ -34,8 +34,8 @@ Scalar scalar_of(const char* op, at::ScalarType dtype) {
     case at::kBFloat16:
       return Scalar::bf16;
     default:
-      TORCH_CHECK_TYPE(false, op,
-                       ": hidden must be float32, float64, float16 or bfloat16, got ", dtype);
+      TORCH_CHECK_TYPE(false, op, ": hidden must be float32, float64, float16 or bfloat16, got ",
+                       dtype);
   }
 }
 
@@ -146,9 +146,8 @@ struct ClusterCall {
     const Workspace slots(plan.n_slots, kernels.slot_bytes(args, plan, out));
     for (int64_t block = 0; block < plan.n_blocks; ++block) {
       const int64_t tiles = plan.tiles_of(std::min(plan.block, args.n - block * plan.block));
-      over(tiles, threads, [&](int64_t tile) {
-        kernels.pack(args, plan, held, block, tile, shared.of(0));
-      });
+      over(tiles, threads,
+           [&](int64_t tile) { kernels.pack(args, plan, held, block, tile, shared.of(0)); });
       if (!again) {
         over(plan.n_slots, threads, [&](int64_t slot) {
           kernels.logits(args, plan, held, block, slot, shared.of(0), slots.of(slot));
@@ -157,8 +156,7 @@ struct ClusterCall {
       }
       if (!held && !again) continue;
       over(plan.n_slots, threads, [&](int64_t slot) {
-        kernels.gradients(args, plan, tokens, out, held, block, slot, shared.of(0),
-                          slots.of(slot));
+        kernels.gradients(args, plan, tokens, out, held, block, slot, shared.of(0), slots.of(slot));
       });
       if (grads.dx == nullptr) continue;
       over(tiles, threads, [&](int64_t tile) {
@@ -316,9 +314,11 @@ std::tuple<Tensor, Tensor> adaptive_nll_fwd(const Tensor& hidden, const Tensor& 
   return {nll, lse};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> adaptive_nll_bwd(
-    const Tensor& dnll, const Tensor& hidden, const Tensor& target, at::TensorList clusters,
-    int64_t ignore_index, const Tensor& lse, const c10::List<bool>& needs_grad) {
+std::tuple<Tensor, std::vector<Tensor>> adaptive_nll_bwd(const Tensor& dnll, const Tensor& hidden,
+                                                         const Tensor& target,
+                                                         at::TensorList clusters,
+                                                         int64_t ignore_index, const Tensor& lse,
+                                                         const c10::List<bool>& needs_grad) {
   const Call call("adaptive_nll", hidden, target, clusters, ignore_index);
   Gradients gradients(call, clusters, needs_grad);
   const Tensor scale = dnll.to(acc_dtype(hidden)).contiguous();

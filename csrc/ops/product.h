@@ -18,8 +18,8 @@ inline bool present(const at::Tensor& x) {
 
 // a · b in the dtype that this processor multiplies best; b has the caller's dtype.
 inline at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
-  const bool widen = b.scalar_type() == at::kHalf ||
-                     (b.scalar_type() == at::kBFloat16 && !has_packed_products());
+  const bool widen =
+      b.scalar_type() == at::kHalf || (b.scalar_type() == at::kBFloat16 && !has_packed_products());
   const auto dtype = widen ? at::kFloat : b.scalar_type();
   return at::mm(a.to(dtype), b.to(dtype));
 }

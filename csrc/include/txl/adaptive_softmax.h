@@ -43,9 +43,9 @@ struct ClusterGrads {
 };
 
 // How a cluster is cut. Tokens: blocks, each with all its logits at once where gradients are formed
-// in the forward pass; blocks: tiles, padded to `tile` columns. Vocabulary: tiles, dealt to slots in
-// runs; a slot owns its columns' gradients and a partial sum of the hidden gradients, so that the
-// result depends on the number of slots, never on timing.
+// in the forward pass; blocks: tiles, padded to `tile` columns. Vocabulary: tiles, dealt to slots
+// in runs; a slot owns its columns' gradients and a partial sum of the hidden gradients, so that
+// the result depends on the number of slots, never on timing.
 struct ClusterPlan {
   int64_t block = 0, n_blocks = 0;  // tokens
   int64_t tile = 0;                 // tokens, a multiple of 16
@@ -61,9 +61,10 @@ struct ClusterPlan {
 // of the gradient's accumulator that several blocks need beside the weight's gradient, or 0.
 ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, int64_t acc_bytes, int64_t threads);
 
-// One dtype's kernels. `shared` and `slot` are memory of as many bytes as the first two say, 64-byte
-// aligned. For each block: `pack` for every token tile, `logits` for every slot, `combine`; then
-// `gradients` for every slot and `reduce` for every token tile. Calls of one kind run side by side.
+// One dtype's kernels. `shared` and `slot` are memory of as many bytes as the first two say,
+// 64-byte aligned. For each block: `pack` for every token tile, `logits` for every slot, `combine`;
+// then `gradients` for every slot and `reduce` for every token tile. Calls of one kind run side by
+// side.
 struct ClusterKernels {
   int64_t operand_bytes;
   int64_t (*shared_bytes)(const ClusterArgs&, const ClusterPlan&, bool held);
