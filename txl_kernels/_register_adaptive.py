@@ -106,7 +106,8 @@ def _register_loss(namespace: str) -> None:
             factor = ctx.rest * dloss
             grads = [grad * factor for grad in grads]
         if torch.is_grad_enabled():
-            grads = _NoSecondDerivative.apply(*(grad.requires_grad_() for grad in grads))
+            leaves = (grad.requires_grad_() for grad in grads)
+            grads = _NoSecondDerivative.apply(*leaves)  # type: ignore[no-untyped-call]
         dhidden, *dclusters = _wanted(grads, ctx.needs_grad)
         return dhidden, None, dclusters, None, None, None
 

@@ -16,6 +16,14 @@ int64_t round_tile(int64_t tokens) {
   return ceil_div(tokens, step) * step;
 }
 
+// The most tokens whose rows, and the rows of their gradients, stay in a processor's second-level
+// cache beside a tile of the weight.
+int64_t widest_tile(int64_t d) {
+  constexpr int64_t kCacheBytes = int64_t{1} << 19;
+  const int64_t fit = kCacheBytes / (2 * d * static_cast<int64_t>(sizeof(float)));
+  return std::clamp<int64_t>(fit / 64 * 64, 64, kTokenTile);
+}
+
 }  // namespace
 
 ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, int64_t acc_bytes,
@@ -31,7 +39,7 @@ ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, int64_t acc_byte
   if (acc_bytes > 0 && args.n * row <= kLogitsBytes + args.V * args.d * acc_bytes) most = args.n;
   plan.n_blocks = std::max<int64_t>(1, ceil_div(args.n, most));
   const int64_t each = std::max<int64_t>(1, ceil_div(args.n, plan.n_blocks));
-  const int64_t even = ceil_div(each, ceil_div(each, kTokenTile));
+  const int64_t even = ceil_div(each, ceil_div(each, widest_tile(args.d)));
   plan.tile = std::min(round_tile(even), std::max(most, ceil_div(even, 16) * 16));
   plan.block = plan.n_blocks == 1 ? each : std::max(plan.tile, each / plan.tile * plan.tile);
   plan.n_blocks = std::max<int64_t>(1, ceil_div(args.n, plan.block));

@@ -34,7 +34,8 @@ class AdaptiveSoftmaxCase:
         generator = torch.Generator().manual_seed(3)
 
         def normal(*shape: int) -> Tensor:
-            x = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            x: Tensor = drawn / shape[-1] ** 0.5
             return x.to(dtype).requires_grad_()
 
         edges = (*self.cutoffs, self.V)

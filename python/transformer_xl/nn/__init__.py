@@ -6,14 +6,17 @@ from transformer_xl.nn.decoder_layer import DecoderLayer
 from transformer_xl.nn.embedding import AdaptiveEmbedding
 from transformer_xl.nn.feed_forward import PositionwiseFeedForward
 from transformer_xl.nn.position import RelativePositions, SinusoidalPositions
+from transformer_xl.nn.sampled_softmax import LogUniformSampler, SampledSoftmax
 
 __all__ = [
     "AdaptiveEmbedding",
     "AdaptiveSoftmax",
     "DecoderLayer",
     "KeyValueCache",
+    "LogUniformSampler",
     "PositionwiseFeedForward",
     "RelativeMultiHeadAttention",
     "RelativePositions",
+    "SampledSoftmax",
     "SinusoidalPositions",
 ]

@@ -20,6 +20,8 @@ class AdaptiveEmbedding(nn.Module):
         d_embed, d_proj: width of the first bin and of the output.
         cutoffs: first token of every bin but the first.
         div_val: by what each next bin is narrower.
+        sparse: give the tables sparse gradients, as `nn.Embedding` does; not where a softmax is
+            tied to them, whose own are dense.
         backend: "auto", or the implementation that must run.
 
     State: `emb_layers.k.weight` [V_k, d_k], `emb_projs.k` [d_proj, d_k].
@@ -35,11 +37,13 @@ class AdaptiveEmbedding(nn.Module):
         div_val: int = 1,
         *,
         proj_same_dim: bool = True,
+        sparse: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.cutoffs = cutoffs if div_val > 1 else ()
         self.scale = d_proj**0.5
+        self.sparse = sparse
         self.backend = backend
         self.emb_layers = nn.ModuleList()
         self.emb_projs = nn.ParameterList()
@@ -61,6 +65,7 @@ class AdaptiveEmbedding(nn.Module):
             list(self.emb_projs),
             cutoffs=self.cutoffs,
             scale=self.scale,
+            sparse=self.sparse,
             backend=self.backend,
         )
 

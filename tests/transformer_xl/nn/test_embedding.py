@@ -42,6 +42,18 @@ def test_every_table_receives_a_gradient_even_without_tokens() -> None:
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("div_val", [1, 2])
+def test_sparse_gradients_are_the_dense_ones(div_val: int) -> None:
+    dense = AdaptiveEmbedding(20, 8, 8, CUTOFFS, div_val)
+    sparse = AdaptiveEmbedding(20, 8, 8, CUTOFFS, div_val, sparse=True)
+    sparse.load_state_dict(dense.state_dict())
+    for module in (dense, sparse):
+        module(torch.tensor([[0, 19, 7, 7]])).square().sum().backward()
+    for table, due in zip(sparse.emb_layers, dense.emb_layers, strict=True):
+        assert table.weight.grad.is_sparse
+        torch.testing.assert_close(table.weight.grad.to_dense(), due.weight.grad)
+
+
 @pytest.mark.parametrize("token", [-1, 20])
 @pytest.mark.parametrize("div_val", [1, 2])
 def test_a_token_out_of_range_is_named(token: int, div_val: int) -> None:
