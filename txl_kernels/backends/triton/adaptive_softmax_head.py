@@ -32,15 +32,16 @@ at width 1,024, with 4 TB/s and 750 TFLOP/s."""
 
 def add_product(a: Tensor, b: Tensor, out: Tensor, adds: bool) -> None:
     """out (+)= a · b with float32 `out`; sums are float32, 16-bit inputs go to the tensor cores."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.dtype == torch.float32 or a.device.type == "cpu":  # whose products have no wider result
+        a, b = a.float(), b.float()
         if adds:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+            torch.addmm(out, a, b, out=out)
         else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
+            torch.mm(a, b, out=out)
     elif adds:
-        out.addmm_(a.float(), b.float())
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        torch.mm(a.float(), b.float(), out=out)
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
