@@ -49,6 +49,12 @@ def test_head_sizes_beyond_256_are_not_native(require_backend):
     assert "257" in resolve("rel_attention", **call, backend="native", D=64, Dv=257).reason
 
 
+def test_an_op_that_a_backend_lacks_is_named():
+    call = {"device": "cpu", "dtype": torch.float32, "backend": "native"}
+    reason = resolve("adaptive_topk", **call).reason
+    assert reason == "this package has no native backend for adaptive_topk"
+
+
 @pytest.mark.parametrize(("op", "backend"), [("attention", "auto"), ("rel_shift", "fastest")])
 def test_unknown_names_raise(op, backend):
     with pytest.raises(ValueError, match="must be one of"):
