@@ -168,7 +168,6 @@ def _refusal(
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _door_refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run `op` on this kind of device at all, or None."""
     if name == "triton":
@@ -179,6 +178,11 @@ def _door_refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> s
     if _has_kernel(f"txl_native::{op}_fwd", device_type):
         return None
     return native.no_kernel_reason(op, device_type)
+
+
+# What `torch.compiler.assume_constant_result` does; that would import torch._dynamo, in seconds,
+# and with it Triton.
+_door_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -99,6 +99,12 @@ def test_a_library_without_cuda_says_why(require_backend):
     assert cuda["reason"] in resolve("rel_attention", **call).reason
 
 
+def test_an_op_that_a_backend_lacks_is_named():
+    call = {"device": "cpu", "dtype": torch.float32, "backend": "native"}
+    reason = resolve("adaptive_topk", **call).reason
+    assert reason == "this package has no native backend for adaptive_topk"
+
+
 @pytest.mark.parametrize(("op", "backend"), [("attention", "auto"), ("rel_shift", "fastest")])
 def test_unknown_names_raise(op, backend):
     with pytest.raises(ValueError, match="must be one of"):

@@ -156,9 +156,9 @@ def _launch_dkdv(
     dmem_v: Tensor | None,
 ) -> None:
     """Fills the gradients that are not None; key tiles of which none is wanted are left out."""
-    B, H, Tq, D = q.shape
+    B, H, _, D = q.shape
     Tm, Tk = arguments["Tm"], arguments["Tk"]
-    config = dkdv_config(architecture(q.device), D, arguments["DV"], q.dtype, Tq, Tk)
+    config = dkdv_config(architecture(q.device), D, arguments["DV"], q.dtype)
     memory_tiles = triton.cdiv(Tm, config.BLOCK_K)  # no tile is of memory and segment
     wants_memory = dmem_k is not None or dmem_v is not None
     first_tile = 0 if wants_memory else memory_tiles
@@ -192,7 +192,8 @@ def _launch_dqdr(
     if dq is None and r is None and r_w_bias is None and r_r_bias is None:
         return None, None, None
     B, H, Tq, D = q.shape
-    config = dqdr_config(architecture(q.device), D, arguments["DV"], q.dtype, Tq, arguments["Tk"])
+    by_pair = arguments["p_seed"] is not None or arguments["p_mask"] is not None
+    config = dqdr_config(architecture(q.device), D, arguments["DV"], q.dtype, by_pair)
     n_tiles = triton.cdiv(Tq, config.BLOCK_Q)
     # A program walks tiles of one table of r: those of all batch rows where they share it.
     rows = B if arguments["p_r"].shape[0] == 1 else 1

@@ -62,11 +62,39 @@ FORWARD_SHORT: dict[tuple[str, bool, int], Config] = {
     ("sm_80", True, 256): Config(16, 32, 4, 2),
 }
 
+# The backward kernels hold tiles [keys, queries]: a tile of 64 or more keys feeds HGMMA, and few
+# queries leave registers for the accumulators.
 BACKWARD_DKDV: dict[tuple[str, bool, int], Config] = {
-    ("sm_90", True, 64): Config(64, 64, 4, 2),
+    ("sm_90", True, 64): Config(32, 128, 8, 2),
+    ("sm_90", True, 128): Config(32, 64, 8, 2),
+    ("sm_90", True, 256): Config(16, 32, 8, 2),
+    ("sm_90", False, 64): Config(16, 16, 4, 2),
+    ("sm_90", False, 128): Config(16, 16, 8, 2),
+    ("sm_90", False, 256): Config(16, 16, 8, 2),
+    ("sm_80", True, 64): Config(32, 128, 8, 2),
+    ("sm_80", True, 128): Config(32, 32, 4, 2),
+    ("sm_80", True, 256): Config(16, 16, 8, 2),
+    ("sm_80", False, 64): Config(16, 16, 4, 2),
+    ("sm_80", False, 128): Config(16, 16, 8, 2),
+    ("sm_80", False, 256): Config(16, 16, 8, 2),
 }
 BACKWARD_DQDR: dict[tuple[str, bool, int], Config] = {
-    ("sm_90", True, 64): Config(64, 64, 8, 2),
+    ("sm_90", True, 64): Config(32, 64, 4, 2),
+    ("sm_90", True, 128): Config(32, 64, 8, 2),
+    ("sm_90", True, 256): Config(16, 16, 8, 2),
+    ("sm_90", False, 64): Config(16, 16, 4, 2),
+    ("sm_90", False, 128): Config(16, 16, 8, 2),
+    ("sm_90", False, 256): Config(16, 16, 8, 2),
+    ("sm_80", True, 64): Config(16, 64, 4, 2),
+    ("sm_80", True, 128): Config(32, 32, 8, 2),
+    ("sm_80", True, 256): Config(16, 16, 8, 2),
+    ("sm_80", False, 64): Config(16, 16, 4, 2),
+    ("sm_80", False, 128): Config(16, 16, 8, 2),
+    ("sm_80", False, 256): Config(16, 16, 8, 2),
+}
+# What differs with dropout or a dense mask.
+BACKWARD_DQDR_BY_PAIR: dict[tuple[str, bool, int], Config] = {
+    ("sm_90", True, 64): Config(16, 64, 4, 2),
 }
 
 
@@ -84,18 +112,20 @@ def forward_config(
     return table.get(key) or FORWARD[key]
 
 
-def dkdv_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int) -> Config:
+def dkdv_config(arch: str, D: int, Dv: int, dtype: torch.dtype) -> Config:
     """For the backward kernel that owns keys."""
     if arch == "interpreter":
         return INTERPRETED
     return BACKWARD_DKDV[arch, dtype != torch.float32, max(64, block_size(max(D, Dv)))]
 
 
-def dqdr_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int) -> Config:
-    """For the backward kernel that owns queries."""
+def dqdr_config(arch: str, D: int, Dv: int, dtype: torch.dtype, by_pair: bool) -> Config:
+    """For the backward kernel that owns queries; `by_pair` is as for the forward's."""
     if arch == "interpreter":
         return INTERPRETED
-    return BACKWARD_DQDR[arch, dtype != torch.float32, max(64, block_size(max(D, Dv)))]
+    key = (arch, dtype != torch.float32, max(64, block_size(max(D, Dv))))
+    config = BACKWARD_DQDR_BY_PAIR.get(key) if by_pair else None
+    return config or BACKWARD_DQDR[key]
 
 
 def architecture(device: torch.device) -> str:

@@ -149,10 +149,12 @@ def _rel_attention_fwd_kernel(
             chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
             b_scores = skew(chunk, earlier, 0, BLOCK_Q, BLOCK_K)
             earlier = chunk
-        p_keys, p_values, s_key, s_value, low, high = p_k, p_v, s_k_j, s_v_j, Tm, Tk
+        p_keys, p_values, s_key, s_value, low = p_k, p_v, s_k_j, s_v_j, Tm
+        high = tl.maximum(last, Tm)
         if p_mem_k is not None:
             in_memory = begin_j < Tm
-            low, high = tl.where(in_memory, 0, Tm), tl.where(in_memory, Tm, Tk)
+            low = tl.where(in_memory, 0, Tm)
+            high = tl.where(in_memory, tl.minimum(last, Tm), high)
             p_keys, p_values = tl.where(in_memory, p_mem_k, p_k), tl.where(in_memory, p_mem_v, p_v)
             s_key = tl.where(in_memory, s_mem_k_j, s_k_j)
             s_value = tl.where(in_memory, s_mem_v_j, s_v_j)

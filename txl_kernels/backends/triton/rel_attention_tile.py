@@ -236,8 +236,9 @@ def skew(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     `chunk` holds x's columns [0, COLUMNS), `earlier` those of [-COLUMNS, 0). Key b of row a is in
     column b - a of the one, or in column b - a + COLUMNS of the other. Needs ROWS ≤ COLUMNS. Chosen
     before they are rotated: the other way round the choice would stand in another layout than the
-    products. `begin` does not change the result: 0, or, in a loop whose comparisons the compiler would
-    make once, keep as bits and take apart at twice their price, a number that changes with blocks.
+    products. `begin` does not change the result: 0, or, where the compiler would make the
+    comparisons once, keep them as bits and take those apart at twice the price, a number that
+    changes from block to block.
     """
     from_earlier = (begin + tl.arange(0, COLUMNS))[None, :] >= (
         begin + COLUMNS - tl.arange(0, ROWS)
