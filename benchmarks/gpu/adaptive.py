@@ -32,11 +32,11 @@ WT103_LARGE = SoftmaxShape(
 def inputs_on(
     shape: SoftmaxShape, device: torch.device, dtype: torch.dtype, *, turn: int = 0
 ) -> SoftmaxInputs:
-    """Normal values and targets as words fall in text; another `turn` gives other rows."""
+    """Normal values and targets as words fall in text; another `turn` rolls them."""
     inputs = random_softmax(shape, dtype)
 
     def moved(x: Tensor) -> Tensor:
-        return x.detach().roll(turn, 0).to(device).requires_grad_()
+        return x.detach().roll(turn, -1).to(device).requires_grad_()
 
     hidden, target, weight, bias, *lists = inputs
     lists = [[moved(x) for x in part] for part in lists]

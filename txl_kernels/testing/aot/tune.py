@@ -85,7 +85,8 @@ def rank(
     as a processor, so another architecture's ranking is by the same clocks."""
     name, kernel = TABLES[table]
     key = key_of(attention, arch)
-    call = shipped_attention.call("tune", attention)
+    part = "forward" if table == "forward" else "backward"
+    call = shipped_attention.call("tune", attention, part)
     found = []
     for config in configurations(table) if configs is None else configs:
         with configured(name, key, config):
