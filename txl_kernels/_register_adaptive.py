@@ -92,6 +92,7 @@ def _register_loss(namespace: str) -> None:
         ctx.needs_grad = inputs[-1]
         _, ctx.rest, ctx.grads = output
         ctx.mark_non_differentiable(ctx.rest, *ctx.grads)
+        ctx.set_materialize_grads(False)  # or backward gets zeros as large as all gradients
 
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         if ctx.grads is None:
