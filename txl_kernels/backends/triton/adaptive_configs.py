@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,11 @@ TAIL: dict[tuple[str, str, bool], TailConfig] = {
     ("dweight", "sm_90", True): TailConfig(64, 64, 256, 64, 8, 2),
     ("dweight", "sm_90", False): TailConfig(32, 32, 64, 32, 8, 2),
 }
+# Where rows are wider than MAX_WIDTH and no multiple of 16 bytes, addresses take the registers.
+_UNALIGNED: dict[tuple[str, str, bool], TailConfig] = {
+    ("dx", "sm_80", True): TailConfig(64, 64, 128, 64, 8, 2),
+    ("dx", "sm_90", True): TailConfig(64, 64, 128, 64, 8, 2),
+}
 _INTERPRETED_TAIL = TailConfig(16, 16, 32, 16, 4, 1)
 # About two programs to each of a large GPU's 132 multiprocessors, at 64 tokens each.
 _SPLITS = {"fwd": Splits(16384, 1024), "dx": Splits(8192, 1024)}
@@ -80,12 +86,18 @@ def product_config(device: torch.device, dtype: torch.dtype) -> ProductConfig:
     return PRODUCT[architecture(device), dtype != torch.float32]
 
 
-def tail_config(kernel: str, device: torch.device, dtype: torch.dtype) -> TailConfig:
+def tail_config(
+    kernel: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int]
+) -> TailConfig:
     """Of "fwd", "dx" or "dweight" of the tails."""
     arch = architecture(device)
     if arch == "interpreter":
         return _INTERPRETED_TAIL
-    return TAIL[kernel, arch, dtype != torch.float32]
+    key = kernel, arch, dtype != torch.float32
+    config = TAIL[key]
+    if any(width > config.MAX_WIDTH and width * dtype.itemsize % 16 for width in widths):
+        return _UNALIGNED.get(key, config)
+    return config
 
 
 def splits(kernel: str, device: torch.device) -> Splits:

