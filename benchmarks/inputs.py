@@ -77,13 +77,18 @@ class AttentionInputs(NamedTuple):
 
 
 def random_inputs(
-    shape: AttentionShape, dtype: torch.dtype, *, requires_grad: bool, seed: int = 0
+    shape: AttentionShape,
+    dtype: torch.dtype,
+    *,
+    requires_grad: bool,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> AttentionInputs:
-    """Normal values (the biases a tenth), contiguous, the same for one seed."""
-    generator = torch.Generator().manual_seed(seed)
+    """Normal values (the biases a tenth), contiguous, the same for one seed and kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
-        values = torch.randn(*size, generator=generator) * std
+        values = torch.randn(*size, generator=generator, device=device) * std
         return values.to(dtype).requires_grad_(requires_grad)
 
     B, H, Tq, Tm, D = shape.B, shape.H, shape.Tq, shape.Tm, shape.D

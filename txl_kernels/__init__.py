@@ -14,6 +14,7 @@ from txl_kernels.ops.adaptive_softmax import (
 )
 from txl_kernels.ops.rel_attention import rel_attention
 from txl_kernels.ops.rel_shift import rel_shift
+from txl_kernels.ops.warmup import warmup
 
 __all__ = [
     "BackendUnavailableError",
@@ -27,4 +28,5 @@ __all__ = [
     "rel_attention",
     "rel_shift",
     "resolve",
+    "warmup",
 ]

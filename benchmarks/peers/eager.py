@@ -40,12 +40,18 @@ def rel_shift(x: Tensor, Tk: int) -> Tensor:
     return padded[..., 1:, :].reshape(x.shape)[..., :Tk]
 
 
-def hidden_keys(Tq: int, Tk: int, key_lens: Tensor | None, causal: bool) -> Tensor | None:
+def hidden_keys(
+    Tq: int,
+    Tk: int,
+    key_lens: Tensor | None,
+    causal: bool,
+    device: torch.device | str = "cpu",
+) -> Tensor | None:
     """bool, True where a query must not see a key; broadcastable to [B, H, Tq, Tk]."""
     hidden = None
     if causal:
-        hidden = torch.ones(Tq, Tk, dtype=torch.bool).triu(1 + Tk - Tq)
+        hidden = torch.ones(Tq, Tk, dtype=torch.bool, device=device).triu(1 + Tk - Tq)
     if key_lens is not None:
-        padding = torch.arange(Tk) >= key_lens[:, None, None, None]
+        padding = torch.arange(Tk, device=device) >= key_lens[:, None, None, None]
         hidden = padding if hidden is None else hidden | padding
     return hidden

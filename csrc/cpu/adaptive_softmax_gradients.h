@@ -92,7 +92,7 @@ void target_gradients(const ClusterArgs& args, const VocabTile<T>& vocab, const 
     const auto g = static_cast<Operand<T>>(scale[i] * std::expm1(logit - lse[i]));
     ws.g_t[v * shared.ld_t + i] = g;
     ws.g[i * ClusterSlot<T>::ld_v + v] = g;
-    ws.dbias[v * 16] -= scale[i];
+    ws.dbias[v * 16 + i % 16] -= scale[i];  // where the column's p of this token went
   });
 }
 

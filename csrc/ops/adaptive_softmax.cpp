@@ -99,6 +99,24 @@ void over(int64_t n, int64_t threads, F&& f) {
   }
 }
 
+// Memory that the clusters of a call use one after the other: fresh pages cost more than most of
+// what is done with them.
+class Scratch {
+ public:
+  char* of(int64_t bytes) {
+    if (bytes > bytes_) {
+      memory_.reset();
+      memory_.emplace(1, bytes);
+      bytes_ = bytes;
+    }
+    return memory_->of(0);
+  }
+
+ private:
+  std::optional<Workspace> memory_;
+  int64_t bytes_ = 0;
+};
+
 // One cluster's tokens, ready for its kernels.
 struct ClusterCall {
   const ClusterKernels& kernels;
@@ -127,41 +145,47 @@ struct ClusterCall {
     threads = at::in_parallel_region() || work < 5e5 ? 1 : at::get_num_threads();
   }
 
-  // Loss and gradients in one pass (`held`), loss alone (no grads), or gradients from `tokens.lse`
+  bool accumulates(const ClusterGrads& grads) const {
+    return grads.dweight != nullptr && x.scalar_type() != acc_dtype(x);
+  }
+
+  // Loss and gradients in one pass (`held`), loss alone (no grads), or gradients from `lse`
   // (`again`).
-  void run(const ClusterGrads& grads, const Tensor& scale, bool held, bool again) const {
+  void run(const ClusterGrads& grads, const Tensor& scale, bool held, bool again,
+           Scratch& scratch) const {
     if (args.n == 0) return;
     const ClusterTokens tokens{lse.data_ptr(), again ? nullptr : logit.data_ptr(),
                                scale.defined() ? scale.const_data_ptr() : nullptr};
-    const bool accumulates = grads.dweight != nullptr && x.scalar_type() != acc_dtype(x);
     const ClusterPlan plan = plan_cluster(args, held ? kernels.operand_bytes : 0,
-                                          accumulates ? lse.element_size() : 0, threads);
+                                          accumulates(grads) ? lse.element_size() : 0, threads);
     ClusterGrads out = grads;
     Tensor acc;
-    if (accumulates && plan.n_blocks > 1) {
+    if (accumulates(grads) && plan.n_blocks > 1) {
       acc = at::empty({args.V, args.d}, lse.options());
       out.dweight_acc = acc.data_ptr();
     }
-    const Workspace shared(1, kernels.shared_bytes(args, plan, held));
-    const Workspace slots(plan.n_slots, kernels.slot_bytes(args, plan, out));
+    const int64_t shared_bytes = kernels.shared_bytes(args, plan, held);
+    const int64_t slot_bytes = round_to_page(kernels.slot_bytes(args, plan, out));
+    char* shared = scratch.of(round_to_page(shared_bytes) + plan.n_slots * slot_bytes);
+    char* slots = shared + round_to_page(shared_bytes);
     for (int64_t block = 0; block < plan.n_blocks; ++block) {
       const int64_t tiles = plan.tiles_of(std::min(plan.block, args.n - block * plan.block));
       over(tiles, threads,
-           [&](int64_t tile) { kernels.pack(args, plan, held, block, tile, shared.of(0)); });
+           [&](int64_t tile) { kernels.pack(args, plan, held, block, tile, shared); });
       if (!again) {
         over(plan.n_slots, threads, [&](int64_t slot) {
-          kernels.logits(args, plan, held, block, slot, shared.of(0), slots.of(slot));
+          kernels.logits(args, plan, held, block, slot, shared, slots + slot * slot_bytes);
         });
-        kernels.combine(args, plan, tokens, held, block, shared.of(0));
+        kernels.combine(args, plan, tokens, held, block, shared);
       }
       if (!held && !again) continue;
       over(plan.n_slots, threads, [&](int64_t slot) {
-        kernels.gradients(args, plan, tokens, out, held, block, slot, shared.of(0), slots.of(slot));
+        kernels.gradients(args, plan, tokens, out, held, block, slot, shared,
+                          slots + slot * slot_bytes);
       });
       if (grads.dx == nullptr) continue;
-      over(tiles, threads, [&](int64_t tile) {
-        kernels.reduce(args, plan, out, block, tile, slots.of(0), slots.stride());
-      });
+      over(tiles, threads,
+           [&](int64_t tile) { kernels.reduce(args, plan, out, block, tile, slots, slot_bytes); });
     }
   }
 };
@@ -203,6 +227,18 @@ struct Call {
   }
 
   int64_t N() const { return hidden.size(0); }
+  // Clusters by the number of their logits, the most first: the first needs the most memory.
+  std::vector<size_t> widest_first() const {
+    std::vector<size_t> order(clusters.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    auto logits = [&](size_t k) {
+      return std::min<int64_t>(buckets.size(k) * clusters[k].weight.size(0),
+                               kLogitsBytes / static_cast<int64_t>(sizeof(float)));
+    };
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return logits(a) > logits(b); });
+    return order;
+  }
   at::TensorOptions acc_options() const { return hidden.options().dtype(acc_dtype(hidden)); }
 };
 
@@ -236,7 +272,8 @@ class Gradients {
   }
 
   // `scale`: [N], the gradient of each token's loss. As ClusterCall::run.
-  void run(size_t k, const ClusterCall& cluster, const Tensor& scale, bool held, bool again) {
+  void run(size_t k, const ClusterCall& cluster, const Tensor& scale, bool held, bool again,
+           Scratch& scratch) {
     const Tensor& projection = call_.clusters[k].projection;
     const bool any_needed = wants(3 * k) || wants(3 * k + 1) || wants(3 * k + 2);
     const bool projected = projection.defined();
@@ -259,7 +296,7 @@ class Gradients {
       grads.dbias = dbias.data_ptr();
     }
     if (any_needed || dhidden_.defined() || held) {
-      cluster.run(grads, scale.index_select(0, cluster.rows), held, again);
+      cluster.run(grads, scale.index_select(0, cluster.rows), held, again, scratch);
     }
     if (dbias.defined()) out_[3 * k + 2] = dbias.to(flat_[3 * k + 2].scalar_type());
     if (dx.defined()) through_projection(k, cluster, dx);
@@ -305,9 +342,10 @@ std::tuple<Tensor, Tensor> adaptive_nll_fwd(const Tensor& hidden, const Tensor& 
   const Call call("adaptive_nll", hidden, target, clusters, ignore_index);
   const Tensor nll = at::zeros({call.N()}, call.acc_options());
   const Tensor lse = at::zeros({2, call.N()}, call.acc_options());
-  for (size_t k = 0; k < call.clusters.size(); ++k) {
+  Scratch scratch;
+  for (const size_t k : call.widest_first()) {
     const ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
-    cluster.run({}, {}, false, false);
+    cluster.run({}, {}, false, false, scratch);
     Tensor kept = lse[k == 0 ? 0 : 1];
     add_losses(cluster, nll, &kept);
   }
@@ -322,10 +360,11 @@ std::tuple<Tensor, std::vector<Tensor>> adaptive_nll_bwd(const Tensor& dnll, con
   const Call call("adaptive_nll", hidden, target, clusters, ignore_index);
   Gradients gradients(call, clusters, needs_grad);
   const Tensor scale = dnll.to(acc_dtype(hidden)).contiguous();
-  for (size_t k = 0; k < call.clusters.size(); ++k) {
+  Scratch scratch;
+  for (const size_t k : call.widest_first()) {
     ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
     cluster.lse = lse[k == 0 ? 0 : 1].index_select(0, cluster.rows);
-    gradients.run(k, cluster, scale, false, true);
+    gradients.run(k, cluster, scale, false, true, scratch);
   }
   std::vector<Tensor> all = gradients.take();
   const Tensor dhidden = all[0];
@@ -347,12 +386,13 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> adaptive_loss_fwd(
   const Tensor scale = at::full({call.N()}, share / rest, call.acc_options());
   const bool any = std::any_of(needs_grad.begin(), needs_grad.end(), [](bool b) { return b; });
   Gradients gradients(call, clusters, needs_grad);
-  for (size_t k = 0; k < call.clusters.size(); ++k) {
+  Scratch scratch;
+  for (const size_t k : call.widest_first()) {
     const ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
     if (any) {
-      gradients.run(k, cluster, scale, true, false);
+      gradients.run(k, cluster, scale, true, false, scratch);
     } else {
-      cluster.run({}, {}, false, false);
+      cluster.run({}, {}, false, false, scratch);
     }
     add_losses(cluster, nll, nullptr);
   }

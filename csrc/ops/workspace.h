@@ -8,6 +8,10 @@ namespace txl {
 
 constexpr int64_t kPage = 4096, kHugePage = 1 << 21;
 
+constexpr int64_t round_to_page(int64_t bytes) {
+  return (bytes + kPage - 1) / kPage * kPage;
+}
+
 // Asks for huge pages under the whole ones of [begin, begin + bytes); may be refused.
 inline void advise_huge_pages(void* begin, int64_t bytes) {
   const auto address = reinterpret_cast<uintptr_t>(begin);
@@ -22,7 +26,7 @@ inline void advise_huge_pages(void* begin, int64_t bytes) {
 class Workspace {
  public:
   Workspace(int64_t threads, int64_t bytes) {
-    stride_ = (bytes + kPage - 1) / kPage * kPage;  // no two threads share a page
+    stride_ = round_to_page(bytes);  // no two threads share a page
     const int64_t total = threads * stride_, align = total >= kHugePage ? kHugePage : kPage;
     memory_ = at::empty({total + align}, at::kByte);
     base_ = static_cast<char*>(memory_.data_ptr());
@@ -30,7 +34,6 @@ class Workspace {
     if (align == kHugePage) advise_huge_pages(base_, total);
   }
   char* of(int64_t thread) const { return base_ + thread * stride_; }
-  int64_t stride() const { return stride_; }
 
  private:
   at::Tensor memory_;

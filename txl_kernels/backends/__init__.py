@@ -50,6 +50,9 @@ _SERVES: dict[tuple[str, ...], Serves] = {
     ("native", "adaptive_embedding"): Serves(_FLOAT),
     ("triton", "rel_attention"): Serves(_FLOAT_TO_16_BIT, head_size=256, lacks=_DENSE_ARGUMENTS),
     ("triton", "rel_shift"): Serves(_FLOAT),
+    ("triton", "adaptive_loss"): Serves(_FLOAT_TO_16_BIT),
+    ("triton", "adaptive_nll"): Serves(_FLOAT_TO_16_BIT),
+    ("triton", "adaptive_embedding"): Serves(_FLOAT_TO_16_BIT),
 }
 
 register("txl_native")

@@ -53,8 +53,8 @@ def adaptive_embedding(
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or range.
-        IndexError: a token out of range, on the CPU; elsewhere and under `torch.compile` the
-            device asserts.
+        IndexError: a token out of range, on the CPU; elsewhere (and on the reference under
+            `torch.compile`) the device asserts.
         BackendUnavailableError: the named backend is missing.
 
     Precision: sums in float32 (float64 for float64); bfloat16 and float16 products where the

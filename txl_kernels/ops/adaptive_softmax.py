@@ -57,8 +57,8 @@ def adaptive_nll(
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or range.
-        IndexError: a target out of range, on the CPU; elsewhere and under `torch.compile` the
-            device asserts.
+        IndexError: a target out of range, on the CPU; elsewhere (and on the reference under
+            `torch.compile`) the device asserts.
         BackendUnavailableError: the named backend is missing.
 
     Precision: sums in float32 (float64 for float64); bfloat16 and float16 products where the

@@ -85,6 +85,25 @@ def test_loss_per_token_and_gradients_are_within_the_error_budget(backend, dtype
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_mean_loss_and_gradients_are_within_the_error_budget(backend, dtype, case):
+    inputs = case.inputs(dtype)
+    exact = _double(inputs)
+    counted = max(1, int((inputs[1] >= 0).sum()))
+    losses = (
+        case.call(adaptive_loss, inputs, backend=backend),
+        _plain_nll(exact, case.cutoffs).sum() / counted,
+        _plain_nll(inputs, case.cutoffs).sum() / counted,
+    )
+    check_budget("loss", *losses, dtype=dtype)
+    leaves = (_leaves(inputs), _leaves(exact), _leaves(inputs))
+    grads = [torch.autograd.grad(*call) for call in zip(losses, leaves, strict=True)]
+    largest = max(float(x.detach().abs().max()) for x in _leaves(exact)) / counted
+    for n, results in enumerate(zip(*grads, strict=True)):
+        check_budget(f"gradient {n}", *results, dtype=dtype, magnitude=largest, is_sum=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_probabilities_sum_to_1_and_hold_the_loss(case):
     inputs = case.inputs(torch.float64)
     log_probs = case.call(adaptive_log_prob, inputs)

@@ -17,6 +17,12 @@ _KERNELS = {
     "rel_attention_bwd": "rel_attention_bwd",
     "rel_shift_fwd": "rel_shift",
     "rel_shift_bwd": "rel_shift",
+    "adaptive_nll_fwd": "adaptive_softmax",
+    "adaptive_nll_bwd": "adaptive_softmax",
+    "adaptive_loss_fwd": "adaptive_softmax",
+    "adaptive_loss_bwd": "adaptive_softmax",
+    "adaptive_embedding_fwd": "adaptive_embedding",
+    "adaptive_embedding_bwd": "adaptive_embedding",
 }
 _OLDEST_CAPABILITY = (8, 0)
 

@@ -52,12 +52,13 @@ def rel_attention_fwd(
         offset, clamp, causal, window_left, window_right, chunk, scale, softcap, dropout_p,
     )  # fmt: skip
     B, H, Tq, D = q.shape
-    Dv, Tk = v.shape[3], arguments["Tk"]
+    Dv = v.shape[3]
     out = q.new_empty(B, H, Tq, Dv)
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    config = forward_config(architecture(q.device), D, Dv, q.dtype, Tq, Tk)
+    arch = architecture(q.device)
+    config = forward_config(arch, D, Dv, q.dtype, Tq, mask is not None, dropout_p > 0)
     grid = (triton.cdiv(Tq, config.BLOCK_Q) * B * H,)
     with torch.cuda.device_of(q):
         _rel_attention_fwd_kernel[grid](

@@ -19,9 +19,9 @@ from txl_kernels.backends.triton.rel_attention_config import (
     dkdv_config,
     dqdr_config,
 )
-from txl_kernels.backends.triton.rel_attention_tile import load_rows
+from txl_kernels.backends.triton.rel_attention_tile import LOG2_E, load_rows
 
-_DELTA_ROWS = 32
+_ROWS = 32  # of a program of the kernel that prepares rows
 # Deterministic dr: programs to fill a GPU twice over, as far as their buffers fit in this.
 _SPLIT_PROGRAMS = 264
 _SPLIT_BYTES = 2**28
@@ -71,14 +71,12 @@ def rel_attention_bwd(
         offset, clamp, causal, window_left, window_right, chunk, scale, softcap, dropout_p,
     )  # fmt: skip
     inputs = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, None, None)
-    wanted = [
-        x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)
-    ]
+    wanted = [x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)]
     dq, dk, dv, _, _, _, dmem_k, dmem_v, _, _ = (
         None if x is None else x.new_empty(x.shape) for x in wanted
     )
     arguments |= {"p_dout": dout, **strides("dout", dout, "bhi")}
-    arguments |= {"p_lse": lse.contiguous(), "p_delta": _delta(dout, out)}
+    arguments |= _row_sums(dout, out, lse)
     arguments |= {"BLOCK_D": block_size(q.shape[3]), "BLOCK_DV": block_size(v.shape[3])}
     _launch_dkdv(arguments, q, dk, dv, dmem_k, dmem_v)
     dr, dr_w_bias, dr_r_bias = _launch_dqdr(arguments, q, dq, *wanted[3:6])
@@ -87,10 +85,13 @@ def rel_attention_bwd(
 
 
 @triton.jit
-def _rel_attention_bwd_delta_kernel(
+def _rel_attention_bwd_rows_kernel(
     p_dout,  # [B, H, Tq, DV]
     p_out,  # [B, H, Tq, DV]
-    p_delta,  # [B, H, Tq], contiguous, float32
+    p_lse,  # [B, H, Tq], contiguous, float32
+    p_lse_high,  # the same, as the two below
+    p_lse_low,
+    p_delta,
     s_dout_b, s_dout_h, s_dout_i,
     s_out_b, s_out_h, s_out_i,
     H, Tq,
@@ -98,7 +99,11 @@ def _rel_attention_bwd_delta_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program: delta = Σ_d dout · out of BLOCK_Q queries of one (batch, head), in float32."""
+    """One program: what backward needs of BLOCK_Q queries of one (batch, head), once.
+
+    delta = Σ_d dout · out, in float32; lse in base 2 as high + low, for rounded to one float32 it
+    would err as much as all else in a probability. A query without keys gets high = ∞.
+    """
     n_tiles = tl.cdiv(Tq, BLOCK_Q)
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -108,28 +113,38 @@ def _rel_attention_bwd_delta_kernel(
     p_out += i_b * s_out_b + i_h * s_out_h
     b_dout = load_rows(p_dout, o_i, s_dout_i, Tq, o_dv, DV).to(tl.float32)
     b_out = load_rows(p_out, o_i, s_out_i, Tq, o_dv, DV).to(tl.float32)
-    tl.store(p_delta + i_bh * Tq + o_i, tl.sum(b_dout * b_out, 1), mask=o_i < Tq)
+    o_row, m_i = i_bh * Tq + o_i, o_i < Tq
+    tl.store(p_delta + o_row, tl.sum(b_dout * b_out, 1), mask=m_i)
+    b_lse = tl.load(p_lse + o_row, mask=m_i, other=0.0)
+    dead = b_lse == float("-inf")
+    b_lse = tl.where(dead, 0.0, b_lse).to(tl.float64) * LOG2_E
+    b_high = b_lse.to(tl.float32)
+    b_low = (b_lse - b_high.to(tl.float64)).to(tl.float32)
+    tl.store(p_lse_high + o_row, tl.where(dead, float("inf"), b_high), mask=m_i)
+    tl.store(p_lse_low + o_row, b_low, mask=m_i)
 
 
-def _delta(dout: Tensor, out: Tensor) -> Tensor:
-    """[B, H, Tq]: the sum over keys of the probabilities times their gradients."""
+def _row_sums(dout: Tensor, out: Tensor, lse: Tensor) -> dict[str, Any]:
+    """The arguments that tell the other kernels of each query's delta and lse."""
     B, H, Tq, Dv = out.shape
-    delta = out.new_empty(B, H, Tq, dtype=torch.float32)
-    if delta.numel() > 0:
+    names = ("p_lse_high", "p_lse_low", "p_delta")
+    rows = {name: torch.empty_like(lse, memory_format=torch.contiguous_format) for name in names}
+    if lse.numel() > 0:
         with torch.cuda.device_of(out):
-            _rel_attention_bwd_delta_kernel[(triton.cdiv(Tq, _DELTA_ROWS) * B * H,)](
+            _rel_attention_bwd_rows_kernel[(triton.cdiv(Tq, _ROWS) * B * H,)](
                 p_dout=dout,
                 p_out=out,
-                p_delta=delta,
+                p_lse=lse.contiguous(),
+                **rows,
                 **strides("dout", dout, "bhi"),
                 **strides("out", out, "bhi"),
                 H=H,
                 Tq=Tq,
                 DV=Dv,
-                BLOCK_Q=_DELTA_ROWS,
+                BLOCK_Q=_ROWS,
                 BLOCK_DV=block_size(Dv),
             )
-    return delta
+    return rows
 
 
 def _launch_dkdv(
@@ -144,13 +159,13 @@ def _launch_dkdv(
     B, H, Tq, D = q.shape
     Tm, Tk = arguments["Tm"], arguments["Tk"]
     config = dkdv_config(architecture(q.device), D, arguments["DV"], q.dtype, Tq, Tk)
-    first_tile, end = 0, Tk
-    if dmem_k is None and dmem_v is None:
-        first_tile = Tm // config.BLOCK_K
-    if dk is None and dv is None:
-        end = 0 if dmem_k is None and dmem_v is None else Tm
-    n_tiles = triton.cdiv(end, config.BLOCK_K) - first_tile
-    if n_tiles <= 0 or B * H == 0:
+    memory_tiles = triton.cdiv(Tm, config.BLOCK_K)  # no tile is of memory and segment
+    wants_memory = dmem_k is not None or dmem_v is not None
+    first_tile = 0 if wants_memory else memory_tiles
+    n_tiles = memory_tiles - first_tile
+    if dk is not None or dv is not None:
+        n_tiles += triton.cdiv(Tk - Tm, config.BLOCK_K)
+    if n_tiles * B * H == 0:
         return
     with torch.cuda.device_of(q):
         _rel_attention_bwd_dkdv_kernel[(n_tiles * B * H,)](
@@ -177,9 +192,7 @@ def _launch_dqdr(
     if dq is None and r is None and r_w_bias is None and r_r_bias is None:
         return None, None, None
     B, H, Tq, D = q.shape
-    config = dqdr_config(
-        architecture(q.device), D, arguments["DV"], q.dtype, Tq, arguments["Tk"]
-    )
+    config = dqdr_config(architecture(q.device), D, arguments["DV"], q.dtype, Tq, arguments["Tk"])
     n_tiles = triton.cdiv(Tq, config.BLOCK_Q)
     # A program walks tiles of one table of r: those of all batch rows where they share it.
     rows = B if arguments["p_r"].shape[0] == 1 else 1

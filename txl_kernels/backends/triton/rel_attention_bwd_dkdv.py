@@ -8,12 +8,13 @@ import triton.language as tl
 from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
 from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
+    capped_scores,
     dropout_keep,
+    key_block,
     key_limits,
-    load_keys,
-    load_lse_and_delta,
-    load_positions,
-    load_rows,
+    load_block,
+    load_position_block,
+    load_row_sums,
     mask_tile,
     probs_and_dscores,
     seeing_queries,
@@ -23,18 +24,24 @@ from txl_kernels.backends.triton.rel_attention_tile import (
 
 
 @triton.jit
-def _store_keys(p_segment, p_memory, tile, i_bh, o_j, Tm, Tk, o_d, D: tl.constexpr):
-    """Rows o_j of [memory; segment], contiguous and each where it belongs; None is not wanted."""
-    tile = tile.to(p_segment.dtype.element_ty if p_segment is not None else p_memory.dtype.element_ty)
+def _store_keys(
+    p_segment, p_memory, tile, i_bh, begin_j, Tm, Tk, o_d, D: tl.constexpr, ROWS: tl.constexpr
+):
+    """Writes a tile of keys of the memory or of the segment, [B, H, T, D]; None is not wanted."""
+    o_j = begin_j + tl.arange(0, ROWS)
     columns = (o_d < D)[None, :]
     if p_segment is not None:
-        o_row = i_bh * (Tk - Tm) + (o_j - Tm)
-        inside = ((o_j >= Tm) & (o_j < Tk))[:, None] & columns
-        tl.store(p_segment + o_row[:, None] * D + o_d[None, :], tile, mask=inside)
+        if begin_j >= Tm:
+            o_row = i_bh * (Tk - Tm) + o_j - Tm
+            p_tile = p_segment + o_row[:, None] * D + o_d[None, :]
+            b_tile = tile.to(p_segment.dtype.element_ty)
+            tl.store(p_tile, b_tile, mask=(o_j < Tk)[:, None] & columns)
     if p_memory is not None:
-        o_row = i_bh * Tm + o_j
-        inside = (o_j < Tm)[:, None] & columns
-        tl.store(p_memory + o_row[:, None] * D + o_d[None, :], tile, mask=inside)
+        if begin_j < Tm:
+            o_row = i_bh * Tm + o_j
+            p_tile = p_memory + o_row[:, None] * D + o_d[None, :]
+            b_tile = tile.to(p_memory.dtype.element_ty)
+            tl.store(p_tile, b_tile, mask=(o_j >= 0)[:, None] & columns)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "first_tile", "n_tiles"])
@@ -52,8 +59,9 @@ def _rel_attention_bwd_dkdv_kernel(
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
     p_dout,  # [B, H, Tq, DV]
-    p_lse,  # [B, H, Tq], contiguous, float32
-    p_delta,  # [B, H, Tq], contiguous, float32
+    p_lse_high,  # [B, H, Tq], contiguous, float32: lse in base 2 is high + low
+    p_lse_low,  # the same
+    p_delta,  # the same
     p_dk,  # [B, H, Ts, D], contiguous; None where not wanted, as the three below
     p_dv,  # [B, H, Ts, DV]
     p_dmem_k,  # [B, H, Tm, D]
@@ -79,7 +87,7 @@ def _rel_attention_bwd_dkdv_kernel(
     """One program: BLOCK_K keys of one (batch, head) and all queries that see some of them.
 
     Recomputes probabilities from lse, block by block of BLOCK_Q queries, as tiles [keys, queries]:
-    so they are left operands of the products that sum over queries, as they come out of the products
+    so they are left operands of the products that sum over queries, as they come from those
     before. Two chunks of r are multiplied per block, for the queries change with every block.
     Accumulates dk and dv in float32 in registers and writes them once. Deterministic: every sum is
     one program's, in a fixed order.
@@ -88,14 +96,16 @@ def _rel_attention_bwd_dkdv_kernel(
     NEEDS_DV: tl.constexpr = (p_dv is not None) or (p_dmem_v is not None)
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
     # With a causal mask the first keys are seen by most queries: the longest programs start first.
-    begin_j = (first_tile + tl.program_id(0) % n_tiles) * BLOCK_K
+    # Tiles are aligned to the segment's first key: each is of the memory or of the segment.
+    begin_j = (first_tile + tl.program_id(0) % n_tiles - tl.cdiv(Tm, BLOCK_K)) * BLOCK_K + Tm
     i_b, i_h = i_bh // H, i_bh % H
     o_j = begin_j + tl.arange(0, BLOCK_K)
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     p_q += i_b * s_q_b + i_h * s_q_h
     p_dout += i_b * s_dout_b + i_h * s_dout_h
     p_r += i_b * s_r_b + i_h * s_r_h
-    p_lse += i_bh * Tq
+    p_lse_high += i_bh * Tq
+    p_lse_low += i_bh * Tq
     p_delta += i_bh * Tq
     p_k += i_b * s_k_b + i_h * s_k_h
     p_v += i_b * s_v_b + i_h * s_v_h
@@ -105,10 +115,12 @@ def _rel_attention_bwd_dkdv_kernel(
     if p_mask is not None:
         p_mask += i_b * s_mask_b + i_h * s_mask_h
     first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
-    b_k = load_keys(p_k, s_k_j, p_mem_k, s_mem_k_j, o_j, Tm, last, o_d, D)
-    b_v = load_keys(p_v, s_v_j, p_mem_v, s_mem_v_j, o_j, Tm, last, o_dv, DV)
+    p_rows, s_row, low, high = key_block(p_k, s_k_j, p_mem_k, s_mem_k_j, begin_j, last, Tm)
+    b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
+    p_rows, s_row, low, high = key_block(p_v, s_v_j, p_mem_v, s_mem_v_j, begin_j, last, Tm)
+    b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
     begin, end = seeing_queries(
-        begin_j, tl.minimum(begin_j + BLOCK_K, Tk),
+        begin_j, begin_j + BLOCK_K,
         first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
     )  # fmt: skip
 
@@ -116,40 +128,50 @@ def _rel_attention_bwd_dkdv_kernel(
     b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     for begin_i in tl.range(begin, end, BLOCK_Q):
         o_i = begin_i + tl.arange(0, BLOCK_Q)
-        b_q = load_rows(p_q, o_i, s_q_i, Tq, o_d, D)
+        b_q = load_block(p_q, s_q_i, begin_i, 0, Tq, o_d, D, BLOCK_Q)
         b_qu = biased_queries(b_q, p_r_w_bias, i_h, o_d, D, sign)
         b_qv = biased_queries(b_q, p_r_r_bias, i_h, o_d, D, sign)
-        o_m = o_j - begin_i + offset
-        b_r = load_positions(p_r, s_r_m, o_m, R, o_d, D, CLAMP)
+        begin_m = begin_j - begin_i + offset
+        b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
         chunk = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
-        b_r = load_positions(p_r, s_r_m, o_m - BLOCK_K, R, o_d, D, CLAMP)
+        b_r = load_position_block(p_r, s_r_m, begin_m - BLOCK_K, R, o_d, D, CLAMP, BLOCK_K)
         earlier = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
-        b_scores = skew_transposed(chunk, earlier, BLOCK_K, BLOCK_Q)
+        b_scores = skew_transposed(chunk, earlier, begin_i, BLOCK_K, BLOCK_Q)
         b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
-        b_dout = load_rows(p_dout, o_i, s_dout_i, Tq, o_dv, DV)
+        b_dout = load_block(p_dout, s_dout_i, begin_i, 0, Tq, o_dv, DV, BLOCK_Q)
         b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-        lo, hi = visible_keys(
-            o_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+        b_scores, unit, b_tanh = capped_scores(b_scores, scale, softcap)
+        _, all_end = visible_keys(
+            begin_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
         )
-        seen = (o_j[:, None] >= lo[None, :]) & (o_j[:, None] < hi[None, :])
+        all_begin, _ = visible_keys(
+            begin_i + BLOCK_Q - 1,
+            first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
+        )  # fmt: skip
+        if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
+            lo, hi = visible_keys(
+                o_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+            )
+            seen = (o_j[:, None] >= lo[None, :]) & (o_j[:, None] < hi[None, :])
+            b_scores = tl.where(seen, b_scores, float("-inf"))
         if p_mask is not None:
-            seen &= mask_tile(p_mask, s_mask_j, s_mask_i, o_j, o_i, Tk, Tq)
+            seen = mask_tile(p_mask, s_mask_j, s_mask_i, o_j, o_i, Tk, Tq)
+            b_scores = tl.where(seen, b_scores, float("-inf"))
         keep = None
         if threshold is not None:
-            keep = dropout_keep(
-                p_seed, threshold, i_bh.to(tl.int32), o_i, begin_j, BLOCK_Q, BLOCK_K
-            )
+            i_row = i_bh.to(tl.int32)
+            keep = dropout_keep(p_seed, threshold, i_row, o_i, begin_j, BLOCK_Q, BLOCK_K)
             keep = tl.trans(keep)
-        b_lse, b_delta = load_lse_and_delta(p_lse, p_delta, o_i, Tq)
+        b_high, b_low, b_delta = load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq)
         b_probs, b_dscores = probs_and_dscores(
-            b_scores, b_dprobs, b_lse[None, :], b_delta[None, :], seen, keep,
-            scale, softcap, dropout_scale,
+            b_scores, unit, b_tanh, b_dprobs, b_high[None, :], b_low[None, :], b_delta[None, :],
+            keep, softcap, dropout_scale,
         )  # fmt: skip
         if NEEDS_DV:
             b_dv = tl.dot(b_probs.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
         if NEEDS_DK:
             b_dk = tl.dot(b_dscores.to(b_k.dtype), b_qu, b_dk, input_precision="ieee")
     if NEEDS_DK:
-        _store_keys(p_dk, p_dmem_k, b_dk * scale, i_bh, o_j, Tm, Tk, o_d, D)
+        _store_keys(p_dk, p_dmem_k, b_dk * scale, i_bh, begin_j, Tm, Tk, o_d, D, BLOCK_K)
     if NEEDS_DV:
-        _store_keys(p_dv, p_dmem_v, b_dv, i_bh, o_j, Tm, Tk, o_dv, DV)
+        _store_keys(p_dv, p_dmem_v, b_dv, i_bh, begin_j, Tm, Tk, o_dv, DV, BLOCK_K)

@@ -8,12 +8,13 @@ import triton.language as tl
 from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
 from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
+    capped_scores,
     dropout_keep,
-    is_earlier,
+    key_block,
     key_limits,
-    load_keys,
-    load_lse_and_delta,
-    load_positions,
+    load_block,
+    load_position_block,
+    load_row_sums,
     load_rows,
     mask_tile,
     probs_and_dscores,
@@ -25,25 +26,27 @@ from txl_kernels.backends.triton.rel_attention_tile import (
 
 @triton.jit
 def _add_chunk(
-    b_chunk, b_qv, b_dqv, b_below, b_above, o_m, p_r, s_r_m, p_dr, R, o_d,
-    D: tl.constexpr, CLAMP: tl.constexpr, NEEDS_DQV: tl.constexpr,
+    b_chunk, b_qv, b_dqv, b_below, b_above, begin_m, p_r, s_r_m, p_dr, R, o_d,
+    D: tl.constexpr, CLAMP: tl.constexpr, NEEDS_DQV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Spends score gradients by row of r, [queries, rows o_m]: on dqv, and on dr in memory.
+    """Spends score gradients by row of r, [queries, ROWS from begin_m on]: on dqv, and on dr.
 
     With CLAMP, what falls on rows below 0 or above R - 1 is summed for each query and left to the
     end: within one addition to dr no row occurs twice.
     """
     if NEEDS_DQV:
-        b_r = load_positions(p_r, s_r_m, o_m, R, o_d, D, CLAMP)
+        b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, ROWS)
         b_dqv = tl.dot(b_chunk, b_r, b_dqv, input_precision="ieee")
     if p_dr is not None:
-        b_dr = tl.dot(tl.trans(b_chunk), b_qv, input_precision="ieee")
-        inside = ((o_m >= 0) & (o_m < R))[:, None] & (o_d < D)[None, :]
-        p_tile = p_dr + o_m.to(tl.int64)[:, None] * D + o_d[None, :]
-        tl.atomic_add(p_tile, b_dr, mask=inside, sem="relaxed")
+        b_dr = tl.trans(tl.dot(tl.trans(b_qv), b_chunk, input_precision="ieee"))
+        o = tl.arange(0, ROWS)
+        m_row = (begin_m + o >= 0) & (begin_m + o < R)
+        p_tile = p_dr + begin_m.to(tl.int64) * D + (o * D)[:, None] + o_d[None, :]
+        tl.atomic_add(p_tile, b_dr, mask=m_row[:, None] & (o_d < D)[None, :], sem="relaxed")
         if CLAMP:
-            b_below += tl.sum(tl.where((o_m < 0)[None, :], b_chunk.to(tl.float32), 0.0), 1)
-            b_above += tl.sum(tl.where((o_m >= R)[None, :], b_chunk.to(tl.float32), 0.0), 1)
+            below, above = (begin_m + o < 0)[None, :], (begin_m + o >= R)[None, :]
+            b_below += tl.sum(tl.where(below, b_chunk.to(tl.float32), 0.0), 1)
+            b_above += tl.sum(tl.where(above, b_chunk.to(tl.float32), 0.0), 1)
     return b_dqv, b_below, b_above
 
 
@@ -69,8 +72,9 @@ def _rel_attention_bwd_dqdr_kernel(
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
     p_dout,  # [B, H, Tq, DV]
-    p_lse,  # [B, H, Tq], contiguous, float32
-    p_delta,  # [B, H, Tq], contiguous, float32
+    p_lse_high,  # [B, H, Tq], contiguous, float32: lse in base 2 is high + low
+    p_lse_low,  # the same
+    p_delta,  # the same
     p_dq,  # [B, H, Tq, D], contiguous; None where not wanted, as the three below
     p_dr,  # [1 or B, 1 or H, splits or 1, R, D], contiguous, float32, zeros at first
     p_dqu_sums,  # [B, H, tiles, D], contiguous, float32
@@ -94,7 +98,7 @@ def _rel_attention_bwd_dqdr_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program: every n_splits-th of n_items tiles of BLOCK_Q queries of one head, all their keys.
+    """One program: every n_splits-th of n_items tiles of BLOCK_Q queries of a head, all their keys.
 
     Recomputes probabilities from lse, block by block; dq stays in registers. A block's score
     gradients complete the chunk of rows of r before its own, which is then multiplied once for dq
@@ -130,7 +134,9 @@ def _rel_attention_bwd_dqdr_kernel(
         b_qv = biased_queries(b_q, p_r_r_bias, i_h, o_d, D, sign)
         b_dout = load_rows(p_dout + i_b * s_dout_b + i_h * s_dout_h, o_i, s_dout_i, Tq, o_dv, DV)
         i_row = (i_b * H + i_h) * Tq
-        b_lse, b_delta = load_lse_and_delta(p_lse + i_row, p_delta + i_row, o_i, Tq)
+        b_high, b_low, b_delta = load_row_sums(
+            p_lse_high + i_row, p_lse_low + i_row, p_delta + i_row, o_i, Tq
+        )
 
         first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
         lo, hi = visible_keys(
@@ -143,57 +149,69 @@ def _rel_attention_bwd_dqdr_kernel(
             tl.minimum(begin_i + BLOCK_Q, Tq) - 1,
             first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
         )  # fmt: skip
-        begin = begin // BLOCK_K * BLOCK_K
+        # Blocks of keys are aligned to the segment's first, as the forward's are.
+        begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
 
         b_dqu = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         b_dqv = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         b_below = tl.zeros([BLOCK_Q], tl.float32)
         b_above = tl.zeros([BLOCK_Q], tl.float32)
-        pending = tl.zeros([BLOCK_Q, BLOCK_K], p_q.dtype.element_ty)
-        o_m = begin - begin_i + offset - BLOCK_K + tl.arange(0, BLOCK_K)
-        b_r = load_positions(p_r_bh, s_r_m, o_m, R, o_d, D, CLAMP)
+        before = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+        begin_m = begin - begin_i + offset - BLOCK_K
+        b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
         earlier = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+        like = earlier
         tl.debug_barrier()
         for begin_j in tl.range(begin, end, BLOCK_K):
-            o_j = begin_j + tl.arange(0, BLOCK_K)
-            o_m = o_j - begin_i + offset
-            b_r = load_positions(p_r_bh, s_r_m, o_m, R, o_d, D, CLAMP)
+            begin_m = begin_j - begin_i + offset
+            b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
             chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
-            b_scores = skew(chunk, earlier, BLOCK_Q, BLOCK_K)
+            b_scores = skew(chunk, earlier, begin_j, BLOCK_Q, BLOCK_K)
             earlier = chunk
-            b_k = load_keys(p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, o_j, Tm, last, o_d, D)
+            p_rows, s_row, low, high = key_block(
+                p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, last, Tm
+            )
+            b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
             b_scores = tl.dot(b_qu, tl.trans(b_k), b_scores, input_precision="ieee")
-            b_v = load_keys(p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, o_j, Tm, last, o_dv, DV)
+            p_rows, s_row, low, high = key_block(
+                p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, last, Tm
+            )
+            b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
             b_dprobs = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
-            seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
+            o_j = begin_j + tl.arange(0, BLOCK_K)
+            b_scores, unit, b_tanh = capped_scores(b_scores, scale, softcap)
+            if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
+                seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
+                b_scores = tl.where(seen, b_scores, float("-inf"))
             if p_mask is not None:
-                seen &= mask_tile(p_mask_bh, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
+                seen = mask_tile(p_mask_bh, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
+                b_scores = tl.where(seen, b_scores, float("-inf"))
             keep = None
             if threshold is not None:
                 i_bh = (i_b * H + i_h).to(tl.int32)
                 keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
             _, b_dscores = probs_and_dscores(
-                b_scores, b_dprobs, b_lse[:, None], b_delta[:, None], seen, keep,
-                scale, softcap, dropout_scale,
+                b_scores, unit, b_tanh, b_dprobs, b_high[:, None], b_low[:, None], b_delta[:, None],
+                keep, softcap, dropout_scale,
             )  # fmt: skip
-            b_dscores = b_dscores.to(b_k.dtype)
             if NEEDS_DQU:
-                b_dqu = tl.dot(b_dscores, b_k, b_dqu, input_precision="ieee")
-            complete, pending = unskew(b_dscores, pending, BLOCK_Q, BLOCK_K)
+                b_dqu = tl.dot(b_dscores.to(b_k.dtype), b_k, b_dqu, input_precision="ieee")
+            b_chunk = unskew(b_dscores, before, begin_j, like, BLOCK_Q, BLOCK_K).to(b_q.dtype)
+            before = b_dscores
             b_dqv, b_below, b_above = _add_chunk(
-                complete, b_qv, b_dqv, b_below, b_above, o_m - BLOCK_K,
-                p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV,
+                b_chunk, b_qv, b_dqv, b_below, b_above, begin_m - BLOCK_K,
+                p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV, BLOCK_K,
             )  # fmt: skip
-        # What the last block left of its own chunk; o_m is that chunk's.
-        rest = tl.where(is_earlier(BLOCK_Q, BLOCK_K), 0.0, pending).to(pending.dtype)
+        # The last block's own chunk, whose rows are o_m.
+        b_chunk = unskew(tl.zeros_like(before), before, 0, like, BLOCK_Q, BLOCK_K).to(b_q.dtype)
         b_dqv, b_below, b_above = _add_chunk(
-            rest, b_qv, b_dqv, b_below, b_above, o_m,
-            p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV,
+            b_chunk, b_qv, b_dqv, b_below, b_above, begin_m,
+            p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV, BLOCK_K,
         )  # fmt: skip
         if CLAMP and p_dr is not None:
             tl.debug_barrier()
             _add_clamped(p_dr_bh, b_below, b_qv, o_d, D)
-            _add_clamped(p_dr_bh + (R - 1).to(tl.int64) * D, b_above, b_qv, o_d, D)
+            _add_clamped(p_dr_bh + tl.full((), R - 1, tl.int64) * D, b_above, b_qv, o_d, D)
 
         b_dqu *= scale * sign
         b_dqv *= scale * sign

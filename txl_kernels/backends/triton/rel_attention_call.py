@@ -100,7 +100,7 @@ def kernel_arguments(
         "chunk_size": chunk_size,
         "chunk_left": chunk_left,
         "chunk_phase": chunk_phase,
-        "scale": abs(scale),
+        "scale": abs(scale) or 1.0,  # never 0: sign makes the scores 0, and 0 · inf none
         "sign": float((scale > 0) - (scale < 0)),
         "softcap": softcap if softcap > 0 else None,
         "threshold": _as_int32(int(dropout_p * 2**32)) if dropout else None,

@@ -1,4 +1,4 @@
-"""Launch configurations of the `rel_attention` kernels: a table, never a measurement at run time."""
+"""Launch configurations of the `rel_attention` kernels: a table, nothing measured at run time."""
 
 from __future__ import annotations
 
@@ -23,10 +23,43 @@ class Config(NamedTuple):
 
 
 INTERPRETED = Config(16, 16, 4, 1)
-# By architecture, whether inputs have 16 bits, and the head size rounded up to a power of 2.
+# By architecture, whether inputs have 16 bits, and the head size rounded up to 64, 128 or 256.
+# Chosen by registers, spills, shared memory and instructions of the compiled loop, not by timing.
 FORWARD: dict[tuple[str, bool, int], Config] = {
     ("sm_90", True, 64): Config(64, 64, 4, 2),
+    ("sm_90", True, 128): Config(64, 64, 8, 2),  # 4 warps spill
+    ("sm_90", True, 256): Config(32, 64, 8, 2),
+    ("sm_90", False, 64): Config(16, 16, 4, 2),
+    ("sm_90", False, 128): Config(16, 16, 8, 2),
+    ("sm_90", False, 256): Config(16, 16, 8, 2),
     ("sm_80", True, 64): Config(64, 64, 4, 2),
+    ("sm_80", True, 128): Config(64, 64, 8, 2),
+    ("sm_80", True, 256): Config(32, 64, 8, 2),
+    ("sm_80", False, 64): Config(16, 16, 4, 2),
+    ("sm_80", False, 128): Config(16, 16, 8, 2),
+    ("sm_80", False, 256): Config(16, 16, 8, 2),
+}
+# What differs where registers are wanted for each pair or load: with one, or with more, of dropout,
+# a dense mask, and rows that are no multiple of 16 elements.
+FORWARD_BURDENED: dict[tuple[str, bool, int], Config] = {
+    ("sm_90", True, 64): Config(64, 64, 8, 2),
+    ("sm_90", True, 128): Config(32, 64, 8, 2),
+    ("sm_80", True, 64): Config(32, 64, 8, 2),
+    ("sm_80", True, 128): Config(32, 64, 8, 2),
+}
+FORWARD_OVERBURDENED: dict[tuple[str, bool, int], Config] = {
+    **FORWARD_BURDENED,
+    ("sm_90", True, 64): Config(32, 64, 8, 2),
+}
+# What differs for up to SHORT queries.
+SHORT = 16
+FORWARD_SHORT: dict[tuple[str, bool, int], Config] = {
+    ("sm_90", True, 64): Config(16, 64, 4, 3),
+    ("sm_90", True, 128): Config(16, 64, 4, 2),
+    ("sm_90", True, 256): Config(16, 32, 4, 2),
+    ("sm_80", True, 64): Config(16, 64, 4, 3),
+    ("sm_80", True, 128): Config(16, 64, 4, 2),
+    ("sm_80", True, 256): Config(16, 32, 4, 2),
 }
 
 BACKWARD_DKDV: dict[tuple[str, bool, int], Config] = {
@@ -38,12 +71,17 @@ BACKWARD_DQDR: dict[tuple[str, bool, int], Config] = {
 
 
 def forward_config(
-    arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int
+    arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, has_mask: bool, has_dropout: bool
 ) -> Config:
+    """The tables' row for a call."""
     if arch == "interpreter":
         return INTERPRETED
-    head_size = max(64, block_size(max(D, Dv)))
-    return FORWARD[arch, dtype != torch.float32, head_size]
+    key = (arch, dtype != torch.float32, max(64, block_size(max(D, Dv))))
+    burdens = has_mask + has_dropout + (D % 16 > 0 or Dv % 16 > 0)
+    if Tq <= SHORT and key in FORWARD_SHORT:
+        return FORWARD_SHORT[key]
+    table = (FORWARD, FORWARD_BURDENED, FORWARD_OVERBURDENED)[min(burdens, 2)]
+    return table.get(key) or FORWARD[key]
 
 
 def dkdv_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int) -> Config:
@@ -61,7 +99,7 @@ def dqdr_config(arch: str, D: int, Dv: int, dtype: torch.dtype, Tq: int, Tk: int
 
 
 def architecture(device: torch.device) -> str:
-    """"interpreter", "sm_80" or "sm_90": the row of the table for a device."""
+    """ "interpreter", "sm_80" or "sm_90": the row of the table for a device."""
     if interprets():
         return "interpreter"
     major, _minor = torch.cuda.get_device_capability(device)

@@ -10,8 +10,8 @@ from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
     dropout_keep,
     key_limits,
-    load_keys,
-    load_positions,
+    load_block,
+    load_position_block,
     load_rows,
     mask_tile,
     skew,
@@ -122,43 +122,55 @@ def _rel_attention_fwd_kernel(
     all_begin, end = visible_keys(
         last_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
     )
-    begin = begin // BLOCK_K * BLOCK_K
-
+    unit = scale * LOG2_E
+    if softcap is not None:
+        unit = softcap * LOG2_E
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
     b_out = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    o_m = begin - begin_i + offset - BLOCK_K + tl.arange(0, BLOCK_K)
-    b_r = load_positions(p_r, s_r_m, o_m, R, o_d, D, CLAMP)
+    # Blocks of keys are aligned to the segment's first: each holds keys of the memory or of the
+    # segment, so which base pointers and strides to read through is one choice for a block.
+    begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
+    begin_m = begin - begin_i + offset - BLOCK_K
+    b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
     earlier = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
     for begin_j in tl.range(begin, end, BLOCK_K):
-        o_j = begin_j + tl.arange(0, BLOCK_K)
-        b_r = load_positions(p_r, s_r_m, o_j - begin_i + offset, R, o_d, D, CLAMP)
+        begin_m = begin_j - begin_i + offset
+        b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
         chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
-        b_scores = skew(chunk, earlier, BLOCK_Q, BLOCK_K)
+        b_scores = skew(chunk, earlier, begin_j, BLOCK_Q, BLOCK_K)
         earlier = chunk
-        b_k = load_keys(p_k, s_k_j, p_mem_k, s_mem_k_j, o_j, Tm, Tk, o_d, D)
+        p_keys, p_values, s_key, s_value, low, high = p_k, p_v, s_k_j, s_v_j, Tm, Tk
+        if p_mem_k is not None:
+            in_memory = begin_j < Tm
+            low, high = tl.where(in_memory, 0, Tm), tl.where(in_memory, Tm, Tk)
+            p_keys, p_values = tl.where(in_memory, p_mem_k, p_k), tl.where(in_memory, p_mem_v, p_v)
+            s_key = tl.where(in_memory, s_mem_k_j, s_k_j)
+            s_value = tl.where(in_memory, s_mem_v_j, s_v_j)
+        b_k = load_block(p_keys, s_key, begin_j, low, high, o_d, D, BLOCK_K)
         b_scores = tl.dot(b_qu, tl.trans(b_k), b_scores, input_precision="ieee")
         if softcap is not None:
-            b_scores = tanh(b_scores * (scale / softcap)) * (softcap * LOG2_E)
-        else:
-            b_scores *= scale * LOG2_E
+            b_scores = tanh(b_scores * (scale / softcap))
         if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
+            o_j = begin_j + tl.arange(0, BLOCK_K)
             seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])
             b_scores = tl.where(seen, b_scores, float("-inf"))
         if p_mask is not None:
+            o_j = begin_j + tl.arange(0, BLOCK_K)
             m_seen = mask_tile(p_mask, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
             b_scores = tl.where(m_seen, b_scores, float("-inf"))
 
-        new_max = tl.maximum(b_max, tl.max(b_scores, 1))
+        # `unit` ≥ 0 turns scores into base 2: one multiply-add with the maximum's subtraction.
+        new_max = tl.maximum(b_max, tl.max(b_scores, 1) * unit)
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        b_probs = tl.exp2(b_scores - finite_max[:, None])
+        b_probs = tl.exp2(b_scores * unit - finite_max[:, None])
         shrink = tl.exp2(b_max - finite_max)
         b_sum = b_sum * shrink + tl.sum(b_probs, 1)
         b_max = new_max
         if threshold is not None:
             keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
             b_probs = tl.where(keep, b_probs, 0.0)
-        b_v = load_keys(p_v, s_v_j, p_mem_v, s_mem_v_j, o_j, Tm, Tk, o_dv, DV)
+        b_v = load_block(p_values, s_value, begin_j, low, high, o_dv, DV, BLOCK_K)
         b_out *= shrink[:, None]
         b_out = tl.dot(b_probs.to(b_v.dtype), b_v, b_out, input_precision="ieee")
 

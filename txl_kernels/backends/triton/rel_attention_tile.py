@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def key_limits(p_key_start, p_key_lens, i_b, Tk):
@@ -79,7 +81,7 @@ def load_rows(p_rows, o_row, stride, n_rows, o_d, D: tl.constexpr):
     """[rows, D]: rows o_row of a matrix, 0 outside [0, n_rows) and from column D on."""
     p_tile = p_rows + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
     inside = ((o_row >= 0) & (o_row < n_rows))[:, None]
-    if D < o_d.shape[0]:
+    if o_d.shape[0] > D:
         inside = inside & (o_d < D)[None, :]
     return tl.load(p_tile, mask=inside, other=0.0)
 
@@ -96,7 +98,7 @@ def load_keys(p_segment, stride, p_memory, memory_stride, o_j, Tm, Tk, o_d, D: t
     else:
         p_row = p_segment + o_j.to(tl.int64) * stride
     inside = (o_j < Tk)[:, None]
-    if D < o_d.shape[0]:
+    if o_d.shape[0] > D:
         inside = inside & (o_d < D)[None, :]
     return tl.load(p_row[:, None] + o_d[None, :], mask=inside, other=0.0)
 
@@ -110,14 +112,43 @@ def load_positions(p_r, stride, o_m, R, o_d, D: tl.constexpr, CLAMP: tl.constexp
 
 
 @triton.jit
-def load_lse_and_delta(p_lse, p_delta, o_i, Tq):
-    """What backward has of its queries; lse is ∞ where a query is not there or sees no key.
+def load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq):
+    """What backward has of its queries; lse is ∞ where there is none: their probabilities are 0."""
+    m_i = o_i < Tq
+    b_high = tl.load(p_lse_high + o_i, mask=m_i, other=float("inf"))
+    b_low = tl.load(p_lse_low + o_i, mask=m_i, other=0.0)
+    return b_high, b_low, tl.load(p_delta + o_i, mask=m_i, other=0.0)
 
-    With such a one every probability comes out as 0, and never as NaN.
+
+@triton.jit
+def load_block(p_rows, stride, begin, low, high, o_d, D: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, D]: rows from `begin` on of a matrix whose row `low` p_rows points to; 0 outside
+    [low, high) and from column D on.
+
+    For loops: what is the same for every block is 32 bits wide, and the 64-bit part one number.
     """
-    b_lse = tl.load(p_lse + o_i, mask=o_i < Tq, other=float("inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
-    return b_lse, tl.load(p_delta + o_i, mask=o_i < Tq, other=0.0)
+    o = tl.arange(0, ROWS)
+    p_tile = (
+        p_rows + tl.full((), begin - low, tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    )
+    o_row = begin - low + o
+    inside = (o_row >= 0) & (o_row < high - low)
+    if o_d.shape[0] > D:
+        return tl.load(p_tile, mask=inside[:, None] & (o_d < D)[None, :], other=0.0)
+    return tl.load(p_tile, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def load_position_block(
+    p_r, stride, begin, R, o_d, D: tl.constexpr, CLAMP: tl.constexpr, ROWS: tl.constexpr
+):
+    """[ROWS, D]: rows of r from `begin` on; outside [0, R) 0, or with CLAMP the nearest row."""
+    if not CLAMP:
+        return load_block(p_r, stride, begin, 0, R, o_d, D, ROWS)
+    nearest = tl.minimum(tl.maximum(begin, 0), R - 1)
+    o = tl.minimum(tl.maximum(begin + tl.arange(0, ROWS), 0), R - 1) - nearest
+    p_tile = p_r + nearest.to(tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
+    return tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -134,110 +165,96 @@ def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
 
 @triton.jit
 def core_order(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile as one row, 8 × 8 block after block: the order in which tensor cores hold it.
+    """A tile as one row: eight columns of all rows, then the next eight.
 
-    Shared memory in this order is written and read without bank conflicts.
+    Tensor cores hold tiles in 8 × 8 blocks: in this order shared memory is written without bank
+    conflicts and read along a diagonal with at most two lanes on a bank.
     """
-    blocks = tl.reshape(tile, [ROWS // 8, 8, COLUMNS // 8, 8])
-    return tl.reshape(tl.permute(blocks, (0, 2, 1, 3)), [ROWS * COLUMNS])
+    blocks = tl.permute(tl.reshape(tile, [ROWS, COLUMNS // 8, 8]), (1, 0, 2))
+    return tl.reshape(blocks, [ROWS * COLUMNS])
 
 
 @triton.jit
 def from_core_order(row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The inverse of `core_order`."""
-    blocks = tl.reshape(row, [ROWS // 8, COLUMNS // 8, 8, 8])
-    return tl.reshape(tl.permute(blocks, (0, 2, 1, 3)), [ROWS, COLUMNS])
+    blocks = tl.permute(tl.reshape(row, [COLUMNS // 8, ROWS, 8]), (1, 0, 2))
+    return tl.reshape(blocks, [ROWS, COLUMNS])
 
 
 @triton.jit
-def rotate_rows(tile, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def rotate_rows(tile, like, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out[a, c] = tile[a, (c + STEP · a) mod COLUMNS]; STEP is 1 or -1, COLUMNS a power of 2.
 
     One gather on the flattened tile: a store to shared memory and a load from it. A gather on the
-    tile itself would shuffle between lanes and spill.
+    tile itself would shuffle between lanes and spill. `like`, a float tile or None, says in which
+    layout the result is wanted, where the compiler would not find out by itself.
     """
     a = tl.arange(0, ROWS)[:, None]
-    c = (tl.arange(0, COLUMNS)[None, :] + STEP * a) & (COLUMNS - 1)
-    source = (a // 8 * (COLUMNS // 8) + c // 8) * 64 + a % 8 * 8 + c % 8
+    c = tl.arange(0, COLUMNS)[None, :] + STEP * a
+    # c // 8 · 8 · ROWS + c % 8 + 8 · a, such that eight columns on are a constant number further.
+    source = (c * ROWS - (c & 7) * (ROWS - 1) + 8 * a) & (ROWS * COLUMNS - 1)
+    if like is not None:
+        source += (tl.abs(like) < 0.0).to(tl.int32)  # never, which only the last compiler pass sees
     rotated = tl.gather(core_order(tile, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
     return from_core_order(rotated, ROWS, COLUMNS)
 
 
 @triton.jit
-def is_earlier(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """bool [a, c]: where row a wants column c of the chunk of r before the current one.
-
-    Key b of row a wants distance b - a: column b - a of the current chunk, or, where that is
-    negative, column b - a + COLUMNS of the chunk before. Needs ROWS ≤ COLUMNS.
-    """
-    return tl.arange(0, COLUMNS)[None, :] >= COLUMNS - tl.arange(0, ROWS)[:, None]
-
-
-@triton.jit
-def skew(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def skew(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Scores by key from scores by row of r: out[a, b] = x[a, b - a], x = [earlier | chunk].
 
-    `chunk` holds x's columns [0, COLUMNS), `earlier` those of [-COLUMNS, 0). Each chunk serves
-    twice: for a block of keys and, as `earlier`, for the next. Chosen before they are rotated: the
-    other way round the choice would stand in another layout than the products.
+    `chunk` holds x's columns [0, COLUMNS), `earlier` those of [-COLUMNS, 0). Key b of row a is in
+    column b - a of the one, or in column b - a + COLUMNS of the other. Needs ROWS ≤ COLUMNS. Chosen
+    before they are rotated: the other way round the choice would stand in another layout than the
+    products. `begin` is any number that changes from block to block: comparisons that do not would
+    be made before the loop, kept as bits, and taken apart at twice their price.
     """
-    chosen = tl.where(is_earlier(ROWS, COLUMNS), earlier, chunk)
-    return rotate_rows(chosen, -1, ROWS, COLUMNS)
+    from_earlier = (begin + tl.arange(0, COLUMNS))[None, :] >= (
+        begin + COLUMNS - tl.arange(0, ROWS)
+    )[:, None]
+    return rotate_rows(tl.where(from_earlier, earlier, chunk), None, -1, ROWS, COLUMNS)
 
 
 @triton.jit
-def unskew(tile, pending, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The inverse, for gradients: what a block of keys [queries, keys] adds by row of r.
+def unskew(tile, before, begin, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse, for gradients: by row of r, all that the chunk before a block's own gets.
 
-    Returns the chunk before the current one, complete with this block, and what is pending until
-    the next: the current chunk's part, in the columns where `is_earlier` is False.
+    That is from this block (`tile`, by key) where key b of row a lies b - a < 0 in its own chunk,
+    and from the block before. `begin` is as in `skew`, `like` as in `rotate_rows`.
     """
-    rotated = rotate_rows(tile, 1, ROWS, COLUMNS)
-    return tl.where(is_earlier(ROWS, COLUMNS), rotated, pending), rotated
+    of_tile = (begin + tl.arange(0, COLUMNS))[None, :] < (begin + tl.arange(0, ROWS))[:, None]
+    return rotate_rows(tl.where(of_tile, tile, before), like, 1, ROWS, COLUMNS)
 
 
 @triton.jit
-def skew_transposed(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`skew` for tiles [rows of r or keys, queries]: out[b, a] = x[b - a, a], x = earlier over chunk.
+def skew_transposed(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`skew` for tiles [rows of r or keys, queries]: out[b, a] = x[b - a, a], x = earlier, chunk.
 
-    Needs COLUMNS ≤ ROWS. The same order in shared memory, for the accumulators lie the same way.
+    Needs COLUMNS ≤ ROWS.
     """
-    a = tl.arange(0, COLUMNS)[None, :]
-    b = tl.arange(0, ROWS)[:, None]
-    chosen = tl.where(b >= ROWS - a, earlier, chunk)
-    x = (b - a) & (ROWS - 1)
-    source = (x // 8 * (COLUMNS // 8) + a // 8) * 64 + x % 8 * 8 + a % 8
+    o_a, o_b = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
+    from_earlier = (begin + o_b)[:, None] >= (begin + ROWS - o_a)[None, :]
+    chosen = tl.where(from_earlier, earlier, chunk)
+    a, b = o_a[None, :], o_b[:, None]
+    source = (a & -8) * ROWS + ((b - a) * 8 & (ROWS * 8 - 1)) + (a & 7)
     rotated = tl.gather(core_order(chosen, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
     return from_core_order(rotated, ROWS, COLUMNS)
 
 
 @triton.jit
-def probs_and_dscores(
-    b_scores, b_dprobs, b_lse, b_delta, seen, keep, scale, softcap, dropout_scale
-):
-    """The probabilities that met v, and the gradient of scale · score, of a tile in any orientation.
+def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, last, Tm):
+    """Where a block of keys is read, which lies in the memory or in the segment.
 
-    b_scores are plain products; lse (∞ for a row without keys) and delta are broadcastable. `seen`
-    and `keep` are bool tiles or None.
+    Returns what `load_block` takes: a pointer to the row of key `low`, the rows' stride, and
+    [low, high), the keys before `last` that are there, if only none.
     """
-    if softcap is not None:
-        b_tanh = tanh(b_scores * (scale / softcap))
-        b_exponent = b_tanh * softcap - b_lse
-    else:
-        b_exponent = b_scores * scale - b_lse
-    # The difference first, then log₂e: rounding lse · log₂e would err as much as all else.
-    b_probs = tl.exp2(b_exponent * 1.4426950408889634)
-    if seen is not None:
-        b_probs = tl.where(seen, b_probs, 0.0)
-    b_kept = b_probs
-    if keep is not None:
-        b_factor = tl.where(keep, dropout_scale, 0.0)
-        b_kept = b_probs * b_factor
-        b_dprobs = b_dprobs * b_factor
-    b_dscores = b_probs * (b_dprobs - b_delta)
-    if softcap is not None:
-        b_dscores *= 1.0 - b_tanh * b_tanh
-    return b_kept, b_dscores
+    p_rows, stride, low, high = p_segment, s_segment, Tm, tl.maximum(last, Tm)
+    if p_memory is not None:
+        in_memory = begin_j < Tm
+        p_rows = tl.where(in_memory, p_memory, p_segment)
+        stride = tl.where(in_memory, s_memory, s_segment)
+        low, high = tl.where(in_memory, 0, Tm), tl.where(in_memory, tl.minimum(last, Tm), high)
+    return p_rows, stride, low, high
 
 
 @triton.jit
@@ -257,22 +274,69 @@ def tanh(x):
 
 
 @triton.jit
-def dropout_keep(
-    p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _words_of_shared_counters(seed, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Philox words of queries o_i and keys from begin_j, a multiple of 4, on: four a counter."""
+    zero = tl.zeros([1, 1], tl.int32)
+    o_counter = begin_j // 4 + tl.arange(0, COLUMNS // 4)[None, :] + tl.zeros_like(o_i)[:, None]
+    word0, word1, word2, word3 = tl.philox(seed, o_counter, o_i[:, None], zero + i_bh, zero)
+    # [ROWS, counters, 2, 2]: the last index is a word's low bit, the one before it the high.
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+    return tl.reshape(words, [ROWS, COLUMNS])
+
+
+@triton.jit
+def _words_of_each_key(seed, i_bh, o_i, begin_j, COLUMNS: tl.constexpr):
+    """The same from any begin_j: every key draws its counter's four words and takes one."""
+    zero = tl.zeros([1, 1], tl.int32)
+    o_j = begin_j + tl.arange(0, COLUMNS)[None, :] + tl.zeros_like(o_i)[:, None]
+    word0, word1, word2, word3 = tl.philox(seed, o_j // 4, o_i[:, None], zero + i_bh, zero)
+    odd = o_j % 2 == 1
+    return tl.where(o_j % 4 < 2, tl.where(odd, word1, word0), tl.where(odd, word3, word2))
+
+
+@triton.jit
+def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """bool [ROWS, COLUMNS]: which probabilities of queries o_i and keys from begin_j on are kept.
 
     Word j mod 4 of Philox4x32-10 with counter (j / 4, i, b · H + h, 0) is at least the threshold,
-    ⌊p · 2³²⌋ in the bits of an int32. begin_j is a multiple of 4: four neighbouring keys share a
-    counter.
+    ⌊p · 2³²⌋ in the bits of an int32.
     """
-    o_block = begin_j // 4 + tl.arange(0, COLUMNS // 4)
-    counter = tl.zeros([ROWS, COLUMNS // 4], tl.int32) + o_block[None, :]
-    zero = tl.zeros([1, 1], tl.int32)
-    word0, word1, word2, word3 = tl.philox(
-        tl.load(p_seed), counter, o_i[:, None], zero + i_bh, zero
-    )
-    # [ROWS, blocks, 2, 2]: the last index counts odd words, the one before it pairs.
-    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
-    words = tl.reshape(words, [ROWS, COLUMNS])
+    seed = tl.load(p_seed)
+    if begin_j % 4 == 0:
+        words = _words_of_shared_counters(seed, i_bh, o_i, begin_j, ROWS, COLUMNS)
+    else:
+        words = _words_of_each_key(seed, i_bh, o_i, begin_j, COLUMNS)
     return words >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def capped_scores(b_scores, scale, softcap):
+    """From plain products: scores to be masked, their factor to base 2, and with a softcap tanh."""
+    b_tanh = b_scores
+    unit = scale * LOG2_E
+    if softcap is not None:
+        b_tanh = tanh(b_scores * (scale / softcap))
+        unit = softcap * LOG2_E
+    return b_tanh, unit, b_tanh
+
+
+@triton.jit
+def probs_and_dscores(
+    b_scores, unit, b_tanh, b_dprobs, b_high, b_low, b_delta, keep, softcap, dropout_scale
+):
+    """The probabilities that met v, and the gradient of scale · score, of a tile lying either way.
+
+    Scores, unit and tanh are `capped_scores`', scores -∞ where a key is not seen. lse in base 2 is
+    high + low (high is ∞ for a row without keys); they and delta are broadcastable. `keep` is a
+    bool tile or None.
+    """
+    b_probs = tl.exp2((b_scores * unit - b_high) - b_low)
+    b_kept = b_probs
+    if keep is not None:
+        b_factor = tl.where(keep, dropout_scale, 0.0)
+        b_kept = b_probs * b_factor
+        b_dprobs = b_dprobs * b_factor
+    b_dscores = b_probs * (b_dprobs - b_delta)
+    if softcap is not None:
+        b_dscores *= 1.0 - b_tanh * b_tanh
+    return b_kept, b_dscores

@@ -1,0 +1,124 @@
+"""What the host does in the Triton adaptive ops: it launches, and never reads what a GPU holds.
+
+The calls run on tensors without storage, of the device "meta", whose elements nobody can read, and
+their launches are noted instead of run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from txl_kernels.backends import triton as door
+from txl_kernels.testing.aot.record import recording
+from txl_kernels.testing.aot.shipped import running_on
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or door.interprets(),
+    reason="Triton is not there, or interprets: nothing is launched",
+)
+
+N, D, SIZES = 8192, 1024, (20_000, 20_000, 160_000, 67_735)
+WIDTHS = (1024, 256, 64, 16)
+WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "item", "is_nonzero")
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses operators whose result the host must wait for, copies to the host among them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        assert not any(name.startswith(word) for word in WAITS), name
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            assert not isinstance(x, torch.Tensor) or x.device.type == "meta", name
+        return out
+
+
+def _meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _clusters(sizes=SIZES, widths=WIDTHS):
+    n_tails = len(sizes) - 1
+    return [
+        x
+        for k, (size, width) in enumerate(zip(sizes, widths, strict=True))
+        for x in (
+            _meta(width, D),
+            _meta(size + (0 if k else n_tails), width),
+            _meta(size + (0 if k else n_tails), dtype=torch.float32),
+        )
+    ]
+
+
+def _nll(clusters):
+    from txl_kernels.backends.triton import adaptive_softmax as ops
+
+    hidden, target = _meta(N, D), _meta(N, dtype=torch.int64)
+    needed = [True] * (1 + len(clusters))
+    nll, lse = ops.adaptive_nll_fwd(hidden, target, clusters, -100)
+    ops.adaptive_nll_bwd(torch.empty_like(nll), hidden, target, clusters, -100, lse, needed)
+
+
+def _loss(clusters):
+    from txl_kernels.backends.triton import adaptive_softmax as ops
+
+    hidden, target = _meta(N, D), _meta(N, dtype=torch.int64)
+    needed = [True] * (1 + len(clusters))
+    loss, rest, grads = ops.adaptive_loss_fwd(hidden, target, clusters, -100, True, needed)
+    ops.adaptive_loss_bwd(torch.empty_like(loss), rest, grads)
+
+
+def _embedding(clusters):
+    from txl_kernels.backends.triton import adaptive_embedding as ops
+
+    tokens = _meta(N, dtype=torch.int64)
+    tables = [_meta(*shape) for shape in zip(SIZES, WIDTHS, strict=True)]
+    projections = [_meta(D, width) for width in WIDTHS]
+    out = ops.adaptive_embedding_fwd(tokens, tables, projections, 2.0, False)
+    needed = [True] * 8
+    ops.adaptive_embedding_bwd(out, tokens, tables, projections, 2.0, True, needed)
+
+
+def _launched(call, clusters=None):
+    with recording(90) as launches, running_on(90), _NoWaiting():
+        call(_clusters() if clusters is None else clusters)
+    return launches
+
+
+@pytest.mark.parametrize("call", [_nll, _loss, _embedding], ids=["nll", "loss", "embedding"])
+def test_the_host_reads_nothing_from_the_device(call):
+    assert _launched(call)
+
+
+def test_all_tails_go_in_one_launch_each_way():
+    names = [launch.name for launch in _launched(_nll)]
+    for kernel in ("tails_fwd", "tails_join", "tails_dx", "tails_dx_join", "tails_dweight"):
+        assert names.count(f"_adaptive_{kernel}_kernel") == 1
+    # Four products with the head's weight by blocks of columns; the tails' count does not matter.
+    fewer = [launch.name for launch in _launched(_nll, _clusters(SIZES[:2], WIDTHS[:2]))]
+    assert sorted(names) == sorted(fewer)
+
+
+def test_the_loss_holds_one_block_of_logits():
+    from txl_kernels.backends.triton import adaptive_softmax_head as heads
+
+    class Largest(TorchDispatchMode):
+        """Notes the largest float32 tensor that is made beside the weight's own sum."""
+
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            matrix = isinstance(out, torch.Tensor) and out.dim() == 2
+            if matrix and out.dtype == torch.float32 and out.shape != (20_003, D):
+                self.found = max(self.found, out.numel())
+            return out
+
+    with recording(90), running_on(90), Largest() as largest:
+        _loss(_clusters())
+    assert 0 < largest.found <= 1.01 * heads.MAX_LOGITS

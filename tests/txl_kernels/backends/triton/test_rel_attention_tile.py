@@ -1,0 +1,155 @@
+"""The helpers of a tile, each alone in Triton's interpreter, against its definition in torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from txl_kernels.backends import triton as door
+from txl_kernels.testing import dropout_keep
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+tile = pytest.importorskip("txl_kernels.backends.triton.rel_attention_tile")
+
+pytestmark = pytest.mark.interpreted
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_interpreter():
+    reason = door.unavailable_reason("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@triton.jit
+def _skew_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    b_out = tile.skew(tl.load(p_chunk + o), tl.load(p_earlier + o), 7, ROWS, COLUMNS)
+    tl.store(p_out + o, b_out)
+
+
+@triton.jit
+def _skew_transposed_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    chunk, earlier = tl.load(p_chunk + o), tl.load(p_earlier + o)
+    tl.store(p_out + o, tile.skew_transposed(chunk, earlier, -3, ROWS, COLUMNS))
+
+
+@triton.jit
+def _unskew_kernel(p_tile, p_before, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    b_tile = tl.load(p_tile + o)
+    tl.store(p_out + o, tile.unskew(b_tile, tl.load(p_before + o), 5, b_tile, ROWS, COLUMNS))
+
+
+@triton.jit
+def _keep_kernel(
+    p_seed, p_out, threshold, i_bh, begin_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    o_i = begin_i + tl.arange(0, ROWS)
+    keep = tile.dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS, COLUMNS)
+    tl.store(p_out + o, keep.to(tl.int8))
+
+
+@triton.jit
+def _tanh_kernel(p_x, p_out, SIZE: tl.constexpr):
+    o = tl.arange(0, SIZE)
+    tl.store(p_out + o, tile.tanh(tl.load(p_x + o)))
+
+
+@triton.jit
+def _bounds_kernel(
+    p_out, begin, end, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
+    OF_QUERIES: tl.constexpr,
+):  # fmt: skip
+    if OF_QUERIES:
+        lo, hi = tile.seeing_queries(
+            begin, end, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+        )
+    else:
+        lo, hi = tile.visible_keys(
+            begin, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+        )
+    tl.store(p_out, lo)
+    tl.store(p_out + 1, hi)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (16, 64), (64, 64), (8, 128)])
+def test_skew_reads_both_chunks_along_the_diagonals(rows, columns):
+    chunk, earlier = torch.randn(2, rows, columns)
+    out = torch.empty(rows, columns)
+    _skew_kernel[(1,)](chunk, earlier, out, rows, columns)
+    x = torch.cat([earlier, chunk], dim=1)
+    m = torch.arange(columns) - torch.arange(rows)[:, None] + columns
+    assert torch.equal(out, x.gather(1, m))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (64, 16), (64, 64), (128, 8)])
+def test_transposed_skew_reads_both_chunks_along_the_diagonals(rows, columns):
+    chunk, earlier = torch.randn(2, rows, columns)
+    out = torch.empty(rows, columns)
+    _skew_transposed_kernel[(1,)](chunk, earlier, out, rows, columns)
+    x = torch.cat([earlier, chunk])
+    m = torch.arange(rows)[:, None] - torch.arange(columns) + rows
+    assert torch.equal(out, x.gather(0, m))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (16, 64), (64, 64), (8, 128)])
+def test_unskew_gathers_all_that_two_blocks_give_to_one_chunk(rows, columns):
+    before, after = torch.randn(2, rows, columns)
+    out = torch.empty(rows, columns)
+    _unskew_kernel[(1,)](after, before, out, rows, columns)
+    # Key b of row a is on row b - a of r; the chunk asked for is the one of the block before.
+    by_key = torch.cat([before, after], dim=1)
+    b = torch.arange(columns) + torch.arange(rows)[:, None]
+    assert torch.equal(out, by_key.gather(1, b))
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345, -(2**63)])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_what_the_contract_keeps_from_any_key_on(seed, p):
+    word = torch.tensor(seed)
+    due = dropout_keep(word, p, (2, 3, 40, 90))
+    threshold = int(p * 2**32)
+    threshold -= 2**32 if threshold >= 2**31 else 0
+    out = torch.empty(16, 32, dtype=torch.int8)
+    for begin_j in (0, 16, 3, 50, 57):
+        _keep_kernel[(1,)](word, out, threshold, 4, 24, begin_j, 16, 32)
+        assert torch.equal(out.bool(), due[1, 1, 24:40, begin_j : begin_j + 32])
+
+
+def test_tanh_is_good_to_two_units_in_the_last_place():
+    x = torch.cat([torch.linspace(-12, 12, 2000), torch.logspace(-30, 0, 46), torch.zeros(2)])
+    out = torch.empty(2048)
+    _tanh_kernel[(1,)](x, out, 2048)
+    due = x.double().tanh()
+    assert ((out - due).abs() <= 2 * torch.finfo(torch.float32).eps * due.abs()).all()
+
+
+@pytest.mark.parametrize("chunk", [None, (5, 1, 3), (1, 0, 0), (40, 2, 39)], ids=str)
+@pytest.mark.parametrize(("left", "right"), [(60, 60), (60, 0), (4, 7), (0, 0)])
+@pytest.mark.parametrize(("Tq", "Tk"), [(7, 19), (12, 5)])
+def test_bounds_hold_exactly_the_keys_and_queries_that_see_each_other(Tq, Tk, left, right, chunk):
+    first, last = 2, Tk - 1
+    size, chunk_left, phase = chunk or (1, 0, 0)
+    p = torch.arange(Tq)[:, None] + Tk - Tq
+    j = torch.arange(Tk)
+    sees = (j >= p - left) & (j <= p + right) & (j >= first) & (j < last)
+    if chunk:
+        behind = (p + phase) // size - (j + phase) // size
+        sees &= (behind >= 0) & (behind <= chunk_left)
+    lifted = (size, chunk_left, phase + -(-Tq // size) * size) if chunk else (None, None, None)
+    out = torch.empty(2, dtype=torch.int32)
+    for i in range(Tq):
+        _bounds_kernel[(1,)](out, i, 0, first, last, Tq, Tk, left, right, *lifted, False)
+        lo, hi = out.tolist()
+        assert [key for key in range(Tk) if lo <= key < hi] == sees[i].nonzero()[:, 0].tolist()
+    for begin, end in [(0, Tk), (3, 5), (Tk - 3, Tk)]:
+        _bounds_kernel[(1,)](out, begin, end, first, last, Tq, Tk, left, right, *lifted, True)
+        lo, hi = out.tolist()
+        seeing = sees[:, begin:end].any(1).nonzero()[:, 0].tolist()
+        assert set(seeing) <= set(range(lo, hi))
+        assert lo >= 0
+        assert hi <= Tq

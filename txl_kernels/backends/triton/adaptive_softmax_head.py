@@ -1,0 +1,170 @@
+"""The head of the adaptive softmax: products by cuBLAS, a block of logits at a time.
+
+The loss goes by blocks of tokens and forms the gradient from the logits it holds: three products.
+The loss per token goes by blocks of columns with an online log-sum-exp and computes the logits
+again in backward: four. `docs/mathematics.md` has the costs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from txl_kernels.backends.reference.adaptive_softmax import Cluster
+from txl_kernels.backends.triton.adaptive_softmax_head_rows import (
+    Targets,
+    padded,
+    take_columns,
+    to_gradient,
+)
+
+MAX_LOGITS = 2**25
+"""Logits held at a time, in float32, beside a 16-bit gradient of each: 192 MiB.
+
+More only where 256 tokens' or all tokens' for 256 columns are more.
+"""
+
+_MIN_TOKENS = 512
+"""With fewer tokens to a block, adding each block's gradient to the weight's float32 sum takes
+longer than a fourth product and reading the logits again would: by arithmetic, from 430 tokens down
+at width 1,024, with 4 TB/s and 750 TFLOP/s."""
+
+
+def add_product(a: Tensor, b: Tensor, out: Tensor, adds: bool) -> None:
+    """out (+)= a · b with float32 `out`; sums are float32, 16-bit inputs go to the tensor cores."""
+    if a.is_cuda and a.dtype != torch.float32:
+        if adds:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif adds:
+        out.addmm_(a.float(), b.float())
+    else:
+        torch.mm(a.float(), b.float(), out=out)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a · b, summed in float32 and rounded once, whatever torch lets cuBLAS reduce in."""
+    total = out
+    if out.dtype != torch.float32:
+        total = out.new_empty(out.shape, dtype=torch.float32)
+    add_product(a, b, total, adds=False)
+    return out if total is out else out.copy_(total)
+
+
+class _Block:
+    """Room for [rows, columns] logits in float32 and their gradient in the inputs' dtype.
+
+    Rows start at multiples of 64 bytes: in a head of 20,003 columns they would else not be aligned,
+    and cuBLAS's fast kernels and vector loads do not take such rows.
+    """
+
+    def __init__(self, rows: int, columns: int, like: Tensor, with_grad: bool) -> None:
+        stride = padded(columns)
+        self._logits = like.new_empty(rows, stride, dtype=torch.float32)
+        self._grad = self._logits
+        if with_grad and like.dtype != torch.float32:
+            self._grad = like.new_empty(rows, stride)
+
+    def logits(self, rows: int, columns: int) -> Tensor:
+        return self._logits[:rows, :columns]
+
+    def grad(self, rows: int, columns: int) -> Tensor:
+        return self._grad[:rows, :columns]
+
+
+def block_of_columns(N: int, n_columns: int) -> int:
+    """Columns to a block of all tokens' logits."""
+    return min(n_columns, max(256, MAX_LOGITS // max(N, 1) // 128 * 128))
+
+
+def block_of_tokens(N: int, n_columns: int) -> int | None:
+    """Tokens to a block of whole rows, or None where going by columns is cheaper."""
+    block = MAX_LOGITS // n_columns // 128 * 128
+    return None if block < _MIN_TOKENS and block < N else max(1, min(N, block))
+
+
+def head_nll(x: Tensor, head: Cluster, targets: Targets, nll: Tensor, lse: Tensor) -> None:
+    """Writes the head's part of the loss, and its log-sum-exp, of projected rows x [N, d_0]."""
+    N, V0 = x.shape[0], head.weight.shape[0]
+    size = block_of_columns(N, V0)
+    block = _Block(N, size, x, with_grad=False)
+    state = nll.new_empty(3, N)
+    for first in range(0, V0, size):
+        n_columns = min(size, V0 - first)
+        logits = block.logits(N, n_columns)
+        add_product(x, head.weight[first : first + n_columns].mT, logits, adds=False)
+        bias = None if head.bias is None else head.bias[first : first + n_columns]
+        is_last = first + n_columns == V0
+        take_columns(logits, bias, targets, state, nll, lse, first, is_last)
+
+
+def head_bwd(
+    x: Tensor,  # [N, d_0]
+    head: Cluster,
+    targets: Targets,
+    lse: Tensor,  # [N]
+    factor: Tensor,  # [N]
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    needs_dx: bool,
+) -> Tensor | None:
+    """By columns: writes dweight and dbias, each piece once; returns dx [N, d_0] in float32."""
+    N, V0 = x.shape[0], head.weight.shape[0]
+    size = block_of_columns(N, V0)
+    block = _Block(N, size, x, with_grad=True)
+    dx = x.new_empty(x.shape, dtype=torch.float32) if needs_dx else None
+    for first in range(0, V0, size):
+        last = min(first + size, V0)
+        weight = head.weight[first:last]
+        logits, grad = block.logits(N, last - first), block.grad(N, last - first)
+        add_product(x, weight.mT, logits, adds=False)
+        bias = None if head.bias is None else head.bias[first:last]
+        to_gradient(logits, grad, bias, targets, first_column=first, lse=lse, factor=factor)
+        if dbias is not None:
+            dbias[first:last] = grad.sum(0, dtype=torch.float32)
+        if dweight is not None:
+            multiply(grad.mT, x, out=dweight[first:last])
+        if dx is not None:
+            add_product(grad, weight, dx, adds=first > 0)
+    return dx
+
+
+def head_loss(
+    x: Tensor,  # [N, d_0]
+    head: Cluster,
+    targets: Targets,
+    nll: Tensor,
+    scale: Tensor,  # []
+    block_size: int,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    needs_dx: bool,
+) -> Tensor | None:
+    """By tokens: writes the head's part of the loss, and its gradients times `scale`.
+
+    Returns dx [N, d_0] in x's dtype.
+    """
+    N, V0 = x.shape[0], head.weight.shape[0]
+    block = _Block(block_size, V0, x, with_grad=True)
+    dx = torch.empty_like(x) if needs_dx else None
+    weight_sum = None if dweight is None else dweight.new_empty(V0, x.shape[1], dtype=torch.float32)
+    bias_sum = None if dbias is None else dbias.new_zeros(V0, dtype=torch.float32)
+    for first in range(0, N, block_size):
+        last = min(first + block_size, N)
+        logits, grad = block.logits(last - first, V0), block.grad(last - first, V0)
+        add_product(x[first:last], head.weight.mT, logits, adds=False)
+        here = Targets(targets.target[first:last], targets.sizes, targets.ignore_index)
+        to_gradient(logits, grad, head.bias, here, nll=nll[first:last])
+        if bias_sum is not None:
+            bias_sum += grad.sum(0, dtype=torch.float32)
+        if weight_sum is not None:
+            add_product(grad.mT, x[first:last], weight_sum, adds=first > 0)
+        if dx is not None:
+            piece = x.new_empty(last - first, x.shape[1], dtype=torch.float32)
+            add_product(grad, head.weight, piece, adds=False)
+            torch.mul(piece, scale, out=dx[first:last])
+    for total, out in ((weight_sum, dweight), (bias_sum, dbias)):
+        if total is not None and out is not None:
+            torch.mul(total, scale, out=out)
+    return dx
