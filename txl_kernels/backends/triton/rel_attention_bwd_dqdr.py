@@ -44,9 +44,10 @@ def _add_chunk(
         p_tile = p_dr + begin_m.to(tl.int64) * D + (o * D)[:, None] + o_d[None, :]
         tl.atomic_add(p_tile, b_dr, mask=m_row[:, None] & (o_d < D)[None, :], sem="relaxed")
         if CLAMP:
-            below, above = (begin_m + o < 0)[:, None], (begin_m + o >= R)[:, None]
-            b_below += tl.sum(tl.where(below, b_chunk.to(tl.float32), 0.0), 0)
-            b_above += tl.sum(tl.where(above, b_chunk.to(tl.float32), 0.0), 0)
+            if (begin_m < 0) | (begin_m + ROWS > R):
+                below, above = (begin_m + o < 0)[:, None], (begin_m + o >= R)[:, None]
+                b_below += tl.sum(tl.where(below, b_chunk.to(tl.float32), 0.0), 0)
+                b_above += tl.sum(tl.where(above, b_chunk.to(tl.float32), 0.0), 0)
     return b_dqv, b_below, b_above
 
 

@@ -52,8 +52,11 @@ def gradients(case: RelAttentionCase, wanted: list[str] | None = None, **changes
     return dict(zip(asked, grads, strict=True))
 
 
-@pytest.mark.parametrize("programs", [1, 5, 1000])
-@pytest.mark.parametrize("case", TABLES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "programs"),
+    list(zip(TABLES, (1, 5, 1000, 1, 5, 1000, 5, 1), strict=True)),
+    ids=lambda value: getattr(value, "name", value),
+)
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_mode_is_within_the_budget_at_any_split(case, programs, monkeypatch):
     from txl_kernels.backends.triton import rel_attention_bwd as backward

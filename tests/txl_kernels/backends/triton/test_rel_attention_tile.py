@@ -40,7 +40,9 @@ def _skew_transposed_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUM
 def _unskew_kernel(p_tile, p_before, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b_tile = tl.load(p_tile + o)
-    tl.store(p_out + o, tile.unskew(b_tile, tl.load(p_before + o), 5, b_tile, ROWS, COLUMNS))
+    tl.store(
+        p_out + o, tile.unskew_transposed(b_tile, tl.load(p_before + o), 5, b_tile, ROWS, COLUMNS)
+    )
 
 
 @triton.jit
@@ -96,15 +98,15 @@ def test_transposed_skew_reads_both_chunks_along_the_diagonals(rows, columns):
     assert torch.equal(out, x.gather(0, m))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (16, 64), (64, 64), (8, 128)])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (64, 16), (64, 64), (128, 8)])
 def test_unskew_gathers_all_that_two_blocks_give_to_one_chunk(rows, columns):
     before, after = torch.randn(2, rows, columns)
     out = torch.empty(rows, columns)
     _unskew_kernel[(1,)](after, before, out, rows, columns)
-    # Key b of row a is on row b - a of r; the chunk asked for is the one of the block before.
-    by_key = torch.cat([before, after], dim=1)
-    b = torch.arange(columns) + torch.arange(rows)[:, None]
-    assert torch.equal(out, by_key.gather(1, b))
+    # Key b of query a is on row b - a of r; the chunk asked for is the one of the block before.
+    by_key = torch.cat([before, after])
+    b = torch.arange(rows)[:, None] + torch.arange(columns)
+    assert torch.equal(out, by_key.gather(0, b))
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345, -(2**63)])
