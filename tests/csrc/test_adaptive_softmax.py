@@ -154,8 +154,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     ("op", "dtype", "mib"),
     [
         ("adaptive_nll", "float32", 30),
-        ("adaptive_loss", "float32", 110),
-        ("adaptive_loss", "bfloat16", 110),
+        ("adaptive_loss", "float32", 76),
+        ("adaptive_loss", "bfloat16", 76),
     ],
 )
 def test_memory_stays_within_one_chunk_of_logits(op, dtype, mib):
