@@ -1,10 +1,11 @@
 // rel_attention forward on the CPU, for one instruction set.
 //
-// One chunk walks its query tiles pair by pair. A tile of up to 64 queries meets its keys in blocks
-// of up to 512: two products put the shifted scores into a tile that stays in cache, a row pass
-// turns them into probabilities against a running maximum (online softmax, sums in float32), one
-// product adds them to the output. Keys and the position table are packed transposed, once per pair
-// and once per table; values are read where they stand if products can read their dtype.
+// One chunk goes pair by pair, and in a pair block of keys by block, which all query tiles meet
+// while it is in cache. For a tile of up to 64 queries, two products put the shifted scores into a
+// tile of their own, a row pass turns them into probabilities against a running maximum (online
+// softmax, sums in float32), one product adds them to the output. The position table is packed
+// transposed once, keys and values block by block; values that one tile alone reads are read where
+// they stand if products can read their dtype.
 #include "kernels.h"
 #include "philox.h"
 #include "rel_attention_tile.h"
@@ -12,31 +13,45 @@
 namespace txl::TXL_ISA {
 namespace {
 
+// A query tile, and what is known of its rows so far.
+template <typename T>
+struct FwdTile {
+  TileRows rows;
+  Operand<T>*qu, *qv;
+  Acc<T>*acc, *max, *sum;
+};
+
 template <typename T>
 struct FwdWorkspace {
-  int64_t ld_k, ld_r, ld_v, ld_acc;
+  int64_t ld_k, ld_r, ld_v, ld_acc, q_size;
   Word<T>*k_t, *r_t, *v;
-  Operand<T>*qu, *qv, *probs, *stage;
-  Acc<T>*scores, *acc, *max, *sum, *keep;
+  Operand<T>*queries, *probs, *stage;
+  Acc<T>*accs, *maxima, *sums, *scores, *keep;
 
   FwdWorkspace(const RelAttentionArgs& args, const RelAttentionPlan& plan, Arena& arena) {
-    const int64_t D = std::max(args.D, args.Dv);
-    ld_k = leading_dimension(args.Tk() + 16);
+    const int64_t n_tiles = plan.n_tiles, key_block = plan.key_block;
+    ld_k = leading_dimension(key_block + 16);
     ld_r = leading_dimension(plan.n_columns());
     ld_v = leading_dimension(args.Dv);
     ld_acc = round_up(args.Dv, 16);
+    q_size = kQueryTile * round_up(row_length<T>(args.D), 16);
     k_t = arena.take<Word<T>>(row_words<T>(args.D) * ld_k);
     r_t = arena.take<Word<T>>(row_words<T>(args.D) * ld_r);
-    v = arena.take<Word<T>>(round_up(args.Tk() + 16, 16) / (kPacked<T> ? 2 : 1) * ld_v);
-    qu = arena.take<Operand<T>>(kQueryTile * row_length<T>(args.D));
-    qv = arena.take<Operand<T>>(kQueryTile * row_length<T>(args.D));
+    v = arena.take<Word<T>>(key_block / (kPacked<T> ? 2 : 1) * ld_v);
+    queries = arena.take<Operand<T>>(n_tiles * 2 * q_size);
+    accs = arena.take<Acc<T>>(n_tiles * kQueryTile * ld_acc);
+    maxima = arena.take<Acc<T>>(n_tiles * kQueryTile);
+    sums = arena.take<Acc<T>>(n_tiles * kQueryTile);
     probs = kPacked<T> ? arena.take<Operand<T>>(kQueryTile * kScoreLd) : nullptr;
-    stage = arena.take<Operand<T>>(16 * row_length<T>(D));
+    stage = arena.take<Operand<T>>(16 * row_length<T>(std::max(args.D, args.Dv)));
     scores = arena.take<Acc<T>>(kScoreSize) + kScoreSlack;
-    acc = arena.take<Acc<T>>(kQueryTile * ld_acc);
-    max = arena.take<Acc<T>>(kQueryTile);
-    sum = arena.take<Acc<T>>(kQueryTile);
     keep = arena.take<Acc<T>>(kKeyBlock);
+  }
+
+  FwdTile<T> tile(TileRows rows, int64_t index) const {
+    Operand<T>* q = queries + index * 2 * q_size;
+    const int64_t row = index * kQueryTile;
+    return {rows, q, q + q_size, accs + row * ld_acc, maxima + row, sums + row};
   }
 };
 
@@ -67,7 +82,7 @@ void scale_row(acc_t* row, acc_t factor, int64_t n) {
 
 // One row of one block: masked scores to probabilities, the running maximum and sum moved on.
 template <typename T>
-void softmax_row(const RelAttentionArgs& args, int64_t pair_bh, int64_t i, Block block, bool first,
+void softmax_row(const RelAttentionArgs& args, int64_t pair_bh, int64_t i, Block block,
                  Acc<T>* scores, Operand<T>* probs, Acc<T>* max, Acc<T>* sum, Acc<T>* acc,
                  Acc<T>* keep) {
   constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
@@ -75,7 +90,7 @@ void softmax_row(const RelAttentionArgs& args, int64_t pair_bh, int64_t i, Block
   const Acc<T> new_max = std::max(*max, factor * row_max(scores, block.padded));
   const Acc<T> shift = new_max == kNone ? 0 : new_max;
   const Acc<T> block_sum = exponentiate(scores, factor, shift, block.padded, probs);
-  if (!first && new_max > *max) {
+  if (new_max > *max && *sum > 0) {
     const Acc<T> decay = std::exp2(*max - new_max);
     *sum *= decay;
     scale_row(acc, decay, args.Dv);
@@ -92,68 +107,100 @@ void softmax_row(const RelAttentionArgs& args, int64_t pair_bh, int64_t i, Block
 }
 
 template <typename T>
-void write_outputs(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows rows,
-                   const FwdWorkspace<T>& ws) {
+void write_outputs(const RelAttentionArgs& args, int64_t b, int64_t h, const FwdTile<T>& tile,
+                   int64_t ld_acc) {
   constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
-  auto* lse = static_cast<Acc<T>*>(args.lse) + (b * args.H + h) * args.Tq + rows.begin;
-  for (int64_t a = 0; a < rows.count(); ++a) {
-    const bool dead = ws.sum[a] == 0;
+  const int64_t begin = tile.rows.begin;
+  auto* lse = static_cast<Acc<T>*>(args.lse) + (b * args.H + h) * args.Tq + begin;
+  for (int64_t a = 0; a < tile.rows.count(); ++a) {
+    const bool dead = tile.sum[a] == 0;
     const Acc<T> kept = static_cast<Acc<T>>(1 - args.dropout_p);
-    Acc<T>* acc = ws.acc + a * ws.ld_acc;
+    Acc<T>* acc = tile.acc + a * ld_acc;
     if (dead) {
       std::fill(acc, acc + args.Dv, Acc<T>(0));
     } else {
-      scale_row(acc, 1 / (kept * ws.sum[a]), args.Dv);
+      scale_row(acc, 1 / (kept * tile.sum[a]), args.Dv);
     }
-    convert_row(acc, args.out.head<T>(b, h) + (rows.begin + a) * args.out.stride_t, args.Dv);
+    convert_row(acc, args.out.head<T>(b, h) + (begin + a) * args.out.stride_t, args.Dv);
     // In double: the backward's probabilities are no better than this number.
-    lse[a] = dead ? kNone : static_cast<Acc<T>>(kLn2 * (ws.max[a] + std::log2(double{ws.sum[a]})));
+    lse[a] =
+        dead ? kNone : static_cast<Acc<T>>(kLn2 * (tile.max[a] + std::log2(double{tile.sum[a]})));
   }
 }
 
-// acc (+)= probs · v, from the packed values or, where `values` are given, from where they stand.
+// acc += probs · v, from the packed values or, where `values` are given, from where they stand.
 template <typename T>
-void value_product(const RelAttentionArgs& args, TileRows rows, Block block, int64_t k_begin,
-                   const KeyRows<T>* values, const Operand<T>* probs, bool first,
-                   const FwdWorkspace<T>& ws) {
+void value_product(const RelAttentionArgs& args, const FwdTile<T>& tile, Block part, int64_t key,
+                   const KeyRows<T>* values, const Operand<T>* probs, const FwdWorkspace<T>& ws) {
   if constexpr (kReadable<T>) {
     if (values != nullptr) {
-      product_in_place<T>(rows.count(), args.Dv, *values, block.begin, block.begin + block.n, probs,
-                          kScoreLd, ws.acc, ws.ld_acc, !first);
+      product_in_place<T>(tile.rows.count(), args.Dv, *values, part.begin, part.begin + part.n,
+                          probs, kScoreLd, tile.acc, ws.ld_acc, true);
       return;
     }
   }
-  const int64_t row = (block.begin - k_begin) / (kPacked<T> ? 2 : 1);
-  gemm(rows.count(), args.Dv, row_length<T>(block.n), probs, kScoreLd,
-       reinterpret_cast<const Operand<T>*>(ws.v + row * ws.ld_v), ws.ld_v, ws.acc, ws.ld_acc,
-       !first);
+  const Word<T>* v = ws.v + key / (kPacked<T> ? 2 : 1) * ws.ld_v;
+  gemm(tile.rows.count(), args.Dv, row_length<T>(part.n), probs, kScoreLd,
+       reinterpret_cast<const Operand<T>*>(v), ws.ld_v, tile.acc, ws.ld_acc, true);
 }
 
 template <typename T>
+void load_tile(const RelAttentionArgs& args, int64_t b, int64_t h, const FwdTile<T>& tile,
+               int64_t ld_acc) {
+  const int64_t n_rows = tile.rows.count();
+  load_queries<T>(args, b, h, tile.rows, tile.qu, tile.qv, row_length<T>(args.D));
+  std::fill(tile.acc, tile.acc + n_rows * ld_acc, Acc<T>(0));
+  std::fill(tile.max, tile.max + n_rows, -std::numeric_limits<Acc<T>>::infinity());
+  std::fill(tile.sum, tile.sum + n_rows, Acc<T>(0));
+}
+
+// One tile against the part of a block that it sees; `key`: the part's first packed column.
+template <typename T>
 void fwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t h,
-              TileRows rows, int64_t k_begin, const KeyRows<T>* values, const FwdWorkspace<T>& ws) {
-  const int64_t ld_q = row_length<T>(args.D);
-  load_queries<T>(args, b, h, rows, ws.qu, ws.qv, ld_q);
-  std::fill(ws.max, ws.max + rows.count(), -std::numeric_limits<Acc<T>>::infinity());
-  std::fill(ws.sum, ws.sum + rows.count(), Acc<T>(0));
-  bool first = true;
-  for_each_block(tile_keys(args, plan, b, rows.begin, rows.end), [&](Block block) {
-    score_block<T>(rows, block, block_columns(args, plan, rows, block), args.D, ws.qu, ws.qv,
-                   ws.k_t + (block.begin - k_begin), ws.ld_k, ws.r_t, ws.ld_r, ws.scores);
-    finish_scores<T>(args, b, h, rows, block, ws.scores);
-    Operand<T>* probs;
-    if constexpr (kPacked<T>)
-      probs = ws.probs;
-    else
-      probs = ws.scores;
-    for (int64_t a = 0; a < rows.count(); ++a) {
-      softmax_row<T>(args, b * args.H + h, rows.begin + a, block, first, ws.scores + a * kScoreLd,
-                     probs + a * kScoreLd, ws.max + a, ws.sum + a, ws.acc + a * ws.ld_acc, ws.keep);
+              const FwdTile<T>& tile, Block part, int64_t key, const KeyRows<T>* values,
+              const FwdWorkspace<T>& ws) {
+  score_block<T>(tile.rows, part, block_columns(args, plan, tile.rows, part), args.D, tile.qu,
+                 tile.qv, ws.k_t + key, ws.ld_k, ws.r_t, ws.ld_r, ws.scores);
+  finish_scores<T>(args, b, h, tile.rows, part, ws.scores);
+  Operand<T>* probs;
+  if constexpr (kPacked<T>)
+    probs = ws.probs;
+  else
+    probs = ws.scores;
+  for (int64_t a = 0; a < tile.rows.count(); ++a) {
+    softmax_row<T>(args, b * args.H + h, tile.rows.begin + a, part, ws.scores + a * kScoreLd,
+                   probs + a * kScoreLd, tile.max + a, tile.sum + a, tile.acc + a * ws.ld_acc,
+                   ws.keep);
+  }
+  value_product<T>(args, tile, part, key, values, probs, ws);
+}
+
+// Items [first, last] of one pair: its query tiles, or those of them that are this chunk's.
+template <typename T>
+void fwd_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t first,
+              int64_t last, const FwdWorkspace<T>& ws) {
+  const int64_t pair = first / plan.n_tiles, b = args.batch_of(pair), h = args.head_of(pair);
+  auto tile = [&](int64_t item) {
+    return ws.tile(tile_rows(args, plan, item % plan.n_tiles), item - first);
+  };
+  for (int64_t item = first; item <= last; ++item) load_tile<T>(args, b, h, tile(item), ws.ld_acc);
+  const KeyRows<T> keys(args, args.mem_k, args.k, b, h), values(args, args.mem_v, args.v, b, h);
+  // Values that one tile alone reads are not worth a copy.
+  const bool in_place = kReadable<T> && first == last;
+  const TileKeys seen = tile_keys(args, plan, b, tile(first).rows.begin, tile(last).rows.end);
+  for_each_block(seen, [&](Block block) {
+    const int64_t end = block.begin + block.padded;
+    pack_transposed<T>(keys, block.begin, end, args.D, ws.stage, ws.k_t, ws.ld_k);
+    if (!in_place) pack_natural<T>(values, block.begin, end, args.Dv, ws.stage, ws.v, ws.ld_v);
+    for (int64_t item = first; item <= last; ++item) {
+      const Block part = seen_part(args, b, tile(item).rows, block);
+      if (part.n == 0) continue;
+      fwd_tile<T>(args, plan, b, h, tile(item), part, part.begin - block.begin,
+                  in_place ? &values : nullptr, ws);
     }
-    value_product<T>(args, rows, block, k_begin, values, probs, first, ws);
-    first = false;
   });
-  write_outputs<T>(args, b, h, rows, ws);
+  for (int64_t item = first; item <= last; ++item)
+    write_outputs<T>(args, b, h, tile(item), ws.ld_acc);
 }
 
 template <typename T>
@@ -163,27 +210,15 @@ void fwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64
   const FwdWorkspace<T> ws(args, plan, arena);
   const int64_t stop = plan.chunks[static_cast<size_t>(chunk + 1)];
   int64_t group = -1;
-  for (int64_t item = plan.chunks[static_cast<size_t>(chunk)]; item < stop;) {
-    const int64_t pair = item / plan.n_tiles, b = args.batch_of(pair), h = args.head_of(pair);
-    const int64_t last = std::min(stop, (pair + 1) * plan.n_tiles) - 1;
-    const TileKeys keys = tile_keys(args, plan, b, tile_rows(args, plan, item % plan.n_tiles).begin,
-                                    tile_rows(args, plan, last % plan.n_tiles).end);
-    const int64_t k_begin = keys.aligned_begin, k_end = round_up(keys.end, 16);
+  for (int64_t item = plan.chunks[static_cast<size_t>(chunk)], next; item < stop; item = next) {
+    const int64_t pair = item / plan.n_tiles;
+    next = std::min(stop, (pair + 1) * plan.n_tiles);
     if (args.group_of(pair) != group) {
       group = args.group_of(pair);
       pack_transposed<T>(TableRows<T>(args, pair), plan.e_begin, plan.e_end, args.D, ws.stage,
                          ws.r_t, ws.ld_r);
     }
-    pack_transposed<T>(KeyRows<T>(args, args.mem_k, args.k, b, h), k_begin, k_end, args.D, ws.stage,
-                       ws.k_t, ws.ld_k);
-    const KeyRows<T> values(args, args.mem_v, args.v, b, h);
-    // Values that one tile alone reads are not worth a copy.
-    const bool in_place = kReadable<T> && item == last;
-    if (!in_place) pack_natural<T>(values, k_begin, k_end, args.Dv, ws.stage, ws.v, ws.ld_v);
-    for (; item <= last; ++item) {
-      fwd_tile<T>(args, plan, b, h, tile_rows(args, plan, item % plan.n_tiles), k_begin,
-                  in_place ? &values : nullptr, ws);
-    }
+    fwd_pair<T>(args, plan, item, next - 1, ws);
   }
   gemm_release();
 }
