@@ -36,7 +36,7 @@ def inputs_on(
     inputs = random_softmax(shape, dtype)
 
     def moved(x: Tensor) -> Tensor:
-        return x.detach().roll(turn, -1).to(device).requires_grad_()
+        return x.detach().flatten().roll(turn).view(x.shape).to(device).requires_grad_()
 
     hidden, target, weight, bias, *lists = inputs
     lists = [[moved(x) for x in part] for part in lists]
