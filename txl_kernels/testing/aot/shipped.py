@@ -79,7 +79,8 @@ def launches(call: Call, arch: int) -> list[Recorded]:
     Raises:
         KeyError: it launches a kernel that `call.kernels` does not name.
     """
-    library = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop})
+    sums = {torch.ops.aten.addmm: _addmm_flop, torch.ops.aten.addmm_: _addmm_flop}
+    library = FlopCounterMode(display=False, custom_mapping=sums)
     with recording(arch) as found, running_on(arch), library:
         call.run()
     kinds: list[list[Launch]] = []
@@ -115,6 +116,8 @@ def shipped_calls() -> list[Call]:
     return [*shipped_attention.calls(), *shipped_adaptive.calls()]
 
 
-def _addmm_flop(_out: Sequence[int], a: Sequence[int], b: Sequence[int], **_: Any) -> int:
-    """Of out += a · b in place, which torch's counter does not know, from the shapes."""
+def _addmm_flop(
+    _sum: Sequence[int], a: Sequence[int], b: Sequence[int], *_dtype: Any, **_: Any
+) -> int:
+    """Of sum + a · b by shape; torch's counter knows no sum in place or in another dtype."""
     return 2 * a[0] * a[1] * b[1]
