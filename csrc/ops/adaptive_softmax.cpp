@@ -10,6 +10,7 @@
 
 #include <numeric>
 
+#include "arguments.h"
 #include "product.h"
 #include "txl/gemm.h"
 #include "workspace.h"
@@ -22,22 +23,6 @@ using at::Tensor;
 struct Cluster {
   Tensor projection, weight, bias;  // undefined where absent; the bias in the accumulation type
 };
-
-Scalar scalar_of(const char* op, at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return Scalar::f32;
-    case at::kDouble:
-      return Scalar::f64;
-    case at::kHalf:
-      return Scalar::f16;
-    case at::kBFloat16:
-      return Scalar::bf16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": hidden must be float32, float64, float16 or bfloat16, got ",
-                       dtype);
-  }
-}
 
 // The tokens of each cluster, in token order: a counting sort of the targets that count.
 struct Buckets {
@@ -200,7 +185,7 @@ struct Call {
 
   Call(const char* op, const Tensor& hidden_, const Tensor& target, at::TensorList flat,
        int64_t ignore_index)
-      : dtype(scalar_of(op, hidden_.scalar_type())),
+      : dtype(scalar_of(op, "hidden", hidden_)),
         hidden(hidden_.contiguous()),
         clusters(unflatten(op, hidden_, flat)),
         buckets(op, target, clusters, ignore_index) {}

@@ -3,13 +3,10 @@
 
 #include <ATen/ATen.h>
 
+#include "arguments.h"
 #include "txl/gemm.h"
 
 namespace txl {
-
-inline at::ScalarType acc_dtype(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 // An empty tensor stands for an absent one in a list.
 inline bool present(const at::Tensor& x) {
