@@ -1,6 +1,8 @@
 // The second pass over a cluster: gradients of its logits, tile by tile, and their two products.
 #pragma once
 
+#include <c10/util/bit_cast.h>
+
 #include "adaptive_softmax_tile.h"
 
 namespace txl::TXL_ISA {
@@ -96,63 +98,60 @@ void target_gradients(const ClusterArgs& args, const VocabTile<T>& vocab, const 
   });
 }
 
-// The weight's gradient of one vocabulary tile over a block of tokens: where it is accumulated, and
-// what becomes of it. Products write straight into a gradient of their own type.
+// A tile's gradient of the weight over one block of tokens, on top of the blocks before. Where it
+// is 16 bits wide, a sum that goes on is kept in float32 all the same: its upper half where the
+// gradient will be, its lower half in `dweight_low`.
 template <typename T>
-struct WeightGradient {
-  static constexpr bool kDirect = std::is_same_v<T, Acc<T>>;
-  Acc<T>* sum;
-  int64_t ld;
-  bool accumulate;  // on top of earlier blocks
-
-  WeightGradient(const ClusterArgs& args, const ClusterGrads& grads, const VocabTile<T>& vocab,
-                 int64_t block, const ClusterSlot<T>& ws)
-      : sum(ws.dweight), ld(ws.ld_d), accumulate(false) {
-    if constexpr (kDirect) {
-      sum = static_cast<Acc<T>*>(grads.dweight) + vocab.begin * args.d;
-      ld = args.d;
-      accumulate = block > 0;
-    }
-  }
-
-  void finish(const ClusterArgs& args, const ClusterPlan& plan, const ClusterGrads& grads,
-              const VocabTile<T>& vocab, int64_t block) const {
-    if constexpr (!kDirect) {
-      for (int64_t v = 0; v < vocab.n; ++v) {
-        Acc<T>* row = sum + v * ld;
-        const int64_t at = (vocab.begin + v) * args.d;
-        if (plan.n_blocks > 1) {
-          Acc<T>* acc = static_cast<Acc<T>*>(grads.dweight_acc) + at;
-          for (int64_t k = 0; k < args.d; ++k) acc[k] = block > 0 ? acc[k] + row[k] : row[k];
-          row = acc;
+void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
+                         const ClusterGrads& grads, const VocabTile<T>& vocab, int64_t block,
+                         const ClusterSlot<T>& ws) {
+  for (int64_t v = 0; v < vocab.n; ++v) {
+    Acc<T>* row = ws.dweight + v * ws.ld_d;
+    const int64_t at = (vocab.begin + v) * args.d;
+    T* out = static_cast<T*>(grads.dweight) + at;
+    if constexpr (std::is_same_v<T, Acc<T>>) {
+      for (int64_t k = 0; k < args.d; ++k) out[k] = block > 0 ? out[k] + row[k] : row[k];
+    } else {
+      uint16_t* low = grads.dweight_low + at;
+      if (block > 0) {
+        for (int64_t k = 0; k < args.d; ++k)
+          row[k] += c10::bit_cast<float>(uint32_t{out[k].x} << 16 | low[k]);
+      }
+      if (block + 1 == plan.n_blocks) {
+        convert_row(row, out, args.d);
+      } else {
+        for (int64_t k = 0; k < args.d; ++k) {
+          const auto bits = c10::bit_cast<uint32_t>(row[k]);
+          out[k].x = static_cast<uint16_t>(bits >> 16);
+          low[k] = static_cast<uint16_t>(bits);
         }
-        if (block + 1 == plan.n_blocks)
-          convert_row(row, static_cast<T*>(grads.dweight) + at, args.d);
       }
     }
   }
-};
+}
 
-// The tile's weight as the right-hand matrix [columns, d] of the hidden gradient's product.
+// The tile's weight as the right-hand matrix [columns, d] of the hidden gradient's product: a copy,
+// as the rows of the caller's begin anywhere in a cache line, or all on one set.
 template <typename T>
-std::pair<const Operand<T>*, int64_t> weight_rows(const ClusterArgs& args,
-                                                  const VocabTile<T>& vocab,
-                                                  const ClusterSlot<T>& ws) {
+const Operand<T>* pack_weight_rows(const ClusterArgs& args, const VocabTile<T>& vocab,
+                                   const ClusterSlot<T>& ws) {
   if constexpr (kPacked<T>) {
-    const int64_t ld_pairs = ws.ld_d;
     for (int64_t v = 0; v < vocab.n; v += 2) {
       const BFloat16* even = vocab.weight + v * vocab.ld;
+      Word<T>* pairs = ws.weight_rows + v / 2 * ws.ld_d;
       if (v + 1 < vocab.n) {
-        interleave(even, even + vocab.ld, args.d, ws.weight_pairs + v / 2 * ld_pairs);
+        interleave(even, even + vocab.ld, args.d, pairs);
       } else {
-        auto* pairs = reinterpret_cast<BFloat16*>(ws.weight_pairs + v / 2 * ld_pairs);
-        for (int64_t k = 0; k < args.d; ++k) pairs[2 * k] = even[k], pairs[2 * k + 1] = 0;
+        auto* last = reinterpret_cast<BFloat16*>(pairs);
+        for (int64_t k = 0; k < args.d; ++k) last[2 * k] = even[k], last[2 * k + 1] = 0;
       }
     }
-    return {reinterpret_cast<const BFloat16*>(ws.weight_pairs), ld_pairs};
   } else {
-    return {vocab.weight, vocab.ld};
+    for (int64_t v = 0; v < vocab.n; ++v)
+      convert_row(vocab.weight + v * vocab.ld, ws.weight_rows + v * ws.ld_d, args.d);
   }
+  clear_padding(ws.weight_rows, row_words<T>(vocab.n), args.d, ws.ld_d);
+  return reinterpret_cast<const Operand<T>*>(ws.weight_rows);
 }
 
 // A slot's share of one block: its columns' gradients, and its part of the hidden gradients.
@@ -163,29 +162,28 @@ void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const C
   Arena arena(memory), slot_arena(slot_memory);
   const ClusterShared<T> shared(args, plan, held, arena);
   const ClusterSlot<T> ws(args, plan, grads, slot_arena);
-  const int64_t tiles = token_tiles(args, plan, block);
+  const int64_t tiles = token_tiles(args, plan, block), width = round_up(args.d, 16);
   const int64_t first = plan.first_tile(slot);
   for (int64_t index = first; index < plan.first_tile(slot + 1); ++index) {
     const VocabTile<T> vocab(args, index, ws);
-    const WeightGradient<T> dweight(args, grads, vocab, block, ws);
     std::fill(ws.dbias, ws.dbias + kVocabTile * 16, Acc<T>(0));
-    std::pair<const Operand<T>*, int64_t> rows;
-    if (grads.dx != nullptr) rows = weight_rows<T>(args, vocab, ws);
+    const Operand<T>* weight_rows = nullptr;
+    if (grads.dx != nullptr) weight_rows = pack_weight_rows<T>(args, vocab, ws);
     for (int64_t t = 0; t < tiles; ++t) {
       const TokenTile tokens(args, plan, block, t);
       softmax_gradients(args, plan, held, vocab, tokens, given, shared, ws);
       target_gradients(args, vocab, tokens, given, shared, ws);
       if (grads.dweight != nullptr) {
-        gemm(vocab.n, args.d, plan.tile, ws.g_t, shared.ld_t,
+        gemm(vocab.n, width, plan.tile, ws.g_t, shared.ld_t,
              reinterpret_cast<const Operand<T>*>(shared.x_n + t * shared.size_x_n), shared.ld_d,
-             dweight.sum, dweight.ld, dweight.accumulate || t > 0);
+             ws.dweight, ws.ld_d, t > 0);
       }
       if (grads.dx != nullptr) {
-        gemm(plan.tile, args.d, row_length<T>(vocab.n), ws.g, ClusterSlot<T>::ld_v, rows.first,
-             rows.second, ws.dx + tokens.at * ws.ld_d, ws.ld_d, index > first);
+        gemm(plan.tile, width, row_length<T>(vocab.n), ws.g, ClusterSlot<T>::ld_v, weight_rows,
+             ws.ld_d, ws.dx + tokens.at * ws.ld_d, ws.ld_d, index > first);
       }
     }
-    if (grads.dweight != nullptr) dweight.finish(args, plan, grads, vocab, block);
+    if (grads.dweight != nullptr) add_weight_gradient(args, plan, grads, vocab, block, ws);
     if (grads.dbias != nullptr) {
       auto* dbias = static_cast<Acc<T>*>(grads.dbias) + vocab.begin;
       for (int64_t v = 0; v < vocab.n; ++v) {

@@ -19,8 +19,9 @@ void cluster_pack(const ClusterArgs& args, const ClusterPlan& plan, bool held, i
   Operand<T>* stage = shared.stage + tile * 16 * row_length<T>(args.d);
   pack_transposed<T>(rows, begin, end, args.d, stage, shared.x_t + tile * shared.size_x_t,
                      shared.ld_t);
-  pack_natural<T>(rows, begin, end, args.d, stage, shared.x_n + tile * shared.size_x_n,
-                  shared.ld_d);
+  Word<T>* x_n = shared.x_n + tile * shared.size_x_n;
+  pack_natural<T>(rows, begin, end, args.d, stage, x_n, shared.ld_d);
+  clear_padding(x_n, shared.size_x_n / shared.ld_d, args.d, shared.ld_d);
 }
 
 // One tile of logits [rows, ld], a token per column: each column's maximum m, in units of log2 e,

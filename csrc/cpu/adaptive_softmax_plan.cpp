@@ -26,8 +26,7 @@ int64_t widest_tile(int64_t d) {
 
 }  // namespace
 
-ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, int64_t acc_bytes,
-                         int64_t threads) {
+ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, bool low_halves, int64_t threads) {
   ClusterPlan plan;
   plan.n_vocab_tiles = ceil_div(args.V, kVocabTile);
   plan.n_slots = std::clamp<int64_t>(threads, 1, plan.n_vocab_tiles);
@@ -35,8 +34,9 @@ ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, int64_t acc_byte
   const int64_t row = held > 0 ? plan.n_vocab_tiles * kVocabTile * held
                                : plan.n_slots * args.d * static_cast<int64_t>(sizeof(float));
   int64_t most = std::max<int64_t>(16, kLogitsBytes / row / 16 * 16);
-  // One block of everything, where that is less memory than the accumulator of several.
-  if (acc_bytes > 0 && args.n * row <= kLogitsBytes + args.V * args.d * acc_bytes) most = args.n;
+  // One block of everything, where that is less memory than the lower halves of several's sums.
+  const int64_t low_bytes = args.V * args.d * static_cast<int64_t>(sizeof(uint16_t));
+  if (low_halves && args.n * row <= kLogitsBytes + low_bytes) most = args.n;
   plan.n_blocks = std::max<int64_t>(1, ceil_div(args.n, most));
   const int64_t each = std::max<int64_t>(1, ceil_div(args.n, plan.n_blocks));
   const int64_t even = ceil_div(each, ceil_div(each, widest_tile(args.d)));

@@ -28,6 +28,13 @@ struct TokenRows {
   }
 };
 
+// Zeros behind the `n` columns of each row, so that products run over whole vectors.
+template <typename W>
+void clear_padding(W* matrix, int64_t rows, int64_t n, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r)
+    std::fill(matrix + r * ld + n, matrix + r * ld + round_up(n, 16), W(0));
+}
+
 // What the slots of a block share. Per token: arrays of `padded_block`.
 template <typename T>
 struct ClusterShared {
@@ -66,7 +73,7 @@ struct ClusterSlot {
   int64_t ld_d;
   Acc<T>* logits;          // [kVocabTile, ld_t]
   Operand<T>* weight;      // [kVocabTile, row_length(d)], where products cannot read the caller's
-  Word<T>* weight_pairs;   // [kVocabTile / 2, ld_d], packed operands only
+  Word<T>* weight_rows;    // [kVocabTile, ld_d], or pairs of rows
   Operand<T>*g_t, *g;      // gradients of a tile of logits, [kVocabTile, ld_t] and [tile, ld_v]
   Acc<T>*dweight, *dbias;  // [kVocabTile, ld_d] and [kVocabTile, 16]
   Acc<T>*factor, *shift;   // [tile]
@@ -78,7 +85,7 @@ struct ClusterSlot {
     ld_d = leading_dimension(args.d);
     logits = arena.take<Acc<T>>(kVocabTile * ld_t);
     weight = arena.take<Operand<T>>(kVocabTile * row_length<T>(args.d));
-    weight_pairs = arena.take<Word<T>>(kPacked<T> ? (kVocabTile / 2) * ld_d : 0);
+    weight_rows = arena.take<Word<T>>(kVocabTile / (kPacked<T> ? 2 : 1) * ld_d);
     g_t = arena.take<Operand<T>>(kVocabTile * ld_t);
     g = arena.take<Operand<T>>(plan.tile * ld_v);
     dweight = arena.take<Acc<T>>(kVocabTile * ld_d);

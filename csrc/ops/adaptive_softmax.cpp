@@ -130,7 +130,7 @@ struct ClusterCall {
     threads = at::in_parallel_region() || work < 5e5 ? 1 : at::get_num_threads();
   }
 
-  bool accumulates(const ClusterGrads& grads) const {
+  bool needs_low_halves(const ClusterGrads& grads) const {
     return grads.dweight != nullptr && x.scalar_type() != acc_dtype(x);
   }
 
@@ -141,13 +141,13 @@ struct ClusterCall {
     if (args.n == 0) return;
     const ClusterTokens tokens{lse.data_ptr(), again ? nullptr : logit.data_ptr(),
                                scale.defined() ? scale.const_data_ptr() : nullptr};
-    const ClusterPlan plan = plan_cluster(args, held ? kernels.operand_bytes : 0,
-                                          accumulates(grads) ? lse.element_size() : 0, threads);
+    const ClusterPlan plan =
+        plan_cluster(args, held ? kernels.operand_bytes : 0, needs_low_halves(grads), threads);
     ClusterGrads out = grads;
-    Tensor acc;
-    if (accumulates(grads) && plan.n_blocks > 1) {
-      acc = at::empty({args.V, args.d}, lse.options());
-      out.dweight_acc = acc.data_ptr();
+    Tensor low;
+    if (needs_low_halves(grads) && plan.n_blocks > 1) {
+      low = at::empty({args.V, args.d}, rows.options().dtype(at::kShort));
+      out.dweight_low = reinterpret_cast<uint16_t*>(low.data_ptr<int16_t>());
     }
     const int64_t shared_bytes = kernels.shared_bytes(args, plan, held);
     const int64_t slot_bytes = round_to_page(kernels.slot_bytes(args, plan, out));

@@ -11,9 +11,9 @@ namespace txl {
 // token's logits stand in a column.
 constexpr int64_t kVocabTile = 64, kTokenTile = 256;
 // What `adaptive_loss` holds between its two passes, at most: one chunk of a cluster's logits. (One
-// token tile of 16 tokens is held whatever its size; and where gradients of several chunks would
-// need a float32 copy of a 16-bit weight's gradient that is larger, one larger chunk.)
-constexpr int64_t kLogitsBytes = int64_t{64} << 20;
+// token tile of 16 tokens is held whatever its size; and where several chunks would need more for
+// the lower halves of a 16-bit weight's gradient, one larger chunk.)
+constexpr int64_t kLogitsBytes = int64_t{24} << 20;
 
 // One cluster: n of its tokens meet its V columns.
 struct ClusterArgs {
@@ -37,8 +37,8 @@ struct ClusterGrads {
   void* dx = nullptr;                // [·, d] in the accumulation type
   const int64_t* dx_rows = nullptr;  // token i's goes on top of row dx_rows[i]; null = into row i
   void* dweight = nullptr;           // [V, d] in the weight's dtype
-  void* dweight_acc = nullptr;       // [V, d] in the accumulation type: with several blocks, where
-                                     // that is another than the weight's
+  uint16_t* dweight_low = nullptr;   // [V, d]: with several blocks and a 16-bit weight, the lower
+                                     // halves of sums that go on
   void* dbias = nullptr;             // [V] in the accumulation type
 };
 
@@ -57,9 +57,9 @@ struct ClusterPlan {
   int64_t first_tile(int64_t slot) const { return slot * n_vocab_tiles / n_slots; }
 };
 
-// `held`: whether logits are held, as elements of this many bytes, or 0. `acc_bytes`: per element
-// of the gradient's accumulator that several blocks need beside the weight's gradient, or 0.
-ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, int64_t acc_bytes, int64_t threads);
+// `held`: whether logits are held, as elements of this many bytes, or 0. `low_halves`:
+// whether sums over several blocks need memory beside the weight's gradient.
+ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, bool low_halves, int64_t threads);
 
 // One dtype's kernels. `shared` and `slot` are memory of as many bytes as the first two say,
 // 64-byte aligned. For each block: `pack` for every token tile, `logits` for every slot, `combine`;
