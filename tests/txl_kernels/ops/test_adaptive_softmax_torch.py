@@ -147,9 +147,9 @@ def test_opcheck_nll_backward(wanted, native):
 @pytest.mark.parametrize("op", [adaptive_nll, adaptive_loss], ids=lambda op: op.__name__)
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_without_a_graph_break(backend, op, compiler):
-    if (backend, compiler) == ("reference", "inductor"):
-        pytest.skip("Inductor compiles the reference's pieces for a minute; aot_eager shows it")
-    case = CASES[0]
+    """Inductor takes seconds for each piece of the reference, which gets one alone."""
+    alone = (backend, compiler) == ("reference", "inductor")
+    case = CASES[2 if alone else 0]
     inputs = case.inputs(torch.float32)
     torch.compiler.reset()
     compiled = torch.compile(
