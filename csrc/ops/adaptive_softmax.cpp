@@ -254,6 +254,16 @@ class Gradients {
       : call_(call), flat_(flat), needed_(needed) {
     if (needed.get(0)) dhidden_ = at::zeros(call.hidden.sizes(), call.acc_options());
     out_.resize(flat.size());
+    if (tails_are_one_table()) {
+      const int64_t n_words = flat[1].size(0) - n_tails(), d = flat[4].size(1);
+      int64_t V = n_words;
+      for (size_t k = 1; k < call.clusters.size(); ++k) V += flat[3 * k + 1].size(0);
+      table_ = at::empty({V, d}, flat[4].options());
+      advise_huge_pages(table_.data_ptr(), static_cast<int64_t>(table_.nbytes()));
+      next_row_.push_back(n_words);
+      for (size_t k = 1; k < call.clusters.size(); ++k)
+        next_row_.push_back(next_row_.back() + flat[3 * k + 1].size(0));
+    }
   }
 
   // `scale`: [N], the gradient of each token's loss. As ClusterCall::run.
@@ -273,7 +283,7 @@ class Gradients {
     }
     Tensor dbias;
     if (wants(3 * k + 1)) {
-      out_[3 * k + 1] = gradient_of(call_.clusters[k].weight, cluster.args.n);
+      out_[3 * k + 1] = gradient_of(k, cluster.args.n);
       grads.dweight = out_[3 * k + 1].data_ptr();
     }
     if (wants(3 * k + 2)) {
@@ -297,10 +307,34 @@ class Gradients {
   bool wants(size_t index) const { return needed_.get(index + 1) && present(flat_[index]); }
   Tensor none() const { return at::empty({0}, call_.hidden.options()); }  // never one shared
 
-  static Tensor gradient_of(const Tensor& weight, int64_t n) {
-    if (n == 0) return at::zeros_like(weight);
-    Tensor grad = at::empty_like(weight);
-    advise_huge_pages(grad.data_ptr(), static_cast<int64_t>(grad.nbytes()));
+  int64_t n_tails() const { return static_cast<int64_t>(call_.clusters.size()) - 1; }
+
+  // Whether the tails' weights lie one behind the other. Their gradients then do too, behind room
+  // for the head's words, so that who joins them into the gradient of one table copies none.
+  bool tails_are_one_table() const {
+    if (n_tails() == 0) return false;
+    const Tensor& first = flat_[4];
+    int64_t offset = first.storage_offset();
+    for (size_t k = 1; k < call_.clusters.size(); ++k) {
+      const Tensor& weight = flat_[3 * k + 1];
+      if (!wants(3 * k + 1) || !weight.is_contiguous() || !weight.is_alias_of(first) ||
+          weight.size(1) != first.size(1) || weight.storage_offset() != offset)
+        return false;
+      offset += weight.numel();
+    }
+    return true;
+  }
+
+  Tensor gradient_of(size_t k, int64_t n) const {
+    const Tensor& weight = call_.clusters[k].weight;
+    Tensor grad;
+    if (k > 0 && table_.defined()) {
+      grad = table_.slice(0, next_row_[k - 1], next_row_[k]);
+    } else {
+      grad = at::empty_like(weight);
+      advise_huge_pages(grad.data_ptr(), static_cast<int64_t>(grad.nbytes()));
+    }
+    if (n == 0) grad.zero_();
     return grad;
   }
 
@@ -318,7 +352,9 @@ class Gradients {
   const Call& call_;
   at::TensorList flat_;
   const c10::List<bool>& needed_;
-  Tensor dhidden_;
+  Tensor dhidden_, table_;  // table_: the gradients of tails that are one table
+  std::vector<int64_t>
+      next_row_;  // the row of table_ behind the head's words, and behind each tail
   std::vector<Tensor> out_;
 };
 
