@@ -254,16 +254,15 @@ class Gradients {
       : call_(call), flat_(flat), needed_(needed) {
     if (needed.get(0)) dhidden_ = at::zeros(call.hidden.sizes(), call.acc_options());
     out_.resize(flat.size());
-    if (tails_are_one_table()) {
-      const int64_t n_words = flat[1].size(0) - n_tails(), d = flat[4].size(1);
-      int64_t V = n_words;
-      for (size_t k = 1; k < call.clusters.size(); ++k) V += flat[3 * k + 1].size(0);
-      table_ = at::empty({V, d}, flat[4].options());
-      advise_huge_pages(table_.data_ptr(), static_cast<int64_t>(table_.nbytes()));
-      next_row_.push_back(n_words);
-      for (size_t k = 1; k < call.clusters.size(); ++k)
-        next_row_.push_back(next_row_.back() + flat[3 * k + 1].size(0));
-    }
+    if (needed.size() == flat.size() + 1) return;
+    // One flag more: the tails' weights are rows of one table, behind the head's words. Their
+    // gradients are handed back as that table, in the first tail's place.
+    const auto n_tails = static_cast<int64_t>(call.clusters.size()) - 1;
+    next_row_.push_back(flat[1].size(0) - n_tails);
+    for (size_t k = 1; k < call.clusters.size(); ++k)
+      next_row_.push_back(next_row_.back() + flat[3 * k + 1].size(0));
+    table_ = at::empty({next_row_.back(), flat[4].size(1)}, flat[4].options());
+    advise_huge_pages(table_.data_ptr(), static_cast<int64_t>(table_.nbytes()));
   }
 
   // `scale`: [N], the gradient of each token's loss. As ClusterCall::run.
@@ -299,31 +298,17 @@ class Gradients {
 
   std::vector<Tensor> take() {
     std::vector<Tensor> all{dhidden_.defined() ? dhidden_.to(call_.hidden.scalar_type()) : none()};
-    for (const Tensor& x : out_) all.push_back(x.defined() ? x : none());
+    for (size_t i = 0; i < out_.size(); ++i) {
+      const bool of_table = table_.defined() && i > 3 && i % 3 == 1;
+      if (of_table) out_[i] = i == 4 ? table_ : Tensor();
+      all.push_back(out_[i].defined() ? out_[i] : none());
+    }
     return all;
   }
 
  private:
   bool wants(size_t index) const { return needed_.get(index + 1) && present(flat_[index]); }
   Tensor none() const { return at::empty({0}, call_.hidden.options()); }  // never one shared
-
-  int64_t n_tails() const { return static_cast<int64_t>(call_.clusters.size()) - 1; }
-
-  // Whether the tails' weights lie one behind the other. Their gradients then do too, behind room
-  // for the head's words, so that who joins them into the gradient of one table copies none.
-  bool tails_are_one_table() const {
-    if (n_tails() == 0) return false;
-    const Tensor& first = flat_[4];
-    int64_t offset = first.storage_offset();
-    for (size_t k = 1; k < call_.clusters.size(); ++k) {
-      const Tensor& weight = flat_[3 * k + 1];
-      if (!wants(3 * k + 1) || !weight.is_contiguous() || !weight.is_alias_of(first) ||
-          weight.size(1) != first.size(1) || weight.storage_offset() != offset)
-        return false;
-      offset += weight.numel();
-    }
-    return true;
-  }
 
   Tensor gradient_of(size_t k, int64_t n) const {
     const Tensor& weight = call_.clusters[k].weight;

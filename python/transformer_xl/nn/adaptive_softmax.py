@@ -140,7 +140,8 @@ class AdaptiveSoftmax(nn.Module):
         weights, biases = self._bins()
         head_weight, head_bias = weights[0], biases[0]
         if self.cutoffs:
-            head_weight = torch.cat([head_weight, self.cluster_weight])  # [c0 + n_tails, d_embed]
+            clusters = self.cluster_weight.to(head_weight.dtype)
+            head_weight = torch.cat([head_weight, clusters])  # [c0 + n_tails, d_embed]
             head_bias = torch.cat([head_bias, self.cluster_bias])
         tails: list[Tail] = list(zip(projections[1:], weights[1:], biases[1:], strict=True))
         options: Options = {
@@ -159,7 +160,11 @@ class AdaptiveSoftmax(nn.Module):
         if len(weights) == len(self.cutoffs) + 1:
             return list(weights), list(biases)
         sizes = [right - left for left, right in itertools.pairwise(self.ends)]
-        return _rows_of(weights[0], sizes), list(torch.split(biases[0], sizes))
+        table: Tensor = weights[0]
+        device = table.device.type
+        if table.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            table = table.to(torch.get_autocast_dtype(device))  # whole: its parts stay one table
+        return _rows_of(table, sizes), list(torch.split(biases[0], sizes))
 
 
 def _rows_of(table: Tensor, sizes: list[int]) -> list[Tensor]:
@@ -179,7 +184,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(_ctx: Any, table: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        return table.split(sizes)
+        return torch.split(table, sizes)
 
     @staticmethod
     def backward(_ctx: Any, words: Tensor, *tails: Tensor) -> tuple[Tensor, None]:
