@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from benchmarks.cases import Case
+from benchmarks.cases.adaptive_embedding import EmbeddingCase
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.model import ModelCase, ModelShape
 from benchmarks.cases.rel_attention import AttentionCase
@@ -65,6 +66,13 @@ def softmax_shapes() -> list[SoftmaxShape]:
     ]
 
 
+def embedding_shapes() -> list[SoftmaxShape]:
+    """The adaptive embeddings of word-level models; tokens fall as targets do."""
+    return [
+        _softmax_shape(preset, N=2048, part="embedding") for preset in ("wt103_base", "wt103_large")
+    ]
+
+
 def timed_cases() -> list[Case]:
     """All cases that are timed, in the order of the table."""
     attention = [
@@ -85,7 +93,13 @@ def timed_cases() -> list[Case]:
         for dtype in DTYPES
         for work in ("loss", "nll")
     ]
-    return [*attention, *softmaxes, *models]
+    embeddings = [
+        EmbeddingCase(shape, dtype, gradients)
+        for shape in embedding_shapes()
+        for dtype in DTYPES
+        for gradients in ("dense", "sparse")
+    ]
+    return [*attention, *softmaxes, *embeddings, *models]
 
 
 def memory_cases() -> list[Case]:
@@ -121,11 +135,11 @@ def _eval_shape(preset: str, *, B: int) -> AttentionShape:
     return _shape(f"{preset}_eval", run.model, B, Tq=lengths.tgt_len, Tm=lengths.mem_len)
 
 
-def _softmax_shape(preset: str, *, N: int) -> SoftmaxShape:
-    """A published model's adaptive softmax, without the head's own projection."""
+def _softmax_shape(preset: str, *, N: int, part: str = "softmax") -> SoftmaxShape:
+    """A published model's adaptive softmax, without the head's own projection, or embedding."""
     model = load_preset(preset).model
     return SoftmaxShape(
-        name=f"{preset}_softmax",
+        name=f"{preset}_{part}",
         N=N,
         d=model.embed_width(0),
         V=model.vocab_size,

@@ -26,9 +26,9 @@ A "~" marks what was taken while something else slowed the machine down. GFLOP/s
 6·D per attended pair forward, 16·D backward; three products per weight that its tokens need in
 the adaptive softmax; "of limit" is their share of the best rate that products of cached tiles
 reached just before, by the routine named. The yardstick computes something else: sdpa has no
-positions, no mask and no memory to join; full is the softmax over all V; reference is our own
-model without the kernel. MiB: growth at the peak, ours / the leanest peer's; of the adaptive
-softmax beyond the gradients handed back."""
+positions, no mask and no memory to join; full is the softmax over all V; one-table an embedding
+as wide for all tokens; reference is our own model without the kernel. MiB: growth at the peak,
+ours / the leanest peer's; of the adaptive softmax beyond the gradients handed back."""
 
 
 def print_report(

@@ -2,7 +2,9 @@
 
 `clusters` holds three tensors per cluster, the head first: projection, weight, bias, an empty
 tensor standing for an absent one. Gradients come in the same order behind hidden's, and one that is
-not wanted is an empty tensor too.
+not wanted is an empty tensor too. `needs_grad` has a flag for each, and for the native ops one more
+where `is_one_table`: the gradients of the tails' weights are then one tensor in the first's place,
+whose first rows are room for the head's words.
 """
 
 from __future__ import annotations
@@ -52,10 +54,13 @@ def _register_nll(namespace: str) -> None:
     def backward(ctx: Any, dnll: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
         hidden, target, lse, *clusters = ctx.saved_tensors
         needs_grad = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
+        if namespace == "txl_native" and is_one_table(clusters, needs_grad):
+            needs_grad.append(True)
         operator = getattr(torch.ops, namespace).adaptive_nll_bwd
         call = (hidden, target, clusters, ctx.ignore_index, lse, needs_grad)
         dhidden, dclusters = operator(dnll, *call)
-        dhidden, *dclusters = _wanted([dhidden, *dclusters], needs_grad)
+        grads = _apart([dhidden, *dclusters], needs_grad, [x.shape for x in clusters])
+        dhidden, *dclusters = _wanted(grads, needs_grad)
         return dhidden, None, dclusters, None
 
     torch.library.register_fake(fwd, fake_fwd)
@@ -90,6 +95,7 @@ def _register_loss(namespace: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.needs_grad = inputs[-1]
+        ctx.shapes = [x.shape for x in inputs[2]]
         _, ctx.rest, ctx.grads = output
         ctx.mark_non_differentiable(ctx.rest, *ctx.grads)
         ctx.set_materialize_grads(False)  # or backward gets zeros as large as all gradients
@@ -106,6 +112,7 @@ def _register_loss(namespace: str) -> None:
         else:  # traced: a graph may not change what it has handed out
             factor = ctx.rest * dloss
             grads = [grad * factor for grad in grads]
+        grads = _apart(grads, ctx.needs_grad, ctx.shapes)
         if torch.is_grad_enabled():
             leaves = (grad.requires_grad_() for grad in grads)
             grads = _NoSecondDerivative.apply(*leaves)  # type: ignore[no-untyped-call]
@@ -204,15 +211,52 @@ def _embedding_width(tables: Sequence[Tensor], projections: Sequence[Tensor]) ->
     return projections[0].shape[0] if projections[0].numel() > 0 else tables[0].shape[1]
 
 
+def is_one_table(clusters: Sequence[Tensor], needs_grad: Sequence[bool]) -> bool:
+    """Whether the tails' weights are all wanted and lie one behind the other, as rows of a table.
+
+    Only outside a compiler, whose tensors have no memory yet.
+    """
+    weights = clusters[4::3]
+    if torch.compiler.is_compiling() or not weights or not all(needs_grad[5::3]):
+        return False
+    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in weights):
+        return False
+    memory, offset = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
+    for x in weights:
+        same = x.untyped_storage().data_ptr() == memory and x.shape[1] == weights[0].shape[1]
+        if not (same and x.is_contiguous() and x.storage_offset() == offset):
+            return False
+        offset += x.numel()
+    return True
+
+
+def _apart(
+    grads: Sequence[Tensor], needs_grad: Sequence[bool], shapes: Sequence[torch.Size]
+) -> list[Tensor]:
+    """The gradients of tails that came as one table, as its rows."""
+    grads = list(grads)
+    if len(needs_grad) > len(grads):
+        n_rows = [shape[0] for shape in shapes[4::3]]
+        room = len(grads[5]) - sum(n_rows)
+        grads[5::3] = torch.split(grads[5], [room, *n_rows])[1:]
+    return grads
+
+
 def _fake_grads(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
-    return [
+    grads = [
         x.new_empty(x.shape) if needed else x.new_empty(0)
-        for x, needed in zip(inputs, needs_grad, strict=True)
+        for x, needed in zip(inputs, needs_grad, strict=False)
     ]
+    if len(needs_grad) > len(grads):
+        words = inputs[2].shape[0] - len(grads[5::3])
+        n_rows = words + sum(len(x) for x in grads[5::3])
+        grads[5::3] = [x.new_empty(0) for x in grads[5::3]]
+        grads[5] = inputs[5].new_empty(n_rows, inputs[5].shape[1])
+    return grads
 
 
 def _wanted(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
-    return [grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)]
+    return [grad if needed else None for grad, needed in zip(grads, needs_grad, strict=False)]
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:

@@ -1,9 +1,10 @@
-"""The adaptive softmax that is timed on a GPU: WikiText-103's large model, and its peers."""
+"""The adaptive softmaxes that are timed on a GPU: WikiText-103's and lm1b's, and their peers."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import registry
+from benchmarks.cases.adaptive_softmax import arguments
 from benchmarks.gpu import timing
 from benchmarks.gpu.timing import Contender
-from benchmarks.peers.adaptive_softmax import torch_module
+from benchmarks.peers.adaptive_softmax import full_loss, torch_module
 from benchmarks.softmax_inputs import SoftmaxInputs, SoftmaxShape, random_softmax
 from txl_kernels import adaptive_loss, adaptive_nll
 
-OURS, MODULE, CHUNKED = "ours", "torch's module", "full softmax, in chunks"
+OURS, MODULE = "ours", "torch's module"
+FULL, CHUNKED = "full softmax", "full softmax, in chunks"
+CONTENDERS = (OURS, MODULE, CHUNKED, FULL)
 OPS = ("adaptive_loss", "adaptive_nll")
 SETS = 2  # of inputs, in turn
 CHUNK = 1024  # tokens whose logits over all V the chunked peer holds at a time
@@ -26,6 +31,12 @@ GATE = 1e-2  # relative error of the loss's sum above which it is another
 
 WT103_LARGE = SoftmaxShape(
     name="wt103_large", N=8192, d=1024, V=267_735, cutoffs=(20_000, 40_000, 200_000), div_val=4
+)
+# The others of the same size as on the CPU, with more tokens.
+OTHERS = tuple(
+    dataclasses.replace(shape, name=shape.name.removesuffix("_softmax"), N=9000)
+    for shape in registry.softmax_shapes()
+    if not shape.name.startswith(WT103_LARGE.name)
 )
 
 
@@ -47,12 +58,14 @@ def inputs_on(
 
 
 def bind(name: str, op: str, shape: SoftmaxShape, inputs: SoftmaxInputs) -> Callable[[], Tensor]:
-    """Forward and backward as a call without arguments; returns the loss's sum over tokens."""
-    if name == CHUNKED:
+    """Forward and backward as a call without arguments; returns the loss's sum over tokens, the
+    full softmax's own loss where it is that."""
+    if name in (CHUNKED, FULL):
         table = torch.randn(shape.V, shape.d, device=inputs.hidden.device) * shape.d**-0.5
         full = table.to(inputs.hidden.dtype).requires_grad_()
         leaves = [inputs.hidden, full]
-        loss = functools.partial(_chunked, inputs.hidden, inputs.target, full)
+        whole = _chunked if name == CHUNKED else full_loss
+        loss = functools.partial(whole, inputs.hidden, full, inputs.target)
     else:
         leaves = list(inputs.leaves().values())
         loss = _module(inputs) if name == MODULE else _ours(op, shape, inputs)
@@ -65,20 +78,21 @@ def bind(name: str, op: str, shape: SoftmaxShape, inputs: SoftmaxInputs) -> Call
     return both
 
 
-def case(op: str, gpu: torch.device) -> Callable[[dict[str, dict[str, Any]], timing.Flush], None]:
-    """What fills the rows of `op` at `WT103_LARGE`."""
+def case(
+    op: str, gpu: torch.device, shape: SoftmaxShape = WT103_LARGE
+) -> Callable[[dict[str, dict[str, Any]], timing.Flush], None]:
+    """What fills the rows of `op` at a shape."""
 
     def take(rows: dict[str, dict[str, Any]], flush: timing.Flush) -> None:
-        shape = WT103_LARGE
         sets = [inputs_on(shape, gpu, torch.bfloat16, turn=turn) for turn in range(SETS)]
         right = reference(shape, sets[0])
         contenders = []
-        for name in (OURS, MODULE, CHUNKED):
+        for name in CONTENDERS:
             try:
                 runs = [bind(name, op, shape, inputs) for inputs in sets]
                 wrong = abs(float(runs[0]()) - right) / right
                 # The full softmax is of other weights.
-                assert name == CHUNKED or wrong <= GATE, f"its loss is off by {wrong:.1e}"
+                assert name in (CHUNKED, FULL) or wrong <= GATE, f"its loss is off by {wrong:.1e}"
                 rows[name] = {"peak_mib": timing.peak_mib(runs[0])}
                 contenders.append(Contender(name, runs))
             except Exception as error:
@@ -92,15 +106,16 @@ def case(op: str, gpu: torch.device) -> Callable[[dict[str, dict[str, Any]], tim
 
 def rehearse() -> dict[str, str]:
     """Each contender once on the CPU, small."""
-    shape = WT103_LARGE.tiny()
-    inputs = inputs_on(shape, torch.device("cpu"), torch.bfloat16)
     said = {}
-    for op in OPS:
-        for name in (OURS, MODULE, CHUNKED):
+    for shape in (WT103_LARGE, *OTHERS):
+        small = shape.tiny()
+        inputs = inputs_on(small, torch.device("cpu"), torch.bfloat16)
+        for op, name in itertools.product(OPS, CONTENDERS):
             try:
-                said[f"{op}/{name}"] = f"it ran, loss {float(bind(name, op, shape, inputs)()):.4g}"
+                found = f"it ran, loss {float(bind(name, op, small, inputs)()):.4g}"
             except Exception as error:
-                said[f"{op}/{name}"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            said[f"{op}/{shape.name}/{name}"] = found
     return said
 
 
@@ -116,12 +131,7 @@ def _ours(
 ) -> Callable[[], Tensor]:
     call = functools.partial(
         adaptive_loss if op == "adaptive_loss" else adaptive_nll,
-        inputs.hidden,
-        inputs.target,
-        inputs.head_weight,
-        [(p, w, None) for p, w in zip(inputs.projections, inputs.tail_weights, strict=True)],
-        cutoffs=shape.cutoffs,
-        head_bias=inputs.head_bias,
+        **arguments(shape, inputs),
         backend=backend,
     )
     if op == "adaptive_loss":
@@ -135,7 +145,7 @@ def _module(inputs: SoftmaxInputs) -> Callable[[], Tensor]:
     return lambda: -module(inputs.hidden, inputs.target).output.float().sum()
 
 
-def _chunked(hidden: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def _chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """Full softmax cross entropy, some tokens at a time, their logits made again in backward."""
     total = hidden.new_zeros((), dtype=torch.float32)
     for x, y in zip(hidden.split(CHUNK), target.split(CHUNK), strict=True):

@@ -86,6 +86,9 @@ def _cases(gpu: torch.device, results: Mapping[str, Any]) -> Iterable[tuple[str,
     yield "decode/forward", _decode(gpu, results)
     for name in adaptive.OPS:
         yield f"{name}/forward+backward", adaptive.case(name, gpu)
+    for shape in adaptive.OTHERS:
+        for name in adaptive.OPS:
+            yield f"{name}/{shape.name}/forward+backward", adaptive.case(name, gpu, shape)
 
 
 def _attention(shape: AttentionShape, direction: str, gpu: torch.device) -> Take:

@@ -254,6 +254,15 @@ class Gradients {
       : call_(call), flat_(flat), needed_(needed) {
     if (needed.get(0)) dhidden_ = at::zeros(call.hidden.sizes(), call.acc_options());
     out_.resize(flat.size());
+    if (needed.size() == flat.size() + 1) return;
+    // One flag more: the tails' weights are rows of one table, behind the head's words. Their
+    // gradients are handed back as that table, in the first tail's place.
+    const auto n_tails = static_cast<int64_t>(call.clusters.size()) - 1;
+    next_row_.push_back(flat[1].size(0) - n_tails);
+    for (size_t k = 1; k < call.clusters.size(); ++k)
+      next_row_.push_back(next_row_.back() + flat[3 * k + 1].size(0));
+    table_ = at::empty({next_row_.back(), flat[4].size(1)}, flat[4].options());
+    advise_huge_pages(table_.data_ptr(), static_cast<int64_t>(table_.nbytes()));
   }
 
   // `scale`: [N], the gradient of each token's loss. As ClusterCall::run.
@@ -273,7 +282,7 @@ class Gradients {
     }
     Tensor dbias;
     if (wants(3 * k + 1)) {
-      out_[3 * k + 1] = gradient_of(call_.clusters[k].weight, cluster.args.n);
+      out_[3 * k + 1] = gradient_of(k, cluster.args.n);
       grads.dweight = out_[3 * k + 1].data_ptr();
     }
     if (wants(3 * k + 2)) {
@@ -289,7 +298,11 @@ class Gradients {
 
   std::vector<Tensor> take() {
     std::vector<Tensor> all{dhidden_.defined() ? dhidden_.to(call_.hidden.scalar_type()) : none()};
-    for (const Tensor& x : out_) all.push_back(x.defined() ? x : none());
+    for (size_t i = 0; i < out_.size(); ++i) {
+      const bool of_table = table_.defined() && i > 3 && i % 3 == 1;
+      if (of_table) out_[i] = i == 4 ? table_ : Tensor();
+      all.push_back(out_[i].defined() ? out_[i] : none());
+    }
     return all;
   }
 
@@ -297,10 +310,16 @@ class Gradients {
   bool wants(size_t index) const { return needed_.get(index + 1) && present(flat_[index]); }
   Tensor none() const { return at::empty({0}, call_.hidden.options()); }  // never one shared
 
-  static Tensor gradient_of(const Tensor& weight, int64_t n) {
-    if (n == 0) return at::zeros_like(weight);
-    Tensor grad = at::empty_like(weight);
-    advise_huge_pages(grad.data_ptr(), static_cast<int64_t>(grad.nbytes()));
+  Tensor gradient_of(size_t k, int64_t n) const {
+    const Tensor& weight = call_.clusters[k].weight;
+    Tensor grad;
+    if (k > 0 && table_.defined()) {
+      grad = table_.slice(0, next_row_[k - 1], next_row_[k]);
+    } else {
+      grad = at::empty_like(weight);
+      advise_huge_pages(grad.data_ptr(), static_cast<int64_t>(grad.nbytes()));
+    }
+    if (n == 0) grad.zero_();
     return grad;
   }
 
@@ -318,7 +337,9 @@ class Gradients {
   const Call& call_;
   at::TensorList flat_;
   const c10::List<bool>& needed_;
-  Tensor dhidden_;
+  Tensor dhidden_, table_;  // table_: the gradients of tails that are one table
+  std::vector<int64_t>
+      next_row_;  // the row of table_ behind the head's words, and behind each tail
   std::vector<Tensor> out_;
 };
 

@@ -26,6 +26,7 @@ def test_selection_by_part_of_the_name_or_pattern():
     assert {case.shape.name for case in registry.select(cases, ["wt103_base"])} == {
         "wt103_base_train",
         "wt103_base_softmax",
+        "wt103_base_embedding",
     }
     both = registry.select(cases, ["wt103*/float32/forward", "evaluate"])
     assert {case.name.split("/")[0] for case in both} == {"rel_attention", "model"}
@@ -60,8 +61,22 @@ def test_softmaxes_are_those_of_the_published_models():
     }
 
 
+def test_embeddings_are_those_of_the_published_models():
+    sizes = {s.name: (s.N, s.d, s.sizes, s.div_val) for s in registry.embedding_shapes()}
+    clusters = (20_000, 20_000, 160_000, 67_735)
+    assert sizes == {
+        "wt103_base_embedding": (2048, 410, clusters, 1),
+        "wt103_large_embedding": (2048, 1024, clusters, 4),
+    }
+
+
 def test_both_dtypes_are_timed_everywhere():
-    shapes = (*registry.attention_shapes(), *registry.softmax_shapes(), *registry.model_shapes())
+    shapes = (
+        *registry.attention_shapes(),
+        *registry.softmax_shapes(),
+        *registry.embedding_shapes(),
+        *registry.model_shapes(),
+    )
     for shape in shapes:
         dtypes = {case.dtype for case in registry.timed_cases() if case.shape.name == shape.name}
         assert dtypes == {torch.float32, torch.bfloat16}

@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from txl_kernels._register_adaptive import is_one_table
 from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import adaptive_softmax as reference
 from txl_kernels.backends.reference.adaptive_softmax import Cluster
@@ -116,6 +117,8 @@ def adaptive_loss(
             return reference.loss(hidden, target, head, clusters, ignore_index, reduction)
         flat = _flat(hidden, head, clusters)
         needed = [any_needs_grad(x) for x in (hidden, *flat)]
+        if chosen == "native" and is_one_table(flat, needed):
+            needed.append(True)
         mean = reduction == "mean"
         loss, *_grads = operators(chosen).adaptive_loss_fwd(
             hidden, target, flat, ignore_index, mean, needed

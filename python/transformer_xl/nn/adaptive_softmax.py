@@ -4,7 +4,8 @@ order."""
 from __future__ import annotations
 
 import itertools
-from typing import Literal, TypedDict
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +140,8 @@ class AdaptiveSoftmax(nn.Module):
         weights, biases = self._bins()
         head_weight, head_bias = weights[0], biases[0]
         if self.cutoffs:
-            head_weight = torch.cat([head_weight, self.cluster_weight])  # [c0 + n_tails, d_embed]
+            clusters = self.cluster_weight.to(head_weight.dtype)
+            head_weight = torch.cat([head_weight, clusters])  # [c0 + n_tails, d_embed]
             head_bias = torch.cat([head_bias, self.cluster_bias])
         tails: list[Tail] = list(zip(projections[1:], weights[1:], biases[1:], strict=True))
         options: Options = {
@@ -158,6 +160,50 @@ class AdaptiveSoftmax(nn.Module):
         if len(weights) == len(self.cutoffs) + 1:
             return list(weights), list(biases)
         sizes = [right - left for left, right in itertools.pairwise(self.ends)]
-        # One split, not slices: backward joins the bins' gradients once, into a new table, where
-        # each slice would fill a table of its own with zeros.
-        return list(torch.split(weights[0], sizes)), list(torch.split(biases[0], sizes))
+        table: Tensor = weights[0]
+        device = table.device.type
+        if table.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            table = table.to(torch.get_autocast_dtype(device))  # whole: its parts stay one table
+        return _rows_of(table, sizes), list(torch.split(biases[0], sizes))
+
+
+def _rows_of(table: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The bins' rows of one table, whose gradients are joined once, into a new table or in place.
+
+    Slices would fill a table of zeros each.
+    """
+    if torch.compiler.is_compiling():
+        return list(torch.split(table, sizes))
+    rows: tuple[Tensor, ...] = _Rows.apply(table, sizes)  # type: ignore[no-untyped-call]
+    return list(rows)
+
+
+class _Rows(torch.autograd.Function):
+    """`torch.split` along rows; backward copies no tail where the tails' gradients already lie in
+    one table, behind room for the head's words."""
+
+    @staticmethod
+    def forward(_ctx: Any, table: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        return torch.split(table, sizes)
+
+    @staticmethod
+    def backward(_ctx: Any, words: Tensor, *tails: Tensor) -> tuple[Tensor, None]:
+        joined = _table_behind(words, tails)
+        if joined is None:
+            return torch.cat([words, *tails]), None
+        joined[: len(words)] = words
+        return joined, None
+
+
+def _table_behind(words: Tensor, tails: Sequence[Tensor]) -> Tensor | None:
+    """The table that the tails are the last rows of, if they are rows of one and it is whole."""
+    memory, offset = tails[0].untyped_storage(), words.numel()
+    for tail in tails:
+        same = tail.untyped_storage().data_ptr() == memory.data_ptr()
+        if not (same and tail.is_contiguous() and tail.storage_offset() == offset):
+            return None
+        offset += tail.numel()
+    if memory.nbytes() != offset * tails[0].element_size():
+        return None
+    n_rows, width = len(words) + sum(map(len, tails)), words.shape[1]
+    return tails[0].as_strided((n_rows, width), (width, 1), 0)

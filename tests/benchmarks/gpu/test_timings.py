@@ -65,16 +65,20 @@ def test_the_promised_shapes_are_timed():
     decode = attention.DECODE
     assert (decode.Tq, decode.n_keys, decode.B, decode.H, decode.D) == (1, 3800, 32, 16, 64)
     assert (adaptive.WT103_LARGE.N, adaptive.WT103_LARGE.V) == (8192, 267_735)
+    others = [(shape.name, shape.N, shape.V, shape.div_val) for shape in adaptive.OTHERS]
+    assert others == [("wt103_base", 9000, 267_735, 1), ("lm1b_large", 9000, 793_470, 4)]
 
 
 @pytest.mark.parametrize("op", adaptive.OPS)
-def test_adaptive_contenders_agree_where_they_have_the_same_weights(op):
-    shape = adaptive.WT103_LARGE.tiny()
+@pytest.mark.parametrize("shape", [adaptive.WT103_LARGE, *adaptive.OTHERS], ids=lambda s: s.name)
+def test_adaptive_contenders_agree_where_they_have_the_same_weights(op, shape):
+    shape = shape.tiny()
     inputs = adaptive.inputs_on(shape, CPU, torch.float32)
     right = pytest.approx(adaptive.reference(shape, inputs), rel=1e-5)
     assert float(adaptive.bind(adaptive.OURS, op, shape, inputs)()) == right
     assert float(adaptive.bind(adaptive.MODULE, op, shape, inputs)()) == right
-    assert float(adaptive.bind(adaptive.CHUNKED, op, shape, inputs)()) > 0
+    for name in (adaptive.CHUNKED, adaptive.FULL):
+        assert float(adaptive.bind(name, op, shape, inputs)()) > 0
 
 
 def test_each_turn_of_the_adaptive_softmax_has_other_inputs():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from transformer_xl.nn import AdaptiveEmbedding, AdaptiveSoftmax
+from txl_kernels import resolve
 
 V, CUTOFFS = 20, (5, 12)
 KINDS: dict[str, dict[str, Any]] = {
@@ -193,3 +194,27 @@ def test_joining_the_bins_gradients_makes_one_table() -> None:
     with torch.profiler.profile() as profile:
         softmax(hidden.float(), target).backward()
     assert "aten::slice_backward" not in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("tail", [0, 1, 2], ids=["no-tail", "first-tail", "both-tails"])
+def test_one_tables_gradient_is_made_in_place(
+    tail: int, reduction: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels' gradients of the tails are rows of it already; none is copied."""
+    _, reason = resolve("adaptive_loss", backend="native", device="cpu", dtype=torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    softmax = AdaptiveSoftmax(V, 8, 8, CUTOFFS).double()
+    hidden, target = hidden_and_target()
+    target.clamp_(max=(*CUTOFFS, V)[tail] - 1)
+    parameters = list(softmax.parameters())
+    due = torch.autograd.grad(softmax(hidden, target, reduction=reduction).sum(), parameters)
+    softmax.backend = "reference"  # whose gradients are copied
+    expected = torch.autograd.grad(softmax(hidden, target, reduction=reduction).sum(), parameters)
+    torch.testing.assert_close(due, expected)
+    softmax.backend = "native"
+    loss = softmax(hidden, target, reduction=reduction).sum()
+    monkeypatch.setattr(torch, "cat", None)
+    actual = torch.autograd.grad(loss, parameters)
+    assert all(map(torch.equal, actual, due))

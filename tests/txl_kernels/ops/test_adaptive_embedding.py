@@ -87,10 +87,22 @@ def test_products_are_float32(embed, dtype):
     torch.testing.assert_close(actual.double(), due, rtol=rounding, atol=8 * rounding)
 
 
-def test_empty_tokens(embed):
-    tables, projections = _weights()
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_empty_tokens(embed, sparse):
+    tables, projections = leaves = _weights()
     tokens = torch.empty(2, 0, dtype=torch.int64)
-    assert embed(tokens, tables, projections, CUTOFFS).shape == (2, 0, 8)
+    out = embed(tokens, tables, projections, CUTOFFS, sparse=sparse)
+    assert out.shape == (2, 0, 8)
+    out.sum().backward()
+    assert not any(x.grad.to_dense().any() for weights in leaves for x in weights)
+
+
+@pytest.mark.parametrize("N", [1, 255, 257])
+def test_ragged_token_counts(embed, N):
+    tokens = torch.randint(0, V, (N,))
+    weights = _weights()
+    due = _row_by_row(tokens, *weights, 1.0)
+    torch.testing.assert_close(embed(tokens, *weights, CUTOFFS), due)
 
 
 def test_gradcheck(embed):

@@ -88,6 +88,19 @@ def test_rows_and_gradients_are_within_the_error_budget(shape, kind, dtype, spar
     _check(tokens, _weights(dtype, kind), sparse=sparse)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(("first", "end"), [(0, 10), (25, 50), (10, 25)], ids=str)
+def test_tables_without_tokens(first, end, sparse):
+    tokens = torch.randint(first, end, (33,), generator=torch.Generator().manual_seed(2))
+    _check(tokens, _weights(torch.float32), sparse=sparse)
+
+
+@pytest.mark.parametrize("tokens", [[9], [0, 1, 1, 8, 9, 2, 2]], ids=str)
+def test_ten_tokens(tokens):
+    weights = _weights(torch.float32, sizes=(1, 1, 7, 1), widths=(12, 6, 3, 1))
+    _check(torch.tensor(tokens), weights)
+
+
 def test_a_frequent_token_s_rows_are_added_in_float32():
     tokens = torch.zeros(400, dtype=torch.int64)
     tokens[::50] = 49

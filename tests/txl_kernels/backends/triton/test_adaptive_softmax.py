@@ -92,6 +92,7 @@ CASES = [
     Case("one_token", sizes=(10, 40), widths=(12, 6), N=1, targets="last"),
     Case("all_in_head", targets="head"),
     Case("all_in_last", targets="last", N=70),
+    Case("ten_tokens_in_last", sizes=(1, 1, 7, 1), widths=(12, 6, 3, 1), targets="last", N=3),
     Case("one_tail_empty", targets="two", N=80),
     Case("all_ignored", targets="ignored"),
     Case("wide", sizes=(20, 40, 70), widths=(33, 33, 33), d=33, N=30, projected=False),
