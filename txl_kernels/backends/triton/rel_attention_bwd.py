@@ -61,7 +61,8 @@ def rel_attention_bwd(
 
     A gradient that `needs_grad` does not ask for is an empty tensor too, and nothing is computed
     for it alone. dr's additions are atomic; under `torch.are_deterministic_algorithms_enabled()`
-    every program has a copy of dr to itself, and copies are summed in order.
+    launches follow each other in which every program has a copy of dr to itself, and copies are
+    summed in order.
     """
     assert q_pos is None, "resolve refuses these"
     assert bias is None
@@ -195,7 +196,7 @@ def _launch_dqdr(
     by_pair = arguments["p_seed"] is not None or arguments["p_mask"] is not None
     config = dqdr_config(architecture(q.device), D, arguments["DV"], q.dtype, by_pair)
     n_tiles = triton.cdiv(Tq, config.BLOCK_Q)
-    # A program walks tiles of one table of r: those of all batch rows where they share it.
+    # Items are the tiles that add to one table of r: those of all batch rows where they share it.
     rows = B if arguments["p_r"].shape[0] == 1 else 1
     n_items = n_splits = rows * n_tiles
     copies = None
@@ -210,17 +211,19 @@ def _launch_dqdr(
     )
     if n_items * B * H > 0:
         with torch.cuda.device_of(q):
-            _rel_attention_bwd_dqdr_kernel[(n_splits * H * (B // rows),)](
-                **arguments,
-                p_dq=dq,
-                p_dr=copies,
-                p_dqu_sums=dqu_sums,
-                p_dqv_sums=dqv_sums,
-                **strides("dr", copies, "bhs"),
-                n_splits=n_splits,
-                n_items=n_items,
-                **config.options(),
-            )
+            for first_item in range(0, n_items, n_splits):
+                n_programs = min(n_splits, n_items - first_item)
+                _rel_attention_bwd_dqdr_kernel[(n_programs * H * (B // rows),)](
+                    **arguments,
+                    p_dq=dq,
+                    p_dr=copies,
+                    p_dqu_sums=dqu_sums,
+                    p_dqv_sums=dqv_sums,
+                    **strides("dr", copies, "bhs"),
+                    first_item=first_item,
+                    n_splits=n_programs,
+                    **config.options(),
+                )
     dr = None
     if r is not None and copies is not None:
         dr = copies.sum(2) if r.shape[1] == copies.shape[1] else copies.sum((1, 2))[:, None]

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
+from txl_kernels.backends.triton.rel_attention_skew import skew_transposed
 from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
     capped_scores,
@@ -18,7 +19,6 @@ from txl_kernels.backends.triton.rel_attention_tile import (
     mask_tile,
     probs_and_dscores,
     seeing_queries,
-    skew_transposed,
     visible_keys,
 )
 
@@ -136,7 +136,7 @@ def _rel_attention_bwd_dkdv_kernel(
         chunk = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
         b_r = load_position_block(p_r, s_r_m, begin_m - BLOCK_K, R, o_d, D, CLAMP, BLOCK_K)
         earlier = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
-        b_scores = skew_transposed(chunk, earlier, begin_i, BLOCK_K, BLOCK_Q)
+        b_scores = skew_transposed(chunk, earlier, BLOCK_K, BLOCK_Q)
         b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
         b_dout = load_block(p_dout, s_dout_i, begin_i, 0, Tq, o_dv, DV, BLOCK_Q)
         b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")

@@ -6,6 +6,12 @@ import triton
 import triton.language as tl
 
 from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
+from txl_kernels.backends.triton.rel_attention_skew import (
+    pack_pairs,
+    skew_transposed,
+    unpack_pairs,
+    unskew_transposed,
+)
 from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
     capped_scores,
@@ -18,21 +24,21 @@ from txl_kernels.backends.triton.rel_attention_tile import (
     load_rows,
     mask_tile,
     probs_and_dscores,
-    skew_transposed,
-    unskew_transposed,
     visible_keys,
+    visible_tile,
 )
 
 
 @triton.jit
 def _add_chunk(
-    b_chunk, b_qv, b_dqv, b_below, b_above, begin_m, p_r, s_r_m, p_dr, R, o_d,
+    b_chunk, b_qv, b_dqv, b_ends, begin_m, p_r, s_r_m, p_dr, R, o_d,
     D: tl.constexpr, CLAMP: tl.constexpr, NEEDS_DQV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Spends score gradients by row of r, [ROWS from begin_m on, queries]: on dqv, and on dr.
 
-    With CLAMP, what falls on rows below 0 or above R - 1 is summed for each query and left to the
-    end: within one addition to dr no row occurs twice.
+    With CLAMP, what falls on rows below 0 or above R - 1 is summed for each query, in the first and
+    second row of b_ends, and left to the end: within one addition to dr no row occurs twice. The
+    sums are products, for sums along columns would be exchanged between lanes.
     """
     if NEEDS_DQV:
         b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, ROWS)
@@ -40,25 +46,28 @@ def _add_chunk(
     if p_dr is not None:
         b_dr = tl.dot(b_chunk, b_qv, input_precision="ieee")
         o = tl.arange(0, ROWS)
-        m_row = (begin_m + o >= 0) & (begin_m + o < R)
-        p_tile = p_dr + begin_m.to(tl.int64) * D + (o * D)[:, None] + o_d[None, :]
+        m_row = (o >= -begin_m) & (o < R - begin_m)
+        p_tile = p_dr + begin_m.to(tl.int64) * D + (o[:, None] * D + o_d[None, :])
         tl.atomic_add(p_tile, b_dr, mask=m_row[:, None] & (o_d < D)[None, :], sem="relaxed")
         if CLAMP:
             if (begin_m < 0) | (begin_m + ROWS > R):
-                below, above = (begin_m + o < 0)[:, None], (begin_m + o >= R)[:, None]
-                b_below += tl.sum(tl.where(below, b_chunk.to(tl.float32), 0.0), 0)
-                b_above += tl.sum(tl.where(above, b_chunk.to(tl.float32), 0.0), 0)
-    return b_dqv, b_below, b_above
+                o_end = tl.arange(0, 16)[:, None]
+                below = (o_end == 0) & (o < -begin_m)[None, :]
+                above = (o_end == 1) & (o >= R - begin_m)[None, :]
+                b_end = tl.where(below | above, 1.0, 0.0).to(b_chunk.dtype)
+                b_ends = tl.dot(b_end, b_chunk, b_ends, input_precision="ieee")
+    return b_dqv, b_ends
 
 
 @triton.jit
-def _add_clamped(p_row, b_sums, b_qv, o_d, D: tl.constexpr):
-    """Adds Σ_a b_sums[a] · b_qv[a] to one row of dr."""
+def _add_clamped(p_row, b_ends, END: tl.constexpr, b_qv, o_d, D: tl.constexpr):
+    """Adds Σ_a b_ends[END, a] · b_qv[a] to one row of dr."""
+    b_sums = tl.sum(tl.where(tl.arange(0, 16)[:, None] == END, b_ends, 0.0), 0)
     b_row = tl.sum(b_sums[:, None] * b_qv.to(tl.float32), 0)
     tl.atomic_add(p_row + o_d, b_row, mask=o_d < D, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "n_splits", "n_items"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "first_item", "n_splits"])
 def _rel_attention_bwd_dqdr_kernel(
     p_q,  # [B, H, Tq, D]
     p_k,  # [B, H, Ts, D]
@@ -90,7 +99,7 @@ def _rel_attention_bwd_dqdr_kernel(
     s_dout_b, s_dout_h, s_dout_i,
     s_dr_b, s_dr_h, s_dr_s,
     H, Tq, Tm, Tk, R, offset, left, right, chunk_size, chunk_left, chunk_phase,
-    scale, sign, softcap, threshold, dropout_scale, n_splits, n_items,
+    scale, sign, softcap, threshold, dropout_scale, first_item, n_splits,
     D: tl.constexpr,
     DV: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -99,132 +108,132 @@ def _rel_attention_bwd_dqdr_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program: every n_splits-th of n_items tiles of BLOCK_Q queries of a head, all their keys.
+    """One program: a tile of BLOCK_Q queries of a head, of those from first_item on, all its keys.
 
     Recomputes probabilities from lse, block by block; dq stays in registers. A block's score
     gradients complete the chunk of rows of r before its own, which is then multiplied once for dq
     and once for dr, and dr is added to memory in float32. Writes dq and, per tile, the column sums
-    of its two parts. The order of additions to dr is fixed where every program has a split to
-    itself: barriers keep one tile's behind another's. All other sums are one program's, in order.
+    of its two parts. The order of additions to dr is fixed where every program of a launch has a
+    split to itself. All other sums are one program's, in order.
     """
     NEEDS_DQU: tl.constexpr = (p_dq is not None) or (p_dqu_sums is not None)
     NEEDS_DQV: tl.constexpr = (p_dq is not None) or (p_dqv_sums is not None)
     n_tiles = tl.cdiv(Tq, BLOCK_Q)
     i_split, i_group = tl.program_id(0) % n_splits, tl.program_id(0) // n_splits
+    i_item = first_item + i_split
     i_h = (i_group % H).to(tl.int64)
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for i_item in range(i_split, n_items, n_splits):
-        i_b = (i_group // H + i_item // n_tiles).to(tl.int64)
-        # With a causal mask the last queries see most keys: the longest tiles come first.
-        i_tile = n_tiles - 1 - i_item % n_tiles
-        begin_i = i_tile * BLOCK_Q
-        o_i = begin_i + tl.arange(0, BLOCK_Q)
-        p_k_bh = p_k + i_b * s_k_b + i_h * s_k_h
-        p_v_bh = p_v + i_b * s_v_b + i_h * s_v_h
-        p_r_bh = p_r + i_b * s_r_b + i_h * s_r_h
-        p_mem_k_bh, p_mem_v_bh, p_mask_bh, p_dr_bh = None, None, None, None
-        if p_mem_k is not None:
-            p_mem_k_bh = p_mem_k + i_b * s_mem_k_b + i_h * s_mem_k_h
-            p_mem_v_bh = p_mem_v + i_b * s_mem_v_b + i_h * s_mem_v_h
-        if p_mask is not None:
-            p_mask_bh = p_mask + i_b * s_mask_b + i_h * s_mask_h
-        if p_dr is not None:
-            p_dr_bh = p_dr + i_b * s_dr_b + i_h * s_dr_h + i_split.to(tl.int64) * s_dr_s
-        b_q = load_rows(p_q + i_b * s_q_b + i_h * s_q_h, o_i, s_q_i, Tq, o_d, D)
-        b_qu = biased_queries(b_q, p_r_w_bias, i_h, o_d, D, sign)
-        b_qv = biased_queries(b_q, p_r_r_bias, i_h, o_d, D, sign)
-        b_dout = load_rows(p_dout + i_b * s_dout_b + i_h * s_dout_h, o_i, s_dout_i, Tq, o_dv, DV)
-        i_row = (i_b * H + i_h) * Tq
-        b_high, b_low, b_delta = load_row_sums(
-            p_lse_high + i_row, p_lse_low + i_row, p_delta + i_row, o_i, Tq
-        )
+    i_b = (i_group // H + i_item // n_tiles).to(tl.int64)
+    # With a causal mask the last queries see most keys: the longest tiles come first.
+    i_tile = n_tiles - 1 - i_item % n_tiles
+    begin_i = i_tile * BLOCK_Q
+    o_i = begin_i + tl.arange(0, BLOCK_Q)
+    p_k_bh = p_k + i_b * s_k_b + i_h * s_k_h
+    p_v_bh = p_v + i_b * s_v_b + i_h * s_v_h
+    p_r_bh = p_r + i_b * s_r_b + i_h * s_r_h
+    p_mem_k_bh, p_mem_v_bh, p_mask_bh, p_dr_bh = None, None, None, None
+    if p_mem_k is not None:
+        p_mem_k_bh = p_mem_k + i_b * s_mem_k_b + i_h * s_mem_k_h
+        p_mem_v_bh = p_mem_v + i_b * s_mem_v_b + i_h * s_mem_v_h
+    if p_mask is not None:
+        p_mask_bh = p_mask + i_b * s_mask_b + i_h * s_mask_h
+    if p_dr is not None:
+        p_dr_bh = p_dr + i_b * s_dr_b + i_h * s_dr_h + i_split.to(tl.int64) * s_dr_s
+    b_q = load_rows(p_q + i_b * s_q_b + i_h * s_q_h, o_i, s_q_i, Tq, o_d, D)
+    b_qu = biased_queries(b_q, p_r_w_bias, i_h, o_d, D, sign)
+    b_qv = biased_queries(b_q, p_r_r_bias, i_h, o_d, D, sign)
+    b_dout = load_rows(p_dout + i_b * s_dout_b + i_h * s_dout_h, o_i, s_dout_i, Tq, o_dv, DV)
+    i_row = (i_b * H + i_h) * Tq
 
-        first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
-        lo, hi = visible_keys(
-            o_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
-        )
-        begin, all_end = visible_keys(
-            begin_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
-        )
-        all_begin, end = visible_keys(
-            tl.minimum(begin_i + BLOCK_Q, Tq) - 1,
-            first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
-        )  # fmt: skip
-        # Blocks of keys are aligned to the segment's first, as the forward's are.
-        begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
+    b_high, b_low, b_delta = load_row_sums(
+        p_lse_high + i_row, p_lse_low + i_row, p_delta + i_row, o_i, Tq
+    )
+    first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
+    begin, all_end = visible_keys(
+        begin_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
+    )
+    all_begin, end = visible_keys(
+        tl.minimum(begin_i + BLOCK_Q, Tq) - 1,
+        first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
+    )  # fmt: skip
+    # Blocks of keys are aligned to the segment's first, as the forward's are.
+    begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
 
-        b_dqu = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
-        b_dqv = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
-        b_below = tl.zeros([BLOCK_Q], tl.float32)
-        b_above = tl.zeros([BLOCK_Q], tl.float32)
-        before = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
-        begin_m = begin - begin_i + offset - BLOCK_K
+    b_dqu = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
+    b_dqv = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
+    b_ends = tl.zeros([16, BLOCK_Q], tl.float32)
+    nothing = tl.zeros([BLOCK_K, BLOCK_Q], p_q.dtype.element_ty)
+    packed = pack_pairs(nothing, BLOCK_K, BLOCK_Q)
+    begin_m = begin - begin_i + offset - BLOCK_K
+    b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
+    earlier = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
+    like = earlier
+    for begin_j in tl.range(begin, end, BLOCK_K):
+        begin_m = begin_j - begin_i + offset
         b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
-        earlier = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
-        like = earlier
-        tl.debug_barrier()
-        for begin_j in tl.range(begin, end, BLOCK_K):
-            begin_m = begin_j - begin_i + offset
-            b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
-            chunk = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
-            b_scores = skew_transposed(chunk, earlier, begin_j, BLOCK_K, BLOCK_Q)
-            earlier = chunk
-            p_rows, s_row, low, high = key_block(
-                p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, last, Tm
-            )
-            b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
-            b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
-            p_rows, s_row, low, high = key_block(
-                p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, last, Tm
-            )
-            b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
-            b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-            b_scores, unit, b_tanh = capped_scores(b_scores, scale, softcap)
+        chunk = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
+        b_scores = skew_transposed(chunk, earlier, BLOCK_K, BLOCK_Q)
+        earlier = chunk
+        p_rows, s_row, low, high = key_block(
+            p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, last, Tm
+        )
+        b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
+        b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
+        p_rows, s_row, low, high = key_block(
+            p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, last, Tm
+        )
+        b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
+        b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+        b_scores, unit, b_tanh = capped_scores(b_scores, scale, softcap)
+        if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
+            seen = visible_tile(
+                begin_i, begin_j, first, last, Tq, Tk, left, right,
+                chunk_size, chunk_left, chunk_phase, BLOCK_Q, BLOCK_K,
+            )  # fmt: skip
+            b_scores = tl.where(tl.trans(seen), b_scores, float("-inf"))
+        if p_mask is not None:
             o_j = begin_j + tl.arange(0, BLOCK_K)
-            if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
-                seen = (o_j[:, None] >= lo[None, :]) & (o_j[:, None] < hi[None, :])
-                b_scores = tl.where(seen, b_scores, float("-inf"))
-            if p_mask is not None:
-                seen = mask_tile(p_mask_bh, s_mask_j, s_mask_i, o_j, o_i, Tk, Tq)
-                b_scores = tl.where(seen, b_scores, float("-inf"))
-            keep = None
-            if threshold is not None:
-                i_bh = (i_b * H + i_h).to(tl.int32)
-                keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
-                keep = tl.trans(keep)
-            _, b_dscores = probs_and_dscores(
-                b_scores, unit, b_tanh, b_dprobs, b_high[None, :], b_low[None, :], b_delta[None, :],
-                keep, softcap, dropout_scale,
-            )  # fmt: skip
-            if NEEDS_DQU:
-                b_left = tl.trans(b_k)
-                b_dqu = tl.dot(b_left, b_dscores.to(b_k.dtype), b_dqu, input_precision="ieee")
-            b_chunk = unskew_transposed(b_dscores, before, begin_j, like, BLOCK_K, BLOCK_Q)
-            before = b_dscores
-            b_dqv, b_below, b_above = _add_chunk(
-                b_chunk.to(b_k.dtype), b_qv, b_dqv, b_below, b_above, begin_m - BLOCK_K,
-                p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV, BLOCK_K,
-            )  # fmt: skip
-        # The last block's own chunk, whose rows begin at begin_m.
-        nothing = tl.zeros_like(before)
-        b_chunk = unskew_transposed(nothing, before, 0, like, BLOCK_K, BLOCK_Q).to(b_q.dtype)
-        b_dqv, b_below, b_above = _add_chunk(
-            b_chunk, b_qv, b_dqv, b_below, b_above, begin_m,
+            seen = mask_tile(p_mask_bh, s_mask_j, s_mask_i, o_j, o_i, Tk, Tq)
+            b_scores = tl.where(seen, b_scores, float("-inf"))
+        keep = None
+        if threshold is not None:
+            i_bh = (i_b * H + i_h).to(tl.int32)
+            keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
+            keep = tl.trans(keep)
+        _, b_dscores = probs_and_dscores(
+            b_scores, unit, b_tanh, b_dprobs, b_high[None, :], b_low[None, :], b_delta[None, :],
+            keep, softcap, dropout_scale,
+        )  # fmt: skip
+        b_dscores = b_dscores.to(b_k.dtype)
+        if NEEDS_DQU:
+            b_dqu = tl.dot(tl.trans(b_k), b_dscores, b_dqu, input_precision="ieee")
+        before = unpack_pairs(packed, b_k.dtype, BLOCK_K, BLOCK_Q)
+        b_chunk = unskew_transposed(b_dscores, before, like, BLOCK_K, BLOCK_Q)
+        packed = pack_pairs(b_dscores, BLOCK_K, BLOCK_Q)
+        b_dqv, b_ends = _add_chunk(
+            b_chunk, b_qv, b_dqv, b_ends, begin_m - BLOCK_K,
             p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV, BLOCK_K,
         )  # fmt: skip
-        if CLAMP and p_dr is not None:
-            tl.debug_barrier()
-            _add_clamped(p_dr_bh, b_below, b_qv, o_d, D)
-            _add_clamped(p_dr_bh + tl.full((), R - 1, tl.int64) * D, b_above, b_qv, o_d, D)
+    # The last block's own chunk, whose rows begin at begin_m.
+    before = unpack_pairs(packed, p_q.dtype.element_ty, BLOCK_K, BLOCK_Q)
+    b_chunk = unskew_transposed(nothing, before, like, BLOCK_K, BLOCK_Q)
+    b_dqv, b_ends = _add_chunk(
+        b_chunk, b_qv, b_dqv, b_ends, begin_m,
+        p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV, BLOCK_K,
+    )  # fmt: skip
+    if CLAMP and p_dr is not None:
+        tl.debug_barrier()
+        _add_clamped(p_dr_bh, b_ends, 0, b_qv, o_d, D)
+        _add_clamped(p_dr_bh + tl.full((), R - 1, tl.int64) * D, b_ends, 1, b_qv, o_d, D)
 
-        b_dqu *= scale * sign
-        b_dqv *= scale * sign
-        if p_dq is not None:
-            p_tile = p_dq + (i_row + o_i)[:, None] * D + o_d[None, :]
-            inside = (o_i < Tq)[:, None] & (o_d < D)[None, :]
-            tl.store(p_tile, tl.trans(b_dqu + b_dqv).to(p_dq.dtype.element_ty), mask=inside)
-        p_sums = ((i_b * H + i_h) * n_tiles + i_tile) * D + o_d
-        if p_dqu_sums is not None:
-            tl.store(p_dqu_sums + p_sums, tl.sum(b_dqu, 1), mask=o_d < D)
-        if p_dqv_sums is not None:
-            tl.store(p_dqv_sums + p_sums, tl.sum(b_dqv, 1), mask=o_d < D)
+    b_dqu *= scale * sign
+    b_dqv *= scale * sign
+    if p_dq is not None:
+        p_tile = p_dq + (i_row + o_i)[:, None] * D + o_d[None, :]
+        inside = (o_i < Tq)[:, None] & (o_d < D)[None, :]
+        tl.store(p_tile, tl.trans(b_dqu + b_dqv).to(p_dq.dtype.element_ty), mask=inside)
+    p_sums = ((i_b * H + i_h) * n_tiles + i_tile) * D + o_d
+    if p_dqu_sums is not None:
+        tl.store(p_dqu_sums + p_sums, tl.sum(b_dqu, 1), mask=o_d < D)
+    if p_dqv_sums is not None:
+        tl.store(p_dqv_sums + p_sums, tl.sum(b_dqv, 1), mask=o_d < D)

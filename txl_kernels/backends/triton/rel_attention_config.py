@@ -85,7 +85,7 @@ BACKWARD_DQDR: dict[tuple[str, bool, int], Config] = {
     ("sm_90", False, 64): Config(16, 16, 4, 2),
     ("sm_90", False, 128): Config(16, 16, 8, 2),
     ("sm_90", False, 256): Config(16, 16, 8, 2),
-    ("sm_80", True, 64): Config(16, 64, 4, 2),
+    ("sm_80", True, 64): Config(32, 32, 4, 2),
     ("sm_80", True, 128): Config(32, 32, 8, 2),
     ("sm_80", True, 256): Config(16, 16, 8, 2),
     ("sm_80", False, 64): Config(16, 16, 4, 2),

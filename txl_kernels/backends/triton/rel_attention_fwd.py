@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
+from txl_kernels.backends.triton.rel_attention_skew import skew
 from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
     dropout_keep,
@@ -15,7 +16,6 @@ from txl_kernels.backends.triton.rel_attention_tile import (
     load_rows,
     load_skewed,
     mask_tile,
-    skew,
     tanh,
     visible_keys,
 )

@@ -1,7 +1,7 @@
 """What forward and backward of `rel_attention` share inside a tile of [queries, keys].
 
-Which keys a query sees, rows of keys and of r from memory, the skew between scores by row of r and
-scores by key, softcap, dropout. `docs/mathematics.md` derives them; numbers come from
+Which keys a query sees, rows of keys and of r from memory, softcap, dropout. The skew is in
+`rel_attention_skew.py`. `docs/mathematics.md` derives both; numbers come from
 `rel_attention_call.py`, which sees to it that nothing here overflows or divides below 0.
 """
 
@@ -42,6 +42,25 @@ def visible_keys(o_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, 
         lo = tl.maximum(lo, (chunk - chunk_left) * chunk_size - chunk_phase).to(tl.int32)
         hi = tl.minimum(hi, (chunk + 1) * chunk_size - chunk_phase).to(tl.int32)
     return lo, hi
+
+
+@triton.jit
+def visible_tile(
+    begin_i, begin_j, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """bool [queries from begin_i on, keys from begin_j on]: what sees what.
+
+    Counted from begin_j on, so that nothing of it stays in registers from block to block.
+    """
+    if chunk_size is not None:
+        chunk_phase += begin_j
+    lo, hi = visible_keys(
+        begin_i - begin_j + tl.arange(0, ROWS), first - begin_j, last - begin_j, Tq, Tk,
+        left, right, chunk_size, chunk_left, chunk_phase,
+    )  # fmt: skip
+    o = tl.arange(0, COLUMNS)[None, :]
+    return (o >= lo[:, None]) & (o < hi[:, None])
 
 
 @triton.jit
@@ -142,14 +161,12 @@ def load_block(p_rows, stride, begin, low, high, o_d, D: tl.constexpr, ROWS: tl.
     """[ROWS, D]: rows from `begin` on of a matrix whose row `low` p_rows points to; 0 outside
     [low, high) and from column D on.
 
-    For loops: what is the same for every block is 32 bits wide, and the 64-bit part one number.
+    For loops: of the 64-bit part most is one number for all threads, the multiples of 16 rows too.
     """
     o = tl.arange(0, ROWS)
-    p_tile = (
-        p_rows + tl.full((), begin - low, tl.int64) * stride + (o * stride)[:, None] + o_d[None, :]
-    )
-    o_row = begin - low + o
-    inside = (o_row >= 0) & (o_row < high - low)
+    o_tile = (o & -16).to(tl.int64) * stride + (o & 15) * stride
+    p_tile = p_rows + tl.full((), begin - low, tl.int64) * stride + o_tile[:, None] + o_d[None, :]
+    inside = (o >= low - begin) & (o < high - begin)
     if o_d.shape[0] > D:
         return tl.load(p_tile, mask=inside[:, None] & (o_d < D)[None, :], other=0.0)
     return tl.load(p_tile, mask=inside[:, None], other=0.0)
@@ -178,95 +195,6 @@ def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
     if p_bias is not None:
         b_sum += tl.load(p_bias + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     return (b_sum * sign).to(b_q.dtype)
-
-
-@triton.jit
-def core_order(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile as one row: eight columns of all rows, then the next eight.
-
-    Tensor cores hold tiles in 8 × 8 blocks: in this order shared memory is written without bank
-    conflicts and read along a diagonal with at most two lanes on a bank.
-    """
-    blocks = tl.permute(tl.reshape(tile, [ROWS, COLUMNS // 8, 8]), (1, 0, 2))
-    return tl.reshape(blocks, [ROWS * COLUMNS])
-
-
-@triton.jit
-def from_core_order(row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The inverse of `core_order`."""
-    blocks = tl.permute(tl.reshape(row, [COLUMNS // 8, ROWS, 8]), (1, 0, 2))
-    return tl.reshape(blocks, [ROWS, COLUMNS])
-
-
-@triton.jit
-def rotate_rows(tile, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out[a, c] = tile[a, (c + STEP · a) mod COLUMNS]; STEP is 1 or -1, COLUMNS a power of 2.
-
-    One gather on the flattened tile: a store to shared memory and a load from it. A gather on the
-    tile itself would shuffle between lanes and spill.
-    """
-    a = tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, COLUMNS)[None, :] + STEP * a
-    # c // 8 · 8 · ROWS + c % 8 + 8 · a, such that eight columns on are a constant number further.
-    source = (c * ROWS - (c & 7) * (ROWS - 1) + 8 * a) & (ROWS * COLUMNS - 1)
-    rotated = tl.gather(core_order(tile, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
-    return from_core_order(rotated, ROWS, COLUMNS)
-
-
-@triton.jit
-def rotate_columns(tile, like, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out[b, a] = tile[(b + STEP · a) mod ROWS, a], as `rotate_rows` does it; ROWS a power of 2.
-
-    `like`, a float tile or None, says in which layout the result is wanted, where the compiler
-    would not find out by itself.
-    """
-    b = tl.arange(0, ROWS)[:, None]
-    a = tl.arange(0, COLUMNS)[None, :]
-    source = (a & -8) * ROWS + (((b + STEP * a) * 8) & (ROWS * 8 - 1)) + (a & 7)
-    if like is not None:
-        source += (tl.abs(like) < 0.0).to(tl.int32)  # never, which only the last compiler pass sees
-    rotated = tl.gather(core_order(tile, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
-    return from_core_order(rotated, ROWS, COLUMNS)
-
-
-@triton.jit
-def skew(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Scores by key from scores by row of r: out[a, b] = x[a, b - a], x = [earlier | chunk].
-
-    `chunk` holds x's columns [0, COLUMNS), `earlier` those of [-COLUMNS, 0). Key b of row a is in
-    column b - a of the one, or in column b - a + COLUMNS of the other. Needs ROWS ≤ COLUMNS. Chosen
-    before they are rotated: the other way round the choice would stand in another layout than the
-    products. `begin` does not change the result: 0, or, where the compiler would make the
-    comparisons once, keep them as bits and take those apart at twice the price, a number that
-    changes from block to block.
-    """
-    from_earlier = (begin + tl.arange(0, COLUMNS))[None, :] >= (
-        begin + COLUMNS - tl.arange(0, ROWS)
-    )[:, None]
-    return rotate_rows(tl.where(from_earlier, earlier, chunk), -1, ROWS, COLUMNS)
-
-
-@triton.jit
-def skew_transposed(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`skew` for tiles [rows of r, queries] and [keys, queries]: out[b, a] = x[b - a, a].
-
-    x is `earlier` over `chunk`. Needs COLUMNS ≤ ROWS. `begin` is as in `skew`.
-    """
-    from_earlier = (begin + tl.arange(0, ROWS))[:, None] >= (begin + ROWS - tl.arange(0, COLUMNS))[
-        None, :
-    ]
-    return rotate_columns(tl.where(from_earlier, earlier, chunk), None, -1, ROWS, COLUMNS)
-
-
-@triton.jit
-def unskew_transposed(tile, before, begin, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The inverse, for gradients: by row of r, all that the chunk before a block's own gets.
-
-    That is from this block (`tile`, [keys, queries]) where key b of query a lies b - a < 0 in its
-    own chunk, and from the block before. `begin` is as in `skew`, `like` as in `rotate_columns`.
-    """
-    of_tile = (begin + tl.arange(0, ROWS))[:, None] < (begin + tl.arange(0, COLUMNS))[None, :]
-    return rotate_columns(tl.where(of_tile, tile, before), like, 1, ROWS, COLUMNS)
 
 
 @triton.jit

@@ -149,8 +149,6 @@ def calls() -> list[Call]:
     def ship(what: str, attention: Attention, **options: bool) -> None:
         found.append(call(what, attention, "forward", **options))
         if attention.backward:
-            # CI leaves backward to `make gates`: one kernel of it is not within its gates yet.
-            options["in_ci"] = False
             found.append(call(what, attention, "backward", **options))
 
     for D in (64, 128):
@@ -183,7 +181,7 @@ def calls() -> list[Call]:
         "deterministic": {"deterministic": True},
     }
     for name, changed in flags.items():
-        ship(name, Attention(**changed), in_ci=name == "dropout")
+        ship(name, Attention(**changed), in_ci=name in ("dropout", "clamp"))
     return [*found, *(_shift(dtype) for dtype in (bf16, fp32))]
 
 
@@ -257,9 +255,21 @@ def _forward_gate(launch: Launch, arch: int) -> Gate:
     return Gate("hopper" if hopper else "tensor", shuffles)
 
 
-def _backward_gate(launch: Launch, _arch: int) -> Gate:
-    """Its loop reduces nothing along rows: probabilities come from lse."""
-    return Gate("tensor", shuffles=0) if _is_16_bit(launch) else Gate("none", shuffles=32)
+def _backward_gate(launch: Launch, arch: int) -> Gate:
+    """Its loop reduces nothing along rows: probabilities come from lse.
+
+    What else is exchanged between lanes: without HGMMA, which reads right operands from shared
+    memory, two tiles of products that are right operands of the next ones, a pair of numbers at a
+    time, and a dense mask, which is loaded in another layout; with it, once, a warp's own number.
+    """
+    if not _is_16_bit(launch):
+        return Gate("none", shuffles=32)
+    constexprs = launch.constexprs
+    if arch >= 90:
+        return Gate("tensor", shuffles=1)
+    has_mask = launch.signature["p_mask"] != "constexpr"
+    operands = max(constexprs["BLOCK_Q"] * constexprs["BLOCK_K"] // 128, 4)
+    return Gate("tensor", shuffles=operands + 8 * has_mask)
 
 
 def _no_products(_launch: Launch, _arch: int) -> Gate:

@@ -10,6 +10,7 @@ from txl_kernels.testing import dropout_keep
 
 triton = pytest.importorskip("triton")
 tl = triton.language
+skew = pytest.importorskip("txl_kernels.backends.triton.rel_attention_skew")
 tile = pytest.importorskip("txl_kernels.backends.triton.rel_attention_tile")
 
 pytestmark = pytest.mark.interpreted
@@ -25,7 +26,7 @@ def _needs_the_interpreter():
 @triton.jit
 def _skew_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    b_out = tile.skew(tl.load(p_chunk + o), tl.load(p_earlier + o), 7, ROWS, COLUMNS)
+    b_out = skew.skew(tl.load(p_chunk + o), tl.load(p_earlier + o), 7, ROWS, COLUMNS)
     tl.store(p_out + o, b_out)
 
 
@@ -33,16 +34,24 @@ def _skew_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.cons
 def _skew_transposed_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     chunk, earlier = tl.load(p_chunk + o), tl.load(p_earlier + o)
-    tl.store(p_out + o, tile.skew_transposed(chunk, earlier, -3, ROWS, COLUMNS))
+    tl.store(p_out + o, skew.skew_transposed(chunk, earlier, ROWS, COLUMNS))
 
 
 @triton.jit
 def _unskew_kernel(p_tile, p_before, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b_tile = tl.load(p_tile + o)
-    tl.store(
-        p_out + o, tile.unskew_transposed(b_tile, tl.load(p_before + o), 5, b_tile, ROWS, COLUMNS)
-    )
+    b_out = skew.unskew_transposed(b_tile, tl.load(p_before + o), b_tile, ROWS, COLUMNS)
+    tl.store(p_out + o, b_out)
+
+
+@triton.jit
+def _pack_kernel(p_x, p_packed, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    o_row = tl.arange(0, ROWS)[:, None]
+    o = o_row * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    packed = skew.pack_pairs(tl.load(p_x + o), ROWS, COLUMNS)
+    tl.store(p_packed + o_row * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :], packed)
+    tl.store(p_out + o, skew.unpack_pairs(packed, p_x.dtype.element_ty, ROWS, COLUMNS))
 
 
 @triton.jit
@@ -107,6 +116,15 @@ def test_unskew_gathers_all_that_two_blocks_give_to_one_chunk(rows, columns):
     by_key = torch.cat([before, after])
     b = torch.arange(rows)[:, None] + torch.arange(columns)
     assert torch.equal(out, by_key.gather(0, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pairs_of_16_bits_come_back_as_they_were_packed(dtype):
+    x = torch.randn(32, 16).to(dtype)
+    packed, out = torch.empty(32, 8, dtype=torch.int32), torch.empty_like(x)
+    _pack_kernel[(1,)](x, packed, out, 32, 16)
+    assert torch.equal(out, x)
+    assert torch.equal(packed, x.view(torch.int32))
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345, -(2**63)])

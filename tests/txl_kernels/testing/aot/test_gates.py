@@ -74,6 +74,19 @@ def test_spills_fail_unless_named_and_justified(built, monkeypatch):
     assert found(spilling, "hopper", name="op/decode") == [failure]
 
 
+def test_a_spilled_value_that_moves_in_the_loop_fails_unless_counted(built, monkeypatch):
+    binary = built(64, torch.bfloat16)
+    inside = binary.code.main_loop()[1]
+    moved = dataclasses.replace(inside, opcode="LDL", operands="R2, [R1]")
+    code = dataclasses.replace(binary.code, instructions=(*binary.code.instructions, moved))
+    moving = dataclasses.replace(binary, code=code)
+    (failure,) = found(moving, "hopper")
+    assert failure == "1 spilled values move in the loop, 0 are justified"
+    spill = Spill(24, "measured faster than a smaller tile", loop=1)
+    monkeypatch.setattr(gates, "SPILLS", {("_product_kernel", 90, ("train",)): spill})
+    assert found(moving, "hopper", name="op/train_d64") == []
+
+
 def test_every_justified_spill_says_why():
     assert all(spill.why and spill.most > 0 for spill in gates.SPILLS.values())
 
