@@ -68,7 +68,7 @@ def bind(name: str, op: str, shape: SoftmaxShape, inputs: SoftmaxInputs) -> Call
         loss = functools.partial(whole, inputs.hidden, full, inputs.target)
     else:
         leaves = list(inputs.leaves().values())
-        loss = _module(inputs) if name == MODULE else _ours(op, shape, inputs)
+        loss = _module(inputs) if name == MODULE else ours(op, shape, inputs)
 
     def both() -> Tensor:
         value = loss()
@@ -123,10 +123,10 @@ def rehearse() -> dict[str, str]:
 def reference(shape: SoftmaxShape, inputs: SoftmaxInputs) -> float:
     """The loss's sum by the specification, in float32."""
     precise = inputs.convert(torch.float32)
-    return float(_ours("adaptive_loss", shape, precise, backend="reference")())
+    return float(ours("adaptive_loss", shape, precise, backend="reference")())
 
 
-def _ours(
+def ours(
     op: str, shape: SoftmaxShape, inputs: SoftmaxInputs, backend: str = "auto"
 ) -> Callable[[], Tensor]:
     call = functools.partial(

@@ -66,10 +66,7 @@ def read(path: Path, cuobjdump: str) -> dict[tuple[str, str], sass.Code]:
     found = {}
     for section in re.split(r"^Fatbin elf code:", disassemble(path, cuobjdump), flags=re.M)[1:]:
         architecture = re.search(r"arch = (\w+)", section)[1]
-        resources = dict(re.findall(r"Function (\w+):\n\s*(REG.*)", section))
-        for body in re.split(r"^\s*Function : ", section, flags=re.M)[1:]:
-            symbol = body.split(None, 1)[0]
-            code = sass.parse(f"{resources[symbol]}\n{body}")
+        for symbol, code in sass.parse_all(section).items():
             found[architecture, demangled(symbol)] = code
     return found
 

@@ -40,6 +40,9 @@ def tune(
         bool, typer.Option("--model", help="Rank by the static model; needs no GPU.")
     ] = False,
     arch: Annotated[Literal["80", "90"], typer.Option(help="With --model.")] = "90",
+    write: Annotated[
+        bool, typer.Option("--write", help="Put the row into rel_attention_config.py.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Also write all as JSON.", show_default=False)
     ] = None,
@@ -56,6 +59,9 @@ def tune(
     best = found[0] if found and not found[0].failures else None
     row = tuning.row(table, attention, target, best)
     console.print(f"Row for rel_attention_config.py, {by}:", row, sep="\n", highlight=False)
+    if write and best is not None:
+        tuning.write(table, attention, target, best, tuning.source())
+        console.print(f"Written: {tuning.source()}", highlight=False)
     if out is not None:
         document = {"by": by, "candidates": [each.record for each in found]}
         out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

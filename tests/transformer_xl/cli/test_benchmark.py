@@ -36,11 +36,27 @@ def test_the_model_ranks_candidates_and_gives_the_row(monkeypatch, tmp_path):
     result = run("forward", "--model", "--out", str(out))
     assert result.exit_code == 0, result.output
     assert "nothing was measured" in result.stdout
-    assert f"FORWARD: ('sm_90', True, 64): Config({', '.join(map(str, config))})," in result.stdout
+    row = f'FORWARD: ("sm_90", True, 64): Config({", ".join(map(str, config))}),'
+    assert row in result.stdout
+    assert "Written" not in result.stdout
     assert [each["failures"] for each in json.loads(out.read_text())["candidates"]] == [
         [],
         list(worst.failures),
     ]
+
+
+@pytest.mark.parametrize(("failures", "written"), [((), True), (("it spills",), False)])
+def test_the_best_row_is_written_where_asked_and_sound(monkeypatch, tmp_path, failures, written):
+    config = pytest.importorskip("triton") and tune.configurations("dkdv")[0]
+    table = tmp_path / "rel_attention_config.py"
+    before = tune.source().read_text(encoding="utf-8")
+    table.write_text(before, encoding="utf-8")
+    monkeypatch.setattr(tune, "rank", lambda *_: [tune.Candidate(config, 1e-3, failures)])
+    monkeypatch.setattr(tune, "source", lambda: table)
+    result = run("dkdv", "--model", "--write")
+    assert result.exit_code == 0, result.output
+    assert ("Written" in result.stdout) == written
+    assert (table.read_text(encoding="utf-8") != before) == written
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,12 @@ class Code:
 
     def main_loop(self) -> tuple[Instruction, ...]:
         """The loop that does the work: the most tensor-core arithmetic, then the most arithmetic
-        of any kind, then the shortest; the whole kernel where there is no loop."""
-        return max(self.loops(), key=_work, default=self.instructions)
+        of any kind, then the shortest; the whole kernel where there is no loop, or where the
+        tensor cores work outside of loops alone: each program then makes one pass."""
+        loop = max(self.loops(), key=_work, default=self.instructions)
+        if tensor_flop(self.instructions, 4) and not tensor_flop(loop, 4):
+            return self.instructions
+        return loop
 
 
 def steady(loop: Sequence[Instruction]) -> tuple[Instruction, ...]:
@@ -114,6 +118,20 @@ def parse(text: str) -> Code:
         raise ValueError(f"sass: cuobjdump printed no kernel but {text[:200]!r}")
     registers, stack, shared, _local = map(int, resources.groups())
     return Code(tuple(found), registers, stack, shared)
+
+
+def parse_all(text: str) -> dict[str, Code]:
+    """The same output on a file of several kernels for one architecture, by symbol.
+
+    Raises:
+        ValueError: a kernel without instructions.
+    """
+    resources = dict(re.findall(r"Function (\w+):\n\s*(REG.*)", text))
+    found = {}
+    for body in re.split(r"^\s*Function : ", text, flags=re.M)[1:]:
+        symbol = body.split(None, 1)[0]
+        found[symbol] = parse(f"{resources[symbol]}\n{body}")
+    return found
 
 
 def count(instructions: Iterable[Instruction]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from txl_kernels.testing.aot.gates import Gate
 from txl_kernels.testing.aot.record import Launch, recording
+from txl_kernels.testing.asked import Asked
 
 ARCHITECTURES = (80, 90)
 
@@ -49,6 +50,8 @@ class Call:
         modelled: whether its time is in the documentation.
         only: where given, the kernels that matter; the others are not compiled.
         flop: useful ones, by part; empty where no rate is modelled.
+        least_bytes: that any way of doing it must move, where memory bounds it; else 0.
+        asked: by part, what it must reach on a GPU.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Call:
     modelled: bool = False
     only: tuple[str, ...] = ()
     flop: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    least_bytes: int = 0
+    asked: Mapping[str, Asked] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

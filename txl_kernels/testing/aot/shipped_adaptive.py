@@ -14,6 +14,7 @@ from torch import Tensor
 from txl_kernels.testing.aot.gates import Gate
 from txl_kernels.testing.aot.record import Launch
 from txl_kernels.testing.aot.shipped import Call, Kernel
+from txl_kernels.testing.asked import ASKED
 
 _BACKEND = "txl_kernels.backends.triton"
 
@@ -153,8 +154,17 @@ def _call(
         "adaptive_nll": sizes.nll,
         "adaptive_embedding": sizes.embedding,
     }[op]
-    flop = {} if op == "adaptive_embedding" else {"forward+backward": sizes.useful_flop()}
-    return Call(f"{op}/{dtype}/{what}", run, sizes.kernels(), in_ci, modelled, flop=flop)
+    part = "forward+backward"
+    asked = ASKED.get(f"{op}/{part}") if modelled else None
+    return Call(
+        f"{op}/{dtype}/{what}",
+        run,
+        sizes.kernels(),
+        in_ci,
+        modelled,
+        flop={} if op == "adaptive_embedding" else {part: sizes.useful_flop()},
+        asked={} if asked is None else {part: asked},
+    )
 
 
 def _product_gate(launch: Launch, _arch: int) -> Gate:

@@ -14,6 +14,7 @@ import torch
 from txl_kernels.testing.aot.gates import Gate, row_shuffles
 from txl_kernels.testing.aot.record import Launch
 from txl_kernels.testing.aot.shipped import Call, Kernel
+from txl_kernels.testing.asked import ASKED
 
 _BACKEND = "txl_kernels.backends.triton"
 _HOPPER_HEAD_SIZES = (64, 128)
@@ -47,6 +48,13 @@ class Attention:
         """(query, key) pairs that the causal mask allows, over all rows and heads."""
         per_head = self.Tq * self.n_keys - (self.Tq * (self.Tq - 1) // 2 if self.causal else 0)
         return self.B * self.H * per_head
+
+    @property
+    def least_bytes(self) -> int:
+        """Of the keys, the values and r, each once."""
+        width = self.D + (self.Dv or self.D)
+        elements = self.H * self.n_keys * (self.B * width + self.D)
+        return elements * self.dtype.itemsize
 
     def tiles(self, block_q: int, block_k: int) -> float:
         """Tiles with an allowed pair, over all rows and heads."""
@@ -141,6 +149,10 @@ class Attention:
         }
 
 
+# One token behind a long memory, a batch of them.
+DECODE = Attention(B=32, Tq=1, Tm=3799, backward=False)
+
+
 def calls() -> list[Call]:
     """Each configuration of the tables, and at one of them each flag that changes the code."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -168,7 +180,7 @@ def calls() -> list[Call]:
     ship("parakeet_10min", conformer, modelled=True)
     enwik8 = Attention(B=1, H=8, Tq=128, Tm=3800, D=128, backward=False)
     ship("enwik8_large_eval", enwik8, modelled=True)
-    ship("one_query", Attention(B=32, Tq=1, Tm=3799, backward=False))
+    ship("one_query", DECODE, modelled=True)
     flags: dict[str, dict[str, Any]] = {
         "no_memory": {"Tm": 0},
         "mask": {"tensors": ("mask",), "causal": False},
@@ -226,6 +238,7 @@ def call(
     sizes = dataclasses.replace(attention, backward=not forward)
     dtype = str(attention.dtype).removeprefix("torch.")
     kernels = sizes.kernels()
+    case = f"{what}/{part}"
     return Call(
         f"rel_attention/{dtype}/{what}/{part}",
         sizes.run,
@@ -234,6 +247,8 @@ def call(
         modelled,
         only=tuple(name for name, kernel in kernels.items() if kernel.part == part),
         flop={part: (6.0 if forward else 16.0) * attention.D * attention.pairs},
+        least_bytes=attention.least_bytes if attention.Tq == 1 else 0,
+        asked={part: ASKED[case]} if dtype == "bfloat16" and case in ASKED else {},
     )
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,7 +29,7 @@ TABLES = {
     "dkdv": ("BACKWARD_DKDV", "_rel_attention_bwd_dkdv_kernel"),
     "dqdr": ("BACKWARD_DQDR", "_rel_attention_bwd_dqdr_kernel"),
 }
-BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3)
+BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3)
 TIMED = 6  # of the candidates, the best by the model
 
 Key = tuple[str, bool, int]
@@ -60,10 +62,38 @@ def key_of(attention: Attention, arch: int) -> Key:
 def row(table: str, attention: Attention, arch: int, best: Candidate | None) -> str:
     """The table's row as it stands in the source, or what keeps it from having one."""
     name, _kernel = TABLES[table]
-    key = key_of(attention, arch)
+    key = _key_text(key_of(attention, arch))
     if best is None:
         return f"{name}: no candidate for {key} holds its gates"
-    return f"{name}: {key}: Config({', '.join(map(str, best.config))}),"
+    return f"{name}: {key}: {_config_text(best)},"
+
+
+def write(table: str, attention: Attention, arch: int, best: Candidate, path: Path) -> None:
+    """Puts the candidate into its row of the tables' source, or behind the table's other rows. A
+    comment of the row goes with what it was about.
+
+    Raises:
+        ValueError: the candidate breaks a gate, or the file holds no such table.
+    """
+    if best.failures:
+        raise ValueError(f"tune: not written, it breaks a gate: {'; '.join(best.failures)}")
+    name, _kernel = TABLES[table]
+    key = re.escape(_key_text(key_of(attention, arch)))
+    new = f"    {_key_text(key_of(attention, arch))}: {_config_text(best)},\n"
+    source = path.read_text(encoding="utf-8")
+    found = re.search(rf"^{name}: [^\n]* = {{\n(.*?)^}}\n", source, flags=re.M | re.S)
+    if found is None:
+        raise ValueError(f"tune: {path.name} holds no table {name}")
+    rows, replaced = re.subn(rf"^ *{key}: [^\n]*\n", new, found[1], flags=re.M)
+    rows = rows if replaced else rows + new
+    path.write_text(source[: found.start(1)] + rows + source[found.end(1) :], encoding="utf-8")
+
+
+def source() -> Path:
+    """The file of the tables."""
+    from txl_kernels.backends.triton import rel_attention_config
+
+    return Path(rel_attention_config.__file__)
 
 
 def configurations(table: str) -> list[Any]:
@@ -133,6 +163,15 @@ def configured(name: str, key: Key, config: Any) -> Iterator[None]:
             row = config if other == name else table.get(key, tables.Config(64, 64, 4, 2))
             stack.enter_context(mock.patch.dict(table, {key: row}))
         yield
+
+
+def _key_text(key: Key) -> str:
+    name, is_16_bit, head_size = key
+    return f'("{name}", {is_16_bit}, {head_size})'
+
+
+def _config_text(best: Candidate) -> str:
+    return f"Config({', '.join(map(str, best.config))})"
 
 
 def _compiled(call: Call, kernel: str, config: Any, arch: int) -> Candidate:

@@ -56,6 +56,21 @@ def test_without_a_loop_the_whole_kernel_counts(code):
     assert straight.main_loop() == straight.instructions
 
 
+def test_products_outside_of_every_loop_make_the_whole_kernel_one_pass(code):
+    moved = sass.Code((*code.instructions[3:6], *code.instructions[11:]), 40, 0, 0)
+    assert [loop[0].opcode for loop in moved.loops()] == ["FADD"]
+    assert moved.main_loop() == moved.instructions
+
+
+def test_kernels_of_a_file_are_told_apart():
+    resources, body = PRINTED.split("\tcode for sm_90\n")
+    other = resources.replace("_kernel", "_other").replace("REG:40", "REG:72")
+    one, two = (f"\t\tFunction : {name}\n{body}" for name in ("_kernel", "_other"))
+    found = sass.parse_all(f"{resources}{other}\tcode for sm_90\n{one}{two}")
+    assert {name: code.registers for name, code in found.items()} == {"_kernel": 40, "_other": 72}
+    assert found["_kernel"] == sass.parse(PRINTED)
+
+
 def test_code_for_border_tiles_is_not_on_the_steady_path(code):
     left_out = set(code.main_loop()) - set(sass.steady(code.main_loop()))
     assert [i.address for i in sorted(left_out, key=lambda i: i.address)] == [0x70, 0x80]

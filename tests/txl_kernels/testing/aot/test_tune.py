@@ -42,6 +42,44 @@ def test_what_does_not_compile_is_no_candidate():
     assert found.seconds == float("inf")
 
 
+def tables_of(path):
+    found = {}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), found)
+    return {name: dict(found[name]) for name, _ in tune.TABLES.values()}
+
+
+@pytest.mark.parametrize("table", tune.TABLES)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_row_is_written_in_place_and_nothing_else_changes(table, arch, tmp_path):
+    path, name = tmp_path / "rel_attention_config.py", tune.TABLES[table][0]
+    path.write_text(tune.source().read_text(encoding="utf-8"), encoding="utf-8")
+    before = tables_of(path)
+    n_lines = len(path.read_text(encoding="utf-8").splitlines())
+    best = tune.Candidate((16, 128, 4, 7), 1e-3, ())
+    tune.write(table, SMALL, arch, best, path)
+    key = (f"sm_{arch}", True, 64)
+    after = tables_of(path)
+    assert tuple(after[name].pop(key)) == best.config
+    before[name].pop(key)
+    assert after == before
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) == n_lines
+    row = tune.row(table, SMALL, arch, best)
+    assert f"    {row.removeprefix(name + ': ')}\n" in text
+
+
+def test_a_row_that_is_not_there_is_added_and_a_wrong_one_refused(tmp_path):
+    path = tmp_path / "rel_attention_config.py"
+    path.write_text("FORWARD: dict = {\n    1: 2,\n}\n", encoding="utf-8")
+    tune.write("forward", SMALL, 90, tune.Candidate((16, 16, 4, 1), 1.0, ()), path)
+    row = '    ("sm_90", True, 64): Config(16, 16, 4, 1),\n'
+    assert path.read_text(encoding="utf-8") == f"FORWARD: dict = {{\n    1: 2,\n{row}}}\n"
+    with pytest.raises(ValueError, match="breaks a gate: it spills"):
+        tune.write("forward", SMALL, 90, tune.Candidate((16, 16, 4, 1), 1.0, ("it spills",)), path)
+    with pytest.raises(ValueError, match="holds no table BACKWARD_DKDV"):
+        tune.write("dkdv", SMALL, 90, tune.Candidate((16, 16, 4, 1), 1.0, ()), path)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_nothing_is_timed_without_a_gpu():
     with pytest.raises(BackendUnavailableError, match="no CUDA device"):
