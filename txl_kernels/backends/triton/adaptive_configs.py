@@ -70,7 +70,10 @@ TAIL: dict[tuple[str, str, bool], TailConfig] = {
     ("dweight", "sm_90", True): TailConfig(64, 64, 256, 64, 8, 2),
     ("dweight", "sm_90", False): TailConfig(32, 32, 64, 32, 8, 2),
 }
-# Where rows are wider than MAX_WIDTH and no multiple of 16 bytes, addresses take the registers.
+# 16-bit rows that are no multiple of 16 bytes are loaded one by one, and addresses take the
+# registers.
+_UNALIGNED_PRODUCT = ProductConfig(64, 32, 32, 4, 2)
+# The same, of tails whose rows are wider than MAX_WIDTH.
 _UNALIGNED: dict[tuple[str, str, bool], TailConfig] = {
     ("dx", "sm_80", True): TailConfig(64, 64, 128, 64, 8, 2),
     ("dx", "sm_90", True): TailConfig(64, 64, 128, 64, 8, 2),
@@ -81,9 +84,14 @@ _SPLITS = {"fwd": Splits(16384, 1024), "dx": Splits(8192, 1024)}
 _INTERPRETED_SPLITS = Splits(64, 32)
 
 
-def product_config(device: torch.device, dtype: torch.dtype) -> ProductConfig:
-    """Of both kernels in `adaptive_products`."""
-    return PRODUCT[architecture(device), dtype != torch.float32]
+def product_config(
+    device: torch.device, dtype: torch.dtype, row_widths: Sequence[int] = ()
+) -> ProductConfig:
+    """Of both kernels in `adaptive_products`; `row_widths`: of what a product of rows reads."""
+    arch, is_16_bit = architecture(device), dtype != torch.float32
+    if arch != "interpreter" and is_16_bit and any(width % 8 for width in row_widths):
+        return _UNALIGNED_PRODUCT
+    return PRODUCT[arch, is_16_bit]
 
 
 def tail_config(

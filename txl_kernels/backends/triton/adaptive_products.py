@@ -153,7 +153,7 @@ def multiply_rows(
         width if matrix is None else matrix.shape[side]
         for width, matrix in zip(widths, matrices, strict=True)
     ]
-    config = product_config(out.device, inputs[0].dtype)
+    config = product_config(out.device, inputs[0].dtype, [*widths, *widths_out])
     grid = (
         n_tiles(N, len(inputs), config.BLOCK_ROWS),
         triton.cdiv(max(widths_out), config.BLOCK_OUT),

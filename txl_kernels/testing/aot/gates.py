@@ -56,6 +56,7 @@ _FLOAT32_GRADIENTS = (
     "float32 tiles of 16 x 16 are the smallest, and wide rows still fill the registers"
 )
 _NO_SMALLER_TILE = "smaller tiles that spill less, where there are any, take longer by the model"
+_EIGHT_WARPS = "one pair of registers, outside the loop, for twice the blocks on a multiprocessor"
 _ODD = "rows of 41 elements are loaded one by one, with a mask for each"
 _DKDV, _DQDR = "_rel_attention_bwd_dkdv_kernel", "_rel_attention_bwd_dqdr_kernel"
 SPILLS: dict[tuple[str, int, tuple[str, ...]], Spill] = {
@@ -94,6 +95,7 @@ SPILLS: dict[tuple[str, int, tuple[str, ...]], Spill] = {
     (_DQDR, 90, ("bfloat16/chunk/",)): Spill(160, _NO_SMALLER_TILE, 9),
     (_DQDR, 90, ("bfloat16/softcap/",)): Spill(32, _AROUND),
     (_DQDR, 90, ("bfloat16/deterministic/",)): Spill(24, _AROUND),
+    ("_adaptive_head_grad_kernel", 80, ("float32",)): Spill(8, _EIGHT_WARPS),
 }
 
 
