@@ -1,7 +1,7 @@
 // The second pass over a cluster: gradients of its logits, tile by tile, and their two products.
 #pragma once
 
-#include <c10/util/bit_cast.h>
+#include <cstring>
 
 #include "adaptive_softmax_tile.h"
 
@@ -114,14 +114,19 @@ void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
     } else {
       uint16_t* low = grads.dweight_low + at;
       if (block > 0) {
-        for (int64_t k = 0; k < args.d; ++k)
-          row[k] += c10::bit_cast<float>(uint32_t{out[k].x} << 16 | low[k]);
+        for (int64_t k = 0; k < args.d; ++k) {
+          const uint32_t bits = uint32_t{out[k].x} << 16 | low[k];
+          float before;
+          std::memcpy(&before, &bits, sizeof(bits));
+          row[k] += before;
+        }
       }
       if (block + 1 == plan.n_blocks) {
         convert_row(row, out, args.d);
       } else {
         for (int64_t k = 0; k < args.d; ++k) {
-          const auto bits = c10::bit_cast<uint32_t>(row[k]);
+          uint32_t bits;
+          std::memcpy(&bits, row + k, sizeof(bits));
           out[k].x = static_cast<uint16_t>(bits >> 16);
           low[k] = static_cast<uint16_t>(bits);
         }

@@ -27,7 +27,7 @@ INTERPRETED = Config(16, 16, 4, 1)
 # Chosen by registers, spills, shared memory and instructions of the compiled loop, not by timing.
 FORWARD: dict[tuple[str, bool, int], Config] = {
     ("sm_90", True, 64): Config(64, 64, 4, 2),
-    ("sm_90", True, 128): Config(64, 64, 8, 2),  # 4 warps spill
+    ("sm_90", True, 128): Config(64, 64, 4, 2),
     ("sm_90", True, 256): Config(32, 64, 8, 2),
     ("sm_90", False, 64): Config(16, 16, 4, 2),
     ("sm_90", False, 128): Config(16, 16, 8, 2),
