@@ -66,7 +66,7 @@ FORWARD_SHORT: dict[tuple[str, bool, int], Config] = {
 # queries leave registers for the accumulators.
 BACKWARD_DKDV: dict[tuple[str, bool, int], Config] = {
     ("sm_90", True, 64): Config(32, 128, 8, 2),
-    ("sm_90", True, 128): Config(32, 64, 8, 2),
+    ("sm_90", True, 128): Config(64, 64, 4, 2),
     ("sm_90", True, 256): Config(16, 32, 8, 2),
     ("sm_90", False, 64): Config(16, 16, 4, 2),
     ("sm_90", False, 128): Config(16, 16, 8, 2),
