@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50)
+TICKS = (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50)
 _MARKERS = "osD^vPX*"
 
 
@@ -44,8 +44,9 @@ def plot(path: Path, cases: Sequence[dict[str, Any]], title: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_yticks(range(len(shown)), shown, fontsize=8)
+    axes.set_ylim(-0.7, len(shown) - 0.3)
     axes.set_xlabel("times faster than … (peer / ours; right of 1 ours is faster)")
     axes.grid(axis="x", alpha=0.3)
     axes.set_title(title, fontsize=10)
-    figure.legend(loc="outside lower center", ncols=len(names) or 1, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=min(len(names), 7) or 1, fontsize=8)
     figure.savefig(path)
