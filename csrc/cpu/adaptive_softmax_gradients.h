@@ -112,7 +112,7 @@ void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
     if constexpr (std::is_same_v<T, Acc<T>>) {
       for (int64_t k = 0; k < args.d; ++k) out[k] = block > 0 ? out[k] + row[k] : row[k];
     } else {
-      uint16_t* low = grads.dweight_low + at;
+      uint16_t* low = plan.n_blocks > 1 ? grads.dweight_low + at : nullptr;
       if (block > 0) {
         for (int64_t k = 0; k < args.d; ++k) {
           const uint32_t bits = uint32_t{out[k].x} << 16 | low[k];

@@ -180,7 +180,6 @@ struct Call {
   Scalar dtype;
   Tensor hidden;
   std::vector<Cluster> clusters;
-  std::vector<at::ScalarType> bias_dtypes;
   Buckets buckets;
 
   Call(const char* op, const Tensor& hidden_, const Tensor& target, at::TensorList flat,
@@ -338,8 +337,7 @@ class Gradients {
   at::TensorList flat_;
   const c10::List<bool>& needed_;
   Tensor dhidden_, table_;  // table_: the gradients of tails that are one table
-  std::vector<int64_t>
-      next_row_;  // the row of table_ behind the head's words, and behind each tail
+  std::vector<int64_t> next_row_;  // of table_: behind the head's words, and behind each tail
   std::vector<Tensor> out_;
 };
 

@@ -172,7 +172,6 @@ def pieces(cluster: Cluster) -> list[tuple[int, Cluster]]:
 
 def columns(cluster: Cluster, first: int, last: int | None) -> Cluster:
     """Columns first … last - 1 of a cluster's logits, as a cluster."""
-    """Columns first … last - 1 of a cluster's logits, as a cluster."""
     bias = None if cluster.bias is None else cluster.bias[first:last]
     return Cluster(cluster.projection, cluster.weight[first:last], bias)
 
