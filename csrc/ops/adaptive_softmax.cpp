@@ -336,8 +336,10 @@ class Gradients {
   const Call& call_;
   at::TensorList flat_;
   const c10::List<bool>& needed_;
-  Tensor dhidden_, table_;  // table_: the gradients of tails that are one table
-  std::vector<int64_t> next_row_;  // of table_: behind the head's words, and behind each tail
+  Tensor dhidden_;
+  // The gradients of tails that are one table; its rows behind the head's words and each tail.
+  Tensor table_;
+  std::vector<int64_t> next_row_;
   std::vector<Tensor> out_;
 };
 
