@@ -13,9 +13,9 @@ namespace txl::TXL_ISA {
 namespace {
 
 template <typename T>
-int64_t shared_bytes(const ClusterArgs& args, const ClusterPlan& plan, bool held) {
+int64_t shared_bytes(const ClusterArgs& args, const ClusterPlan& plan) {
   Arena arena(nullptr);
-  ClusterShared<T>(args, plan, held, arena);
+  ClusterShared<T>(args, plan, arena);
   return arena.used();
 }
 

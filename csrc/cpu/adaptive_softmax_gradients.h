@@ -36,16 +36,16 @@ void spread_gradients(int64_t rows, int64_t n, int64_t ld_t, const ClusterSlot<T
 
 // g = scale · softmax of a tile's logits, zeros in the rows behind its last column.
 template <typename T>
-void softmax_gradients(const ClusterArgs& args, const ClusterPlan& plan, bool held,
+void softmax_gradients(const ClusterArgs& args, const ClusterPlan& plan, int64_t slot,
                        const VocabTile<T>& vocab, const TokenTile& tokens,
                        const ClusterTokens& given, const ClusterShared<T>& shared,
                        const ClusterSlot<T>& ws) {
   using Vec = Vectorized<Acc<T>>;
   const int64_t rows = round_up(vocab.n, 16), padded = plan.padded_block();
-  if (held) {
-    const Operand<T>* powers =
-        shared.held + vocab.index * kVocabTile * padded + tokens.at * kVocabTile;
-    const Acc<T>* max = shared.tile_max + vocab.index * padded + tokens.at;
+  if (plan.holds(slot, vocab.index)) {
+    const int64_t tile = plan.held_index(slot, vocab.index);
+    const Operand<T>* powers = shared.held + tile * kVocabTile * padded + tokens.at * kVocabTile;
+    const Acc<T>* max = shared.tile_max + tile * padded + tokens.at;
     const Acc<T>*all_max = shared.max + tokens.at, *share = shared.share + tokens.at;
     for (int64_t i = 0; i < plan.tile; i += Vec::size()) {
       const Vec decay = exp2_nonpositive(Vec::loadu(max + i) - Vec::loadu(all_max + i));
@@ -100,7 +100,8 @@ void target_gradients(const ClusterArgs& args, const VocabTile<T>& vocab, const 
 
 // A tile's gradient of the weight over one block of tokens, on top of the blocks before. Where it
 // is 16 bits wide, a sum that goes on is kept in float32 all the same: its upper half where the
-// gradient will be, its lower half in `dweight_low`.
+// gradient will be, the next 8 bits in `dweight_low`: rounded to 16 bits, still 2^8 times finer
+// than what it ends as.
 template <typename T>
 void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
                          const ClusterGrads& grads, const VocabTile<T>& vocab, int64_t block,
@@ -112,10 +113,10 @@ void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
     if constexpr (std::is_same_v<T, Acc<T>>) {
       for (int64_t k = 0; k < args.d; ++k) out[k] = block > 0 ? out[k] + row[k] : row[k];
     } else {
-      uint16_t* low = plan.n_blocks > 1 ? grads.dweight_low + at : nullptr;
+      uint8_t* low = plan.n_blocks > 1 ? grads.dweight_low + at : nullptr;
       if (block > 0) {
         for (int64_t k = 0; k < args.d; ++k) {
-          const uint32_t bits = uint32_t{out[k].x} << 16 | low[k];
+          const uint32_t bits = uint32_t{out[k].x} << 16 | uint32_t{low[k]} << 8;
           float before;
           std::memcpy(&before, &bits, sizeof(bits));
           row[k] += before;
@@ -127,8 +128,9 @@ void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
         for (int64_t k = 0; k < args.d; ++k) {
           uint32_t bits;
           std::memcpy(&bits, row + k, sizeof(bits));
+          bits += 0x80;
           out[k].x = static_cast<uint16_t>(bits >> 16);
-          low[k] = static_cast<uint16_t>(bits);
+          low[k] = static_cast<uint8_t>(bits >> 8);
         }
       }
     }
@@ -162,10 +164,10 @@ const Operand<T>* pack_weight_rows(const ClusterArgs& args, const VocabTile<T>& 
 // A slot's share of one block: its columns' gradients, and its part of the hidden gradients.
 template <typename T>
 void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const ClusterTokens& given,
-                       const ClusterGrads& grads, bool held, int64_t block, int64_t slot,
-                       char* memory, char* slot_memory) {
+                       const ClusterGrads& grads, int64_t block, int64_t slot, char* memory,
+                       char* slot_memory) {
   Arena arena(memory), slot_arena(slot_memory);
-  const ClusterShared<T> shared(args, plan, held, arena);
+  const ClusterShared<T> shared(args, plan, arena);
   const ClusterSlot<T> ws(args, plan, grads, slot_arena);
   const int64_t tiles = token_tiles(args, plan, block), width = round_up(args.d, 16);
   const int64_t first = plan.first_tile(slot);
@@ -176,7 +178,7 @@ void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const C
     if (grads.dx != nullptr) weight_rows = pack_weight_rows<T>(args, vocab, ws);
     for (int64_t t = 0; t < tiles; ++t) {
       const TokenTile tokens(args, plan, block, t);
-      softmax_gradients(args, plan, held, vocab, tokens, given, shared, ws);
+      softmax_gradients(args, plan, slot, vocab, tokens, given, shared, ws);
       target_gradients(args, vocab, tokens, given, shared, ws);
       if (grads.dweight != nullptr) {
         gemm(vocab.n, width, plan.tile, ws.g_t, shared.ld_t,

@@ -8,10 +8,10 @@ namespace txl::TXL_ISA {
 // Both layouts of one tile of tokens: as the right-hand matrix of logits, and of the weight's
 // gradient.
 template <typename T>
-void cluster_pack(const ClusterArgs& args, const ClusterPlan& plan, bool held, int64_t block,
-                  int64_t tile, char* memory) {
+void cluster_pack(const ClusterArgs& args, const ClusterPlan& plan, int64_t block, int64_t tile,
+                  char* memory) {
   Arena arena(memory);
-  const ClusterShared<T> shared(args, plan, held, arena);
+  const ClusterShared<T> shared(args, plan, arena);
   const TokenTile tokens(args, plan, block, tile);
   TokenRows<T> rows(args);
   rows.n = tokens.begin + tokens.n;
@@ -67,17 +67,16 @@ void merge_columns(const acc_t* max, const acc_t* sum, int64_t n, acc_t* slot_ma
 }
 
 template <typename T>
-void cluster_logits(const ClusterArgs& args, const ClusterPlan& plan, bool held, int64_t block,
-                    int64_t slot, char* memory, char* slot_memory) {
+void cluster_logits(const ClusterArgs& args, const ClusterPlan& plan, int64_t block, int64_t slot,
+                    char* memory, char* slot_memory) {
   Arena arena(memory), slot_arena(slot_memory);
-  const ClusterShared<T> shared(args, plan, held, arena);
+  const ClusterShared<T> shared(args, plan, arena);
   const ClusterSlot<T> ws(args, plan, {}, slot_arena);
   const int64_t padded = plan.padded_block(), tiles = token_tiles(args, plan, block);
   Acc<T>*slot_max = shared.slot_max + slot * padded, *slot_sum = shared.slot_sum + slot * padded;
   std::fill(slot_max, slot_max + padded, std::numeric_limits<Acc<T>>::lowest());
   std::fill(slot_sum, slot_sum + padded, Acc<T>(0));
   const auto* all_bias = static_cast<const Acc<T>*>(args.bias);
-  Acc<T>*max = ws.factor, *sum = ws.shift;
   for (int64_t index = plan.first_tile(slot); index < plan.first_tile(slot + 1); ++index) {
     const VocabTile<T> vocab(args, index, ws);
     const Acc<T>* bias = all_bias != nullptr ? all_bias + vocab.begin : nullptr;
@@ -88,10 +87,12 @@ void cluster_logits(const ClusterArgs& args, const ClusterPlan& plan, bool held,
         const Acc<T> product = ws.logits[v * shared.ld_t + i];
         shared.logit[tokens.at + i] = bias != nullptr ? product + bias[v] : product;
       });
+      Acc<T>*max = ws.factor, *sum = ws.shift;
       Operand<T>* out = nullptr;
-      if (held) {
-        out = shared.held + index * kVocabTile * padded + tokens.at * kVocabTile;
-        max = shared.tile_max + index * padded + tokens.at;
+      if (plan.holds(slot, index)) {
+        const int64_t tile = plan.held_index(slot, index);
+        out = shared.held + tile * kVocabTile * padded + tokens.at * kVocabTile;
+        max = shared.tile_max + tile * padded + tokens.at;
         std::fill(out + vocab.n * plan.tile, out + round_up(vocab.n, 16) * plan.tile,
                   Operand<T>(0));
       }
@@ -107,9 +108,9 @@ void cluster_logits(const ClusterArgs& args, const ClusterPlan& plan, bool held,
 // rounding errors with them.
 template <typename T>
 void cluster_combine(const ClusterArgs& args, const ClusterPlan& plan, const ClusterTokens& out,
-                     bool held, int64_t block, char* memory) {
+                     int64_t block, char* memory) {
   Arena arena(memory);
-  const ClusterShared<T> shared(args, plan, held, arena);
+  const ClusterShared<T> shared(args, plan, arena);
   const int64_t padded = plan.padded_block(), begin = block * plan.block;
   const int64_t n = std::min(plan.block, args.n - begin);
   const auto* scale = static_cast<const Acc<T>*>(out.scale);

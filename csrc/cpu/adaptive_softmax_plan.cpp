@@ -24,25 +24,43 @@ int64_t widest_tile(int64_t d) {
   return std::clamp<int64_t>(fit / 64 * 64, 64, kTokenTile);
 }
 
+// A block reads the whole weight twice, and reads and writes its gradient's sums: with fewer tokens
+// than these, that takes longer than making their logits again.
+constexpr int64_t kLeastBlock = 96;
+
 }  // namespace
 
-ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, bool low_halves, int64_t threads) {
+ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held_bytes, int64_t low_bytes,
+                         int64_t threads) {
   ClusterPlan plan;
   plan.n_vocab_tiles = ceil_div(args.V, kVocabTile);
   plan.n_slots = std::clamp<int64_t>(threads, 1, plan.n_vocab_tiles);
-  // A token's row: its logits, or its part of each slot's hidden gradient.
-  const int64_t row = held > 0 ? plan.n_vocab_tiles * kVocabTile * held
-                               : plan.n_slots * args.d * static_cast<int64_t>(sizeof(float));
-  int64_t most = std::max<int64_t>(16, kLogitsBytes / row / 16 * 16);
-  // One block of everything, where that is less memory than the lower halves of several's sums.
-  const int64_t low_bytes = args.V * args.d * static_cast<int64_t>(sizeof(uint16_t));
-  if (low_halves && args.n * row <= kLogitsBytes + low_bytes) most = args.n;
+  const int64_t slot_tiles = ceil_div(plan.n_vocab_tiles, plan.n_slots);
+  // Of one token: its logits, in a tile of each slot; its row in both layouts, and its part of each
+  // slot's hidden gradient.
+  const int64_t tile_logits = plan.n_slots * kVocabTile * held_bytes;
+  const int64_t rows = (plan.n_slots + 2) * args.d * static_cast<int64_t>(sizeof(float));
+  const int64_t all = rows + slot_tiles * tile_logits, low = args.V * args.d * low_bytes;
+  int64_t most = std::max<int64_t>(1, args.n);  // tokens of a block
+  if (args.n * all > kChunkBytes) {
+    const int64_t all_held = (kChunkBytes - low) / all;
+    if (held_bytes > 0 && all_held >= kLeastBlock) {
+      most = all_held / 16 * 16;
+    } else if (args.n * rows > kChunkBytes / 2 + low) {
+      most = std::max<int64_t>(16, kChunkBytes / 2 / rows / 16 * 16);
+    }
+  }
   plan.n_blocks = std::max<int64_t>(1, ceil_div(args.n, most));
   const int64_t each = std::max<int64_t>(1, ceil_div(args.n, plan.n_blocks));
   const int64_t even = ceil_div(each, ceil_div(each, widest_tile(args.d)));
   plan.tile = std::min(round_tile(even), std::max(most, ceil_div(even, 16) * 16));
   plan.block = plan.n_blocks == 1 ? each : std::max(plan.tile, each / plan.tile * plan.tile);
   plan.n_blocks = std::max<int64_t>(1, ceil_div(args.n, plan.block));
+  if (held_bytes > 0) {
+    const int64_t room =
+        kChunkBytes - plan.padded_block() * rows - (plan.n_blocks > 1 ? low : int64_t{0});
+    plan.n_held = std::clamp<int64_t>(room / (plan.padded_block() * tile_logits), 0, slot_tiles);
+  }
   return plan;
 }
 

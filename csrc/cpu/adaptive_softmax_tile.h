@@ -42,12 +42,12 @@ struct ClusterShared {
   int64_t size_x_t, size_x_n;  // words of one tile in x_t and x_n
   Word<T>*x_t, *x_n;           // per token tile: [d, tile] and [tile, d]
   Operand<T>* stage;           // per token tile
-  Operand<T>* held;            // per vocabulary and token tile: 2^(logit - its tile's maximum)
-  Acc<T>* tile_max;            // [n_vocab_tiles, padded_block], in units of log2 e as all here
+  Operand<T>* held;            // per held and token tile: 2^(logit - its tile's maximum)
+  Acc<T>* tile_max;            // [held tiles, padded_block], in units of log2 e as all here
   Acc<T>*slot_max, *slot_sum;  // [n_slots, padded_block]
   Acc<T>*max, *share, *logit;  // [padded_block]: of all columns, and scale / their sum
 
-  ClusterShared(const ClusterArgs& args, const ClusterPlan& plan, bool held_logits, Arena& arena) {
+  ClusterShared(const ClusterArgs& args, const ClusterPlan& plan, Arena& arena) {
     const int64_t tokens = plan.padded_block(), tiles = plan.tiles_of(plan.block);
     ld_t = leading_dimension(plan.tile);
     ld_d = leading_dimension(args.d);
@@ -56,8 +56,9 @@ struct ClusterShared {
     x_t = arena.take<Word<T>>(tiles * size_x_t);
     x_n = arena.take<Word<T>>(tiles * size_x_n);
     stage = arena.take<Operand<T>>(tiles * 16 * row_length<T>(args.d));
-    held = held_logits ? arena.take<Operand<T>>(plan.n_vocab_tiles * kVocabTile * tokens) : nullptr;
-    tile_max = arena.take<Acc<T>>(held_logits ? plan.n_vocab_tiles * tokens : 0);
+    const int64_t held_tiles = plan.n_slots * plan.n_held;
+    held = arena.take<Operand<T>>(held_tiles * kVocabTile * tokens);
+    tile_max = arena.take<Acc<T>>(held_tiles * tokens);
     slot_max = arena.take<Acc<T>>(plan.n_slots * tokens);
     slot_sum = arena.take<Acc<T>>(plan.n_slots * tokens);
     max = arena.take<Acc<T>>(tokens);

@@ -130,43 +130,37 @@ struct ClusterCall {
     threads = at::in_parallel_region() || work < 5e5 ? 1 : at::get_num_threads();
   }
 
-  bool needs_low_halves(const ClusterGrads& grads) const {
-    return grads.dweight != nullptr && x.scalar_type() != acc_dtype(x);
-  }
-
-  // Loss and gradients in one pass (`held`), loss alone (no grads), or gradients from `lse`
-  // (`again`).
-  void run(const ClusterGrads& grads, const Tensor& scale, bool held, bool again,
+  // Losses, or gradients from the log-sum-exp of losses made before, or both.
+  void run(const ClusterGrads& grads, const Tensor& scale, bool losses, bool gradients,
            Scratch& scratch) const {
     if (args.n == 0) return;
-    const ClusterTokens tokens{lse.data_ptr(), again ? nullptr : logit.data_ptr(),
+    const ClusterTokens tokens{lse.data_ptr(), losses ? logit.data_ptr() : nullptr,
                                scale.defined() ? scale.const_data_ptr() : nullptr};
-    const ClusterPlan plan =
-        plan_cluster(args, held ? kernels.operand_bytes : 0, needs_low_halves(grads), threads);
+    const bool rounded = grads.dweight != nullptr && x.scalar_type() != acc_dtype(x);
+    const ClusterPlan plan = plan_cluster(args, losses && gradients ? kernels.operand_bytes : 0,
+                                          rounded ? 1 : 0, threads);
     ClusterGrads out = grads;
     Tensor low;
-    if (needs_low_halves(grads) && plan.n_blocks > 1) {
-      low = at::empty({args.V, args.d}, rows.options().dtype(at::kShort));
-      out.dweight_low = reinterpret_cast<uint16_t*>(low.data_ptr<int16_t>());
+    if (rounded && plan.n_blocks > 1) {
+      low = at::empty({args.V, args.d}, rows.options().dtype(at::kByte));
+      out.dweight_low = low.data_ptr<uint8_t>();
     }
-    const int64_t shared_bytes = kernels.shared_bytes(args, plan, held);
+    const int64_t shared_bytes = kernels.shared_bytes(args, plan);
     const int64_t slot_bytes = round_to_page(kernels.slot_bytes(args, plan, out));
     char* shared = scratch.of(round_to_page(shared_bytes) + plan.n_slots * slot_bytes);
     char* slots = shared + round_to_page(shared_bytes);
     for (int64_t block = 0; block < plan.n_blocks; ++block) {
       const int64_t tiles = plan.tiles_of(std::min(plan.block, args.n - block * plan.block));
-      over(tiles, threads,
-           [&](int64_t tile) { kernels.pack(args, plan, held, block, tile, shared); });
-      if (!again) {
+      over(tiles, threads, [&](int64_t tile) { kernels.pack(args, plan, block, tile, shared); });
+      if (losses) {
         over(plan.n_slots, threads, [&](int64_t slot) {
-          kernels.logits(args, plan, held, block, slot, shared, slots + slot * slot_bytes);
+          kernels.logits(args, plan, block, slot, shared, slots + slot * slot_bytes);
         });
-        kernels.combine(args, plan, tokens, held, block, shared);
+        kernels.combine(args, plan, tokens, block, shared);
       }
-      if (!held && !again) continue;
+      if (!gradients) continue;
       over(plan.n_slots, threads, [&](int64_t slot) {
-        kernels.gradients(args, plan, tokens, out, held, block, slot, shared,
-                          slots + slot * slot_bytes);
+        kernels.gradients(args, plan, tokens, out, block, slot, shared, slots + slot * slot_bytes);
       });
       if (grads.dx == nullptr) continue;
       over(tiles, threads,
@@ -217,7 +211,7 @@ struct Call {
     std::iota(order.begin(), order.end(), size_t{0});
     auto logits = [&](size_t k) {
       return std::min<int64_t>(buckets.size(k) * clusters[k].weight.size(0),
-                               kLogitsBytes / static_cast<int64_t>(sizeof(float)));
+                               kChunkBytes / static_cast<int64_t>(sizeof(float)));
     };
     std::stable_sort(order.begin(), order.end(),
                      [&](size_t a, size_t b) { return logits(a) > logits(b); });
@@ -265,10 +259,9 @@ class Gradients {
   }
 
   // `scale`: [N], the gradient of each token's loss. As ClusterCall::run.
-  void run(size_t k, const ClusterCall& cluster, const Tensor& scale, bool held, bool again,
+  void run(size_t k, const ClusterCall& cluster, const Tensor& scale, bool losses,
            Scratch& scratch) {
     const Tensor& projection = call_.clusters[k].projection;
-    const bool any_needed = wants(3 * k) || wants(3 * k + 1) || wants(3 * k + 2);
     const bool projected = projection.defined();
     ClusterGrads grads;
     Tensor dx;
@@ -288,9 +281,9 @@ class Gradients {
       dbias = at::zeros({cluster.args.V}, call_.acc_options());
       grads.dbias = dbias.data_ptr();
     }
-    if (any_needed || dhidden_.defined() || held) {
-      cluster.run(grads, scale.index_select(0, cluster.rows), held, again, scratch);
-    }
+    const bool gradients = grads.dx != nullptr || grads.dweight != nullptr || dbias.defined();
+    if (losses || gradients)
+      cluster.run(grads, scale.index_select(0, cluster.rows), losses, gradients, scratch);
     if (dbias.defined()) out_[3 * k + 2] = dbias.to(flat_[3 * k + 2].scalar_type());
     if (dx.defined()) through_projection(k, cluster, dx);
   }
@@ -351,7 +344,7 @@ std::tuple<Tensor, Tensor> adaptive_nll_fwd(const Tensor& hidden, const Tensor& 
   Scratch scratch;
   for (const size_t k : call.widest_first()) {
     const ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
-    cluster.run({}, {}, false, false, scratch);
+    cluster.run({}, {}, /*losses=*/true, /*gradients=*/false, scratch);
     Tensor kept = lse[k == 0 ? 0 : 1];
     add_losses(cluster, nll, &kept);
   }
@@ -370,7 +363,7 @@ std::tuple<Tensor, std::vector<Tensor>> adaptive_nll_bwd(const Tensor& dnll, con
   for (const size_t k : call.widest_first()) {
     ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
     cluster.lse = lse[k == 0 ? 0 : 1].index_select(0, cluster.rows);
-    gradients.run(k, cluster, scale, false, true, scratch);
+    gradients.run(k, cluster, scale, /*losses=*/false, scratch);
   }
   std::vector<Tensor> all = gradients.take();
   const Tensor dhidden = all[0];
@@ -396,9 +389,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> adaptive_loss_fwd(
   for (const size_t k : call.widest_first()) {
     const ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
     if (any) {
-      gradients.run(k, cluster, scale, true, false, scratch);
+      gradients.run(k, cluster, scale, /*losses=*/true, scratch);
     } else {
-      cluster.run({}, {}, false, false, scratch);
+      cluster.run({}, {}, /*losses=*/true, /*gradients=*/false, scratch);
     }
     add_losses(cluster, nll, nullptr);
   }

@@ -10,10 +10,9 @@ namespace txl {
 // Logits are made in tiles of up to `kVocabTile` columns and `kTokenTile` tokens, transposed: a
 // token's logits stand in a column.
 constexpr int64_t kVocabTile = 64, kTokenTile = 256;
-// What `adaptive_loss` holds between its two passes, at most: one chunk of a cluster's logits. (One
-// token tile of 16 tokens is held whatever its size; and where several chunks would need more for
-// the lower halves of a 16-bit weight's gradient, one larger chunk.)
-constexpr int64_t kLogitsBytes = int64_t{24} << 20;
+// What a cluster's chunk takes at most: logits held between the two passes of `adaptive_loss`, what
+// sums over several chunks need beside a 16-bit gradient, hidden gradients of a slot's own.
+constexpr int64_t kChunkBytes = int64_t{24} << 20;
 
 // One cluster: n of its tokens meet its V columns.
 struct ClusterArgs {
@@ -37,29 +36,35 @@ struct ClusterGrads {
   void* dx = nullptr;                // [·, d] in the accumulation type
   const int64_t* dx_rows = nullptr;  // token i's goes on top of row dx_rows[i]; null = into row i
   void* dweight = nullptr;           // [V, d] in the weight's dtype
-  uint16_t* dweight_low = nullptr;   // [V, d]: with several blocks and a 16-bit weight, the lower
-                                     // halves of sums that go on
+  uint8_t* dweight_low = nullptr;    // [V, d]: with several blocks and a 16-bit weight, what sums
+                                     // that go on have below the upper 16 bits of float32
   void* dbias = nullptr;             // [V] in the accumulation type
 };
 
-// How a cluster is cut. Tokens: blocks, each with all its logits at once where gradients are formed
-// in the forward pass; blocks: tiles, padded to `tile` columns. Vocabulary: tiles, dealt to slots
-// in runs; a slot owns its columns' gradients and a partial sum of the hidden gradients, so that
-// the result depends on the number of slots, never on timing.
+// How a cluster is cut. Tokens: blocks, blocks into tiles, padded to `tile` columns. Vocabulary:
+// tiles, dealt to slots in runs; a slot owns its columns' gradients and a partial sum of the hidden
+// gradients, so that the result depends on the number of slots, never on timing. Of each slot's
+// run, the first `n_held` tiles of a block's logits are held from the first pass to the second; the
+// others are made again.
 struct ClusterPlan {
   int64_t block = 0, n_blocks = 0;  // tokens
   int64_t tile = 0;                 // tokens, a multiple of 16
-  int64_t n_vocab_tiles = 0, n_slots = 0;
+  int64_t n_vocab_tiles = 0, n_slots = 0, n_held = 0;
 
   int64_t tiles_of(int64_t tokens) const { return (tokens + tile - 1) / tile; }
   int64_t padded_block() const { return tiles_of(block) * tile; }
   // The vocabulary tiles of a slot: from this one to the next slot's.
   int64_t first_tile(int64_t slot) const { return slot * n_vocab_tiles / n_slots; }
+  bool holds(int64_t slot, int64_t tile) const { return tile - first_tile(slot) < n_held; }
+  int64_t held_index(int64_t slot, int64_t tile) const {
+    return slot * n_held + tile - first_tile(slot);
+  }
 };
 
-// `held`: whether logits are held, as elements of this many bytes, or 0. `low_halves`:
-// whether sums over several blocks need memory beside the weight's gradient.
-ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, bool low_halves, int64_t threads);
+// `held_bytes`: of one logit held, 0 where none is asked for. `low_bytes`: of what a sum over
+// several blocks needs beside each element of the weight's gradient.
+ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held_bytes, int64_t low_bytes,
+                         int64_t threads);
 
 // One dtype's kernels. `shared` and `slot` are memory of as many bytes as the first two say,
 // 64-byte aligned. For each block: `pack` for every token tile, `logits` for every slot, `combine`;
@@ -67,16 +72,15 @@ ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held, bool low_halves,
 // side.
 struct ClusterKernels {
   int64_t operand_bytes;
-  int64_t (*shared_bytes)(const ClusterArgs&, const ClusterPlan&, bool held);
+  int64_t (*shared_bytes)(const ClusterArgs&, const ClusterPlan&);
   int64_t (*slot_bytes)(const ClusterArgs&, const ClusterPlan&, const ClusterGrads&);
-  void (*pack)(const ClusterArgs&, const ClusterPlan&, bool held, int64_t block, int64_t tile,
-               char* shared);
-  void (*logits)(const ClusterArgs&, const ClusterPlan&, bool held, int64_t block, int64_t slot,
-                 char* shared, char* slot_memory);
-  void (*combine)(const ClusterArgs&, const ClusterPlan&, const ClusterTokens&, bool held,
-                  int64_t block, char* shared);
+  void (*pack)(const ClusterArgs&, const ClusterPlan&, int64_t block, int64_t tile, char* shared);
+  void (*logits)(const ClusterArgs&, const ClusterPlan&, int64_t block, int64_t slot, char* shared,
+                 char* slot_memory);
+  void (*combine)(const ClusterArgs&, const ClusterPlan&, const ClusterTokens&, int64_t block,
+                  char* shared);
   void (*gradients)(const ClusterArgs&, const ClusterPlan&, const ClusterTokens&,
-                    const ClusterGrads&, bool held, int64_t block, int64_t slot, char* shared,
+                    const ClusterGrads&, int64_t block, int64_t slot, char* shared,
                     char* slot_memory);
   // `slots`: the slots' memory, `slot_stride` bytes apart.
   void (*reduce)(const ClusterArgs&, const ClusterPlan&, const ClusterGrads&, int64_t block,
