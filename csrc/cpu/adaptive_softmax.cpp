@@ -27,9 +27,9 @@ int64_t slot_bytes(const ClusterArgs& args, const ClusterPlan& plan, const Clust
 }
 
 template <typename T>
-constexpr ClusterKernels kKernels{sizeof(Operand<T>),   shared_bytes<T>,   slot_bytes<T>,
-                                  cluster_pack<T>,      cluster_logits<T>, cluster_combine<T>,
-                                  cluster_gradients<T>, cluster_reduce<T>};
+constexpr ClusterKernels kKernels{sizeof(Operand<T>), sizeof(Acc<T>),       shared_bytes<T>,
+                                  slot_bytes<T>,      cluster_pack<T>,      cluster_logits<T>,
+                                  cluster_combine<T>, cluster_gradients<T>, cluster_reduce<T>};
 
 }  // namespace
 

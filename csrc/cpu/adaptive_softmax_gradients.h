@@ -106,16 +106,17 @@ template <typename T>
 void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
                          const ClusterGrads& grads, const VocabTile<T>& vocab, int64_t block,
                          const ClusterSlot<T>& ws) {
+  const int64_t d = args.d;
   for (int64_t v = 0; v < vocab.n; ++v) {
-    Acc<T>* row = ws.dweight + v * ws.ld_d;
-    const int64_t at = (vocab.begin + v) * args.d;
-    T* out = static_cast<T*>(grads.dweight) + at;
+    Acc<T>* __restrict row = ws.dweight + v * ws.ld_d;
+    const int64_t at = (vocab.begin + v) * d;
+    T* __restrict out = static_cast<T*>(grads.dweight) + at;
     if constexpr (std::is_same_v<T, Acc<T>>) {
-      for (int64_t k = 0; k < args.d; ++k) out[k] = block > 0 ? out[k] + row[k] : row[k];
+      for (int64_t k = 0; k < d; ++k) out[k] = block > 0 ? out[k] + row[k] : row[k];
     } else {
-      uint8_t* low = plan.n_blocks > 1 ? grads.dweight_low + at : nullptr;
+      uint8_t* __restrict low = plan.n_blocks > 1 ? grads.dweight_low + at : nullptr;
       if (block > 0) {
-        for (int64_t k = 0; k < args.d; ++k) {
+        for (int64_t k = 0; k < d; ++k) {
           const uint32_t bits = uint32_t{out[k].x} << 16 | uint32_t{low[k]} << 8;
           float before;
           std::memcpy(&before, &bits, sizeof(bits));
@@ -123,9 +124,9 @@ void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
         }
       }
       if (block + 1 == plan.n_blocks) {
-        convert_row(row, out, args.d);
+        convert_row(row, out, d);
       } else {
-        for (int64_t k = 0; k < args.d; ++k) {
+        for (int64_t k = 0; k < d; ++k) {
           uint32_t bits;
           std::memcpy(&bits, row + k, sizeof(bits));
           bits += 0x80;

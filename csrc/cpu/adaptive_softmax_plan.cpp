@@ -30,36 +30,35 @@ constexpr int64_t kLeastBlock = 96;
 
 }  // namespace
 
-ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held_bytes, int64_t low_bytes,
-                         int64_t threads) {
+ClusterPlan plan_cluster(const ClusterArgs& args, const ClusterKernels& kernels, bool hold,
+                         int64_t low_bytes, int64_t threads) {
   ClusterPlan plan;
   plan.n_vocab_tiles = ceil_div(args.V, kVocabTile);
   plan.n_slots = std::clamp<int64_t>(threads, 1, plan.n_vocab_tiles);
   const int64_t slot_tiles = ceil_div(plan.n_vocab_tiles, plan.n_slots);
-  // Of one token: its logits, in a tile of each slot; its row in both layouts, and its part of each
-  // slot's hidden gradient.
-  const int64_t tile_logits = plan.n_slots * kVocabTile * held_bytes;
-  const int64_t rows = (plan.n_slots + 2) * args.d * static_cast<int64_t>(sizeof(float));
-  const int64_t all = rows + slot_tiles * tile_logits, low = args.V * args.d * low_bytes;
-  int64_t most = std::max<int64_t>(1, args.n);  // tokens of a block
-  if (args.n * all > kChunkBytes) {
-    const int64_t all_held = (kChunkBytes - low) / all;
-    if (held_bytes > 0 && all_held >= kLeastBlock) {
-      most = all_held / 16 * 16;
-    } else if (args.n * rows > kChunkBytes / 2 + low) {
-      most = std::max<int64_t>(16, kChunkBytes / 2 / rows / 16 * 16);
+  // Of one token: its row in both layouts and its part of each slot's hidden gradient; its logits
+  // in a tile of each slot.
+  const int64_t rows = args.d * (2 * kernels.operand_bytes + plan.n_slots * kernels.acc_bytes);
+  const int64_t tile_logits = hold ? plan.n_slots * kVocabTile * kernels.operand_bytes : 0;
+  const int64_t chunk = chunk_bytes(args.d), low = args.V * args.d * low_bytes;
+  const int64_t n = std::max<int64_t>(1, args.n);
+  int64_t most = n;  // tokens of a block
+  if (most * (rows + slot_tiles * tile_logits) > chunk) {
+    const int64_t all_held = (chunk - low) / (rows + slot_tiles * tile_logits);
+    if (hold && all_held >= kLeastBlock) {
+      most = all_held;
+    } else if (most * rows > chunk / 2 + low) {  // else one block: less than what several need
+      most = std::max<int64_t>(16, chunk / 2 / rows);
     }
   }
-  plan.n_blocks = std::max<int64_t>(1, ceil_div(args.n, most));
-  const int64_t each = std::max<int64_t>(1, ceil_div(args.n, plan.n_blocks));
-  const int64_t even = ceil_div(each, ceil_div(each, widest_tile(args.d)));
-  plan.tile = std::min(round_tile(even), std::max(most, ceil_div(even, 16) * 16));
-  plan.block = plan.n_blocks == 1 ? each : std::max(plan.tile, each / plan.tile * plan.tile);
-  plan.n_blocks = std::max<int64_t>(1, ceil_div(args.n, plan.block));
-  if (held_bytes > 0) {
-    const int64_t room =
-        kChunkBytes - plan.padded_block() * rows - (plan.n_blocks > 1 ? low : int64_t{0});
-    plan.n_held = std::clamp<int64_t>(room / (plan.padded_block() * tile_logits), 0, slot_tiles);
+  const int64_t each = ceil_div(n, ceil_div(n, most));
+  plan.tile = round_tile(ceil_div(each, ceil_div(each, widest_tile(args.d))));
+  plan.block = n <= most ? each : plan.tiles_of(each) * plan.tile;
+  plan.n_blocks = ceil_div(n, plan.block);
+  if (hold) {
+    const int64_t block = plan.padded_block(), sums = plan.n_blocks > 1 ? low : 0;
+    plan.n_held =
+        std::clamp<int64_t>((chunk - sums - block * rows) / (block * tile_logits), 0, slot_tiles);
   }
   return plan;
 }

@@ -137,8 +137,8 @@ struct ClusterCall {
     const ClusterTokens tokens{lse.data_ptr(), losses ? logit.data_ptr() : nullptr,
                                scale.defined() ? scale.const_data_ptr() : nullptr};
     const bool rounded = grads.dweight != nullptr && x.scalar_type() != acc_dtype(x);
-    const ClusterPlan plan = plan_cluster(args, losses && gradients ? kernels.operand_bytes : 0,
-                                          rounded ? 1 : 0, threads);
+    const ClusterPlan plan =
+        plan_cluster(args, kernels, /*hold=*/losses && gradients, rounded ? 1 : 0, threads);
     ClusterGrads out = grads;
     Tensor low;
     if (rounded && plan.n_blocks > 1) {
@@ -210,8 +210,9 @@ struct Call {
     std::vector<size_t> order(clusters.size());
     std::iota(order.begin(), order.end(), size_t{0});
     auto logits = [&](size_t k) {
-      return std::min<int64_t>(buckets.size(k) * clusters[k].weight.size(0),
-                               kChunkBytes / static_cast<int64_t>(sizeof(float)));
+      const Tensor& weight = clusters[k].weight;
+      return std::min<int64_t>(buckets.size(k) * weight.size(0),
+                               chunk_bytes(weight.size(1)) / static_cast<int64_t>(sizeof(float)));
     };
     std::stable_sort(order.begin(), order.end(),
                      [&](size_t a, size_t b) { return logits(a) > logits(b); });

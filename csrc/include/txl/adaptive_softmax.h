@@ -11,8 +11,11 @@ namespace txl {
 // token's logits stand in a column.
 constexpr int64_t kVocabTile = 64, kTokenTile = 256;
 // What a cluster's chunk takes at most: logits held between the two passes of `adaptive_loss`, what
-// sums over several chunks need beside a 16-bit gradient, hidden gradients of a slot's own.
-constexpr int64_t kChunkBytes = int64_t{24} << 20;
+// sums over several chunks need beside a 16-bit gradient, hidden rows in both layouts and hidden
+// gradients of a slot's own. Wider rows get more: a byte of logits saves a product as long as they.
+constexpr int64_t chunk_bytes(int64_t d) {
+  return int64_t{48 << 10} * (d > 512 ? d : 512);
+}
 
 // One cluster: n of its tokens meet its V columns.
 struct ClusterArgs {
@@ -61,17 +64,12 @@ struct ClusterPlan {
   }
 };
 
-// `held_bytes`: of one logit held, 0 where none is asked for. `low_bytes`: of what a sum over
-// several blocks needs beside each element of the weight's gradient.
-ClusterPlan plan_cluster(const ClusterArgs& args, int64_t held_bytes, int64_t low_bytes,
-                         int64_t threads);
-
 // One dtype's kernels. `shared` and `slot` are memory of as many bytes as the first two say,
 // 64-byte aligned. For each block: `pack` for every token tile, `logits` for every slot, `combine`;
 // then `gradients` for every slot and `reduce` for every token tile. Calls of one kind run side by
 // side.
 struct ClusterKernels {
-  int64_t operand_bytes;
+  int64_t operand_bytes, acc_bytes;  // of an element that products read, of one that sums
   int64_t (*shared_bytes)(const ClusterArgs&, const ClusterPlan&);
   int64_t (*slot_bytes)(const ClusterArgs&, const ClusterPlan&, const ClusterGrads&);
   void (*pack)(const ClusterArgs&, const ClusterPlan&, int64_t block, int64_t tile, char* shared);
@@ -88,5 +86,10 @@ struct ClusterKernels {
 };
 
 const ClusterKernels& adaptive_softmax_kernels(Scalar dtype);
+
+// `hold`: whether a block's logits are wanted twice. `low_bytes`: what a sum over several blocks
+// needs beside each element of the weight's gradient.
+ClusterPlan plan_cluster(const ClusterArgs& args, const ClusterKernels& kernels, bool hold,
+                         int64_t low_bytes, int64_t threads);
 
 }  // namespace txl
