@@ -17,7 +17,8 @@ PanelPlan::PanelPlan(int64_t rows, int64_t columns, int64_t threads)
   panel = ceil_div(ceil_div(columns, ceil_div(columns, kPanelColumns)), 16) * 16;
   n_panels = ceil_div(columns, panel);
   // Rows are shared where panels are fewer than threads, or would not go round.
-  n_shares = n_panels % threads == 0 ? 1 : std::clamp<int64_t>(ceil_div(rows, kRunTile), 1, threads);
+  n_shares =
+      n_panels % threads == 0 ? 1 : std::clamp<int64_t>(ceil_div(rows, kRunTile), 1, threads);
 }
 
 }  // namespace txl

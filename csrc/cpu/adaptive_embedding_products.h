@@ -1,4 +1,5 @@
-// The products of a projected table: panels of the right-hand matrix, rows that go where tokens are.
+// The products of a projected table: panels of the right-hand matrix, rows that go where tokens
+// are.
 #pragma once
 
 #include "adaptive_embedding_rows.h"
@@ -40,8 +41,7 @@ struct EmbeddingSlot {
   Acc<T>* product;    // [kProductRows, ld]
 
   EmbeddingSlot(const EmbeddingArgs& args, const EmbeddingGrads* grads, Arena& arena) {
-    const int64_t depth =
-        grads == nullptr ? args.width : std::max(args.d, args.runs.padded());
+    const int64_t depth = grads == nullptr ? args.width : std::max(args.d, args.runs.padded());
     panel = arena.take<Word<T>>(row_words<T>(depth) * ld);
     stage = arena.take<Operand<T>>(16 * row_length<T>(std::max(args.width, kPanelColumns)));
     pairs = arena.take<Word<T>>(grads != nullptr && kPacked<T> ? kRunTile / 2 * args.d : 0);

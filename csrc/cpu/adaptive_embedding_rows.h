@@ -94,9 +94,8 @@ void embedding_copy(const EmbeddingArgs& args, void* out, int64_t first, int64_t
     while (i >= runs.begin[r + 1]) ++r;
     const T* src = table + runs.row[r] * args.width;
     T* dst = static_cast<T*>(out) + runs.place[i] * args.d;
-    for_each_lanes<T>(args.d, [&](int64_t k, int64_t n) {
-      (Lanes<T>::load(src + k, n) * by).store(dst + k, n);
-    });
+    for_each_lanes<T>(
+        args.d, [&](int64_t k, int64_t n) { (Lanes<T>::load(src + k, n) * by).store(dst + k, n); });
   }
 }
 

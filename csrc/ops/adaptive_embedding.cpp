@@ -192,8 +192,8 @@ struct TableCall {
 std::vector<TableCall> calls_of(const Lookups& lookups, at::TensorList tables,
                                 at::TensorList projections, double scale) {
   const char* missing = gemm_unavailable_reason();
-  TORCH_CHECK(missing == nullptr, "adaptive_embedding: the native backend cannot run here: ",
-              missing);
+  TORCH_CHECK(missing == nullptr,
+              "adaptive_embedding: the native backend cannot run here: ", missing);
   const int64_t d = embedded_width(tables, projections);
   std::vector<TableCall> calls;
   for (size_t k = 0; k < tables.size(); ++k)
@@ -236,8 +236,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> adaptive_embedding_
     grads[k].by_run = sparse;
     if (needs_grad.get(k)) {
       if (sparse) {
-        dtables[k] = at::empty({N, tables[k].size(1)}, tables[k].options());
-        dtables[k].slice(0, runs.n).zero_();
+        dtables[k] = at::empty({runs.n, tables[k].size(1)}, tables[k].options());
         std::copy_n(runs.row, runs.n, named.data_ptr<int64_t>() + static_cast<int64_t>(k) * N);
       } else {
         dtables[k] = fresh_zeros(tables[k].sizes(), tables[k].options());

@@ -15,8 +15,7 @@ inline at::Tensor fresh_zeros(at::IntArrayRef sizes, const at::TensorOptions& op
       c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
   if (bytes < 2 * kHugePage) return at::zeros(sizes, options);
   const auto length = static_cast<size_t>(bytes + kHugePage);
-  void* mapped =
-      mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* mapped = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return at::zeros(sizes, options);
   char* begin = static_cast<char*>(mapped);
   begin += (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;

@@ -14,9 +14,10 @@ constexpr int64_t kRunTile = 32, kPanelColumns = 128;
 // The lookups of one table, equal tokens as one run: a run's row is read and projected once, and
 // its tokens' gradients are summed before any product.
 struct EmbeddingRuns {
-  int64_t n = 0;                   // runs
-  const int64_t* row = nullptr;    // [n], ascending: the table's row
-  const int64_t* begin = nullptr;  // [n + 1]: run r's tokens are place[begin[r]] … place[begin[r+1]]
+  int64_t n = 0;                 // runs
+  const int64_t* row = nullptr;  // [n], ascending: the table's row
+  const int64_t* begin =
+      nullptr;  // [n + 1]: run r's tokens are place[begin[r]] … place[begin[r+1]]
   const int64_t* place = nullptr;  // where tokens stand in `out` or `dout`
 
   int64_t padded() const { return (n + kRunTile - 1) / kRunTile * kRunTile; }
@@ -49,10 +50,10 @@ struct PanelPlan {
   int64_t tasks() const { return n_panels * n_shares; }
 };
 
-// One dtype's kernels. `shared` and `slot` are memory of as many bytes as the first two say, 64-byte
-// aligned; each call that runs beside others has a slot of its own. Without a projection: `copy`
-// for tokens [first, last) of the runs, `sum` for runs [first, last). With one: `gather` for every
-// tile of runs, then `project` for every task; `gather_gradients` for every tile, then
+// One dtype's kernels. `shared` and `slot` are memory of as many bytes as the first two say,
+// 64-byte aligned; each call that runs beside others has a slot of its own. Without a projection:
+// `copy` for tokens [first, last) of the runs, `sum` for runs [first, last). With one: `gather` for
+// every tile of runs, then `project` for every task; `gather_gradients` for every tile, then
 // `table_gradient` and `projection_gradient` for every task of theirs.
 struct EmbeddingKernels {
   int64_t (*shared_bytes)(const EmbeddingArgs&, const EmbeddingGrads*);
