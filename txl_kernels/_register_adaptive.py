@@ -139,8 +139,9 @@ class _NoSecondDerivative(torch.autograd.Function):
 def _register_embedding(namespace: str) -> None:
     """Dense gradients of tables, or with `sparse` those of the rows that tokens name.
 
-    Then table k's gradient is [N, d_k] and its row n belongs to table row rows[k, n]: the distinct
-    rows in ascending order, -1 behind the last, where gradients are 0. Else `rows` is empty.
+    Then row n of table k's gradient, [N, d_k] or shorter, belongs to table row rows[k, n]: the
+    distinct rows in ascending order, -1 behind the last, where gradients are 0 if there are any.
+    Else `rows` is empty.
     """
     fwd, bwd = f"{namespace}::adaptive_embedding_fwd", f"{namespace}::adaptive_embedding_bwd"
     torch.library.define(fwd, f"({_EMBEDDING}) -> Tensor")
@@ -166,7 +167,9 @@ def _register_embedding(namespace: str) -> None:
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         n, N = len(tables), tokens.numel()
         rows = tokens.new_empty((n, N) if sparse else (0,))
-        like = [table.new_empty(N, table.shape[1]) for table in tables] if sparse else tables
+        like = tables
+        if sparse:
+            like = [table.new_empty(_fake_rows(namespace, N), table.shape[1]) for table in tables]
         dtables = _fake_grads(like, needs_grad[:n])
         return rows, dtables, _fake_grads(projections, needs_grad[n:])
 
@@ -200,11 +203,18 @@ def _register_embedding(namespace: str) -> None:
 
 
 def _sparse_rows(index: Tensor, values: Tensor, table: Tensor) -> Tensor:
-    """The rows [N, d_k] that tokens named, as a gradient of the table; the host reads how many."""
-    n = int((index >= 0).sum())
+    """The rows that tokens named, as a gradient of the table; the host may read how many."""
+    n = len(values)
+    if n == len(index):
+        n = int((index >= 0).sum())
     return torch.sparse_coo_tensor(
         index[None, :n], values[:n], table.shape, is_coalesced=True, check_invariants=False
     )
+
+
+def _fake_rows(namespace: str, N: int) -> Any:
+    """The native backend knows how many rows are named; a device fills up to N."""
+    return torch.library.get_ctx().new_dynamic_size() if namespace == "txl_native" else N
 
 
 def _embedding_width(tables: Sequence[Tensor], projections: Sequence[Tensor]) -> int:

@@ -49,4 +49,9 @@ const ClusterKernels& adaptive_softmax_kernels(Scalar dtype) {
               AVX512::adaptive_softmax_kernels, AVX512BF16::adaptive_softmax_kernels);
 }
 
+const EmbeddingKernels& adaptive_embedding_kernels(Scalar dtype) {
+  return pick(dtype, DEFAULT::adaptive_embedding_kernels, AVX2::adaptive_embedding_kernels,
+              AVX512::adaptive_embedding_kernels, AVX512BF16::adaptive_embedding_kernels);
+}
+
 }  // namespace txl

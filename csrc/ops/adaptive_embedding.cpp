@@ -1,11 +1,15 @@
-// adaptive_embedding on the CPU: tokens to clusters by one counting sort, then rows of each table.
+// torch ring of the adaptive embedding on the CPU: tokens to runs, outputs, threads.
+#include "txl/adaptive_embedding.h"
+
 #include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <numeric>
+#include <bit>
+#include <optional>
 
+#include "arguments.h"
+#include "fresh_zeros.h"
 #include "product.h"
 #include "workspace.h"
 
@@ -14,184 +18,243 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 16;  // rows that are worth a thread
+struct Lookup {
+  int64_t token, place;
+};
 
-// The tokens of each table: their places, in token order, and their rows.
-struct Lookups {
-  std::vector<int64_t> first;  // where each table's begin; one more for the end
-  Tensor places, rows;         // int64 [N]
+// Stable radix sort by token, the least digits first.
+void sort_by_token(std::vector<Lookup>& lookups, int64_t n_tokens) {
+  constexpr int kMostBits = 11;
+  const int bits = std::bit_width(static_cast<uint64_t>(std::max<int64_t>(n_tokens - 1, 1)));
+  const int passes = (bits + kMostBits - 1) / kMostBits, digit = (bits + passes - 1) / passes;
+  const int64_t mask = (int64_t{1} << digit) - 1;
+  std::vector<Lookup> other(lookups.size());
+  for (int pass = 0; pass < passes; ++pass) {
+    auto digit_of = [&](const Lookup& x) {
+      return static_cast<size_t>(x.token >> (pass * digit) & mask);
+    };
+    std::vector<int64_t> next(static_cast<size_t>(mask) + 2, 0);
+    for (const Lookup& x : lookups) ++next[digit_of(x) + 1];
+    for (size_t value = 1; value < next.size(); ++value) next[value] += next[value - 1];
+    for (const Lookup& x : lookups) other[static_cast<size_t>(next[digit_of(x)]++)] = x;
+    lookups.swap(other);
+  }
+}
 
-  Lookups(const Tensor& tokens, at::TensorList tables) : first(tables.size() + 1, 0) {
-    std::vector<int64_t> edges;
+// The lookups of all tables, in ascending order of token, equal tokens in their own order.
+class Lookups {
+ public:
+  Lookups(const Tensor& tokens, at::TensorList tables) : first_run_{0} {
+    std::vector<int64_t> end;
     for (const Tensor& table : tables)
-      edges.push_back((edges.empty() ? 0 : edges.back()) + table.size(0));
+      end.push_back((end.empty() ? 0 : end.back()) + table.size(0));
     const Tensor given = tokens.contiguous();
     const auto* token = given.const_data_ptr<int64_t>();
     const int64_t N = tokens.numel();
-    auto table_of = [&](int64_t t) {
-      return static_cast<size_t>(std::upper_bound(edges.begin(), edges.end(), t) - edges.begin());
-    };
+    std::vector<Lookup> lookups(static_cast<size_t>(N));
     for (int64_t i = 0; i < N; ++i) {
-      TORCH_CHECK_INDEX(token[i] >= 0 && token[i] < edges.back(),
-                        "adaptive_embedding: tokens must be in [0, ", edges.back(), "), got ",
+      TORCH_CHECK_INDEX(token[i] >= 0 && token[i] < end.back(),
+                        "adaptive_embedding: tokens must be in [0, ", end.back(), "), got ",
                         token[i]);
-      ++first[table_of(token[i]) + 1];
+      lookups[static_cast<size_t>(i)] = {token[i], i};
     }
-    std::partial_sum(first.begin(), first.end(), first.begin());
-    places = at::empty({N}, given.options());
-    rows = at::empty({N}, given.options());
-    std::vector<int64_t> next(first);
-    for (int64_t i = 0; i < N; ++i) {
-      const size_t k = table_of(token[i]);
-      places.data_ptr<int64_t>()[next[k]] = i;
-      rows.data_ptr<int64_t>()[next[k]++] = token[i] - (k > 0 ? edges[k - 1] : 0);
+    sort_by_token(lookups, end.back());
+    place_.reserve(lookups.size());
+    size_t k = 0;
+    int64_t before = -1;
+    for (const Lookup& x : lookups) {
+      if (x.token != before) {
+        for (; x.token >= end[k]; ++k) first_run_.push_back(n_runs());
+        begin_.push_back(static_cast<int64_t>(place_.size()));
+        row_.push_back(x.token - (k > 0 ? end[k - 1] : 0));
+        before = x.token;
+      }
+      place_.push_back(x.place);
     }
+    first_run_.resize(tables.size() + 1, n_runs());
+    begin_.push_back(N);
   }
 
-  int64_t size(size_t k) const { return first[k + 1] - first[k]; }
-  Tensor places_of(size_t k) const { return places.slice(0, first[k], first[k + 1]); }
-  Tensor rows_of(size_t k) const { return rows.slice(0, first[k], first[k + 1]); }
+  EmbeddingRuns of(size_t k) const {
+    const auto first = static_cast<size_t>(first_run_[k]);
+    return {first_run_[k + 1] - first_run_[k], row_.data() + first, begin_.data() + first,
+            place_.data()};
+  }
+
+ private:
+  int64_t n_runs() const { return static_cast<int64_t>(row_.size()); }
+
+  std::vector<int64_t> first_run_, row_, begin_, place_;
 };
 
-// to[to_row[i]] = scale · from[from_row[i]]; null = row i.
-void copy_rows(const Tensor& from, const int64_t* from_row, const Tensor& to, const int64_t* to_row,
-               int64_t n, double scale) {
-  const int64_t d = to.size(1);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, to.scalar_type(), "copy_rows", [&] {
-    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    const auto* source = from.const_data_ptr<scalar_t>();
-    auto* target = to.data_ptr<scalar_t>();
-    const auto factor = static_cast<acc_t>(scale);
-    at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const scalar_t* src = source + (from_row != nullptr ? from_row[i] : i) * d;
-        scalar_t* dst = target + (to_row != nullptr ? to_row[i] : i) * d;
-        for (int64_t k = 0; k < d; ++k)
-          dst[k] = static_cast<scalar_t>(factor * static_cast<acc_t>(src[k]));
-      }
+// Calls f(task, slot) for every task; calls with the same slot never run side by side.
+template <typename F>
+void over(int64_t tasks, int64_t threads, F&& f) {
+  if (threads == 1) {
+    for (int64_t task = 0; task < tasks; ++task) f(task, 0);
+  } else {
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) f(task, at::get_thread_num());
     });
-  });
+  }
 }
 
-int64_t width(at::TensorList tables, at::TensorList projections) {
+int64_t embedded_width(at::TensorList tables, at::TensorList projections) {
   return present(projections[0]) ? projections[0].size(0) : tables[0].size(1);
+}
+
+// One table's call: contiguous tensors and what its kernels take.
+struct TableCall {
+  const EmbeddingKernels& kernels;
+  Tensor table, projection;  // the latter undefined where absent
+  EmbeddingArgs args;
+  int64_t threads;
+
+  TableCall(const Tensor& table_, const Tensor& projection_, const EmbeddingRuns& runs, int64_t d,
+            double scale)
+      : kernels(adaptive_embedding_kernels(scalar_of("adaptive_embedding", "tables", table_))),
+        table(table_.contiguous()) {
+    TORCH_CHECK_TYPE(!present(projection_) || projection_.scalar_type() == table.scalar_type(),
+                     "adaptive_embedding: tables and projections must share a dtype, got ",
+                     table.scalar_type(), " and ", projection_.scalar_type());
+    if (present(projection_)) projection = projection_.contiguous();
+    args = {runs, d, table.size(1), table.const_data_ptr(), nullptr, scale};
+    if (projection.defined()) args.projection = projection.const_data_ptr();
+    const double rows = projection.defined() ? static_cast<double>(runs.n * args.width)
+                                             : static_cast<double>(n_tokens());
+    const bool small = rows * static_cast<double>(d) < 5e4;
+    threads = at::in_parallel_region() || small ? 1 : at::get_num_threads();
+  }
+
+  int64_t n_tokens() const { return args.runs.begin[args.runs.n] - args.runs.begin[0]; }
+
+  int64_t shared_bytes(const EmbeddingGrads* grads) const {
+    return round_to_page(kernels.shared_bytes(args, grads));
+  }
+  int64_t slot_bytes(const EmbeddingGrads* grads) const {
+    return round_to_page(kernels.slot_bytes(args, grads));
+  }
+  int64_t bytes(const EmbeddingGrads* grads) const {
+    if (!projection.defined() || args.runs.n == 0) return 0;
+    return shared_bytes(grads) + threads * slot_bytes(grads);
+  }
+
+  // The first run at or behind this share of the tokens.
+  int64_t run_of_share(int64_t share) const {
+    const int64_t *begin = args.runs.begin, *end = begin + args.runs.n;
+    return std::lower_bound(begin, end, begin[0] + n_tokens() * share / threads) - begin;
+  }
+
+  void embed(void* out, char* memory) const {
+    if (!projection.defined()) {
+      const int64_t first = args.runs.begin[0], n = n_tokens();
+      over(threads, threads, [&](int64_t share, int64_t) {
+        kernels.copy(args, out, first + n * share / threads, first + n * (share + 1) / threads);
+      });
+      return;
+    }
+    const PanelPlan plan(args.runs.n, args.d, threads);
+    char* slots = memory + shared_bytes(nullptr);
+    over(args.runs.tiles(), threads,
+         [&](int64_t tile, int64_t) { kernels.gather(args, tile, memory); });
+    over(plan.tasks(), threads, [&](int64_t task, int64_t slot) {
+      kernels.project(args, plan, out, task, memory, slots + slot * slot_bytes(nullptr));
+    });
+  }
+
+  void gradients(const EmbeddingGrads& grads, char* memory) const {
+    if (!projection.defined()) {
+      over(threads, threads, [&](int64_t share, int64_t) {
+        kernels.sum(args, grads, run_of_share(share), run_of_share(share + 1));
+      });
+      return;
+    }
+    char* slots = memory + shared_bytes(&grads);
+    auto slot_of = [&](int64_t slot) { return slots + slot * slot_bytes(&grads); };
+    over(args.runs.tiles(), threads, [&](int64_t tile, int64_t slot) {
+      kernels.gather_gradients(args, grads, tile, memory, slot_of(slot));
+    });
+    if (grads.dtable != nullptr) {
+      const PanelPlan plan(args.runs.n, args.width, threads);
+      over(plan.tasks(), threads, [&](int64_t task, int64_t slot) {
+        kernels.table_gradient(args, grads, plan, task, memory, slot_of(slot));
+      });
+    }
+    if (grads.dprojection != nullptr) {
+      const PanelPlan plan(args.d, args.width, threads);
+      over(plan.tasks(), threads, [&](int64_t task, int64_t slot) {
+        kernels.projection_gradient(args, grads, plan, task, memory, slot_of(slot));
+      });
+    }
+  }
+};
+
+std::vector<TableCall> calls_of(const Lookups& lookups, at::TensorList tables,
+                                at::TensorList projections, double scale) {
+  const char* missing = gemm_unavailable_reason();
+  TORCH_CHECK(missing == nullptr,
+              "adaptive_embedding: the native backend cannot run here: ", missing);
+  const int64_t d = embedded_width(tables, projections);
+  std::vector<TableCall> calls;
+  for (size_t k = 0; k < tables.size(); ++k)
+    calls.emplace_back(tables[k], projections[k], lookups.of(k), d, scale);
+  return calls;
 }
 
 Tensor adaptive_embedding_fwd(const Tensor& tokens, at::TensorList tables,
                               at::TensorList projections, double scale, bool /*sparse*/) {
   const Lookups lookups(tokens, tables);
+  const std::vector<TableCall> calls = calls_of(lookups, tables, projections, scale);
   std::vector<int64_t> shape = tokens.sizes().vec();
-  shape.push_back(width(tables, projections));
+  shape.push_back(embedded_width(tables, projections));
   const Tensor out = at::empty(shape, tables[0].options());
-  const Tensor rows = out.view({-1, shape.back()});
-  for (size_t k = 0; k < tables.size(); ++k) {
-    const int64_t n = lookups.size(k);
-    if (n == 0) continue;
-    const Tensor places = lookups.places_of(k), row = lookups.rows_of(k);
-    const auto* place = places.const_data_ptr<int64_t>();
-    if (present(projections[k])) {
-      const Tensor found = tables[k].index_select(0, row);
-      const Tensor projected = product(found, projections[k].t()).to(out.scalar_type());
-      copy_rows(projected, nullptr, rows, place, n, scale);
-    } else {
-      copy_rows(tables[k].contiguous(), row.const_data_ptr<int64_t>(), rows, place, n, scale);
-    }
-  }
+  int64_t bytes = 0;
+  for (const TableCall& call : calls) bytes = std::max(bytes, call.bytes(nullptr));
+  const Workspace memory(1, bytes);
+  for (const TableCall& call : calls)
+    if (call.args.runs.n > 0) call.embed(out.data_ptr(), memory.of(0));
   return out;
-}
-
-// One table's lookups in order of row, equal rows in token order: runs of what one row's gradient
-// sums.
-struct Runs {
-  std::vector<int64_t> order, begin;  // order[begin[r] … begin[r + 1]) are run r's
-
-  Runs(const int64_t* row, int64_t n) : order(static_cast<size_t>(n)) {
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return row[a] < row[b]; });
-    for (int64_t i = 0; i < n; ++i) {
-      const auto at = static_cast<size_t>(i);
-      if (i == 0 || row[order[at]] != row[order[at - 1]]) begin.push_back(i);
-    }
-    begin.push_back(n);
-  }
-  int64_t size() const { return static_cast<int64_t>(begin.size()) - 1; }
-};
-
-// to[place(r)] = scale · Σ of run r's rows of `from`; from_row null = row i.
-template <typename F>
-void sum_runs(const Runs& runs, const Tensor& from, const int64_t* from_row, const Tensor& to,
-              double scale, F&& place) {
-  const int64_t d = to.size(1);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, to.scalar_type(), "sum_runs", [&] {
-    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    const auto* source = from.const_data_ptr<scalar_t>();
-    auto* target = to.data_ptr<scalar_t>();
-    const auto factor = static_cast<acc_t>(scale);
-    at::parallel_for(0, runs.size(), kGrain, [&](int64_t first, int64_t last) {
-      std::vector<acc_t> sum(static_cast<size_t>(d));
-      for (int64_t r = first; r < last; ++r) {
-        std::fill(sum.begin(), sum.end(), acc_t(0));
-        const auto at = static_cast<size_t>(r);
-        for (int64_t i = runs.begin[at]; i < runs.begin[at + 1]; ++i) {
-          const int64_t lookup = runs.order[static_cast<size_t>(i)];
-          const scalar_t* src = source + (from_row != nullptr ? from_row[lookup] : lookup) * d;
-          for (int64_t k = 0; k < d; ++k) sum[static_cast<size_t>(k)] += static_cast<acc_t>(src[k]);
-        }
-        scalar_t* dst = target + place(r) * d;
-        for (int64_t k = 0; k < d; ++k)
-          dst[k] = static_cast<scalar_t>(factor * sum[static_cast<size_t>(k)]);
-      }
-    });
-  });
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> adaptive_embedding_bwd(
     const Tensor& dout, const Tensor& tokens, at::TensorList tables, at::TensorList projections,
     double scale, bool sparse, const c10::List<bool>& needs_grad) {
   const Lookups lookups(tokens, tables);
+  const std::vector<TableCall> calls = calls_of(lookups, tables, projections, scale);
   const int64_t N = tokens.numel();
-  const Tensor d_rows = dout.reshape({N, width(tables, projections)}).contiguous();
+  const Tensor dout_rows = dout.to(tables[0].scalar_type()).contiguous();
   const auto n_tables = static_cast<int64_t>(tables.size());
   const Tensor named = at::full({sparse ? n_tables : 0, sparse ? N : 0}, -1, tokens.options());
   std::vector<Tensor> dtables, dprojections;
+  std::vector<EmbeddingGrads> grads(tables.size());
+  int64_t bytes = 0;
   for (size_t k = 0; k < tables.size(); ++k) {
-    const int64_t n = lookups.size(k);
-    const Tensor places = lookups.places_of(k), row = lookups.rows_of(k);
-    const auto* row_of = row.const_data_ptr<int64_t>();
-    const bool projected = present(projections[k]);
-    Tensor dtable = at::empty({0}, tables[k].options());
-    Tensor dprojection = at::empty({0}, tables[k].options());
-    // The gradients of this table's tokens, before the table's own row is found.
-    const Tensor own = projected && n > 0 ? d_rows.index_select(0, places) : Tensor();
+    const EmbeddingRuns& runs = calls[k].args.runs;
+    dtables.push_back(at::empty({0}, tables[k].options()));
+    dprojections.push_back(at::empty({0}, tables[k].options()));
+    grads[k].dout = dout_rows.const_data_ptr();
+    grads[k].by_run = sparse;
     if (needs_grad.get(k)) {
-      const std::vector<int64_t> shape{sparse ? N : tables[k].size(0), tables[k].size(1)};
-      dtable = at::empty(shape, tables[k].options());
-      advise_huge_pages(dtable.data_ptr(), static_cast<int64_t>(dtable.nbytes()));
-      dtable.zero_();
-      const Runs runs(row_of, n);
-      auto first_row = [&](int64_t r) {
-        return row_of[runs.order[static_cast<size_t>(runs.begin[static_cast<size_t>(r)])]];
-      };
-      const Tensor from =
-          own.defined() ? product(own, projections[k]).to(dtable.scalar_type()) : d_rows;
-      const auto* from_row = own.defined() ? nullptr : places.const_data_ptr<int64_t>();
       if (sparse) {
-        auto* name = named.data_ptr<int64_t>() + static_cast<int64_t>(k) * N;
-        for (int64_t r = 0; r < runs.size(); ++r) name[r] = first_row(r);
-        sum_runs(runs, from, from_row, dtable, scale, [](int64_t r) { return r; });
+        dtables[k] = at::empty({runs.n, tables[k].size(1)}, tables[k].options());
+        std::copy_n(runs.row, runs.n, named.data_ptr<int64_t>() + static_cast<int64_t>(k) * N);
       } else {
-        sum_runs(runs, from, from_row, dtable, scale, first_row);
+        dtables[k] = fresh_zeros(tables[k].sizes(), tables[k].options());
       }
+      grads[k].dtable = dtables[k].data_ptr();
     }
-    if (projected && needs_grad.get(tables.size() + k)) {
-      dprojection = n == 0 ? at::zeros_like(projections[k])
-                           : product(own.t(), tables[k].index_select(0, row))
-                                 .mul_(scale)
-                                 .to(projections[k].scalar_type());
+    if (present(projections[k]) && needs_grad.get(tables.size() + k)) {
+      dprojections[k] = runs.n > 0 ? at::empty_like(projections[k], at::MemoryFormat::Contiguous)
+                                   : at::zeros_like(projections[k]);
+      grads[k].dprojection = dprojections[k].data_ptr();
     }
-    dtables.push_back(dtable);
-    dprojections.push_back(dprojection);
+    bytes = std::max(bytes, calls[k].bytes(&grads[k]));
+  }
+  const Workspace memory(1, bytes);
+  for (size_t k = 0; k < tables.size(); ++k) {
+    if (calls[k].args.runs.n == 0) continue;
+    if (grads[k].dtable != nullptr || grads[k].dprojection != nullptr)
+      calls[k].gradients(grads[k], memory.of(0));
   }
   return {sparse ? named : at::empty({0}, tokens.options()), dtables, dprojections};
 }

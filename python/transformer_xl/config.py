@@ -33,6 +33,8 @@ class ModelConfig:
         dropatt: on the attention probabilities.
         tie_weight: softmax weights are the embedding tables (biases stay separate).
         tie_projs: per bin, whether its softmax projection is the embedding's; () ties none.
+        sample_softmax: while training, tokens drawn to estimate the softmax's sum from (without
+            cutoffs; tokens must be numbered by falling frequency); 0 or less: it is exact.
         proj_same_dim: with div_val > 1, project a bin also where its width equals d_model.
         pre_lnorm: LayerNorm before each sublayer instead of after its residual sum.
         final_lnorm: one more LayerNorm before the softmax.
@@ -68,6 +70,7 @@ class ModelConfig:
     tie_weight: bool = True
     tie_projs: tuple[bool, ...] = ()
     proj_same_dim: bool = True
+    sample_softmax: int = -1
     pre_lnorm: bool = False
     final_lnorm: bool = False
     layer_norm_epsilon: float = 1e-5
@@ -93,6 +96,8 @@ class ModelConfig:
         bins = len(self.cutoffs) + 1
         _require(self, "tie_projs", len(self.tie_projs) in (0, bins), f"() or {bins} bools")
         _require(self, "div_val", self.div_val == 1 or bins > 1, "1 where there are no cutoffs")
+        sampled = self.sample_softmax > 0
+        _require(self, "sample_softmax", not (sampled and bins > 1), "-1 where there are cutoffs")
         smallest = self.embed_width(bins - 1)
         _require(self, "div_val", smallest > 0, "small enough to leave the last bin a dimension")
         _require(self, "attn_type", self.attn_type == 0, "0 (1, 2 and 3 are not there yet)")

@@ -65,7 +65,8 @@ class TransformerXL(nn.Module):
             if config.final_lnorm
             else nn.Identity()
         )
-        self.crit = AdaptiveSoftmax(*vocabulary, **projected)
+        n_sample = max(config.sample_softmax, 0)
+        self.crit = AdaptiveSoftmax(*vocabulary, **projected, n_sample=n_sample)
         for name in ("r_w_bias", "r_r_bias"):
             shape = (config.n_head, config.d_head)
             bias = None if config.untie_r else nn.Parameter(torch.zeros(shape))

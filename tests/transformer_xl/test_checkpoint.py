@@ -21,7 +21,7 @@ from torch import nn
 
 from transformer_xl import checkpoint
 from transformer_xl.checkpoint import CheckpointError, open_checkpoint
-from transformer_xl.config import ModelConfig, RunConfig
+from transformer_xl.config import ModelConfig, RunConfig, override
 from transformer_xl.data.vocabularies import ByteVocabulary
 from transformer_xl.model import TransformerXL
 
@@ -86,6 +86,19 @@ def test_untied_model_has_no_aliases(tmp_path: Path, tiny_config: RunConfig) -> 
     untied = dataclasses.replace(tiny_config.model, tie_weight=False)
     write(tmp_path / "last", dataclasses.replace(tiny_config, model=untied))
     assert open_checkpoint(tmp_path / "last").state["aliases"] == {}
+
+
+def test_a_sampled_softmax_comes_back(tmp_path: Path, tiny_config: RunConfig) -> None:
+    config = override(tiny_config, {"model.sample_softmax": "40"})
+    model, _ = write(tmp_path / "last", config)
+    found = open_checkpoint(tmp_path / "last")
+    assert found.config == config
+    other = TransformerXL(found.config.model).eval()
+    found.load_model(other)
+    tokens = torch.randint(0, 256, (2, 5))
+    assert torch.equal(
+        other(tokens, targets=tokens).loss, model.eval()(tokens, targets=tokens).loss
+    )
 
 
 def test_a_run_stands_for_its_last_checkpoint(saved: Path) -> None:

@@ -58,6 +58,7 @@ def test_override_reads_text_as_the_type_of_the_field(demo: RunConfig) -> None:
         "model.d_embed": "64",
         "model.cutoffs": "16, 128",
         "model.tie_projs": "false,true,true",
+        "model.sample_softmax": "0",
         "data.path": "none",
         "evaluate.split": "valid",
     }
@@ -65,6 +66,7 @@ def test_override_reads_text_as_the_type_of_the_field(demo: RunConfig) -> None:
     assert (changed.train.lr, changed.train.max_step, changed.train.compile) == (1e-3, 2000, True)
     assert (changed.model.d_embed, changed.model.cutoffs) == (64, (16, 128))
     assert changed.model.tie_projs == (False, True, True)
+    assert changed.model.sample_softmax == 0
     assert (changed.data.path, changed.evaluate.split) == (None, "valid")
     assert demo == load_preset("demo")
 
@@ -92,6 +94,11 @@ def test_an_empty_list_is_read_from_text(demo: RunConfig) -> None:
         ({"model.dropout": 1.0}, r"dropout: expected a probability in \[0, 1\)"),
         ({"model.attn_type": 2}, "not there yet"),
         ({"model.div_val": 2}, "div_val: expected 1 where there are no cutoffs"),
+        (
+            {"model.sample_softmax": 8, "model.cutoffs": [16]},
+            "sample_softmax: expected -1 where there are cutoffs, got 8",
+        ),
+        ({"model.sample_softmax": "many"}, "model.sample_softmax: expected int, got 'many'"),
         ({"model.tie_projs": [True, True]}, r"tie_projs: expected \(\) or 1 bools"),
         ({"evaluate.mem_len": 0}, "same_length: expected mem_len > 0"),
         ({"train.batch_size": 0}, "batch_size: expected a positive integer, got 0"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_xl.nn.embedding import has_projection
+from transformer_xl.nn.sampled_softmax import LogUniformSampler, sampled_nll
 from txl_kernels import (
     adaptive_log_prob,
     adaptive_loss,
@@ -20,6 +21,7 @@ from txl_kernels import (
 )
 
 Reduction = Literal["mean", "sum", "none"]
+IGNORED = -100  # the target that is not scored
 Tail = tuple[Tensor | None, Tensor, Tensor | None]  # projection, weight, bias
 
 
@@ -41,6 +43,8 @@ class AdaptiveSoftmax(nn.Module):
     Args:
         vocab_size, d_embed, d_proj, cutoffs, div_val, proj_same_dim: as `AdaptiveEmbedding`;
             d_proj is the width of the hidden states.
+        n_sample: while training, draws that the sum over all V is estimated from, as
+            `SampledSoftmax` does; 0: none, the loss is exact. Not with cutoffs.
         backend: "auto", or the implementation that must run.
 
     State: `out_layers.k.weight` [V_k, d_k] and `.bias` (one layer with all of V for div_val = 1),
@@ -57,9 +61,16 @@ class AdaptiveSoftmax(nn.Module):
         div_val: int = 1,
         *,
         proj_same_dim: bool = True,
+        n_sample: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if n_sample < 0 or (n_sample > 0 and cutoffs):
+            raise ValueError(
+                f"n_sample: expected 0 or, without cutoffs, more, got {n_sample} "
+                f"with cutoffs {list(cutoffs)}"
+            )
+        self.sampler, self.n_sample = LogUniformSampler(vocab_size), n_sample
         self.cutoffs = cutoffs
         self.ends = (0, *cutoffs, vocab_size)
         self.backend = backend
@@ -94,6 +105,11 @@ class AdaptiveSoftmax(nn.Module):
             raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
         head, tails, options = self._clusters()
         rows, scored = hidden.flatten(0, -2), target.flatten()
+        if self.training and self.n_sample > 0:
+            nll = self._sampled_nll(rows, scored)
+            if reduction == "mean":
+                return nll.sum() / (scored != IGNORED).sum().clamp(min=1)
+            return nll.sum() if reduction == "sum" else nll.view_as(target)
         if reduction == "none":
             return adaptive_nll(rows, scored, head, tails, **options).view_as(target)
         return adaptive_loss(rows, scored, head, tails, **options, reduction=reduction)
@@ -133,6 +149,16 @@ class AdaptiveSoftmax(nn.Module):
             generator=generator,
         )
         return tokens.view(hidden.shape[:-1])
+
+    def _sampled_nll(self, rows: Tensor, target: Tensor) -> Tensor:
+        """[N] estimated losses of `target` [N], 0 where it is not scored."""
+        if self.out_projs[0] is not None:
+            rows = rows @ self.out_projs[0]
+        weight, bias = (self.out_layers[0].get_parameter(name) for name in ("weight", "bias"))
+        scored = target != IGNORED
+        token = target.where(scored, 0)
+        nll = sampled_nll(rows, token, weight, bias, self.sampler, self.n_sample)
+        return nll.where(scored, 0.0)
 
     def _clusters(self) -> tuple[Tensor, list[Tail], Options]:
         """Head weight, tails and the rest as the functions of `txl_kernels` take them."""

@@ -36,6 +36,34 @@ class LogUniformSampler:
         return (torch.log1p(1 / (k + 1)) / math.log(self.vocab_size + 1)).log().float()
 
 
+def sampled_nll(
+    rows: Tensor,
+    token: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    sampler: LogUniformSampler,
+    n_sample: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """-log p(token) in nats, int64 [N] given rows [N, d], the sum in p estimated from draws.
+
+    As `SampledSoftmax` says; weight [V, d], bias [V].
+    """
+    drawn = sampler.draw(n_sample, device=rows.device, generator=generator)
+    # One gather for targets and draws: one gradient of the table, where two would be added.
+    both = torch.cat([token, drawn])
+    found = nn.functional.embedding(both, weight)  # [N + n_sample, d]
+    found_bias = nn.functional.embedding(both, bias[:, None])[:, 0]
+    own, others = torch.split(found, [len(token), len(drawn)])
+    own_bias, other_bias = torch.split(found_bias, [len(token), len(drawn)])
+
+    own_logit = ((rows * own).sum(1) + own_bias).float()[:, None]  # [N, 1]
+    logits = nn.functional.linear(rows, others, other_bias).float()  # [N, n_sample]
+    logits = logits - (sampler.log_prob(drawn) + math.log(n_sample))
+    logits = logits.masked_fill(drawn == token[:, None], -torch.inf)
+    return torch.cat([own_logit, logits], dim=1).logsumexp(1) - own_logit[:, 0]
+
+
 class SampledSoftmax(nn.Module):
     """-log p(target), the sum over all V in it estimated from `n_sample` draws.
 
@@ -88,16 +116,5 @@ class SampledSoftmax(nn.Module):
     def _sampled_nll(
         self, rows: Tensor, token: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        drawn = self.sampler.draw(self.n_sample, device=rows.device, generator=generator)
-        # One gather for targets and draws: one gradient of the table, where two would be added.
-        both = torch.cat([token, drawn])
-        weight = nn.functional.embedding(both, self.weight)  # [N + n_sample, d]
-        bias = nn.functional.embedding(both, self.bias[:, None])[:, 0]
-        own, others = torch.split(weight, [len(token), len(drawn)])
-        own_bias, other_bias = torch.split(bias, [len(token), len(drawn)])
-
-        own_logit = ((rows * own).sum(1) + own_bias).float()[:, None]  # [N, 1]
-        logits = nn.functional.linear(rows, others, other_bias).float()  # [N, n_sample]
-        logits = logits - (self.sampler.log_prob(drawn) + math.log(self.n_sample))
-        logits = logits.masked_fill(drawn == token[:, None], -torch.inf)
-        return torch.cat([own_logit, logits], dim=1).logsumexp(1) - own_logit[:, 0]
+        drawing = (self.sampler, self.n_sample, generator)
+        return sampled_nll(rows, token, self.weight, self.bias, *drawing)

@@ -200,6 +200,70 @@ def test_gradients_are_within_the_error_budget(embed, dtype):
         check_budget(f"gradient {n}", *results, dtype=dtype, magnitude=largest, is_sum=True)
 
 
+def _large(dtype):
+    """Several panels, tiles and depths of products, none of them whole."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+    sizes, widths, d = (1400, 90, 40), (150, 37, 5), 210
+    tables = [normal(n, width) for n, width in zip(sizes, widths, strict=True)]
+    projections = [normal(d, width) for width in widths]
+    tokens = torch.randint(0, sum(sizes), (1500,), generator=generator)
+    tokens[:300] = torch.randint(0, 3, (300,), generator=generator)
+    dout = torch.randn(1500, d, generator=generator).to(dtype)
+    return tokens, tables, projections, (1400, 1490), dout
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_large_products_are_within_the_error_budget(require_backend, dtype):
+    require_backend("adaptive_embedding", "native", needs_grad=True)
+    tokens, tables, projections, cutoffs, dout = _large(dtype)
+
+    def run(backend, like):
+        leaves = [x.detach().to(like).requires_grad_() for x in (*tables, *projections)]
+        out = adaptive_embedding(tokens, leaves[:3], leaves[3:], cutoffs, 2.0, backend=backend)
+        return [out, *torch.autograd.grad(out, leaves, dout.to(like))]
+
+    actual = run("native", dtype)
+    due, eager = run("reference", torch.float64), run("reference", dtype)
+    for n, results in enumerate(zip(actual, due, eager, strict=True)):
+        usual = float(results[1].detach().square().mean().sqrt())  # of rows that few tokens name
+        check_budget(f"result {n}", *results, dtype=dtype, magnitude=usual, is_sum=True)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_no_bit(require_backend, dtype, sparse):
+    require_backend("adaptive_embedding", "native", needs_grad=True)
+    tokens, tables, projections, cutoffs, dout = _large(dtype)
+    leaves, threads, runs = [*tables, *projections], torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            out = adaptive_embedding(
+                tokens, tables, projections, cutoffs, sparse=sparse, backend="native"
+            )
+            runs.append([out, *(x.to_dense() for x in torch.autograd.grad(out, leaves, dout))])
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(runs[0], run, strict=True))
+
+
+def test_a_large_tables_gradient_is_a_tensor_like_any_other(require_backend):
+    require_backend("adaptive_embedding", "native", needs_grad=True)
+    table = torch.randn(50_000, 48, requires_grad=True)  # 9 MiB
+    tokens = torch.tensor([0, 7, 49_999, 7])
+    adaptive_embedding(tokens, [table], [None], backend="native").sum().backward()
+    due = torch.zeros_like(table)
+    due[[0, 49_999]], due[7] = 1.0, 2.0
+    assert torch.equal(table.grad, due)
+    assert torch.equal(table.grad.mul_(3.0).add_(1.0), 3 * due + 1)
+    table.grad.untyped_storage().resize_(0)  # what fully sharded training does to free one
+
+
 def test_opcheck(require_backend):
     require_backend("adaptive_embedding", "native", needs_grad=True)
     tables, projections = _weights(torch.float32)
