@@ -13,13 +13,15 @@ from txl_kernels.testing.aot.record import Launch
 
 @dataclasses.dataclass(frozen=True)
 class Binary:
-    """A compiled launch. `shared` is in bytes per block, its dynamic part included."""
+    """A compiled launch. `shared` is in bytes per block, its dynamic part included; `ir` is
+    Triton's, where Triton compiled it."""
 
     launch: Launch
     arch: int
     code: sass.Code
     shared: int
     num_warps: int
+    ir: str = ""
 
 
 def build(launch: Launch, arch: int) -> Binary:
@@ -44,7 +46,8 @@ def build(launch: Launch, arch: int) -> Binary:
         text = disassemble(path, knobs.nvidia.cuobjdump.path)
     code = sass.parse(text)
     shared = max(compiled.metadata.shared, code.static_shared)
-    return Binary(launch, arch, code, shared, compiled.metadata.num_warps)
+    num_warps = compiled.metadata.num_warps
+    return Binary(launch, arch, code, shared, num_warps, compiled.asm["ttir"])
 
 
 def disassemble(path: Path, cuobjdump: str) -> str:

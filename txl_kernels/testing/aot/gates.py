@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from txl_kernels.testing.aot import sass
+from txl_kernels.testing.aot import sass, ttir
 from txl_kernels.testing.aot.build import Binary
 
 # How a kernel's products must run. "hopper": HGMMA on sm_90, HMMA before. "tensor": either.
@@ -135,6 +135,8 @@ def failures(name: str, binary: Binary, gate: Gate) -> list[str]:
         found.append("tensor-core instructions where there must be none")
     if gate.shuffles is not None and counts.get("SHFL", 0) > gate.shuffles:
         found.append(f"{counts['SHFL']} SHFL in the loop, its reductions need {gate.shuffles}")
+    for line in ttir.descending_comparisons(binary.ir):
+        found.append(f"Triton compiles this wrongly, the operand descends with a range: {line}")
     return found
 
 
