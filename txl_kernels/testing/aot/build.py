@@ -7,14 +7,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from txl_kernels.testing.aot import sass
+from txl_kernels.testing.aot import sass, ttir
 from txl_kernels.testing.aot.record import Launch
 
 
 @dataclasses.dataclass(frozen=True)
 class Binary:
-    """A compiled launch. `shared` is in bytes per block, its dynamic part included; `ir` is
-    Triton's, where Triton compiled it."""
+    """A compiled launch. `shared` is in bytes per block, its dynamic part included.
+
+    Where Triton compiled it, `ir` is Triton's, and `loop_bytes` is what a pass moves (`ttir`)."""
 
     launch: Launch
     arch: int
@@ -22,6 +23,7 @@ class Binary:
     shared: int
     num_warps: int
     ir: str = ""
+    loop_bytes: int = 0
 
 
 def build(launch: Launch, arch: int) -> Binary:
@@ -46,8 +48,9 @@ def build(launch: Launch, arch: int) -> Binary:
         text = disassemble(path, knobs.nvidia.cuobjdump.path)
     code = sass.parse(text)
     shared = max(compiled.metadata.shared, code.static_shared)
+    moved = ttir.loop_bytes(compiled.asm["ttgir"])
     num_warps = compiled.metadata.num_warps
-    return Binary(launch, arch, code, shared, num_warps, compiled.asm["ttir"])
+    return Binary(launch, arch, code, shared, num_warps, compiled.asm["ttir"], moved)
 
 
 def disassemble(path: Path, cuobjdump: str) -> str:

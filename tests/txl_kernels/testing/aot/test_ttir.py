@@ -49,3 +49,31 @@ def test_a_division_is_found_through_a_broadcast(name):
       %g = {name} %f, %h : tensor<64x8xi32> loc(#loc1)
     """
     assert ttir.descending_comparisons(text) == [f"%g = {name} %f, %h : tensor<64x8xi32>"]
+
+
+LOOP = """
+  %x = tt.load %p : tensor<64x64x!tt.ptr<bf16>, #blocked>
+  %y:2 = scf.for %j = %begin to %end step %c64 iter_args(%a = %zero) -> (tensor<64x64xf32>) {
+    %k = ttg.async_copy_global_to_local %p : tensor<64x64x!tt.ptr<bf16>, #blocked> -> <64x64>
+    %s = ttng.warp_group_dot %q, %k, %zero : tensor<64x64xf32>
+    %b = scf.if %border -> (tensor<64x64xf32>) {
+      %n = tt.load %o : tensor<64x64x!tt.ptr<f32>>
+      scf.yield %n : tensor<64x64xf32>
+    } else {
+      scf.yield %s : tensor<64x64xf32>
+    }
+    %h = tt.load %p_high : tensor<64x!tt.ptr<f32>, #ttg.slice<{dim = 0, parent = #mma}>>
+    %w = tt.atomic_rmw fadd, relaxed, gpu, %r, %v : (tensor<64x16x!tt.ptr<f32>>, tensor<64x16xf32>)
+  }
+  scf.for %j = %begin to %end step %c64 {
+    %z = tt.load %p : tensor<128x64x!tt.ptr<bf16>, #blocked>
+  }
+"""
+
+
+def test_a_loop_moves_each_element_once_and_nothing_under_a_condition():
+    assert ttir.loop_bytes(LOOP) == 64 * 64 * 2 + 64 * 4 + 64 * 16 * 4
+
+
+def test_a_kernel_without_products_in_a_loop_moves_nothing_in_one():
+    assert ttir.loop_bytes(LOOP.replace("dot", "copy")) == 0
