@@ -2,8 +2,8 @@
 
 Triton takes a - b for a multiple of what divides a and the first number of b, in every element,
 where b is a range: 64 - [0, 1, 2, …] for multiples of 64. A comparison or division of such a
-difference may then be made once for many elements. (AxisInfo.cpp, AddSubOpAxisInfoVisitor; as of
-Triton 3.6.) No interpreter sees that.
+difference may then be made once for many elements (AxisInfo.cpp, AddSubOpAxisInfoVisitor; Triton
+3.6.0 does so, 3.7.1 does not). No interpreter sees that.
 """
 
 from __future__ import annotations
