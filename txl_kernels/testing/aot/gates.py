@@ -85,7 +85,7 @@ SPILLS: dict[tuple[str, int, tuple[str, ...]], Spill] = {
     (_DQDR, 80, ("float32/train_d128/",)): Spill(264, _FLOAT32_GRADIENTS, 4),
     (_DQDR, 90, ("float32/train_d128/",)): Spill(328, _FLOAT32_GRADIENTS, 7),
     (_DQDR, 80, ("bfloat16/head_256/",)): Spill(616, _NO_SMALLER_TILE, 144),
-    (_DQDR, 80, ("float32/head_256/",)): Spill(2272, _FLOAT32_GRADIENTS, 292),
+    (_DQDR, 80, ("float32/head_256/",)): Spill(2272, _FLOAT32_GRADIENTS, 345),
     (_DQDR, 90, ("float32/head_256/",)): Spill(2208, _FLOAT32_GRADIENTS, 313),
     (_DQDR, 90, ("float16/train_d64/",)): Spill(480, _MORE_QUERIES, 101),
     (_DQDR, 80, ("bfloat16/head_32/",)): Spill(40, _AROUND),
