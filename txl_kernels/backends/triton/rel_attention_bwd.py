@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from txl_kernels.backends.triton.rel_attention_bwd_dkdv import _rel_attention_bwd_dkdv_kernel
 from txl_kernels.backends.triton.rel_attention_bwd_dqdr import _rel_attention_bwd_dqdr_kernel
+from txl_kernels.backends.triton.rel_attention_bwd_rows import prepared_rows
 from txl_kernels.backends.triton.rel_attention_call import kernel_arguments, strides
 from txl_kernels.backends.triton.rel_attention_config import (
     architecture,
@@ -19,9 +19,7 @@ from txl_kernels.backends.triton.rel_attention_config import (
     dkdv_config,
     dqdr_config,
 )
-from txl_kernels.backends.triton.rel_attention_tile import LOG2_E, load_rows
 
-_ROWS = 32  # of a program of the kernel that prepares rows
 # Deterministic dr: programs to fill a GPU twice over, as far as their buffers fit in this.
 _SPLIT_PROGRAMS = 264
 _SPLIT_BYTES = 2**28
@@ -76,76 +74,16 @@ def rel_attention_bwd(
     dq, dk, dv, _, _, _, dmem_k, dmem_v, _, _ = (
         None if x is None else x.new_empty(x.shape) for x in wanted
     )
-    arguments |= {"p_dout": dout, **strides("dout", dout, "bhi")}
-    arguments |= _row_sums(dout, out, lse)
+    r_w_bias, r_r_bias = arguments.pop("p_r_w_bias"), arguments.pop("p_r_r_bias")
+    for name in ("p_q", *strides("q", q, "bhi")):
+        arguments.pop(name)
+    arguments |= prepared_rows(dout, q, r_w_bias, r_r_bias, out, lse)
+    arguments["scale"] *= arguments.pop("sign")
     arguments |= {"BLOCK_D": block_size(q.shape[3]), "BLOCK_DV": block_size(v.shape[3])}
     _launch_dkdv(arguments, q, dk, dv, dmem_k, dmem_v)
     dr, dr_w_bias, dr_r_bias = _launch_dqdr(arguments, q, dq, *wanted[3:6])
     grads = (dq, dk, dv, dr, dr_w_bias, dr_r_bias, dmem_k, dmem_v, None, None)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)
-
-
-@triton.jit
-def _rel_attention_bwd_rows_kernel(
-    p_dout,  # [B, H, Tq, DV]
-    p_out,  # [B, H, Tq, DV]
-    p_lse,  # [B, H, Tq], contiguous, float32
-    p_lse_high,  # the same, as the two below
-    p_lse_low,
-    p_delta,
-    s_dout_b, s_dout_h, s_dout_i,
-    s_out_b, s_out_h, s_out_i,
-    H, Tq,
-    DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """One program: what backward needs of BLOCK_Q queries of one (batch, head), once.
-
-    delta = Σ_d dout · out, in float32; lse in base 2 as high + low, for rounded to one float32 it
-    would err as much as all else in a probability. A query without keys gets high = ∞.
-    """
-    n_tiles = tl.cdiv(Tq, BLOCK_Q)
-    i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    o_i = tl.program_id(0) % n_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_dv = tl.arange(0, BLOCK_DV)
-    p_dout += i_b * s_dout_b + i_h * s_dout_h
-    p_out += i_b * s_out_b + i_h * s_out_h
-    b_dout = load_rows(p_dout, o_i, s_dout_i, Tq, o_dv, DV).to(tl.float32)
-    b_out = load_rows(p_out, o_i, s_out_i, Tq, o_dv, DV).to(tl.float32)
-    o_row, m_i = i_bh * Tq + o_i, o_i < Tq
-    tl.store(p_delta + o_row, tl.sum(b_dout * b_out, 1), mask=m_i)
-    b_lse = tl.load(p_lse + o_row, mask=m_i, other=0.0)
-    dead = b_lse == float("-inf")
-    b_lse = tl.where(dead, 0.0, b_lse).to(tl.float64) * LOG2_E
-    b_high = b_lse.to(tl.float32)
-    b_low = (b_lse - b_high.to(tl.float64)).to(tl.float32)
-    tl.store(p_lse_high + o_row, tl.where(dead, float("inf"), b_high), mask=m_i)
-    tl.store(p_lse_low + o_row, b_low, mask=m_i)
-
-
-def _row_sums(dout: Tensor, out: Tensor, lse: Tensor) -> dict[str, Any]:
-    """The arguments that tell the other kernels of each query's delta and lse."""
-    B, H, Tq, Dv = out.shape
-    names = ("p_lse_high", "p_lse_low", "p_delta")
-    rows = {name: torch.empty_like(lse, memory_format=torch.contiguous_format) for name in names}
-    if lse.numel() > 0:
-        with torch.cuda.device_of(out):
-            _rel_attention_bwd_rows_kernel[(triton.cdiv(Tq, _ROWS) * B * H,)](
-                p_dout=dout,
-                p_out=out,
-                p_lse=lse.contiguous(),
-                **rows,
-                **strides("dout", dout, "bhi"),
-                **strides("out", out, "bhi"),
-                H=H,
-                Tq=Tq,
-                DV=Dv,
-                BLOCK_Q=_ROWS,
-                BLOCK_DV=block_size(Dv),
-            )
-    return rows
 
 
 def _launch_dkdv(

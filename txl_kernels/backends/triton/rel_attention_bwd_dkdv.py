@@ -8,15 +8,15 @@ import triton.language as tl
 from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
 from txl_kernels.backends.triton.rel_attention_skew import skew_transposed
 from txl_kernels.backends.triton.rel_attention_tile import (
-    biased_queries,
-    capped_scores,
     dropout_keep,
+    exponents,
     key_block,
     key_limits,
     load_block,
+    load_padded,
     load_position_block,
-    load_row_sums,
     mask_tile,
+    padded_rows,
     probs_and_dscores,
     seeing_queries,
     visible_keys,
@@ -46,12 +46,11 @@ def _store_keys(
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "first_tile", "n_tiles"])
 def _rel_attention_bwd_dkdv_kernel(
-    p_q,  # [B, H, Tq, D]
+    p_qu,  # [B, H, padded_rows(Tq), BLOCK_D], contiguous: q + r_w_bias, and 0
+    p_qv,  # the same, of r_r_bias
     p_k,  # [B, H, Ts, D]
     p_v,  # [B, H, Ts, DV]
     p_r,  # [1 or B, 1 or H, R, D]
-    p_r_w_bias,  # [H, D]
-    p_r_r_bias,  # [H, D]
     p_mem_k,  # [B, H, Tm, D]
     p_mem_v,  # [B, H, Tm, DV]
     p_key_start,  # [B]
@@ -59,14 +58,13 @@ def _rel_attention_bwd_dkdv_kernel(
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
     p_dout,  # [B, H, Tq, DV]
-    p_lse_high,  # [B, H, Tq], contiguous, float32: lse in base 2 is high + low
-    p_lse_low,  # the same
+    p_lse_high,  # [B, H, padded_rows(Tq)], contiguous, float32: lse in base 2 is high + low
+    p_lse_low,  # the same, or None: 0
     p_delta,  # the same
     p_dk,  # [B, H, Ts, D], contiguous; None where not wanted, as the three below
     p_dv,  # [B, H, Ts, DV]
     p_dmem_k,  # [B, H, Tm, D]
     p_dmem_v,  # [B, H, Tm, DV]
-    s_q_b, s_q_h, s_q_i,
     s_k_b, s_k_h, s_k_j,
     s_v_b, s_v_h, s_v_j,
     s_r_b, s_r_h, s_r_m,
@@ -75,7 +73,7 @@ def _rel_attention_bwd_dkdv_kernel(
     s_mask_b, s_mask_h, s_mask_i, s_mask_j,
     s_dout_b, s_dout_h, s_dout_i,
     H, Tq, Tm, Tk, R, offset, left, right, chunk_size, chunk_left, chunk_phase,
-    scale, sign, softcap, threshold, dropout_scale, first_tile, n_tiles,
+    scale, softcap, threshold, dropout_scale, first_tile, n_tiles,
     D: tl.constexpr,
     DV: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -101,12 +99,15 @@ def _rel_attention_bwd_dkdv_kernel(
     i_b, i_h = i_bh // H, i_bh % H
     o_j = begin_j + tl.arange(0, BLOCK_K)
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    p_q += i_b * s_q_b + i_h * s_q_h
     p_dout += i_b * s_dout_b + i_h * s_dout_h
     p_r += i_b * s_r_b + i_h * s_r_h
-    p_lse_high += i_bh * Tq
-    p_lse_low += i_bh * Tq
-    p_delta += i_bh * Tq
+    o_rows = i_bh * padded_rows(Tq)
+    p_qu += o_rows * BLOCK_D
+    p_qv += o_rows * BLOCK_D
+    p_lse_high += o_rows
+    if p_lse_low is not None:
+        p_lse_low += o_rows
+    p_delta += o_rows
     p_k += i_b * s_k_b + i_h * s_k_h
     p_v += i_b * s_v_b + i_h * s_v_h
     if p_mem_k is not None:
@@ -123,14 +124,16 @@ def _rel_attention_bwd_dkdv_kernel(
         begin_j, begin_j + BLOCK_K,
         first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
     )  # fmt: skip
+    # Blocks of queries are aligned, and the last one is whole in what is padded.
+    begin = begin // BLOCK_Q * BLOCK_Q
 
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     for begin_i in tl.range(begin, end, BLOCK_Q):
+        begin_i = tl.multiple_of(begin_i, BLOCK_Q)
         o_i = begin_i + tl.arange(0, BLOCK_Q)
-        b_q = load_block(p_q, s_q_i, begin_i, 0, Tq, o_d, D, BLOCK_Q)
-        b_qu = biased_queries(b_q, p_r_w_bias, i_h, o_d, D, sign)
-        b_qv = biased_queries(b_q, p_r_r_bias, i_h, o_d, D, sign)
+        b_qu = load_padded(p_qu, begin_i, BLOCK_Q, BLOCK_D)
+        b_qv = load_padded(p_qv, begin_i, BLOCK_Q, BLOCK_D)
         begin_m = begin_j - begin_i + offset
         b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
         chunk = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
@@ -140,7 +143,10 @@ def _rel_attention_bwd_dkdv_kernel(
         b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
         b_dout = load_block(p_dout, s_dout_i, begin_i, 0, Tq, o_dv, DV, BLOCK_Q)
         b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-        b_scores, unit, b_tanh = capped_scores(b_scores, scale, softcap)
+        b_high, b_low, b_delta = tl.load(p_lse_high + o_i), None, tl.load(p_delta + o_i)
+        if p_lse_low is not None:
+            b_low = tl.load(p_lse_low + o_i)
+        b_exponents, b_tanh = exponents(b_scores, scale, softcap, b_high, b_low)
         _, all_end = visible_keys(
             begin_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
         )
@@ -153,20 +159,18 @@ def _rel_attention_bwd_dkdv_kernel(
                 o_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
             )
             seen = (o_j[:, None] >= lo[None, :]) & (o_j[:, None] < hi[None, :])
-            b_scores = tl.where(seen, b_scores, float("-inf"))
+            b_exponents = tl.where(seen, b_exponents, float("-inf"))
         if p_mask is not None:
             seen = mask_tile(p_mask, s_mask_j, s_mask_i, o_j, o_i, Tk, Tq)
-            b_scores = tl.where(seen, b_scores, float("-inf"))
+            b_exponents = tl.where(seen, b_exponents, float("-inf"))
         keep = None
         if threshold is not None:
             i_row = i_bh.to(tl.int32)
             keep = dropout_keep(p_seed, threshold, i_row, o_i, begin_j, BLOCK_Q, BLOCK_K)
             keep = tl.trans(keep)
-        b_high, b_low, b_delta = load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq)
         b_probs, b_dscores = probs_and_dscores(
-            b_scores, unit, b_tanh, b_dprobs, b_high[None, :], b_low[None, :], b_delta[None, :],
-            keep, softcap, dropout_scale,
-        )  # fmt: skip
+            b_exponents, b_tanh, b_dprobs, b_delta, keep, softcap, dropout_scale
+        )
         if NEEDS_DV:
             b_dv = tl.dot(b_probs.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
         if NEEDS_DK:

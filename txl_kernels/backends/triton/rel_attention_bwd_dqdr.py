@@ -13,16 +13,16 @@ from txl_kernels.backends.triton.rel_attention_skew import (
     unskew_transposed,
 )
 from txl_kernels.backends.triton.rel_attention_tile import (
-    biased_queries,
-    capped_scores,
     dropout_keep,
+    exponents,
     key_block,
     key_limits,
     load_block,
+    load_padded,
     load_position_block,
-    load_row_sums,
     load_rows,
     mask_tile,
+    padded_rows,
     probs_and_dscores,
     visible_keys,
     visible_tile,
@@ -69,12 +69,11 @@ def _add_clamped(p_row, b_ends, END: tl.constexpr, b_qv, o_d, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "first_item", "n_splits"])
 def _rel_attention_bwd_dqdr_kernel(
-    p_q,  # [B, H, Tq, D]
+    p_qu,  # [B, H, padded_rows(Tq), BLOCK_D], contiguous: q + r_w_bias, and 0
+    p_qv,  # the same, of r_r_bias
     p_k,  # [B, H, Ts, D]
     p_v,  # [B, H, Ts, DV]
     p_r,  # [1 or B, 1 or H, R, D]
-    p_r_w_bias,  # [H, D]
-    p_r_r_bias,  # [H, D]
     p_mem_k,  # [B, H, Tm, D]
     p_mem_v,  # [B, H, Tm, DV]
     p_key_start,  # [B]
@@ -82,14 +81,13 @@ def _rel_attention_bwd_dqdr_kernel(
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
     p_dout,  # [B, H, Tq, DV]
-    p_lse_high,  # [B, H, Tq], contiguous, float32: lse in base 2 is high + low
-    p_lse_low,  # the same
+    p_lse_high,  # [B, H, padded_rows(Tq)], contiguous, float32: lse in base 2 is high + low
+    p_lse_low,  # the same, or None: 0
     p_delta,  # the same
     p_dq,  # [B, H, Tq, D], contiguous; None where not wanted, as the three below
     p_dr,  # [1 or B, 1 or H, splits or 1, R, D], contiguous, float32, zeros at first
     p_dqu_sums,  # [B, H, tiles, D], contiguous, float32
     p_dqv_sums,  # the same
-    s_q_b, s_q_h, s_q_i,
     s_k_b, s_k_h, s_k_j,
     s_v_b, s_v_h, s_v_j,
     s_r_b, s_r_h, s_r_m,
@@ -99,7 +97,7 @@ def _rel_attention_bwd_dqdr_kernel(
     s_dout_b, s_dout_h, s_dout_i,
     s_dr_b, s_dr_h, s_dr_s,
     H, Tq, Tm, Tk, R, offset, left, right, chunk_size, chunk_left, chunk_phase,
-    scale, sign, softcap, threshold, dropout_scale, first_item, n_splits,
+    scale, softcap, threshold, dropout_scale, first_item, n_splits,
     D: tl.constexpr,
     DV: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -139,15 +137,15 @@ def _rel_attention_bwd_dqdr_kernel(
         p_mask_bh = p_mask + i_b * s_mask_b + i_h * s_mask_h
     if p_dr is not None:
         p_dr_bh = p_dr + i_b * s_dr_b + i_h * s_dr_h + i_split.to(tl.int64) * s_dr_s
-    b_q = load_rows(p_q + i_b * s_q_b + i_h * s_q_h, o_i, s_q_i, Tq, o_d, D)
-    b_qu = biased_queries(b_q, p_r_w_bias, i_h, o_d, D, sign)
-    b_qv = biased_queries(b_q, p_r_r_bias, i_h, o_d, D, sign)
-    b_dout = load_rows(p_dout + i_b * s_dout_b + i_h * s_dout_h, o_i, s_dout_i, Tq, o_dv, DV)
     i_row = (i_b * H + i_h) * Tq
-
-    b_high, b_low, b_delta = load_row_sums(
-        p_lse_high + i_row, p_lse_low + i_row, p_delta + i_row, o_i, Tq
-    )
+    o_row = (i_b * H + i_h) * padded_rows(Tq) + begin_i
+    b_qu = load_padded(p_qu, o_row, BLOCK_Q, BLOCK_D)
+    b_qv = load_padded(p_qv, o_row, BLOCK_Q, BLOCK_D)
+    b_dout = load_rows(p_dout + i_b * s_dout_b + i_h * s_dout_h, o_i, s_dout_i, Tq, o_dv, DV)
+    o_row += tl.arange(0, BLOCK_Q)
+    b_high, b_low, b_delta = tl.load(p_lse_high + o_row), None, tl.load(p_delta + o_row)
+    if p_lse_low is not None:
+        b_low = tl.load(p_lse_low + o_row)
     first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
     begin, all_end = visible_keys(
         begin_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
@@ -162,7 +160,7 @@ def _rel_attention_bwd_dqdr_kernel(
     b_dqu = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
     b_dqv = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
     b_ends = tl.zeros([16, BLOCK_Q], tl.float32)
-    nothing = tl.zeros([BLOCK_K, BLOCK_Q], p_q.dtype.element_ty)
+    nothing = tl.zeros([BLOCK_K, BLOCK_Q], p_qu.dtype.element_ty)
     packed = pack_pairs(nothing, BLOCK_K, BLOCK_Q)
     begin_m = begin - begin_i + offset - BLOCK_K
     b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
@@ -184,26 +182,25 @@ def _rel_attention_bwd_dqdr_kernel(
         )
         b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
         b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-        b_scores, unit, b_tanh = capped_scores(b_scores, scale, softcap)
+        b_exponents, b_tanh = exponents(b_scores, scale, softcap, b_high, b_low)
         if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
             seen = visible_tile(
                 begin_i, begin_j, first, last, Tq, Tk, left, right,
                 chunk_size, chunk_left, chunk_phase, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
-            b_scores = tl.where(tl.trans(seen), b_scores, float("-inf"))
+            b_exponents = tl.where(tl.trans(seen), b_exponents, float("-inf"))
         if p_mask is not None:
             o_j = begin_j + tl.arange(0, BLOCK_K)
             seen = mask_tile(p_mask_bh, s_mask_j, s_mask_i, o_j, o_i, Tk, Tq)
-            b_scores = tl.where(seen, b_scores, float("-inf"))
+            b_exponents = tl.where(seen, b_exponents, float("-inf"))
         keep = None
         if threshold is not None:
             i_bh = (i_b * H + i_h).to(tl.int32)
             keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
             keep = tl.trans(keep)
         _, b_dscores = probs_and_dscores(
-            b_scores, unit, b_tanh, b_dprobs, b_high[None, :], b_low[None, :], b_delta[None, :],
-            keep, softcap, dropout_scale,
-        )  # fmt: skip
+            b_exponents, b_tanh, b_dprobs, b_delta, keep, softcap, dropout_scale
+        )
         b_dscores = b_dscores.to(b_k.dtype)
         if NEEDS_DQU:
             b_dqu = tl.dot(tl.trans(b_k), b_dscores, b_dqu, input_precision="ieee")
@@ -215,7 +212,7 @@ def _rel_attention_bwd_dqdr_kernel(
             p_r_bh, s_r_m, p_dr_bh, R, o_d, D, CLAMP, NEEDS_DQV, BLOCK_K,
         )  # fmt: skip
     # The last block's own chunk, whose rows begin at begin_m.
-    before = unpack_pairs(packed, p_q.dtype.element_ty, BLOCK_K, BLOCK_Q)
+    before = unpack_pairs(packed, p_qu.dtype.element_ty, BLOCK_K, BLOCK_Q)
     b_chunk = unskew_transposed(nothing, before, like, BLOCK_K, BLOCK_Q)
     b_dqv, b_ends = _add_chunk(
         b_chunk, b_qv, b_dqv, b_ends, begin_m,
@@ -226,8 +223,8 @@ def _rel_attention_bwd_dqdr_kernel(
         _add_clamped(p_dr_bh, b_ends, 0, b_qv, o_d, D)
         _add_clamped(p_dr_bh + tl.full((), R - 1, tl.int64) * D, b_ends, 1, b_qv, o_d, D)
 
-    b_dqu *= scale * sign
-    b_dqv *= scale * sign
+    b_dqu *= scale
+    b_dqv *= scale
     if p_dq is not None:
         p_tile = p_dq + (i_row + o_i)[:, None] * D + o_d[None, :]
         inside = (o_i < Tq)[:, None] & (o_d < D)[None, :]

@@ -147,7 +147,7 @@ def _rel_attention_fwd_kernel(
             begin_m = begin_j - begin_i + offset
             b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
             chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
-            b_scores = skew(chunk, earlier, 0, BLOCK_Q, BLOCK_K)
+            b_scores = skew(chunk, earlier, BLOCK_Q, BLOCK_K)
             earlier = chunk
         p_keys, p_values, s_key, s_value, low = p_k, p_v, s_k_j, s_v_j, Tm
         high = tl.maximum(last, Tm)

@@ -34,35 +34,24 @@ def from_core_order(row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def rotate_rows(tile, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out[a, c] = tile[a, (c + STEP · a) mod COLUMNS]; STEP is 1 or -1, COLUMNS a power of 2.
-
-    One gather on the flattened tile: a store to shared memory and a load from it. A gather on the
-    tile itself would shuffle between lanes and spill.
-    """
-    a = tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, COLUMNS)[None, :] + STEP * a
-    # c // 8 · 8 · ROWS + c % 8 + 8 · a, such that eight columns on are a constant number further.
-    source = (c * ROWS - (c & 7) * (ROWS - 1) + 8 * a) & (ROWS * COLUMNS - 1)
-    rotated = tl.gather(core_order(tile, ROWS, COLUMNS), core_order(source, ROWS, COLUMNS), 0)
-    return from_core_order(rotated, ROWS, COLUMNS)
-
-
-@triton.jit
-def skew(chunk, earlier, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def skew(chunk, earlier, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Scores by key from scores by row of r: out[a, b] = x[a, b - a], x = [earlier | chunk].
 
-    `chunk` holds x's columns [0, COLUMNS), `earlier` those of [-COLUMNS, 0). Key b of row a is in
-    column b - a of the one, or in column b - a + COLUMNS of the other. Needs ROWS ≤ COLUMNS. Chosen
-    before they are rotated: the other way round the choice would stand in another layout than the
-    products. `begin` does not change the result: 0, or, where the compiler would make the
-    comparisons once, keep them as bits and take those apart at twice the price, a number that
-    changes from block to block.
+    `chunk` holds x's columns [0, COLUMNS), `earlier` those of [-COLUMNS, 0). Needs ROWS ≤ COLUMNS.
+    As in `shift_columns`, one gather from both tiles. No tile is chosen by comparing columns with
+    COLUMNS - a: Triton takes that difference for a multiple of COLUMNS in every row (the range a
+    starts at 0), compares once for all of a thread's columns, and answers wrongly.
     """
-    from_earlier = (begin + tl.arange(0, COLUMNS))[None, :] >= (
-        begin + COLUMNS - tl.arange(0, ROWS)
-    )[:, None]
-    return rotate_rows(tl.where(from_earlier, earlier, chunk), -1, ROWS, COLUMNS)
+    a = tl.arange(0, ROWS)[:, None]
+    b = tl.arange(0, COLUMNS)[None, :]
+    # Column b - a of x within its eight columns; bit 3 is set where that is in the later eight.
+    within = (b & 7) - (a & 7) + 8
+    source = (within & 8) * ROWS + (within & 7) + (a & 7) * 8 + (COLUMNS - 8) * ROWS
+    source += (b & -8) * ROWS + ((a & 8) * (8 - ROWS) + (a & -16) * (8 - ROWS))
+    both = tl.join(core_blocks(earlier, ROWS, COLUMNS), core_blocks(chunk, ROWS, COLUMNS))
+    both = tl.reshape(tl.permute(both, (3, 0, 1, 2)), [2 * ROWS * COLUMNS])
+    shifted = tl.gather(both, core_order(source, ROWS, COLUMNS), 0)
+    return from_core_order(shifted, ROWS, COLUMNS)
 
 
 @triton.jit

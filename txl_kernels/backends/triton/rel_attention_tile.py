@@ -148,12 +148,16 @@ def load_skewed(
 
 
 @triton.jit
-def load_row_sums(p_lse_high, p_lse_low, p_delta, o_i, Tq):
-    """What backward has of its queries; lse is ∞ where there is none: their probabilities are 0."""
-    m_i = o_i < Tq
-    b_high = tl.load(p_lse_high + o_i, mask=m_i, other=float("inf"))
-    b_low = tl.load(p_lse_low + o_i, mask=m_i, other=0.0)
-    return b_high, b_low, tl.load(p_delta + o_i, mask=m_i, other=0.0)
+def padded_rows(Tq):
+    """Rows per (batch, head) of what backward has of its queries: whole tiles of any height."""
+    return (Tq + 127) // 128 * 128
+
+
+@triton.jit
+def load_padded(p_rows, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS]: rows from `begin` on of a contiguous matrix that has them all."""
+    o_tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return tl.load(p_rows + begin.to(tl.int64) * COLUMNS + o_tile)
 
 
 @triton.jit
@@ -166,7 +170,10 @@ def load_block(p_rows, stride, begin, low, high, o_d, D: tl.constexpr, ROWS: tl.
     o = tl.arange(0, ROWS)
     o_tile = (o & -16).to(tl.int64) * stride + (o & 15) * stride
     p_tile = p_rows + tl.full((), begin - low, tl.int64) * stride + o_tile[:, None] + o_d[None, :]
-    inside = (o >= low - begin) & (o < high - begin)
+    # One comparison for both ends: below 0 an unsigned number is large.
+    inside = (o + (begin - low)).to(tl.uint32, bitcast=True) < (high - low).to(
+        tl.uint32, bitcast=True
+    )
     if o_d.shape[0] > D:
         return tl.load(p_tile, mask=inside[:, None] & (o_d < D)[None, :], other=0.0)
     return tl.load(p_tile, mask=inside[:, None], other=0.0)
@@ -266,33 +273,37 @@ def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLU
 
 
 @triton.jit
-def capped_scores(b_scores, scale, softcap):
-    """From plain products: scores to be masked, their factor to base 2, and with a softcap tanh."""
+def exponents(b_scores, scale, softcap, b_high, b_low):
+    """From plain products: what 2 is raised to for a probability, and with a softcap the tanh.
+
+    Of tiles [keys, queries]. lse in base 2 is high + low, of which low may be None; high is ∞ for a
+    query without keys.
+    """
     b_tanh = b_scores
     unit = scale * LOG2_E
     if softcap is not None:
         b_tanh = tanh(b_scores * (scale / softcap))
         unit = softcap * LOG2_E
-    return b_tanh, unit, b_tanh
+    b_exponents = b_tanh * unit - b_high[None, :]
+    if b_low is not None:
+        b_exponents -= b_low[None, :]
+    return b_exponents, b_tanh
 
 
 @triton.jit
-def probs_and_dscores(
-    b_scores, unit, b_tanh, b_dprobs, b_high, b_low, b_delta, keep, softcap, dropout_scale
-):
-    """The probabilities that met v, and the gradient of scale · score, of a tile lying either way.
+def probs_and_dscores(b_exponents, b_tanh, b_dprobs, b_delta, keep, softcap, dropout_scale):
+    """The probabilities that met v, and the gradient of scale · score, of a tile [keys, queries].
 
-    Scores, unit and tanh are `capped_scores`', scores -∞ where a key is not seen. lse in base 2 is
-    high + low (high is ∞ for a row without keys); they and delta are broadcastable. `keep` is a
-    bool tile or None.
+    Exponents and tanh are `exponents`', the former -∞ where a key is not seen. `keep` is a bool
+    tile or None.
     """
-    b_probs = tl.exp2((b_scores * unit - b_high) - b_low)
+    b_probs = tl.exp2(b_exponents)
     b_kept = b_probs
     if keep is not None:
         b_factor = tl.where(keep, dropout_scale, 0.0)
         b_kept = b_probs * b_factor
         b_dprobs = b_dprobs * b_factor
-    b_dscores = b_probs * (b_dprobs - b_delta)
+    b_dscores = b_probs * (b_dprobs - b_delta[None, :])
     if softcap is not None:
         b_dscores *= 1.0 - b_tanh * b_tanh
     return b_kept, b_dscores

@@ -7,19 +7,23 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from txl_kernels.testing.aot import sass
+from txl_kernels.testing.aot import sass, ttir
 from txl_kernels.testing.aot.record import Launch
 
 
 @dataclasses.dataclass(frozen=True)
 class Binary:
-    """A compiled launch. `shared` is in bytes per block, its dynamic part included."""
+    """A compiled launch. `shared` is in bytes per block, its dynamic part included.
+
+    Where Triton compiled it, `ir` is Triton's, and `loop_bytes` is what a pass moves (`ttir`)."""
 
     launch: Launch
     arch: int
     code: sass.Code
     shared: int
     num_warps: int
+    ir: str = ""
+    loop_bytes: int = 0
 
 
 def build(launch: Launch, arch: int) -> Binary:
@@ -44,7 +48,9 @@ def build(launch: Launch, arch: int) -> Binary:
         text = disassemble(path, knobs.nvidia.cuobjdump.path)
     code = sass.parse(text)
     shared = max(compiled.metadata.shared, code.static_shared)
-    return Binary(launch, arch, code, shared, compiled.metadata.num_warps)
+    moved = ttir.loop_bytes(compiled.asm["ttgir"])
+    num_warps = compiled.metadata.num_warps
+    return Binary(launch, arch, code, shared, num_warps, compiled.asm["ttir"], moved)
 
 
 def disassemble(path: Path, cuobjdump: str) -> str:

@@ -122,7 +122,7 @@ def _rate(call: Call, part: str, seconds: float, gpu: speed.Processor) -> str:
 def _loop(each: Surveyed) -> list[str]:
     binary, gpu = each.binary, speed.H100
     steady = sass.steady(binary.code.main_loop())
-    pipes = speed.pipes(steady, binary.num_warps, gpu)
+    pipes = speed.loop_pipes(binary, gpu)
     names = binary.launch.constexprs
     tile = " × ".join(str(names[n]) for n in names if n in ("BLOCK_Q", "BLOCK_K", "BLOCK_ROWS"))
     pairs = names.get("BLOCK_Q", 0) * names.get("BLOCK_K", 0)

@@ -14,6 +14,7 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _TILE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
 _WARP_TILE = re.compile(r"(?:HMMA|IMMA)\.(\d+)(?=\.|$)")
 # Shapes of one warp's product as the opcode abbreviates them: m, n, k.
+_ADDITIONS = {"RED", "REDG", "ATOMG"}
 _WARP_TILES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4), "884": (8, 8, 4)}
 
 
@@ -92,13 +93,14 @@ class Code:
 
 def steady(loop: Sequence[Instruction]) -> tuple[Instruction, ...]:
     """What a pass through the loop runs as a rule: forward branches over code without tensor-core
-    products are taken, since such code is for the few tiles at a border."""
+    products are taken, since such code is for the few tiles at a border. Not those over atomic
+    additions, which are for the lanes that have something to add."""
     skipped: set[int] = set()
     last = loop[-1].address if loop else 0
     for i in loop:
         if i.jump is not None and i.address < i.jump <= last and i.address not in skipped:
             over = [o for o in loop if i.address < o.address < i.jump]
-            if not any(o.tile is not None for o in over):
+            if not any(o.tile is not None or o.base in _ADDITIONS for o in over):
                 skipped.update(o.address for o in over)
     return tuple(i for i in loop if i.address not in skipped)
 

@@ -253,7 +253,7 @@ def call(
 
 
 def _is_16_bit(launch: Launch) -> bool:
-    return launch.signature["p_q"] != "*fp32"
+    return launch.signature["p_k"] != "*fp32"
 
 
 def _forward_gate(launch: Launch, arch: int) -> Gate:

@@ -71,7 +71,7 @@ _LDSM_BYTES = {"1": 128, "2": 256, "4": 512}
 class Pipes:
     """Clocks of a multiprocessor that some instructions of one block keep each pipe busy.
 
-    `loaded` are bytes between the multiprocessor and L2.
+    `loaded` are bytes between the multiprocessor and L2: those of every instruction.
     """
 
     tensor: float
@@ -145,6 +145,15 @@ def pipes(instructions: Iterable[Instruction], num_warps: int, processor: Proces
     )
 
 
+def loop_pipes(binary: Binary, processor: Processor) -> Pipes:
+    """What a pass through the main loop asks of the pipes, as a rule.
+
+    Bytes are the IR's where there is one: a number that many threads want is read from L2 once.
+    """
+    found = pipes(sass.steady(binary.code.main_loop()), binary.num_warps, processor)
+    return dataclasses.replace(found, loaded=binary.loop_bytes or found.loaded)
+
+
 def resident_blocks(binary: Binary, processor: Processor) -> int:
     """Blocks that fit on a multiprocessor by registers, shared memory and warps; 0: none does."""
     registers = 8 * math.ceil(binary.code.registers / 8) * 32 * binary.num_warps
@@ -169,7 +178,7 @@ def estimate(binary: Binary, passes: float, processor: Processor) -> Estimate:
     Each tensor that it is given is read or written at least once.
     """
     loop = binary.code.main_loop()
-    inside = pipes(sass.steady(loop), binary.num_warps, processor)
+    inside = loop_pipes(binary, processor)
     in_loop = {i.address for i in loop}
     around = pipes(
         (i for i in binary.code.instructions if i.address not in in_loop),

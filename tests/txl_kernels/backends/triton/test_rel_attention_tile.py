@@ -26,7 +26,7 @@ def _needs_the_interpreter():
 @triton.jit
 def _skew_kernel(p_chunk, p_earlier, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    b_out = skew.skew(tl.load(p_chunk + o), tl.load(p_earlier + o), 7, ROWS, COLUMNS)
+    b_out = skew.skew(tl.load(p_chunk + o), tl.load(p_earlier + o), ROWS, COLUMNS)
     tl.store(p_out + o, b_out)
 
 

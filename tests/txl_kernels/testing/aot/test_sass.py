@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from txl_kernels.testing.aot import sass
@@ -80,6 +82,14 @@ def test_products_are_never_left_out_of_the_steady_path(code):
     jump = sass.Instruction(0x30, "BRA", "P0, 0x60")
     loop = (jump, *code.main_loop()[1:])
     assert sum(i.tile is not None for i in sass.steady(loop)) == 2
+
+
+def test_atomic_additions_are_never_left_out_of_the_steady_path(code):
+    loop = tuple(
+        dataclasses.replace(i, opcode="REDG.E.ADD.F32x4") if i.address == 0x80 else i
+        for i in code.main_loop()
+    )
+    assert sass.steady(loop) == loop
 
 
 def test_flop_of_products(code):
