@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from benchmarks.gpu import adaptive, attention, sanitizer, summary, timing, timings
+from benchmarks import registry
+from benchmarks.gpu import adaptive, attention, sanitizer, stages, summary, timing, timings
 from benchmarks.gpu.stages import UnavailableError
 from benchmarks.measure import Quartiles
 
@@ -64,9 +67,31 @@ def test_the_promised_shapes_are_timed():
         assert (shape.B, shape.H, shape.Tq, shape.Tm, shape.D) == (8, 16, 2048, 2048, D)
     decode = attention.DECODE
     assert (decode.Tq, decode.n_keys, decode.B, decode.H, decode.D) == (1, 3800, 32, 16, 64)
-    assert (adaptive.WT103_LARGE.N, adaptive.WT103_LARGE.V) == (8192, 267_735)
-    others = [(shape.name, shape.N, shape.V, shape.div_val) for shape in adaptive.OTHERS]
-    assert others == [("wt103_base", 9000, 267_735, 1), ("lm1b_large", 9000, 793_470, 4)]
+    assert adaptive.WT103_LARGE.N == 8192
+    assert [shape.N for shape in adaptive.OTHERS] == [9000, 9000]
+
+
+def test_the_adaptive_shapes_are_the_presets():
+    presets = {shape.name.removesuffix("_softmax"): shape for shape in registry.softmax_shapes()}
+    timed = (adaptive.WT103_LARGE, *adaptive.OTHERS)
+    assert {shape.name for shape in timed} == set(presets)
+    for shape in timed:
+        preset = presets[shape.name]
+        assert shape == dataclasses.replace(preset, name=shape.name, N=shape.N)
+
+
+@pytest.mark.parametrize("stage", [*stages.NAMES, "child"])
+def test_stages_need_no_package_beyond_torch_and_triton(stage):
+    blocked = "yaml rich typer accelerate safetensors matplotlib tokenizers pytest tensorboard"
+    code = f"""
+import sys
+for name in {blocked.split()!r}:
+    sys.modules[name] = None
+import importlib
+importlib.import_module("benchmarks.gpu.{stage}")
+"""
+    env = stages.environment()
+    subprocess.run([sys.executable, "-c", code], cwd=stages.ROOT, env=env, check=True)
 
 
 @pytest.mark.parametrize("op", adaptive.OPS)
