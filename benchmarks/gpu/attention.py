@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -97,6 +98,11 @@ def _yardstick(
 
     def attend() -> Tensor:
         with sdpa_kernel(backend):
+            # With such a mask torch would go on to another kernel without a word.
+            if name == FLASH and not can_use_flash_attention(
+                SDPAParams(*leaves, None, 0, False, False)
+            ):
+                raise RuntimeError("torch's flash attention does not take this call")
             return scaled_dot_product_attention(*leaves, attn_mask=mask)
 
     return attend, leaves
