@@ -24,7 +24,7 @@ from benchmarks.gpu import attention, device
 from benchmarks.gpu.adaptive_parity import check_adaptive, check_embedding
 from benchmarks.gpu.stages import ROOT, write_json
 from benchmarks.inputs import AttentionShape
-from txl_kernels import rel_shift, resolve
+from txl_kernels import rel_attention, rel_shift, resolve
 from txl_kernels.testing import (
     ADAPTIVE_SOFTMAX_CASES,
     DECODE_CASES,
@@ -157,8 +157,11 @@ def _attention(
 ) -> None:
     sizes = {"Tq": case.Tq, "D": case.D, "Dv": case.Dv, "uses": case.uses}
     _require("rel_attention", backend, dtype, device_type, needs_grad=grad, **sizes)
-    check = check_rel_attention if grad else check_rel_attention_output
-    check(case, backend, dtype, device_type)
+    if grad:
+        check_rel_attention(case, backend, dtype, device_type)
+    else:
+        run = functools.partial(rel_attention, return_lse=True, backend=backend)
+        check_rel_attention_output(case, dtype, run, device_type)
 
 
 def _decoding(case: RelAttentionCase, backend: str, dtype: torch.dtype, device_type: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import adaptive_parity, attention, parity, sanitizer
+from txl_kernels import rel_attention
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.testing import ADAPTIVE_SOFTMAX_CASES, REL_ATTENTION_CASES
 
@@ -33,14 +34,39 @@ def test_names_are_unique():
     assert len(CHECKS) == len(list(parity.checks("cpu")))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CHECKS if name.startswith("rel_shift") and name.endswith("native")]
-)
+# Of each op, in each dtype, the kernels of the CPU stand for those of the GPU.
+HERE = [
+    name
+    for name in CHECKS
+    if name.endswith("native")
+    and any(word in name for word in ("transformer_xl", "everything", "rel_shift", "two_tails"))
+]
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_a_check_passes_or_says_why_it_cannot_run(name):
     try:
         CHECKS[name]()
     except parity.NotServedError as reason:
         pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_checks_that_run_here_are_of_every_kind(op, dtype):
+    assert any(name.startswith(op) and dtype in name.split() for name in HERE)
+
+
+def test_a_wrong_output_of_decoding_fails(monkeypatch):
+    def wrong(**call):
+        out, lse = rel_attention(**{**call, "backend": "reference"})
+        return 1.1 * out, lse
+
+    monkeypatch.setattr(parity, "rel_attention", wrong)
+    monkeypatch.setattr(parity, "_require", lambda *_, **__: None)
+    name = next(name for name in CHECKS if name.startswith("decode"))
+    with pytest.raises(AssertionError, match="over the budget"):
+        CHECKS[name]()
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
