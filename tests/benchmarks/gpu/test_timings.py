@@ -211,3 +211,35 @@ def test_compute_sanitizers_summary_is_read():
     assert sanitizer.errors("===== RACECHECK SUMMARY: 3 hazards displayed (3 errors)") == 3
     with pytest.raises(UnavailableError, match=r"does not attach here: .*permission"):
         sanitizer.errors("Error: debugger has no permission to attach\n")
+
+
+SCRIPT = """#!/bin/sh
+echo "caching: $PYTORCH_NO_CUDA_MEMORY_CACHING, $2"
+echo "========= {summary}"
+"""
+
+
+def sanitized(monkeypatch, tmp_path, summary):
+    """The stage's results with a script in compute-sanitizer's place, and what it raised."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SCRIPT.format(summary=summary))
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizer.device, "require", lambda: None)
+    monkeypatch.setattr(sanitizer, "find", lambda: str(tool))
+    results = {}
+    try:
+        sanitizer.run(results, lambda: None)
+    except (AssertionError, UnavailableError) as error:
+        return results, str(error)
+    return results, None
+
+
+def test_both_tools_run_without_torchs_large_allocations(monkeypatch, tmp_path):
+    clean = sanitized(monkeypatch, tmp_path, "ERROR SUMMARY: 0 errors")
+    assert clean == ({"memcheck": 0, "racecheck": 0}, None)
+    results, said = sanitized(monkeypatch, tmp_path, "ERROR SUMMARY: 2 errors")
+    assert results == {"memcheck": 2}
+    assert "caching: 1, memcheck" in said
+    results, said = sanitized(monkeypatch, tmp_path, "Error: unable to attach")
+    assert results == {}
+    assert "does not attach here" in said
