@@ -1,4 +1,4 @@
-"""The adaptive softmax against float64, on any device: the loss of each token and all gradients."""
+"""The adaptive softmax and embedding against float64, on any device: results and all gradients."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txl_kernels import adaptive_loss, adaptive_nll
+from txl_kernels import adaptive_embedding, adaptive_loss, adaptive_nll
 from txl_kernels.testing import AdaptiveSoftmaxCase, check_budget
 
 Cluster = tuple[Tensor | None, ...]
+SCALE = 2.5  # of the embedding
 
 
 def check_adaptive(
@@ -38,6 +39,43 @@ def check_adaptive(
         check_budget(
             f"{case} {op} gradient {n}", *tensors, dtype=dtype, magnitude=magnitude, is_sum=True
         )
+
+
+def check_embedding(
+    case: AdaptiveSoftmaxCase, backend: str, dtype: torch.dtype, device: str
+) -> None:
+    """The same of `adaptive_embedding`, its tables the case's weights, its tokens the targets."""
+    inputs = _leaves_on(case.inputs(dtype), device, dtype)
+    exact = _leaves_on(inputs, device, torch.float64)
+    dout = torch.randn(case.N, case.d, generator=torch.Generator().manual_seed(5)).to(device, dtype)
+    results = []
+    for x, name in ((inputs, backend), (exact, None), (inputs, None)):
+        tables, projections = _tables(case, x)
+        leaves = [leaf for leaf in (*tables, *projections) if leaf is not None]
+        tokens = x[1].clamp(min=0)
+        if name is None:
+            out = SCALE * torch.cat(
+                [t if p is None else t @ p.T for t, p in zip(tables, projections, strict=True)]
+            ).index_select(0, tokens)
+        else:
+            out = adaptive_embedding(tokens, tables, projections, case.cutoffs, SCALE, backend=name)
+        results.append([out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))])
+    largest = max(float(x.detach().abs().max()) for x in _leaves(exact))
+    magnitude = SCALE * float(dout.abs().max()) * max(largest, 1.0)
+    for n, (actual, due, plain) in enumerate(zip(*results, strict=True)):
+        is_gradient = {"magnitude": magnitude, "is_sum": True} if n else {}
+        check_budget(f"{case} embedding {n}", actual, due, plain, dtype=dtype, **is_gradient)
+
+
+def _tables(case: AdaptiveSoftmaxCase, inputs: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The clusters' tables, the head's without its cluster columns, and projections [d, d_k]."""
+    _hidden, _target, head, tails = inputs
+    clusters = [(head[0], head[1][: head[1].shape[0] - len(tails)]), *(x[:2] for x in tails)]
+    tables = [weight.detach().requires_grad_() for _, weight in clusters]
+    projections = [
+        None if p is None else p.detach().T.contiguous().requires_grad_() for p, _ in clusters
+    ]
+    return tables, projections
 
 
 def _plain_nll(inputs: Any) -> Tensor:

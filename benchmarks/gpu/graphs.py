@@ -41,18 +41,21 @@ class Case:
 
 
 def run(results: dict[str, Any], save: Callable[[], None]) -> None:
-    """Results: per call, which of its tensors a replay gave wrong.
+    """Results: per call, which of its tensors a replay gave wrong, or what it raised.
 
     Raises:
         UnavailableError: no CUDA device; by then every call has been made once, small, on the CPU.
-        AssertionError: a replay differed.
+        AssertionError: a replay differed, or could not be.
     """
     if not torch.cuda.is_available():
         results["rehearsal"] = rehearse()
         save()
     gpu = device.require()
     for name, make in cases(TRAIN, DECODE, adaptive.WT103_LARGE, gpu):
-        results[name] = differences(make(), capture)
+        try:
+            results[name] = differences(make(), capture)
+        except Exception as error:
+            results[name] = [f"{type(error).__name__}: {error}"]
         save()
     wrong = {name: differ for name, differ in results.items() if differ}
     assert not wrong, f"a captured graph replays to other results: {wrong}"

@@ -1,6 +1,7 @@
-"""Stage "parity": every named case of every op against float64, in float32, float16, bfloat16.
+"""Stage "parity": every named case of every op against float64, in bfloat16, float16, float32.
 
-The cases are dealt out to several processes, since most of the time is the compiler's.
+The cases are dealt out to several processes, since most of the time is the compiler's: 460 kernels
+of attention alone, a second or two each.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu import device
-from benchmarks.gpu.adaptive_parity import check_adaptive
-from benchmarks.gpu.stages import ROOT
-from txl_kernels import rel_shift, resolve
+from benchmarks.gpu import attention, device
+from benchmarks.gpu.adaptive_parity import check_adaptive, check_embedding
+from benchmarks.gpu.stages import ROOT, write_json
+from benchmarks.inputs import AttentionShape
+from txl_kernels import rel_attention, rel_shift, resolve
 from txl_kernels.testing import (
     ADAPTIVE_SOFTMAX_CASES,
     DECODE_CASES,
@@ -32,15 +35,27 @@ from txl_kernels.testing import (
     check_rel_attention_output,
 )
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BACKENDS = ("triton", "native")
-MOST_WORKERS = 8
+MOST_WORKERS = 16
+POLL_SECONDS = 1.0
+SAME = 2**-7  # relative error of the norm between two ways to the same bfloat16 numbers
+
+# As large as what is timed, of few heads: offsets, many blocks, sums over many rows.
+AT_SCALE = (
+    RelAttentionCase("train_d64", B=1, H=2, Tq=2048, Tm=2048, D=64, options={"causal": True}),
+    RelAttentionCase("train_d128", B=1, H=2, Tq=2048, Tm=2048, D=128, options={"causal": True}),
+    RelAttentionCase("speech", B=1, H=2, Tq=3000, Tm=0, R=5999, D=64, key_lens=[2900]),
+    RelAttentionCase(
+        "dropout", B=2, H=1, Tq=1024, Tm=1024, D=64, options={"causal": True, "dropout_p": 0.1}
+    ),
+)
 
 Check = tuple[str, Callable[[], None]]
 
 
 def run(results: dict[str, Any], save: Callable[[], None]) -> None:
-    """Results: the numbers of checks, and a sentence for each that failed.
+    """Results: the numbers of checks, and a sentence for each that failed; while it goes on too.
 
     Raises:
         UnavailableError: no CUDA device.
@@ -50,7 +65,6 @@ def run(results: dict[str, Any], save: Callable[[], None]) -> None:
     save()
     device.require()
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
-    passed, refused, failures = 0, {}, []
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{n}.json" for n in range(workers)]
         children = [
@@ -59,18 +73,31 @@ def run(results: dict[str, Any], save: Callable[[], None]) -> None:
             )
             for n, file in enumerate(files)
         ]
-        for child, file in zip(children, files, strict=True):
-            child.wait()
-            record = json.loads(file.read_text()) if file.exists() else {}
-            if child.returncode or not record:
-                failures.append(f"a worker ended with status {child.returncode}")
-            passed += record.get("passed", 0)
-            refused |= record.get("refused", {})
-            failures += record.get("failures", [])
-            results |= {"passed": passed, "refused": refused, "failures": failures}
+        while any(child.poll() is None for child in children):
+            time.sleep(POLL_SECONDS)
+            results |= gathered(files)
             save()
+        results |= gathered(files)
+        results["failures"] += [
+            f"a worker ended with status {child.returncode}"
+            for child in children
+            if child.returncode
+        ]
+        save()
+    failures = results["failures"]
     assert not failures, f"{len(failures)} of {results['checks']} checks failed: {failures[0]}"
-    assert passed, "no backend serves any case here"
+    assert results["passed"], "no backend serves any case here"
+
+
+def gathered(files: Iterable[Path]) -> dict[str, Any]:
+    """What the workers have written so far, put together."""
+    passed, refused, failures = 0, {}, []
+    for file in files:
+        record = json.loads(file.read_text()) if file.exists() else {}
+        passed += record.get("passed", 0)
+        refused |= record.get("refused", {})
+        failures += record.get("failures", [])
+    return {"passed": passed, "refused": refused, "failures": failures}
 
 
 def checks(device_type: str) -> Iterator[Check]:
@@ -88,6 +115,15 @@ def checks(device_type: str) -> Iterator[Check]:
                 for op in ("adaptive_loss", "adaptive_nll"):
                     check = functools.partial(_adaptive, softmax, op, *where)
                     yield f"{op} {softmax} {kind}", check
+                check = functools.partial(_embedding, softmax, *where)
+                yield f"adaptive_embedding {softmax} {kind}", check
+    for dtype in (torch.bfloat16, torch.float16):
+        for case in AT_SCALE:
+            check = functools.partial(_attention, case, "triton", dtype, device_type)
+            yield f"at scale {case} {str(dtype).removeprefix('torch.')} triton", check
+    for shape in attention.TRAIN:
+        check = functools.partial(_materialised, shape, device_type)
+        yield f"materialised {shape.name} bfloat16 triton", check
 
 
 def work(n: int, workers: int, path: Path) -> None:
@@ -103,7 +139,7 @@ def work(n: int, workers: int, path: Path) -> None:
         else:
             passed += 1
         record = {"passed": passed, "refused": refused, "failures": failures}
-        path.write_text(json.dumps(record))
+        write_json(path, record)
 
 
 class NotServedError(Exception):
@@ -121,8 +157,11 @@ def _attention(
 ) -> None:
     sizes = {"Tq": case.Tq, "D": case.D, "Dv": case.Dv, "uses": case.uses}
     _require("rel_attention", backend, dtype, device_type, needs_grad=grad, **sizes)
-    check = check_rel_attention if grad else check_rel_attention_output
-    check(case, backend, dtype, device_type)
+    if grad:
+        check_rel_attention(case, backend, dtype, device_type)
+    else:
+        run = functools.partial(rel_attention, return_lse=True, backend=backend)
+        check_rel_attention_output(case, dtype, run, device_type)
 
 
 def _decoding(case: RelAttentionCase, backend: str, dtype: torch.dtype, device_type: str) -> None:
@@ -149,6 +188,30 @@ def _adaptive(
 ) -> None:
     _require(op, backend, dtype, device_type, needs_grad=True)
     check_adaptive(case, op, backend, dtype, device_type)
+
+
+def _embedding(
+    case: AdaptiveSoftmaxCase, backend: str, dtype: torch.dtype, device_type: str
+) -> None:
+    _require("adaptive_embedding", backend, dtype, device_type, needs_grad=True)
+    check_embedding(case, backend, dtype, device_type)
+
+
+@torch.no_grad()
+def _materialised(shape: AttentionShape, device_type: str) -> None:
+    """The whole timed shape against the kernel that reads its products with r from memory."""
+    _require("rel_attention", "triton", torch.bfloat16, device_type, Tq=shape.Tq, D=shape.D)
+    from txl_kernels.backends.triton.rel_attention import rel_attention_fwd_materialised
+
+    where = torch.device(device_type)
+    inputs = attention.inputs_on(shape, where, requires_grad=False)
+    out = attention.bind(attention.OURS, shape, inputs)[0]()
+    due, _lse = rel_attention_fwd_materialised(
+        *inputs, *[None] * 6, shape.Tq - 1, False, shape.causal, None, None, (), shape.D**-0.5,
+        0.0, 0.0, False,
+    )  # fmt: skip
+    wrong = float((out.float() - due.float()).norm() / due.float().norm())
+    assert wrong <= SAME, f"off by {wrong:.1e} of its norm, {SAME:.1e} is allowed"
 
 
 if __name__ == "__main__":

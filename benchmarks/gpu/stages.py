@@ -34,9 +34,9 @@ class Stage:
 STAGES = (
     Stage("build", 150),
     Stage("parity", 150),
-    Stage("determinism", 60),
+    Stage("determinism", 45),
     Stage("graphs", 60),
-    Stage("timings", 150),
+    Stage("timings", 170),
     Stage("sanitizer", 90),
 )
 NAMES = tuple(stage.name for stage in STAGES)

@@ -20,8 +20,12 @@ cudaError_t launch(void (*kernel)(Args), int64_t blocks, Args args, void* stream
                           0, static_cast<cudaStream_t>(stream));
 }
 
+// Null where all is well. An error is said once: left where the runtime notes it, torch's next call
+// would report it as its own.
 inline const char* error_of(cudaError_t status) {
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(status);
 }
 
 }  // namespace txl::cuda

@@ -55,7 +55,10 @@ class Memory(NamedTuple):
         new = torch.stack([hidden.detach().to(self.hidden.dtype) for hidden in new_hidden])
         both = torch.cat([self.hidden.detach(), new], dim=2)  # [n_layer, B, M + T, d_model]
         total = both.shape[2]
-        dropped = torch.sym_max(total - mem_len, 0)  # type: ignore[no-untyped-call]
+        dropped = total - mem_len
+        # Of a known length torch 2.11's compiler takes no sym_max; of a symbolic one max() would
+        # ask, under torch.export, which is larger, and fix it.
+        dropped = max(dropped, 0) if isinstance(dropped, int) else torch.sym_max(dropped, 0)
         # By index: a slice of symbolic length would fix, under torch.export, whether it is empty.
         newest = torch.arange(dropped, total, device=both.device)
         return Memory(both[:, :, newest], (self.start - dropped).clamp(min=0))

@@ -50,6 +50,21 @@ def gradients(model: TransformerXL, output: Output) -> list[Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"clamp_len": 4}, {"same_length": True}, {"clamp_len": 4, "same_length": True}],
+    ids=lambda options: "-".join(options),
+)
+def test_limited_distances_compile_to_one_graph_at_every_length(options: dict[str, Any]) -> None:
+    model = build(**options)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (5, 7):
+        segment, memory = tokens(2, length), memory_of(2, 6)
+        due = model(segment, memory, segment).loss
+        torch.testing.assert_close(compiled(segment, memory, segment).loss, due)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_one_compiled_graph_serves_forward_and_backward(checkpointing: bool) -> None:
     model = build(cutoffs=(), div_val=1, gradient_checkpointing=checkpointing)

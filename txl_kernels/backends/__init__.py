@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from txl_kernels._register import register
-from txl_kernels.backends import native, triton
+from txl_kernels.backends import cuda_device, native, triton
 from txl_kernels.errors import BackendUnavailableError
 
 BACKENDS = ("reference", "native", "triton")
@@ -175,9 +175,9 @@ def _door_refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> s
     reason = native.unavailable_reason()
     if reason is not None:
         return reason
-    if _has_kernel(f"txl_native::{op}_fwd", device_type):
-        return None
-    return native.no_kernel_reason(op, device_type)
+    if not _has_kernel(f"txl_native::{op}_fwd", device_type):
+        return native.no_kernel_reason(op, device_type)
+    return cuda_device.unavailable_reason() if device_type == "cuda" else None
 
 
 # What `torch.compiler.assume_constant_result` does; that would import torch._dynamo, in seconds,

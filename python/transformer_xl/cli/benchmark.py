@@ -18,6 +18,15 @@ from txl_kernels.testing.aot.shipped_attention import Attention
 from txl_kernels.testing.aot.tune import Candidate
 
 SHOWN = 12  # candidates to a table
+TableName = Literal[
+    "forward",
+    "forward_burdened",
+    "forward_overburdened",
+    "forward_short",
+    "dkdv",
+    "dqdr",
+    "dqdr_by_pair",
+]
 
 benchmark = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +41,7 @@ def options() -> None:
 
 @benchmark.command()
 def tune(
-    table: Annotated[Literal["forward", "dkdv", "dqdr"], typer.Argument(help="Which kernel's.")],
+    table: Annotated[TableName, typer.Argument(help="Whose rows, as its source names them.")],
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option()] = "bfloat16",
     head_size: Annotated[int, typer.Option(help="The next power of 2 has the row.")] = 64,
     queries: Annotated[int, typer.Option(help="Of a segment; as many keys of memory.")] = 2048,

@@ -77,6 +77,8 @@ def _triton_note() -> str:
 
 
 def _version(name: str) -> str:
+    if name == "torch":  # with what it was built for, which its package's version may leave out
+        return torch.__version__
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

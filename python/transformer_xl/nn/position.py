@@ -85,6 +85,11 @@ class SinusoidalPositions(nn.Module):
         """The farthest distance that needs a row of its own."""
         clamp_len = self.clamp_len if self.clamp_len > 0 else None
         for limit in (window, clamp_len):
-            if limit is not None:
-                farthest = torch.sym_min(farthest, limit)  # type: ignore[no-untyped-call]
+            if limit is None:
+                continue
+            # As in `Memory.update`: torch 2.11's compiler takes no sym_min of known lengths.
+            if isinstance(farthest, int):
+                farthest = min(farthest, limit)
+            else:
+                farthest = torch.sym_min(farthest, limit)
         return farthest

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from transformer_xl.cli import doctor
+from transformer_xl.cli import benchmark, doctor
 from transformer_xl.cli.app import app
 from txl_kernels.testing.aot import tune
 
@@ -43,6 +43,10 @@ def test_the_model_ranks_candidates_and_gives_the_row(monkeypatch, tmp_path):
         [],
         list(worst.failures),
     ]
+
+
+def test_the_command_takes_every_table():
+    assert get_args(benchmark.TableName) == tuple(tune.TABLES)
 
 
 @pytest.mark.parametrize(("failures", "written"), [((), True), (("it spills",), False)])

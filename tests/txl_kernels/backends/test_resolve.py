@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from txl_kernels import backends, resolve
-from txl_kernels.backends import OPS, native
+from txl_kernels.backends import OPS, cuda_device, native, triton
+
+cuda_device_reason = cuda_device.unavailable_reason
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -51,8 +53,9 @@ def test_head_sizes_beyond_256_are_not_native(require_backend):
 
 @pytest.fixture
 def cuda_kernels(monkeypatch):
-    """As if the native library had been built with CUDA."""
+    """As if the native library had been built with CUDA, for a device that is there."""
     monkeypatch.setattr(native, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(cuda_device, "unavailable_reason", lambda: None)
     monkeypatch.setattr(backends, "_has_kernel", lambda operator, device_type: True)
 
 
@@ -117,3 +120,25 @@ def test_importing_the_package_imports_no_triton_and_no_kernel():
         "assert 'triton' not in sys.modules and 'txl_kernels._C' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(
+    ("is_there", "capability", "due"),
+    [(False, None, "no CUDA device"), (True, (7, 5), "capability 8.0"), (True, (8, 6), None)],
+)
+def test_cuda_kernels_want_a_device_that_runs_them(
+    cuda_kernels, monkeypatch, backend, is_there, capability, due
+):
+    pytest.importorskip("triton")
+    asked = cuda_device_reason.__wrapped__  # behind its cache
+    monkeypatch.setattr(cuda_device, "unavailable_reason", asked)
+    monkeypatch.setattr(triton, "unavailable_reason", triton.unavailable_reason.__wrapped__)
+    monkeypatch.setattr(triton, "interprets", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    call = {"device": "cuda", "dtype": torch.float16}
+    _, reason = resolve("rel_attention", backend=backend, **call)
+    assert (reason is None) == (due is None)
+    assert due is None or due in reason
+    assert (resolve("rel_attention", **call).backend == "reference") == (due is not None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -93,7 +95,11 @@ BAD = [
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"), BAD, ids=[f"{i}-{bad[0]}" for i, bad in enumerate(BAD)]
 )
-def test_bad_argument(name, value, error, message):
+def test_bad_argument(name, value, error, message, monkeypatch):
+    """Refused before any backend gets to see it, so before any launch."""
+    module = importlib.import_module("txl_kernels.ops.rel_attention")
+    monkeypatch.setattr(module, "_kernel", lambda *_, **__: pytest.fail("a kernel was called"))
+    monkeypatch.setattr(module, "reference", None)
     with pytest.raises(error, match=message) as caught:
         rel_attention(**{**_valid(), name: value})
     assert str(caught.value).startswith("rel_attention: ")

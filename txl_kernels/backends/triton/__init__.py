@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from txl_kernels.backends import cuda_device
+
 NAMESPACE = "txl_triton"
 # Operator: the module here that has a function of that name, with the operator's own signature.
 _KERNELS = {
@@ -24,7 +26,6 @@ _KERNELS = {
     "adaptive_embedding_fwd": "adaptive_embedding",
     "adaptive_embedding_bwd": "adaptive_embedding",
 }
-_OLDEST_CAPABILITY = (8, 0)
 
 
 def register_kernels() -> None:
@@ -71,11 +72,7 @@ def unavailable_reason(device_type: str, dtype: torch.dtype = torch.float32) -> 
         return "Triton runs on a CPU in its interpreter only: start Python with TRITON_INTERPRET=1"
     if device_type != "cuda":
         return f"the Triton kernels run on CUDA devices, not on {device_type}"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
-        return "the Triton kernels need compute capability 8.0 or newer"
-    return None
+    return cuda_device.unavailable_reason()
 
 
 @functools.cache

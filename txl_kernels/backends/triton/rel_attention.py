@@ -85,8 +85,8 @@ def rel_attention_fwd_materialised(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`rel_attention_fwd` with all products with r from one of torch's, [B, H, Tq, R] float32.
 
-    An oracle for the chunks and their rotation at sizes where the reference does not fit. `"auto"`
-    never takes it: the fused kernel runs wherever this one does.
+    An oracle for the chunks and their rotation at sizes where the reference does not fit, as
+    `make gpu` uses it. `"auto"` never takes it, for the fused kernel runs wherever this one does.
     """
     scale = rest[-4]
     queries = q.float() if r_r_bias is None else q.float() + r_r_bias.float()[:, None]

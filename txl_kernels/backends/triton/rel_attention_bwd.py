@@ -12,7 +12,7 @@ from torch import Tensor
 from txl_kernels.backends.triton.rel_attention_bwd_dkdv import _rel_attention_bwd_dkdv_kernel
 from txl_kernels.backends.triton.rel_attention_bwd_dqdr import _rel_attention_bwd_dqdr_kernel
 from txl_kernels.backends.triton.rel_attention_bwd_rows import prepared_rows
-from txl_kernels.backends.triton.rel_attention_call import kernel_arguments, strides
+from txl_kernels.backends.triton.rel_attention_call import kernel_arguments, near_rows, strides
 from txl_kernels.backends.triton.rel_attention_config import (
     architecture,
     block_size,
@@ -70,6 +70,7 @@ def rel_attention_bwd(
         offset, clamp, causal, window_left, window_right, chunk, scale, softcap, dropout_p,
     )  # fmt: skip
     inputs = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, None, None)
+    dout = near_rows(dout)
     wanted = [x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)]
     dq, dk, dv, _, _, _, dmem_k, dmem_v, _, _ = (
         None if x is None else x.new_empty(x.shape) for x in wanted

@@ -29,6 +29,8 @@ UNSPECIALIZED = (
     "dropout_scale",
 )
 _LONGEST_CHUNK = 2**40
+# Within a block of rows, 128 at most, kernels multiply by strides in 32 bits.
+_LONGEST_STRIDE = 2**24
 
 
 def kernel_arguments(
@@ -59,6 +61,8 @@ def kernel_arguments(
     An absent tensor and its strides are None, which makes the kernel one without it. Numbers are
     brought into ranges where 32-bit arithmetic cannot overflow, without changing what they mean.
     """
+    q, k, v, r = (near_rows(x) for x in (q, k, v, r))
+    mem_k, mem_v = (None if x is None else near_rows(x) for x in (mem_k, mem_v))
     H, Tq, D = q.shape[1:]
     Tm = 0 if mem_k is None else mem_k.shape[2]
     Tk, R = Tm + k.shape[2], r.shape[2]
@@ -109,6 +113,11 @@ def kernel_arguments(
         "DV": v.shape[3],
         "CLAMP": clamp,
     }
+
+
+def near_rows(tensor: Tensor) -> Tensor:
+    """[B, H, T, D] itself, or a contiguous copy where its rows are too far apart."""
+    return tensor if tensor.stride(2) <= _LONGEST_STRIDE else tensor.contiguous()
 
 
 def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int | None]:

@@ -89,8 +89,15 @@ def seeing_queries(
 
 @triton.jit
 def mask_tile(p_mask, s_mi, s_mj, o_i, o_j, Tq, Tk):
-    """bool [queries, keys] of the dense mask, False outside it; p_mask stands at [b, h, 0, 0]."""
-    inside = (o_i < Tq)[:, None] & (o_j < Tk)[None, :]
+    """bool [queries, keys] of the dense mask, False outside it; p_mask stands at [b, h, 0, 0].
+
+    Keys begin below 0 in the first block of a memory that is no multiple of a block: taken as
+    unsigned they are beyond Tk. Backward gives keys and queries, their strides and numbers the
+    other way round.
+    """
+    m_i = o_i.to(tl.uint32, bitcast=True) < Tq
+    m_j = o_j.to(tl.uint32, bitcast=True) < Tk
+    inside = m_i[:, None] & m_j[None, :]
     p_tile = p_mask + o_i.to(tl.int64)[:, None] * s_mi + o_j.to(tl.int64)[None, :] * s_mj
     return tl.load(p_tile, mask=inside, other=0) != 0
 

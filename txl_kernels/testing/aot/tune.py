@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -23,12 +24,44 @@ from txl_kernels.testing.aot.shipped import Call
 from txl_kernels.testing.aot.shipped_attention import Attention
 from txl_kernels.testing.aot.survey import survey
 
-# Table: its name in `rel_attention_config`, the kernel it configures, the pass that launches it.
+
+class Tuned(NamedTuple):
+    """A table of `rel_attention_config`, the kernel it configures, and what makes a call its own:
+    changes to a plain call, and the most queries."""
+
+    table: str
+    kernel: str
+    changes: Mapping[str, Any] = MappingProxyType({})
+    most_queries: int | None = None
+
+    @property
+    def part(self) -> str:
+        return "forward" if self.kernel == _FWD else "backward"
+
+    def of(self, attention: Attention) -> Attention:
+        """The call that the table's rows are for, of these sizes."""
+        Tq = min(attention.Tq, self.most_queries or attention.Tq)
+        backward = attention.backward and Tq == attention.Tq
+        return dataclasses.replace(attention, Tq=Tq, backward=backward, **self.changes)
+
+
+_FWD, _DQDR = "_rel_attention_fwd_kernel", "_rel_attention_bwd_dqdr_kernel"
+_DROPOUT: dict[str, Any] = {"options": {"dropout_p": 0.1}}
+_MASK: dict[str, Any] = {"tensors": ("mask",), "causal": False}
 TABLES = {
-    "forward": ("FORWARD", "_rel_attention_fwd_kernel"),
-    "dkdv": ("BACKWARD_DKDV", "_rel_attention_bwd_dkdv_kernel"),
-    "dqdr": ("BACKWARD_DQDR", "_rel_attention_bwd_dqdr_kernel"),
+    "forward": Tuned("FORWARD", _FWD),
+    "forward_burdened": Tuned("FORWARD_BURDENED", _FWD, _DROPOUT),
+    "forward_overburdened": Tuned("FORWARD_OVERBURDENED", _FWD, {**_DROPOUT, **_MASK}),
+    "forward_short": Tuned("FORWARD_SHORT", _FWD, most_queries=16),
+    "dkdv": Tuned("BACKWARD_DKDV", "_rel_attention_bwd_dkdv_kernel"),
+    "dqdr": Tuned("BACKWARD_DQDR", _DQDR),
+    "dqdr_by_pair": Tuned("BACKWARD_DQDR_BY_PAIR", _DQDR, _DROPOUT),
 }
+NEEDED = (
+    "FORWARD",
+    "BACKWARD_DKDV",
+    "BACKWARD_DQDR",
+)  # that must have a row; others stand in front
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3)
 TIMED = 6  # of the candidates, the best by the model
 
@@ -61,7 +94,7 @@ def key_of(attention: Attention, arch: int) -> Key:
 
 def row(table: str, attention: Attention, arch: int, best: Candidate | None) -> str:
     """The table's row as it stands in the source, or what keeps it from having one."""
-    name, _kernel = TABLES[table]
+    name = TABLES[table].table
     key = _key_text(key_of(attention, arch))
     if best is None:
         return f"{name}: no candidate for {key} holds its gates"
@@ -77,7 +110,7 @@ def write(table: str, attention: Attention, arch: int, best: Candidate, path: Pa
     """
     if best.failures:
         raise ValueError(f"tune: not written, it breaks a gate: {'; '.join(best.failures)}")
-    name, _kernel = TABLES[table]
+    name = TABLES[table].table
     key = re.escape(_key_text(key_of(attention, arch)))
     new = f"    {_key_text(key_of(attention, arch))}: {_config_text(best)},\n"
     source = path.read_text(encoding="utf-8")
@@ -113,15 +146,14 @@ def rank(
 ) -> list[Candidate]:
     """The configurations by the model's time, those that break a gate last; sm_90 only is modelled
     as a processor, so another architecture's ranking is by the same clocks."""
-    name, kernel = TABLES[table]
+    tuned = TABLES[table]
     key = key_of(attention, arch)
-    part = "forward" if table == "forward" else "backward"
-    call = shipped_attention.call("tune", attention, part)
+    call = shipped_attention.call("tune", tuned.of(attention), tuned.part)
     found = []
     for config in configurations(table) if configs is None else configs:
-        with configured(name, key, config):
+        with configured(tuned.table, key, config):
             try:
-                candidate = _compiled(call, kernel, config, arch)
+                candidate = _compiled(call, tuned.kernel, config, arch)
             except Exception as error:  # what the compiler cannot do is no candidate
                 said = str(error).strip().partition("\n")[0]
                 candidate = Candidate(config, float("inf"), (f"{type(error).__name__}: {said}",))
@@ -141,24 +173,25 @@ def measure(table: str, attention: Attention, ranked: Iterable[Candidate]) -> li
 
     major, _minor = torch.cuda.get_device_capability()
     key = key_of(attention, 90 if major == 9 else 80)
-    name, _kernel = TABLES[table]
+    tuned = TABLES[table]
     sound = [each for each in ranked if not each.failures][:TIMED]
-    forward, backward = attention.passes_on("cuda")
-    work = forward if table == "forward" else backward
+    forward, backward = tuned.of(attention).passes_on("cuda")
+    work = forward if tuned.part == "forward" else backward
     timed = []
     for each in sound:
-        with configured(name, key, each.config):
+        with configured(tuned.table, key, each.config):
             timed.append(dataclasses.replace(each, ms=float(do_bench(work, rep=200))))
     return sorted(timed, key=lambda each: each.ms or 0.0)
 
 
 @contextlib.contextmanager
 def configured(name: str, key: Key, config: Any) -> Iterator[None]:
-    """Within it the table `name` has `config` in the row `key`, and each table some row there."""
+    """Within it the table `name` has `config` in the row `key`, and each that needs one some row
+    there."""
     from txl_kernels.backends.triton import rel_attention_config as tables
 
     with contextlib.ExitStack() as stack:
-        for other, _ in TABLES.values():
+        for other in {*NEEDED, name}:
             table = getattr(tables, other)
             row = config if other == name else table.get(key, tables.Config(64, 64, 4, 2))
             stack.enter_context(mock.patch.dict(table, {key: row}))

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from txl_kernels.testing.aot import gates
+from txl_kernels.testing.aot import gates, survey
 from txl_kernels.testing.aot.build import build
 from txl_kernels.testing.aot.gates import Gate, Spill
 from txl_kernels.testing.aot.record import recording
@@ -89,6 +89,21 @@ def test_a_spilled_value_that_moves_in_the_loop_fails_unless_counted(built, monk
 
 def test_every_justified_spill_says_why():
     assert all(spill.why and spill.most > 0 for spill in gates.SPILLS.values())
+
+
+@pytest.mark.parametrize("spill", gates.SPILLS, ids=lambda key: "-".join(map(str, key)))
+def test_no_spill_is_allowed_that_the_table_of_inner_loops_does_not_have(spill):
+    """What a kernel no longer spills is no longer justified, in either version of Triton."""
+    kernel, arch, parts = spill
+    stacks = [
+        row["stack"]
+        for version in gates.TRITON_VERSIONS
+        for name, row in survey.read_table()[version].items()
+        if name.split("/")[-2].partition("#")[0] == kernel
+        and name.endswith(f"/sm_{arch}")
+        and all(part in name for part in parts)
+    ]
+    assert max(stacks, default=0) == gates.SPILLS[spill].most
 
 
 def test_shuffles_of_a_rotation_never_fit_into_those_of_reductions():

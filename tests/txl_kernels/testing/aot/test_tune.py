@@ -24,7 +24,7 @@ def test_no_candidate_rotates_rows_longer_than_its_columns():
 def test_sound_candidates_come_first_and_the_table_is_as_before():
     from txl_kernels.backends.triton import rel_attention_config as tables
 
-    before = {name: dict(getattr(tables, name)) for name, _ in tune.TABLES.values()}
+    before = {each.table: dict(getattr(tables, each.table)) for each in tune.TABLES.values()}
     # 128 × 128 with 4 warps holds twice what fits in registers.
     greedy, sound = tables.Config(128, 128, 4, 1), tables.Config(64, 64, 4, 2)
     ranked = tune.rank("forward", SMALL, 90, [greedy, sound])
@@ -45,13 +45,36 @@ def test_what_does_not_compile_is_no_candidate():
 def tables_of(path):
     found = {}
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), found)
-    return {name: dict(found[name]) for name, _ in tune.TABLES.values()}
+    return {each.table: dict(found[each.table]) for each in tune.TABLES.values()}
+
+
+def test_every_table_of_the_source_can_be_tuned():
+    from txl_kernels.backends.triton import rel_attention_config as tables
+
+    named = {name for name, value in vars(tables).items() if name.isupper() and type(value) is dict}
+    assert {each.table for each in tune.TABLES.values()} == named
+
+
+@pytest.mark.parametrize("table", tune.TABLES)
+def test_a_candidate_is_tried_by_a_call_that_its_table_configures(table):
+    """A row that no other table has: the kernel's launch must be of that tile."""
+    from txl_kernels.backends.triton.rel_attention_config import Config
+    from txl_kernels.testing.aot import shipped, shipped_attention
+
+    odd, tuned = Config(16, 16, 2, 5), tune.TABLES[table]
+    attention = Attention(B=1, H=2, Tq=256, Tm=256)
+    call = shipped_attention.call("tune", tuned.of(attention), tuned.part)
+    with tune.configured(tuned.table, tune.key_of(attention, 90), odd):
+        recorded = shipped.launches(call, 90)
+    (launch,) = [x.launches[0] for x in recorded if x.launches[0].name == tuned.kernel]
+    sizes = (launch.constexprs["BLOCK_Q"], launch.constexprs["BLOCK_K"])
+    assert (*sizes, launch.options.num_warps, launch.options.num_stages) == odd
 
 
 @pytest.mark.parametrize("table", tune.TABLES)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_a_row_is_written_in_place_and_nothing_else_changes(table, arch, tmp_path):
-    path, name = tmp_path / "rel_attention_config.py", tune.TABLES[table][0]
+    path, name = tmp_path / "rel_attention_config.py", tune.TABLES[table].table
     path.write_text(tune.source().read_text(encoding="utf-8"), encoding="utf-8")
     before = tables_of(path)
     n_lines = len(path.read_text(encoding="utf-8").splitlines())
@@ -59,11 +82,16 @@ def test_a_row_is_written_in_place_and_nothing_else_changes(table, arch, tmp_pat
     tune.write(table, SMALL, arch, best, path)
     key = (f"sm_{arch}", True, 64)
     after = tables_of(path)
-    assert tuple(after[name].pop(key)) == best.config
-    before[name].pop(key)
+    # What is chosen with one burden is the choice with more, where those have no row of their own.
+    heirs = (name, "FORWARD_OVERBURDENED") if name == "FORWARD_BURDENED" else (name,)
+    assert tuple(after[name][key]) == best.config
+    section = tune.source().read_text(encoding="utf-8").partition(f"\n{name}: ")[2]
+    is_new = f'("sm_{arch}", True, 64)' not in section.partition("\n}\n")[0]
+    for heir in heirs:
+        before[heir].pop(key, None), after[heir].pop(key)
     assert after == before
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) == n_lines
+    assert len(text.splitlines()) == n_lines + is_new
     row = tune.row(table, SMALL, arch, best)
     assert f"    {row.removeprefix(name + ': ')}\n" in text
 
