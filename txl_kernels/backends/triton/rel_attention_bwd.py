@@ -76,7 +76,8 @@ def rel_attention_bwd(
         None if x is None else x.new_empty(x.shape) for x in wanted
     )
     r_w_bias, r_r_bias = arguments.pop("p_r_w_bias"), arguments.pop("p_r_r_bias")
-    for name in ("p_q", *strides("q", q, "bhi")):
+    q = arguments.pop("p_q")
+    for name in strides("q", q, "bhi"):
         arguments.pop(name)
     arguments |= prepared_rows(dout, q, r_w_bias, r_r_bias, out, lse)
     arguments["scale"] *= arguments.pop("sign")
