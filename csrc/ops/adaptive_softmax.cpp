@@ -88,6 +88,8 @@ void over(int64_t n, int64_t threads, F&& f) {
 // what is done with them.
 class Scratch {
  public:
+  explicit Scratch(int64_t bytes) : bytes_(bytes) { memory_.emplace(1, bytes); }
+
   char* of(int64_t bytes) {
     if (bytes > bytes_) {
       memory_.reset();
@@ -99,15 +101,33 @@ class Scratch {
 
  private:
   std::optional<Workspace> memory_;
-  int64_t bytes_ = 0;
+  int64_t bytes_;
 };
+
+// How a cluster is cut, and the memory that takes.
+struct ClusterMemory {
+  ClusterPlan plan;
+  int64_t shared_bytes, slot_bytes;
+
+  ClusterMemory(const ClusterKernels& kernels, const ClusterArgs& args, const ClusterGrads& grads,
+                bool hold, bool sums_rounded, int64_t threads)
+      : plan(plan_cluster(args, kernels, hold, sums_rounded ? 1 : 0, threads)),
+        shared_bytes(round_to_page(kernels.shared_bytes(args, plan))),
+        slot_bytes(round_to_page(kernels.slot_bytes(args, plan, grads))) {}
+
+  int64_t bytes() const { return shared_bytes + plan.n_slots * slot_bytes; }
+};
+
+int64_t threads_for(const ClusterArgs& args) {
+  const double work = static_cast<double>(args.n * args.V) * static_cast<double>(args.d);
+  return at::in_parallel_region() || work < 5e5 ? 1 : at::get_num_threads();
+}
 
 // One cluster's tokens, ready for its kernels.
 struct ClusterCall {
   const ClusterKernels& kernels;
   Tensor rows, x, lse, logit;
   ClusterArgs args;
-  int64_t threads;
 
   ClusterCall(Scalar dtype, const Tensor& hidden, const Cluster& cluster, const Buckets& buckets,
               size_t k)
@@ -126,8 +146,6 @@ struct ClusterCall {
     args.bias = cluster.bias.defined() ? cluster.bias.const_data_ptr() : nullptr;
     lse = at::empty({args.n}, hidden.options().dtype(acc_dtype(hidden)));
     logit = at::empty_like(lse);
-    const double work = static_cast<double>(args.n * args.V) * static_cast<double>(args.d);
-    threads = at::in_parallel_region() || work < 5e5 ? 1 : at::get_num_threads();
   }
 
   // Losses, or gradients from the log-sum-exp of losses made before, or both.
@@ -137,18 +155,17 @@ struct ClusterCall {
     const ClusterTokens tokens{lse.data_ptr(), losses ? logit.data_ptr() : nullptr,
                                scale.defined() ? scale.const_data_ptr() : nullptr};
     const bool rounded = grads.dweight != nullptr && x.scalar_type() != acc_dtype(x);
-    const ClusterPlan plan =
-        plan_cluster(args, kernels, /*hold=*/losses && gradients, rounded ? 1 : 0, threads);
+    const int64_t threads = threads_for(args);
+    const ClusterMemory memory(kernels, args, grads, losses && gradients, rounded, threads);
+    const ClusterPlan& plan = memory.plan;
+    const int64_t slot_bytes = memory.slot_bytes;
     ClusterGrads out = grads;
     Tensor low;
     if (rounded && plan.n_blocks > 1) {
       low = at::empty({args.V, args.d}, rows.options().dtype(at::kByte));
       out.dweight_low = low.data_ptr<uint8_t>();
     }
-    const int64_t shared_bytes = kernels.shared_bytes(args, plan);
-    const int64_t slot_bytes = round_to_page(kernels.slot_bytes(args, plan, out));
-    char* shared = scratch.of(round_to_page(shared_bytes) + plan.n_slots * slot_bytes);
-    char* slots = shared + round_to_page(shared_bytes);
+    char *shared = scratch.of(memory.bytes()), *slots = shared + memory.shared_bytes;
     for (int64_t block = 0; block < plan.n_blocks; ++block) {
       const int64_t tiles = plan.tiles_of(std::min(plan.block, args.n - block * plan.block));
       over(tiles, threads, [&](int64_t tile) { kernels.pack(args, plan, block, tile, shared); });
@@ -205,18 +222,22 @@ struct Call {
   }
 
   int64_t N() const { return hidden.size(0); }
-  // Clusters by the number of their logits, the most first: the first needs the most memory.
-  std::vector<size_t> widest_first() const {
-    std::vector<size_t> order(clusters.size());
-    std::iota(order.begin(), order.end(), size_t{0});
-    auto logits = [&](size_t k) {
-      const Tensor& weight = clusters[k].weight;
-      return std::min<int64_t>(buckets.size(k) * weight.size(0),
-                               chunk_bytes(weight.size(1)) / static_cast<int64_t>(sizeof(float)));
-    };
-    std::stable_sort(order.begin(), order.end(),
-                     [&](size_t a, size_t b) { return logits(a) > logits(b); });
-    return order;
+  // As much as the cluster that takes most where all gradients are wanted: memory that grows
+  // from cluster to cluster leaves what it was behind, in the allocator's hands.
+  Scratch scratch(bool losses, bool gradients) const {
+    const bool rounded = gradients && hidden.scalar_type() != acc_dtype(hidden);
+    ClusterGrads grads;
+    if (gradients) grads.dx = hidden.data_ptr();  // asked for, not written
+    int64_t bytes = 0;
+    for (size_t k = 0; k < clusters.size(); ++k) {
+      ClusterArgs args;
+      args.n = buckets.size(k), args.V = clusters[k].weight.size(0);
+      args.d = clusters[k].weight.size(1);
+      const ClusterMemory memory(adaptive_softmax_kernels(dtype), args, grads, losses && gradients,
+                                 rounded, threads_for(args));
+      if (args.n > 0) bytes = std::max(bytes, memory.bytes());
+    }
+    return Scratch(bytes);
   }
   at::TensorOptions acc_options() const { return hidden.options().dtype(acc_dtype(hidden)); }
 };
@@ -342,8 +363,8 @@ std::tuple<Tensor, Tensor> adaptive_nll_fwd(const Tensor& hidden, const Tensor& 
   const Call call("adaptive_nll", hidden, target, clusters, ignore_index);
   const Tensor nll = at::zeros({call.N()}, call.acc_options());
   const Tensor lse = at::zeros({2, call.N()}, call.acc_options());
-  Scratch scratch;
-  for (const size_t k : call.widest_first()) {
+  Scratch scratch = call.scratch(/*losses=*/true, /*gradients=*/false);
+  for (size_t k = 0; k < call.clusters.size(); ++k) {
     const ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
     cluster.run({}, {}, /*losses=*/true, /*gradients=*/false, scratch);
     Tensor kept = lse[k == 0 ? 0 : 1];
@@ -360,8 +381,8 @@ std::tuple<Tensor, std::vector<Tensor>> adaptive_nll_bwd(const Tensor& dnll, con
   const Call call("adaptive_nll", hidden, target, clusters, ignore_index);
   Gradients gradients(call, clusters, needs_grad);
   const Tensor scale = dnll.to(acc_dtype(hidden)).contiguous();
-  Scratch scratch;
-  for (const size_t k : call.widest_first()) {
+  Scratch scratch = call.scratch(/*losses=*/false, /*gradients=*/true);
+  for (size_t k = 0; k < call.clusters.size(); ++k) {
     ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
     cluster.lse = lse[k == 0 ? 0 : 1].index_select(0, cluster.rows);
     gradients.run(k, cluster, scale, /*losses=*/false, scratch);
@@ -386,8 +407,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> adaptive_loss_fwd(
   const Tensor scale = at::full({call.N()}, share / rest, call.acc_options());
   const bool any = std::any_of(needs_grad.begin(), needs_grad.end(), [](bool b) { return b; });
   Gradients gradients(call, clusters, needs_grad);
-  Scratch scratch;
-  for (const size_t k : call.widest_first()) {
+  Scratch scratch = call.scratch(/*losses=*/true, /*gradients=*/any);
+  for (size_t k = 0; k < call.clusters.size(); ++k) {
     const ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
     if (any) {
       gradients.run(k, cluster, scale, /*losses=*/true, scratch);
