@@ -14,7 +14,7 @@ constexpr int64_t kVocabTile = 64, kTokenTile = 256;
 // sums over several chunks need beside a 16-bit gradient, hidden rows in both layouts and hidden
 // gradients of a slot's own. Wider rows get more: a byte of logits saves a product as long as they.
 constexpr int64_t chunk_bytes(int64_t d) {
-  return int64_t{48 << 10} * (d > 512 ? d : 512);
+  return int64_t{46 << 10} * (d > 512 ? d : 512);
 }
 
 // One cluster: n of its tokens meet its V columns.

@@ -70,7 +70,7 @@ _TWICE = (
 _FWD = "_rel_attention_fwd_kernel"
 _DKDV, _DQDR = "_rel_attention_bwd_dkdv_kernel", "_rel_attention_bwd_dqdr_kernel"
 SPILLS: dict[tuple[str, int, tuple[str, ...]], Spill] = {
-    (_FWD, 80, ("float32", "d128")): Spill(96, _FLOAT32),
+    (_FWD, 80, ("float32", "d128")): Spill(88, _FLOAT32),
     (_FWD, 90, ("float32", "d128")): Spill(112, _FLOAT32),
     (_FWD, 80, ("float32/head_256/",)): Spill(1288, _FLOAT32),
     (_FWD, 90, ("float32/head_256/",)): Spill(1288, _FLOAT32),
