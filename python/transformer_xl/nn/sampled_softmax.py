@@ -107,14 +107,9 @@ class SampledSoftmax(nn.Module):
         scored = wanted != -100
         token = wanted.where(scored, 0)
         if self.training:
-            nll = self._sampled_nll(rows, token, generator)
+            drawing = (self.sampler, self.n_sample, generator)
+            nll = sampled_nll(rows, token, self.weight, self.bias, *drawing)
         else:
             logits = nn.functional.linear(rows, self.weight, self.bias).float()
             nll = nn.functional.cross_entropy(logits, token, reduction="none")
         return (nll * scored).sum() / scored.sum().clamp(min=1)
-
-    def _sampled_nll(
-        self, rows: Tensor, token: Tensor, generator: torch.Generator | None
-    ) -> Tensor:
-        drawing = (self.sampler, self.n_sample, generator)
-        return sampled_nll(rows, token, self.weight, self.bias, *drawing)
