@@ -21,6 +21,7 @@ WANTED_ROUNDS = 7
 MOST_ROUNDS = 4  # times the wanted ones, before giving up waiting for a quiet machine
 QUIET = 0.8  # of the best probe of the run
 SAMPLE_SECONDS = 0.05  # short work is repeated that long, and its median taken
+LONG_SECONDS = 120  # rounds that would take longer together are fewer, at least one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +125,13 @@ def take_rounds(
     wanted: int = WANTED_ROUNDS,
     sample_seconds: float = SAMPLE_SECONDS,
 ) -> Rounds:
-    """Take rounds until `wanted` are quiet, `MOST_ROUNDS` times as many at most.
+    """Take rounds until `wanted` are quiet, or as many as `LONG_SECONDS` have room for if those are
+    fewer; `MOST_ROUNDS` times as many at most.
 
     Every second round runs the contenders in reverse order.
     """
-    for contender in contenders:  # compilers, caches, threads
-        sample(contender, sample_seconds)
-        contender()
+    seconds_each = sum(_warm_up(contender, sample_seconds) for contender in contenders)
+    wanted = max(1, min(wanted, int(LONG_SECONDS / seconds_each)))
     rounds: list[Round] = []
     while len(kept := quiet(rounds, probe.best)) < wanted:
         if len(rounds) == MOST_ROUNDS * wanted:
@@ -141,6 +142,12 @@ def take_rounds(
         seconds = {i: sample(contenders[i], sample_seconds) for i in order}
         rounds.append(Round(rate, tuple(seconds[i] for i in range(len(contenders)))))
     return Rounds(kept, len(rounds) - wanted, quiet=True)
+
+
+def _warm_up(contender: Timed, sample_seconds: float) -> float:
+    """Let compilers, caches and threads settle; the seconds that a sample then takes."""
+    sample(contender, sample_seconds)
+    return max(contender(), sample_seconds)
 
 
 def compare(

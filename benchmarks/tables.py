@@ -1,9 +1,10 @@
-"""A run's figures as Markdown: `python -m benchmarks.tables FILE.json` renews the marked tables of
-README.md and docs/benchmarks.md."""
+"""Figures as Markdown: `python -m benchmarks.tables FILE.json …` renews the marked tables of
+docs/benchmarks.md, a section for each file, and README.md's from the first."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -38,11 +39,13 @@ Record = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
-    parser.add_argument("results", type=Path, help="a JSON file that `python -m benchmarks` wrote")
-    path: Path = parser.parse_args().results
-    run = json.loads(path.read_text(encoding="utf-8"))
-    renew(ROOT / "README.md", "speed", readme_table(run, path.name))
-    renew(ROOT / "docs" / "benchmarks.md", "bench", docs_tables(run, path.name))
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="JSON files that `python -m benchmarks` wrote"
+    )
+    paths: list[Path] = parser.parse_args().results
+    runs = [(json.loads(path.read_text(encoding="utf-8")), path.name) for path in paths]
+    renew(ROOT / "README.md", "speed", readme_table(*runs[0]))
+    renew(ROOT / "docs" / "benchmarks.md", "bench", "\n\n".join(docs_tables(*run) for run in runs))
 
 
 def renew(document: Path, mark: str, text: str) -> None:
@@ -71,7 +74,7 @@ def readme_table(run: Record, source: str) -> str:
 
 
 def docs_tables(run: Record, source: str) -> str:
-    """Everything that was taken, and the parts of the model's training step."""
+    """Everything that one processor was asked, and the parts of the model's training step."""
     rows = _rows(
         run["cases"],
         lambda case: (_ms(case), _rate(case), _share(case), _everyone(case), _memory(case)),
@@ -80,19 +83,25 @@ def docs_tables(run: Record, source: str) -> str:
         f"| {part['part']} | {_figure(part['ms'])} | {part['share']:.1%} |"
         for part in run["training_step"]
     ]
-    tables = [DOCS_HEAD, *rows, "", _caption(run, source)]
+    title = f"### {run['machine']['processor']}"
+    tables = [title, "", DOCS_HEAD, *rows, "", _caption(run, source)]
     return "\n".join([*tables, "", PARTS_HEAD, *parts] if parts else tables)
 
 
 def _rows(cases: list[Record], cells: Callable[[Record], tuple[str, ...]]) -> Iterator[str]:
-    """One row per case; shape and dtype are written where they change."""
-    above: tuple[str, ...] = ("", "")
-    for case in cases:
-        _, *place, run = case["case"].split("/")
-        shape = "" if place[0] == above[0] else f"`{place[0]}`"
-        dtype = "" if tuple(place) == above else place[1]
-        yield f"| {' | '.join((shape, dtype, PASSES.get(run, run), *cells(case)))} |"
-        above = tuple(place)
+    """One row per case, by shape, dtype and pass as these first appear; shape and dtype are written
+    where they change."""
+    names = [case["case"].split("/")[1:] for case in cases]
+    order = {part: place for place, part in enumerate(dict.fromkeys(itertools.chain(*names)))}
+    ordered = sorted(
+        zip(names, cases, strict=True), key=lambda item: [order[part] for part in item[0]]
+    )
+    above = ["", "", ""]
+    for name, case in ordered:
+        shape = "" if name[0] == above[0] else f"`{name[0]}`"
+        dtype = "" if name[:2] == above[:2] else name[1]
+        yield f"| {' | '.join((shape, dtype, PASSES.get(name[2], name[2]), *cells(case)))} |"
+        above = name
 
 
 def _caption(run: Record, source: str) -> str:

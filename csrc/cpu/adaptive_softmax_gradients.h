@@ -12,7 +12,6 @@ namespace txl::TXL_ISA {
 template <typename T, typename F>
 void spread_gradients(int64_t rows, int64_t n, int64_t ld_t, const ClusterSlot<T>& ws, F&& value) {
   using Vec = Vectorized<Acc<T>>;
-  constexpr int64_t ld_v = ClusterSlot<T>::ld_v;
   alignas(64) Acc<T> square[256], transposed[256];
   for (int64_t v = 0; v < rows; v += 16) {
     for (int64_t i = 0; i < n; i += 16) {
@@ -28,7 +27,7 @@ void spread_gradients(int64_t rows, int64_t n, int64_t ld_t, const ClusterSlot<T
       transpose_16_rows(square, 16, transposed, 16, 16);
       for (int64_t c = 0; c < 16; ++c) {
         for (int64_t r = 0; r < 16; r += Vec::size())
-          store_operand(ws.g + (i + c) * ld_v + v + r, Vec::loadu(transposed + c * 16 + r));
+          store_operand(ws.g + (i + c) * ws.ld_v + v + r, Vec::loadu(transposed + c * 16 + r));
       }
     }
   }
@@ -44,7 +43,7 @@ void softmax_gradients(const ClusterArgs& args, const ClusterPlan& plan, int64_t
   const int64_t rows = round_up(vocab.n, 16), padded = plan.padded_block();
   if (plan.holds(slot, vocab.index)) {
     const int64_t tile = plan.held_index(slot, vocab.index);
-    const Operand<T>* powers = shared.held + tile * kVocabTile * padded + tokens.at * kVocabTile;
+    const Operand<T>* powers = shared.held + (tile * padded + tokens.at) * plan.vocab_tile;
     const Acc<T>* max = shared.tile_max + tile * padded + tokens.at;
     const Acc<T>*all_max = shared.max + tokens.at, *share = shared.share + tokens.at;
     for (int64_t i = 0; i < plan.tile; i += Vec::size()) {
@@ -93,7 +92,7 @@ void target_gradients(const ClusterArgs& args, const VocabTile<T>& vocab, const 
                                                (bias != nullptr ? bias[vocab.begin + v] : 0);
     const auto g = static_cast<Operand<T>>(scale[i] * std::expm1(logit - lse[i]));
     ws.g_t[v * shared.ld_t + i] = g;
-    ws.g[i * ClusterSlot<T>::ld_v + v] = g;
+    ws.g[i * ws.ld_v + v] = g;
     ws.dbias[v * 16 + i % 16] -= scale[i];  // where the column's p of this token went
   });
 }
@@ -144,14 +143,15 @@ template <typename T>
 const Operand<T>* pack_weight_rows(const ClusterArgs& args, const VocabTile<T>& vocab,
                                    const ClusterSlot<T>& ws) {
   if constexpr (kPacked<T>) {
-    for (int64_t v = 0; v < vocab.n; v += 2) {
+    for (int64_t v = 0; v < row_length<T>(vocab.n); v += 2) {
       const BFloat16* even = vocab.weight + v * vocab.ld;
       Word<T>* pairs = ws.weight_rows + v / 2 * ws.ld_d;
       if (v + 1 < vocab.n) {
         interleave(even, even + vocab.ld, args.d, pairs);
       } else {
         auto* last = reinterpret_cast<BFloat16*>(pairs);
-        for (int64_t k = 0; k < args.d; ++k) last[2 * k] = even[k], last[2 * k + 1] = 0;
+        for (int64_t k = 0; k < args.d; ++k)
+          last[2 * k] = v < vocab.n ? even[k] : BFloat16(0), last[2 * k + 1] = 0;
       }
     }
   } else {
@@ -173,8 +173,8 @@ void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const C
   const int64_t tiles = token_tiles(args, plan, block), width = round_up(args.d, 16);
   const int64_t first = plan.first_tile(slot);
   for (int64_t index = first; index < plan.first_tile(slot + 1); ++index) {
-    const VocabTile<T> vocab(args, index, ws);
-    std::fill(ws.dbias, ws.dbias + kVocabTile * 16, Acc<T>(0));
+    const VocabTile<T> vocab(args, plan, index, /*multiplied=*/!plan.holds(slot, index), ws);
+    std::fill(ws.dbias, ws.dbias + plan.vocab_tile * 16, Acc<T>(0));
     const Operand<T>* weight_rows = nullptr;
     if (grads.dx != nullptr) weight_rows = pack_weight_rows<T>(args, vocab, ws);
     for (int64_t t = 0; t < tiles; ++t) {
@@ -187,8 +187,8 @@ void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const C
              ws.dweight, ws.ld_d, t > 0);
       }
       if (grads.dx != nullptr) {
-        gemm(plan.tile, width, row_length<T>(vocab.n), ws.g, ClusterSlot<T>::ld_v, weight_rows,
-             ws.ld_d, ws.dx + tokens.at * ws.ld_d, ws.ld_d, index > first);
+        gemm(plan.tile, width, row_length<T>(vocab.n), ws.g, ws.ld_v, weight_rows, ws.ld_d,
+             ws.dx + tokens.at * ws.ld_d, ws.ld_d, index > first);
       }
     }
     if (grads.dweight != nullptr) add_weight_gradient(args, plan, grads, vocab, block, ws);

@@ -78,7 +78,7 @@ void cluster_logits(const ClusterArgs& args, const ClusterPlan& plan, int64_t bl
   std::fill(slot_sum, slot_sum + padded, Acc<T>(0));
   const auto* all_bias = static_cast<const Acc<T>*>(args.bias);
   for (int64_t index = plan.first_tile(slot); index < plan.first_tile(slot + 1); ++index) {
-    const VocabTile<T> vocab(args, index, ws);
+    const VocabTile<T> vocab(args, plan, index, /*multiplied=*/true, ws);
     const Acc<T>* bias = all_bias != nullptr ? all_bias + vocab.begin : nullptr;
     for (int64_t t = 0; t < tiles; ++t) {
       const TokenTile tokens(args, plan, block, t);
@@ -91,7 +91,7 @@ void cluster_logits(const ClusterArgs& args, const ClusterPlan& plan, int64_t bl
       Operand<T>* out = nullptr;
       if (plan.holds(slot, index)) {
         const int64_t tile = plan.held_index(slot, index);
-        out = shared.held + tile * kVocabTile * padded + tokens.at * kVocabTile;
+        out = shared.held + (tile * padded + tokens.at) * plan.vocab_tile;
         max = shared.tile_max + tile * padded + tokens.at;
         std::fill(out + vocab.n * plan.tile, out + round_up(vocab.n, 16) * plan.tile,
                   Operand<T>(0));

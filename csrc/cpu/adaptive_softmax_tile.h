@@ -57,7 +57,7 @@ struct ClusterShared {
     x_n = arena.take<Word<T>>(tiles * size_x_n);
     stage = arena.take<Operand<T>>(tiles * 16 * row_length<T>(args.d));
     const int64_t held_tiles = plan.n_slots * plan.n_held;
-    held = arena.take<Operand<T>>(held_tiles * kVocabTile * tokens);
+    held = arena.take<Operand<T>>(held_tiles * plan.vocab_tile * tokens);
     tile_max = arena.take<Acc<T>>(held_tiles * tokens);
     slot_max = arena.take<Acc<T>>(plan.n_slots * tokens);
     slot_sum = arena.take<Acc<T>>(plan.n_slots * tokens);
@@ -70,44 +70,46 @@ struct ClusterShared {
 // What one slot works with.
 template <typename T>
 struct ClusterSlot {
-  static constexpr int64_t ld_v = leading_dimension(kVocabTile);
-  int64_t ld_d;
-  Acc<T>* logits;          // [kVocabTile, ld_t]
-  Operand<T>* weight;      // [kVocabTile, row_length(d)], where products cannot read the caller's
-  Word<T>* weight_rows;    // [kVocabTile, ld_d], or pairs of rows
-  Operand<T>*g_t, *g;      // gradients of a tile of logits, [kVocabTile, ld_t] and [tile, ld_v]
-  Acc<T>*dweight, *dbias;  // [kVocabTile, ld_d] and [kVocabTile, 16]
+  int64_t ld_d, ld_v;
+  Acc<T>* logits;          // [vocab_tile, ld_t]
+  Operand<T>* weight;      // [vocab_tile, row_length(d)], where products cannot read the caller's
+  Word<T>* weight_rows;    // [vocab_tile, ld_d], or pairs of rows
+  Operand<T>*g_t, *g;      // gradients of a tile of logits, [vocab_tile, ld_t] and [tile, ld_v]
+  Acc<T>*dweight, *dbias;  // [vocab_tile, ld_d] and [vocab_tile, 16]
   Acc<T>*factor, *shift;   // [tile]
   Acc<T>* dx;              // [padded_block, ld_d]
 
   ClusterSlot(const ClusterArgs& args, const ClusterPlan& plan, const ClusterGrads& grads,
               Arena& arena) {
-    const int64_t ld_t = leading_dimension(plan.tile);
+    const int64_t ld_t = leading_dimension(plan.tile), columns = plan.vocab_tile;
     ld_d = leading_dimension(args.d);
-    logits = arena.take<Acc<T>>(kVocabTile * ld_t);
-    weight = arena.take<Operand<T>>(kVocabTile * row_length<T>(args.d));
-    weight_rows = arena.take<Word<T>>(kVocabTile / (kPacked<T> ? 2 : 1) * ld_d);
-    g_t = arena.take<Operand<T>>(kVocabTile * ld_t);
+    ld_v = leading_dimension(columns);
+    logits = arena.take<Acc<T>>(columns * ld_t);
+    weight = arena.take<Operand<T>>(columns * row_length<T>(args.d));
+    weight_rows = arena.take<Word<T>>(columns / (kPacked<T> ? 2 : 1) * ld_d);
+    g_t = arena.take<Operand<T>>(columns * ld_t);
     g = arena.take<Operand<T>>(plan.tile * ld_v);
-    dweight = arena.take<Acc<T>>(kVocabTile * ld_d);
-    dbias = arena.take<Acc<T>>(kVocabTile * 16);
+    dweight = arena.take<Acc<T>>(columns * ld_d);
+    dbias = arena.take<Acc<T>>(columns * 16);
     factor = arena.take<Acc<T>>(plan.tile);
     shift = arena.take<Acc<T>>(plan.tile);
     dx = arena.take<Acc<T>>(grads.dx != nullptr ? plan.padded_block() * ld_d : 0);
   }
 };
 
-// Columns [begin, begin + n) of a cluster, and their weight as a left-hand matrix.
+// Columns [begin, begin + n) of a cluster, and their weight: operands in rows of `ld`, a left-hand
+// matrix if they are `multiplied`.
 template <typename T>
 struct VocabTile {
   int64_t index, begin, n;
   const Operand<T>* weight;
   int64_t ld;
 
-  VocabTile(const ClusterArgs& args, int64_t index, const ClusterSlot<T>& ws)
-      : index(index), begin(index * kVocabTile), n(std::min(kVocabTile, args.V - begin)) {
+  VocabTile(const ClusterArgs& args, const ClusterPlan& plan, int64_t index, bool multiplied,
+            const ClusterSlot<T>& ws)
+      : index(index), begin(index * plan.vocab_tile), n(std::min(plan.vocab_tile, args.V - begin)) {
     const T* rows = static_cast<const T*>(args.weight) + begin * args.d;
-    ld = row_length<T>(args.d);
+    ld = multiplied ? row_length<T>(args.d) : args.d;
     if constexpr (std::is_same_v<T, Operand<T>>) {
       if (ld == args.d) {
         weight = rows;

@@ -2,6 +2,7 @@
 #include "txl/gemm.h"
 
 #include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
 #include <dlfcn.h>
 
@@ -51,6 +52,11 @@ bool has_brgemm() {
 bool has_packed_products() {
   static const bool yes = has_brgemm() && __builtin_cpu_supports("avx512bf16");
   return yes;
+}
+
+int64_t packed_step() {
+  static const int64_t step = at::cpu::init_amx() && __builtin_cpu_supports("amx-bf16") ? 16 : 2;
+  return step;
 }
 
 void gemm_by_blas(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B,

@@ -5,7 +5,10 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
+
+#include "txl/gemm.h"
 
 namespace txl::TXL_ISA {
 
@@ -50,18 +53,18 @@ constexpr bool kReadable = std::is_same_v<Operand<T>, T> && !kPacked<T>;
 // The unit in which packed matrices are transposed and shifted: one element, or one pair.
 template <typename T>
 using Word = std::conditional_t<kPacked<T>, float, Operand<T>>;
-// Elements of one row of `n` operands, an even number where they are packed.
-template <typename T>
-constexpr int64_t row_length(int64_t n) {
-  return kPacked<T> ? (n + 1) / 2 * 2 : n;
-}
-template <typename T>
-constexpr int64_t row_words(int64_t n) {
-  return kPacked<T> ? (n + 1) / 2 : n;
-}
 
 constexpr int64_t round_up(int64_t a, int64_t b) {
   return (a + b - 1) / b * b;
+}
+// Elements, and words, of an inner dimension of `n`: packed operands come in steps, zeros behind.
+template <typename T>
+int64_t row_length(int64_t n) {
+  return kPacked<T> ? round_up(n, packed_step()) : n;
+}
+template <typename T>
+int64_t row_words(int64_t n) {
+  return kPacked<T> ? row_length<T>(n) / 2 : n;
 }
 // A leading dimension of at least `n` columns whose rows fall on different cache sets.
 constexpr int64_t leading_dimension(int64_t n) {
@@ -119,6 +122,10 @@ inline Vectorized<float> load_operand(const BFloat16* src) {
 // Rows between a tensor's dtype and the accumulation type.
 template <typename From, typename To>
 void convert_row(const From* src, To* dst, int64_t n) {
+  if constexpr (std::is_same_v<From, To>) {
+    std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(To));
+    return;
+  }
   int64_t d = 0;
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<From, float> && std::is_same_v<To, BFloat16>) {

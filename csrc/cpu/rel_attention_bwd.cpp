@@ -26,7 +26,8 @@ void transpose_tile(const operand_t* src, int64_t ld_src, int64_t rows, int64_t 
                                         static_cast<int>(std::min<int64_t>(16, n - d)));
     }
   }
-  for (int64_t d = 0; rows < K && d < n; ++d) dst[d * K + rows] = operand_t(0);
+  for (int64_t d = 0; rows < K && d < n; ++d)
+    std::fill(dst + d * K + rows, dst + (d + 1) * K, operand_t(0));
 }
 
 // dout's tile as operands, and delta_i = Σ_d dout_id · out_id.
@@ -109,23 +110,26 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, const Bwd
                     lse[a] == kNone ? 0.0 : lse[a] * kLog2e, tile.delta[a], n, probs, dscores);
   };
   if constexpr (kPacked<T>) {
-    for (int64_t a = 0; a < row_length<T>(rows.count()); a += 2) {
+    const int64_t padded_rows = row_length<T>(rows.count());
+    auto row_or_zeros = [&](int64_t a, BFloat16* probs, BFloat16* dscores) {
+      if (a < rows.count()) {
+        row(a, probs, dscores);
+      } else {
+        std::fill(probs, probs + n, BFloat16(0));
+        std::fill(dscores, dscores + n, BFloat16(0));
+      }
+    };
+    for (int64_t a = 0; a < padded_rows; a += 2) {
       BFloat16 *even = ws.dscores + a * kScoreLd, *odd = even + kScoreLd;
       BFloat16 *probs_even = ws.probs_row, *probs_odd = ws.probs_row + kScoreLd;
-      row(a, probs_even, even);
-      if (a + 1 < rows.count()) {
-        row(a + 1, probs_odd, odd);
-      } else {
-        std::fill(probs_odd, probs_odd + n, BFloat16(0));
-        std::fill(odd, odd + n, BFloat16(0));
-      }
+      row_or_zeros(a, probs_even, even);
+      row_or_zeros(a + 1, probs_odd, odd);
       interleave(probs_even, probs_odd, n, ws.probs_pairs + a / 2 * kKeyBlock);
       interleave(even, odd, n, ws.dscores_pairs + a / 2 * kKeyBlock);
     }
-    const int64_t even_rows = row_length<T>(rows.count());
-    clear_gaps(ws.dscores, even_rows, n, kScoreLd);
-    clear_gaps(ws.shifted_pairs, even_rows / 2, n, kPairLd);
-    for (int64_t a = 0; a < even_rows; a += 2) {
+    clear_gaps(ws.dscores, padded_rows, n, kScoreLd);
+    clear_gaps(ws.shifted_pairs, padded_rows / 2, n, kPairLd);
+    for (int64_t a = 0; a < padded_rows; a += 2) {
       const BFloat16* even = ws.dscores + a * kScoreLd;
       interleave(even - 1, even + kScoreLd, n + 1, ws.shifted_pairs + a / 2 * kPairLd - 1);
     }

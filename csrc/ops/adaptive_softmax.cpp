@@ -85,7 +85,8 @@ void over(int64_t n, int64_t threads, F&& f) {
 }
 
 // Memory that the clusters of a call use one after the other: fresh pages cost more than most of
-// what is done with them.
+// what is done with them. What the next one does not need goes back to the system, before the
+// gradients that are still to come take as much.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) : bytes_(bytes) { memory_.emplace(1, bytes); }
@@ -96,6 +97,7 @@ class Scratch {
       memory_.emplace(1, bytes);
       bytes_ = bytes;
     }
+    memory_->give_back_behind(bytes);
     return memory_->of(0);
   }
 
@@ -107,15 +109,16 @@ class Scratch {
 // How a cluster is cut, and the memory that takes.
 struct ClusterMemory {
   ClusterPlan plan;
-  int64_t shared_bytes, slot_bytes;
+  int64_t shared_bytes, slot_bytes, low_bytes;
 
   ClusterMemory(const ClusterKernels& kernels, const ClusterArgs& args, const ClusterGrads& grads,
                 bool hold, bool sums_rounded, int64_t threads)
       : plan(plan_cluster(args, kernels, hold, sums_rounded ? 1 : 0, threads)),
         shared_bytes(round_to_page(kernels.shared_bytes(args, plan))),
-        slot_bytes(round_to_page(kernels.slot_bytes(args, plan, grads))) {}
+        slot_bytes(round_to_page(kernels.slot_bytes(args, plan, grads))),
+        low_bytes(sums_rounded && plan.n_blocks > 1 ? args.V * args.d : 0) {}
 
-  int64_t bytes() const { return shared_bytes + plan.n_slots * slot_bytes; }
+  int64_t bytes() const { return shared_bytes + plan.n_slots * slot_bytes + low_bytes; }
 };
 
 int64_t threads_for(const ClusterArgs& args) {
@@ -159,13 +162,10 @@ struct ClusterCall {
     const ClusterMemory memory(kernels, args, grads, losses && gradients, rounded, threads);
     const ClusterPlan& plan = memory.plan;
     const int64_t slot_bytes = memory.slot_bytes;
-    ClusterGrads out = grads;
-    Tensor low;
-    if (rounded && plan.n_blocks > 1) {
-      low = at::empty({args.V, args.d}, rows.options().dtype(at::kByte));
-      out.dweight_low = low.data_ptr<uint8_t>();
-    }
     char *shared = scratch.of(memory.bytes()), *slots = shared + memory.shared_bytes;
+    ClusterGrads out = grads;
+    if (memory.low_bytes > 0)
+      out.dweight_low = reinterpret_cast<uint8_t*>(slots + plan.n_slots * slot_bytes);
     for (int64_t block = 0; block < plan.n_blocks; ++block) {
       const int64_t tiles = plan.tiles_of(std::min(plan.block, args.n - block * plan.block));
       over(tiles, threads, [&](int64_t tile) { kernels.pack(args, plan, block, tile, shared); });

@@ -27,17 +27,24 @@ class Workspace {
  public:
   Workspace(int64_t threads, int64_t bytes) {
     stride_ = round_to_page(bytes);  // no two threads share a page
-    const int64_t total = threads * stride_, align = total >= kHugePage ? kHugePage : kPage;
-    memory_ = at::empty({total + align}, at::kByte);
+    total_ = threads * stride_;
+    const int64_t align = total_ >= kHugePage ? kHugePage : kPage;
+    memory_ = at::empty({total_ + align}, at::kByte);
     base_ = static_cast<char*>(memory_.data_ptr());
     base_ += align - reinterpret_cast<uintptr_t>(base_) % align;
-    if (align == kHugePage) advise_huge_pages(base_, total);
+    if (align == kHugePage) advise_huge_pages(base_, total_);
   }
   char* of(int64_t thread) const { return base_ + thread * stride_; }
 
+  // Hands the pages behind the first `bytes` back to the system, with what stands there.
+  void give_back_behind(int64_t bytes) const {
+    const int64_t kept = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    if (kept < total_) madvise(base_ + kept, static_cast<size_t>(total_ - kept), MADV_DONTNEED);
+  }
+
  private:
   at::Tensor memory_;
-  int64_t stride_;
+  int64_t stride_, total_;
   char* base_;
 };
 

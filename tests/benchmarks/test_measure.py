@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
 from benchmarks import measure
 from benchmarks.measure import Quartiles, Round
 
@@ -80,6 +82,12 @@ def test_contenders_swap_their_order_every_round():
     contenders = [contender("a"), contender("b")]
     measure.take_rounds(contenders, ScriptedProbe(1), wanted=3, sample_seconds=0)
     assert "".join(order[4:]) == "abbaab"
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(1, 7), (20, 3), (67, 1), (500, 1)])
+def test_long_work_is_taken_less_often(seconds, rounds):
+    contenders = [scripted(seconds), scripted(seconds)]
+    assert len(measure.take_rounds(contenders, ScriptedProbe(1), wanted=7).kept) == rounds
 
 
 def test_short_work_is_repeated_and_its_median_taken():

@@ -62,6 +62,39 @@ def test_docs_show_every_contender_memory_and_parts(run):
     assert "| dropout | 12 | 12.5% |" in text
 
 
+def test_cases_of_a_shape_stand_together_however_they_were_taken(run):
+    case = run["cases"][0]
+    taken = ["a/float32/forward", "b/float32/forward", "a/bfloat16/forward", "a/float32/backward"]
+    run["cases"] = [case | {"case": f"rel_attention/{name}"} for name in taken]
+    text = tables.docs_tables(run, "run.json")
+    rows = [line.split(" | ")[:3] for line in text.splitlines() if line.startswith(("| `", "|  "))]
+    assert rows == [
+        ["| `a`", "float32", "forward"],
+        ["| ", "", "backward"],
+        ["| ", "bfloat16", "forward"],
+        ["| `b`", "float32", "forward"],
+    ]
+
+
+def test_docs_have_a_section_for_each_processor_and_readme_the_first(run, tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    for name, mark in {"README.md": "speed", "docs/benchmarks.md": "bench"}.items():
+        (tmp_path / name).write_text(f"<!-- {mark} -->\n<!-- /{mark} -->\n", encoding="utf-8")
+    for name in ("one", "two"):
+        run["machine"]["processor"] = f"processor {name}"
+        (tmp_path / f"{name}.json").write_text(json.dumps(run), encoding="utf-8")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        "sys.argv", ["tables", *(str(tmp_path / f"{x}.json") for x in ("one", "two"))]
+    )
+    tables.main()
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    docs = (tmp_path / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert "processor one" in readme
+    assert "processor two" not in readme
+    assert docs.index("### processor one") < docs.index("### processor two")
+
+
 def test_only_what_stands_between_the_marks_is_renewed(tmp_path):
     document = tmp_path / "README.md"
     document.write_text("a\n<!-- speed -->\nold\n<!-- /speed -->\nb\n", encoding="utf-8")

@@ -69,7 +69,7 @@ def test_more_than_one_tile(case, dtype):
 
 
 def test_blocks_of_tokens():
-    """A chunk of 23 MiB holds the logits of 150 tokens in float64."""
+    """A chunk of 21 MiB holds the logits of 150 tokens in float64."""
     _agree(Case("", V=20_000, N=700, d=8, project=False))
 
 
@@ -184,7 +184,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     ],
 )
 def test_memory_stays_within_one_chunk(op, dtype, mib):
-    """The full logits would be 117 MiB in float32, several times over; a chunk is 23 MiB."""
+    """The full logits would be 117 MiB in float32, several times over; a chunk is 21 MiB."""
     script = MEMORY.format(op=op, dtype=dtype)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     gradients = 60_000 * 64 * (4 if dtype == "float32" else 2) / 2**20

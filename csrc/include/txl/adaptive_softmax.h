@@ -7,14 +7,14 @@
 
 namespace txl {
 
-// Logits are made in tiles of up to `kVocabTile` columns and `kTokenTile` tokens, transposed: a
-// token's logits stand in a column.
-constexpr int64_t kVocabTile = 64, kTokenTile = 256;
+// Logits are made in tiles of some columns and up to `kTokenTile` tokens, transposed: a token's
+// logits stand in a column.
+constexpr int64_t kTokenTile = 256;
 // What a cluster's chunk takes at most: logits held between the two passes of `adaptive_loss`, what
 // sums over several chunks need beside a 16-bit gradient, hidden rows in both layouts and hidden
 // gradients of a slot's own. Wider rows get more: a byte of logits saves a product as long as they.
 constexpr int64_t chunk_bytes(int64_t d) {
-  return int64_t{46 << 10} * (d > 512 ? d : 512);
+  return int64_t{42 << 10} * (d > 512 ? d : 512);
 }
 
 // One cluster: n of its tokens meet its V columns.
@@ -52,6 +52,7 @@ struct ClusterGrads {
 struct ClusterPlan {
   int64_t block = 0, n_blocks = 0;  // tokens
   int64_t tile = 0;                 // tokens, a multiple of 16
+  int64_t vocab_tile = 0;           // columns, a multiple of 16
   int64_t n_vocab_tiles = 0, n_slots = 0, n_held = 0;
 
   int64_t tiles_of(int64_t tokens) const { return (tokens + tile - 1) / tile; }

@@ -28,6 +28,9 @@ void gemm_by_blas(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, 
 // slowly, where the processor has no such products).
 bool has_brgemm();
 bool has_packed_products();
+// The inner dimension of packed products had best be a multiple of this: of pairs, or of 16 where
+// tile registers multiply, which a remainder slows down by 2.5 to 20 times.
+int64_t packed_step();
 
 // Each thread calls this after its last product: it hands back the tile registers where there are.
 void gemm_release();
