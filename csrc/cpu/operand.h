@@ -1,4 +1,4 @@
-// What a dtype's products are made of, and the vector operations that the row passes need.
+// The operand types of each dtype's products, and the vector operations of the row passes.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -16,11 +16,9 @@ using at::vec::Vectorized;
 using c10::BFloat16;
 using c10::Half;
 
-constexpr double kLog2e = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-
-// `Acc`: scores, softmax, sums. `Operand`: what products read. bfloat16 stays bfloat16 where the
-// processor multiplies it, and is widened to float32 elsewhere, as float16 always is.
+// `Acc` is the type of scores, softmax and sums, `Operand` the type that products read. bfloat16
+// stays bfloat16 on processors that multiply it and is widened to float32 on others; float16 is
+// always widened.
 template <typename T>
 struct Types {
   using Acc = float;
@@ -44,20 +42,24 @@ using Acc = typename Types<T>::Acc;
 template <typename T>
 using Operand = typename Types<T>::Operand;
 
-// Packed operands: the right-hand matrix of a product stands in pairs of rows, [K/2, N, 2].
+// With packed operands the right-hand matrix of a product consists of pairs of rows, [K/2, N, 2].
 template <typename T>
 constexpr bool kPacked = std::is_same_v<Operand<T>, BFloat16>;
-// The right-hand matrix [keys, D] can be read where the caller keeps it.
+// Whether products can read the caller's own rows [keys, D] as a right-hand matrix.
 template <typename T>
 constexpr bool kReadable = std::is_same_v<Operand<T>, T> && !kPacked<T>;
-// The unit in which packed matrices are transposed and shifted: one element, or one pair.
+// The unit in which packed matrices are transposed and shifted: one element or one pair.
 template <typename T>
 using Word = std::conditional_t<kPacked<T>, float, Operand<T>>;
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
 
 constexpr int64_t round_up(int64_t a, int64_t b) {
   return (a + b - 1) / b * b;
 }
-// Elements, and words, of an inner dimension of `n`: packed operands come in steps, zeros behind.
+// Elements (and words) of an inner dimension of `n`. Packed operands come in steps of
+// `packed_step()`, filled up with zeros.
 template <typename T>
 int64_t row_length(int64_t n) {
   return kPacked<T> ? round_up(n, packed_step()) : n;
@@ -69,6 +71,54 @@ int64_t row_words(int64_t n) {
 // A leading dimension of at least `n` columns whose rows fall on different cache sets.
 constexpr int64_t leading_dimension(int64_t n) {
   return (round_up(n, 16) / 16 | 1) * 16;
+}
+
+// e^f for |f| <= ln(2) / 2: minimax polynomial of degree 6 with e^0 = 1 exactly.
+template <typename V, typename Set, typename Fma>
+V exp_polynomial(V f, Set&& set, Fma&& fma) {
+  V y = set(0.0014061423f);
+  y = fma(y, f, set(0.008379059f));
+  y = fma(y, f, set(0.04166477f));
+  y = fma(y, f, set(0.16666365f));
+  y = fma(y, f, set(0.50000006f));
+  y = fma(y, f, set(1.f));
+  return fma(y, f, set(1.f));
+}
+
+// e^x for x <= 0; 0 for -inf, NaN for NaN. Relative error at most 1.0e-7 (float) where the result
+// is a normal number; below, AVX2 gives 0.
+#if defined(CPU_CAPABILITY_AVX512)
+inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
+  auto set = [](float value) { return _mm512_set1_ps(value); };
+  auto fma = [](__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); };
+  const __m512 bounded = _mm512_max_ps(set(-110.f), x);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(bounded, set(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 f = _mm512_fnmadd_ps(n, set(0.693359375f), bounded);  // ln 2 in two parts
+  f = _mm512_fnmadd_ps(n, set(-2.12194440e-4f), f);
+  return _mm512_scalef_ps(exp_polynomial(f, set, fma), n);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
+  auto set = [](float value) { return _mm256_set1_ps(value); };
+  auto fma = [](__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); };
+  const __m256 bounded = _mm256_max_ps(set(-88.f), x);
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(bounded, set(1.44269504f)),
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 f = _mm256_fnmadd_ps(n, set(0.693359375f), bounded);  // ln 2 in two parts
+  f = _mm256_fnmadd_ps(n, set(-2.12194440e-4f), f);
+  // The bits of 2^n, n from -126 to 0; those of n = -127 are 0.
+  const __m256i power =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(exp_polynomial(f, set, fma), _mm256_castsi256_ps(power));
+}
+#else
+inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
+  return x.exp();
+}
+#endif
+inline Vectorized<double> exp_nonpositive(Vectorized<double> x) {
+  return x.exp();
 }
 
 // 2^x for x <= 0; 0 for -inf, NaN for NaN. Relative error at most 1.9e-7 (float).
@@ -119,7 +169,7 @@ inline Vectorized<float> load_operand(const BFloat16* src) {
 }
 #endif
 
-// Rows between a tensor's dtype and the accumulation type.
+// Converts a row between a tensor's dtype, operands and the accumulation type.
 template <typename From, typename To>
 void convert_row(const From* src, To* dst, int64_t n) {
   if constexpr (std::is_same_v<From, To>) {
@@ -135,7 +185,7 @@ void convert_row(const From* src, To* dst, int64_t n) {
   for (; d < n; ++d) dst[d] = static_cast<To>(src[d]);
 }
 
-// out[j] = (even[j], odd[j]): two rows as one row of pairs.
+// out[j] = (even[j], odd[j]): joins two rows to one row of pairs.
 inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t n, float* out) {
   const auto *low = reinterpret_cast<const uint16_t*>(even),
              *high = reinterpret_cast<const uint16_t*>(odd);
@@ -183,7 +233,7 @@ __attribute__((always_inline)) inline void transpose_16x16(const float* src, int
 }
 #endif
 
-// Row loops run over whole vectors: row lengths are multiples of 16, or the tail is explicit.
+// Row loops process whole vectors: row lengths are multiples of 16, or the tail is explicit.
 template <typename acc_t>
 acc_t row_max(const acc_t* row, int64_t n) {
   using Vec = Vectorized<acc_t>;
