@@ -1,6 +1,7 @@
 // Tile products by oneDNN's micro-kernels (ATen's brgemm) or by the BLAS library inside torch.
 #include "txl/gemm.h"
 
+#include <ATen/Version.h>
 #include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
 #include <dlfcn.h>

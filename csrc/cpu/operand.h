@@ -45,6 +45,8 @@ using Operand = typename Types<T>::Operand;
 // With packed operands the right-hand matrix of a product consists of pairs of rows, [K/2, N, 2].
 template <typename T>
 constexpr bool kPacked = std::is_same_v<Operand<T>, BFloat16>;
+template <typename T>
+constexpr int64_t kRowsPerWord = kPacked<T> ? 2 : 1;
 // Whether products can read the caller's own rows [keys, D] as a right-hand matrix.
 template <typename T>
 constexpr bool kReadable = std::is_same_v<Operand<T>, T> && !kPacked<T>;

@@ -1,16 +1,17 @@
-// Packing: rows of keys, values or the position table into the shapes that tile products read.
+// Packing: copies rows of keys, values or the position table into the layouts of tile products.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "operand.h"
 #include "txl/rel_attention.h"
 
 namespace txl::TXL_ISA {
 
-// Rows that stand in one piece of memory: `n` rows from `first`, `stride` elements apart (0 = the
-// same row again); first null = rows of zeros.
+// `n` rows that are `stride` elements apart from each other (0: the same row again and again); if
+// `first` is null, rows of zeros.
 template <typename T>
 struct RowRun {
   const T* first;
@@ -33,6 +34,14 @@ struct KeyRows {
         Tm(args.Tm),
         valid(args.keys_of_row(b)) {}
 
+  // Whether rows of D columns are a right-hand matrix for `gemm`. Rows of expanded or overlapping
+  // tensors are not, nor are strides that BLAS, which has 32-bit integers, cannot express.
+  bool products_can_read(int64_t D) const {
+    constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    auto fits = [&](int64_t stride) { return D <= stride && stride <= kMax; };
+    return fits(stride_segment) && (Tm == 0 || fits(stride_memory));
+  }
+  // The longest run of rows that starts at key j.
   RowRun<T> from(int64_t j) const {
     if (j < valid.begin) return {nullptr, 0, valid.begin - j};
     if (j >= valid.end) return {nullptr, 0, kOpen};
@@ -41,8 +50,8 @@ struct KeyRows {
   }
 };
 
-// The position table of one group by column e = j - i + Tq - 1, whose row is m = e - (Tq-1) +
-// offset: zeros outside the table, or its edges where it is clamped.
+// The position table of one group by column e = j - i + Tq - 1, which is row m = e - (Tq-1) + offset
+// of the table. Outside the table rows are zeros, or with `clamp` the table's first or last row.
 template <typename T>
 struct TableRows {
   const T* table;
@@ -64,7 +73,7 @@ struct TableRows {
   }
 };
 
-// Copies 16 rows from `begin` as operands, zeros where there are none.
+// Copies the 16 rows from `begin` as operands, with zeros after the first D columns.
 template <typename T, typename Rows>
 void stage_rows(const Rows& rows, int64_t begin, int64_t D, Operand<T>* stage, int64_t ld) {
   for (int64_t row = 0; row < 16;) {
@@ -96,7 +105,7 @@ void transpose_16_rows(const W* src, int64_t ld_src, W* dst, int64_t ld_dst, int
   }
 }
 
-// Rows that stand pages apart are beyond the hardware's prefetcher.
+// The hardware's prefetcher does not follow rows that are pages apart.
 template <typename T>
 void prefetch_rows(const T* first, int64_t stride, int64_t D) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -105,8 +114,8 @@ void prefetch_rows(const T* first, int64_t stride, int64_t D) {
   }
 }
 
-// dst[d, x - begin] = rows[x, d] for x in [begin, end), a multiple of 16 columns; with packed
-// operands dst holds pairs of d. `ld` and dst count words. `stage`: 16 · row_length(D) operands.
+// dst[d, x - begin] = rows[x, d] for x in [begin, end), a multiple of 16 rows; with packed operands
+// dst holds pairs of d. `ld` counts words. `stage`: scratch memory for 16 · row_length(D) operands.
 template <typename T, typename Rows>
 void pack_transposed(const Rows& rows, int64_t begin, int64_t end, int64_t D, Operand<T>* stage,
                      Word<T>* dst, int64_t ld) {
@@ -130,9 +139,9 @@ void pack_transposed(const Rows& rows, int64_t begin, int64_t end, int64_t D, Op
   }
 }
 
-// Rows x in [begin, end) as a right-hand matrix [end - begin, D] of a product whose inner dimension
-// is x; with packed operands dst holds pairs of rows, `begin` and `end` being even. ld counts
-// columns.
+// Copies rows [begin, end) as a right-hand matrix [end - begin, D] of a product with inner dimension
+// end - begin. With packed operands dst holds pairs of rows, and `begin` and `end` are even. `ld`
+// counts columns.
 template <typename T, typename Rows>
 void pack_natural(const Rows& rows, int64_t begin, int64_t end, int64_t D, Operand<T>* stage,
                   Word<T>* dst, int64_t ld) {

@@ -1,12 +1,12 @@
 // rel_attention backward on the CPU, for one instruction set.
 //
-// One chunk goes pair by pair, and in a pair block of keys by block: all query tiles meet a block,
-// and recompute its probabilities from the saved log-sum-exp, while its packed keys and values and
-// their gradients stay in cache. Those gradients and the position table's are accumulated
-// transposed, [D, keys], in float32: then the tiles of probabilities and of score gradients are
-// right-hand matrices as they stand, and the score gradients read through the skewed row stride are
-// those by distance. Nothing here is atomic: what two chunks share goes to slots that `finish` sums
-// in order.
+// A chunk is computed pair by pair, and a pair block by block of keys: all query tiles of the pair
+// recompute the block's probabilities from the saved log-sum-exp, while its packed keys and values
+// and their gradients are in the cache. These gradients and the position table's are accumulated
+// transposed, [D, keys], in float32. The tiles of probabilities and of score gradients are then
+// right-hand matrices without a transposition, and the score gradients, read with the skewed row
+// stride, are those by distance. Nothing is atomic: sums to which two chunks contribute go to slots,
+// which `finish` adds in order.
 #include "kernels.h"
 #include "philox.h"
 #include "rel_attention_bwd_outputs.h"
@@ -15,7 +15,8 @@
 namespace txl::TXL_ISA {
 namespace {
 
-// src [rows, n] to dst [n, K] for a left-hand matrix whose inner dimension is the tile's rows.
+// Transposes src [rows, n] to dst [n, K], a left-hand matrix whose inner dimension is the tile's
+// rows; zeros after the last row.
 template <typename operand_t>
 void transpose_tile(const operand_t* src, int64_t ld_src, int64_t rows, int64_t n, operand_t* dst,
                     int64_t K) {
@@ -46,25 +47,24 @@ void load_dout(const RelAttentionArgs& args, const RelAttentionGrads& grads, int
     for (int64_t d = 0; d < args.Dv; ++d) delta += dout[d] * out[d];
     tile.delta[a] = delta;
   }
+  std::fill(tile.dout + tile.rows.count() * ld, tile.dout + tile.rows.height * ld, Operand<T>(0));
 }
 
 // One row's probabilities and score gradients, in place of its scores and probability gradients:
-// p = 2^(s · factor - lse); ds = p · (dropout(dp) - delta), times the softcap's slope.
+// p = e^(s · factor - lse); ds = p · (dropout(dp) - delta), times the softcap's slope. The product
+// is rounded before the subtraction: where one key dominates the row, lse is that key's rounded
+// score, and p exactly 1.
 template <typename T, typename operand_p, typename operand_s>
 void gradient_row(const RelAttentionArgs& args, const Acc<T>* scores, const Acc<T>* dprobs,
-                  const Acc<T>* keep, double lse, Acc<T> delta, int64_t n, operand_p* probs,
+                  const Acc<T>* keep, Acc<T> lse, Acc<T> delta, int64_t n, operand_p* probs,
                   operand_s* dscores) {
   using Vec = Vectorized<Acc<T>>;
-  const auto lse_high = static_cast<Acc<T>>(lse);  // rounded, it would err as much as all else
-  const Vec minus_high(-lse_high), minus_low(static_cast<Acc<T>>(lse_high - lse)), delta_vec(delta),
-      rescale(static_cast<Acc<T>>(1 / (1 - args.dropout_p)));
-  const Vec factor_vec(static_cast<Acc<T>>(exponent_factor(args)));
+  const Vec factor_vec(score_factor<Acc<T>>(args)), lse_vec(lse), delta_vec(delta),
+      rescale(static_cast<Acc<T>>(1 / (1 - args.dropout_p))), zero(0), one(1), minus_one(-1);
   const bool dropout = args.dropout_p > 0, capped = args.softcap > 0;
-  const Vec inverse_cap(static_cast<Acc<T>>(capped ? 1 / (args.softcap * kLog2e) : 0)), one(1),
-      minus_one(-1);
   for (int64_t j = 0; j < n; j += Vec::size()) {
     const Vec score = Vec::loadu(scores + j);
-    const Vec p = exp2_nonpositive(at::vec::fmadd(score, factor_vec, minus_high) + minus_low);
+    const Vec p = exp_nonpositive(at::vec::clamp_max(score * factor_vec - lse_vec, zero));
     Vec dp = Vec::loadu(dprobs + j), kept = p;
     if (dropout) {
       const Vec factor = Vec::loadu(keep + j) * rescale;
@@ -73,7 +73,7 @@ void gradient_row(const RelAttentionArgs& args, const Acc<T>* scores, const Acc<
     }
     Vec ds = p * (dp - delta_vec);
     if (capped) {
-      const Vec tanh = at::vec::maximum(score * inverse_cap, minus_one);
+      const Vec tanh = at::vec::maximum(score, minus_one);  // a masked score is -inf
       ds = ds * (one - tanh * tanh);
     }
     store_operand(probs + j, kept);
@@ -81,7 +81,7 @@ void gradient_row(const RelAttentionArgs& args, const Acc<T>* scores, const Acc<
   }
 }
 
-// Zeros on both sides of rows that are read through the skew.
+// Clears both sides of rows that are read with the skewed stride.
 template <typename operand_t>
 void clear_gaps(operand_t* tile, int64_t rows, int64_t n, int64_t ld) {
   std::fill(tile - kScoreSlack, tile, operand_t(0));
@@ -93,7 +93,7 @@ void clear_gaps(operand_t* tile, int64_t rows, int64_t n, int64_t ld) {
   std::fill(tile + rows * ld, tile + rows * ld + kScoreSlack, operand_t(0));
 }
 
-// Probabilities and score gradients of a block, in the shapes that its products read.
+// Probabilities and score gradients of a block, in the layouts that its products read.
 template <typename T>
 void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, const BwdTile<T>& tile,
                    Block block, const BwdWorkspace<T>& ws) {
@@ -107,10 +107,10 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, const Bwd
                    dropout_threshold(args.dropout_p), ws.keep);
     }
     gradient_row<T>(args, ws.scores + a * kScoreLd, ws.dprobs + a * kScoreLd, ws.keep,
-                    lse[a] == kNone ? 0.0 : lse[a] * kLog2e, tile.delta[a], n, probs, dscores);
+                    lse[a] == kNone ? 0 : lse[a], tile.delta[a], n, probs, dscores);
   };
   if constexpr (kPacked<T>) {
-    const int64_t padded_rows = row_length<T>(rows.count());
+    const int64_t padded_rows = row_length<T>(rows.height);
     auto row_or_zeros = [&](int64_t a, BFloat16* probs, BFloat16* dscores) {
       if (a < rows.count()) {
         row(a, probs, dscores);
@@ -137,72 +137,84 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, const Bwd
     for (int64_t a = 0; a < rows.count(); ++a) {
       row(a, ws.dprobs + a * kScoreLd, ws.scores + a * kScoreLd);
     }
-    clear_gaps(ws.scores, rows.count(), n, kScoreLd);
+    for (int64_t a = rows.count(); a < rows.height; ++a) {
+      std::fill(ws.dprobs + a * kScoreLd, ws.dprobs + a * kScoreLd + n, Acc<T>(0));
+      std::fill(ws.scores + a * kScoreLd, ws.scores + a * kScoreLd + n, Acc<T>(0));
+    }
+    clear_gaps(ws.scores, rows.height, n, kScoreLd);
   }
 }
 
-// The five products of a block behind its score gradients; `key`: the block's first, as a column of
-// what is packed.
+// The five products of a block that read its probabilities and score gradients; `key`: the block's
+// first packed column.
 template <typename T>
 void accumulate_block(const RelAttentionArgs& args, const BwdTile<T>& tile, Block block,
                       Columns columns, int64_t key, const BwdWorkspace<T>& ws) {
-  const int64_t n_rows = tile.rows.count(), K = row_length<T>(n_rows);
-  Acc<T>*dv_t = ws.dv_t + key, *dk_t = ws.dk_t + key, *dr_t = ws.dr_t + columns.first;
+  const int64_t height = tile.rows.height, K = row_length<T>(height), D = args.D;
+  // Element (a, x) of a shifted tile is the score gradient of query a and table column x.
+  const int64_t shift = height - 1;
+  const Operand<T>*probs, *dscores, *dscores_rows, *shifted;
+  int64_t ld_probs, ld_shifted;
   if constexpr (kPacked<T>) {
-    auto pairs = [](const float* words) { return reinterpret_cast<const BFloat16*>(words); };
-    gemm(args.Dv, block.padded, K, tile.dout_t, K, pairs(ws.probs_pairs), kKeyBlock, dv_t, ws.ld_k,
-         true);
-    gemm(args.D, block.padded, K, tile.qu_t, K, pairs(ws.dscores_pairs), kKeyBlock, dk_t, ws.ld_k,
-         true);
-    gemm(args.D, columns.n, K, tile.qv_t, K, pairs(ws.shifted_pairs - (n_rows - 1)), kPairLd + 2,
-         dr_t, ws.ld_r, true);
-    gemm(n_rows, args.D, row_length<T>(block.n), ws.dscores, kScoreLd,
-         pairs(ws.k + key / 2 * ws.ld_row), ws.ld_row, tile.dqu, ws.ld_acc, true);
-    const int64_t odd = columns.first % 2;  // the table's rows stand in pairs: begin at an even one
-    gemm(n_rows, args.D, columns.n, ws.dscores - (n_rows - 1) - odd, kScoreLd + 1,
-         pairs(ws.r + (columns.first - odd) / 2 * ws.ld_row), ws.ld_row, tile.dqv, ws.ld_acc, true);
+    probs = operands<T>(ws.probs_pairs), dscores = operands<T>(ws.dscores_pairs);
+    dscores_rows = ws.dscores, shifted = operands<T>(ws.shifted_pairs - shift);
+    ld_probs = kKeyBlock, ld_shifted = kPairLd + 2;
   } else {
-    const Acc<T>* shifted = ws.scores - (n_rows - 1);
-    gemm(args.Dv, block.padded, K, tile.dout_t, K, ws.dprobs, kScoreLd, dv_t, ws.ld_k, true);
-    gemm(args.D, block.padded, K, tile.qu_t, K, ws.scores, kScoreLd, dk_t, ws.ld_k, true);
-    gemm(args.D, columns.n, K, tile.qv_t, K, shifted, kScoreLd + 1, dr_t, ws.ld_r, true);
-    gemm(n_rows, args.D, block.n, ws.scores, kScoreLd, ws.k + key * ws.ld_row, ws.ld_row, tile.dqu,
-         ws.ld_acc, true);
-    gemm(n_rows, args.D, columns.n, shifted, kScoreLd + 1, ws.r + columns.first * ws.ld_row,
-         ws.ld_row, tile.dqv, ws.ld_acc, true);
+    probs = ws.dprobs, dscores = dscores_rows = ws.scores, shifted = ws.scores - shift;
+    ld_probs = kScoreLd, ld_shifted = kScoreLd + 1;
   }
+  constexpr int64_t kPerWord = kRowsPerWord<T>;
+  for_each_piece(0, block.padded, [&](int64_t x, int64_t size) {
+    gemm(args.Dv, size, K, tile.dout_t, K, probs + x * kPerWord, ld_probs, ws.dv_t + key + x,
+         ws.ld_k, /*accumulate=*/true);
+    gemm(D, size, K, tile.qu_t, K, dscores + x * kPerWord, ld_probs, ws.dk_t + key + x, ws.ld_k,
+         /*accumulate=*/true);
+    gemm(height, D, size, dscores_rows + x, kScoreLd,
+         operands<T>(ws.k + (key + x) / kPerWord * ws.ld_row), ws.ld_row, tile.dqu, ws.ld_acc,
+         /*accumulate=*/true);
+  });
+  for_each_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
+    const int64_t column = x - columns.first;
+    gemm(D, size, K, tile.qv_t, K, shifted + column * kPerWord, ld_shifted, ws.dr_t.at(x), kPanelLd,
+         /*accumulate=*/true);
+    gemm(height, D, size, dscores_rows - shift + column, kScoreLd + 1,
+         operands<T>(ws.r + x / kPerWord * ws.ld_row), ws.ld_row, tile.dqv, ws.ld_acc,
+         /*accumulate=*/true);
+  });
 }
 
 template <typename T>
 void load_tile(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
                const BwdTile<T>& tile, const BwdWorkspace<T>& ws) {
-  const int64_t n_rows = tile.rows.count(), K = row_length<T>(n_rows);
+  const int64_t n_rows = tile.rows.count(), K = row_length<T>(tile.rows.height);
   const int64_t ld_q = row_length<T>(args.D), ld_o = row_length<T>(args.Dv);
   load_queries<T>(args, b, h, tile.rows, tile.qu, tile.qv, ld_q);
   load_dout<T>(args, grads, b, h, tile);
   transpose_tile(tile.qu, ld_q, n_rows, args.D, tile.qu_t, K);
   transpose_tile(tile.qv, ld_q, n_rows, args.D, tile.qv_t, K);
   transpose_tile(tile.dout, ld_o, n_rows, args.Dv, tile.dout_t, K);
-  std::fill(tile.dqu, tile.dqu + n_rows * ws.ld_acc, Acc<T>(0));
-  std::fill(tile.dqv, tile.dqv + n_rows * ws.ld_acc, Acc<T>(0));
+  std::fill(tile.dqu, tile.dqu + tile.rows.height * ws.ld_acc, Acc<T>(0));
+  std::fill(tile.dqv, tile.dqv + tile.rows.height * ws.ld_acc, Acc<T>(0));
 }
 
-// One tile against the part of a block that it sees; `key`: the part's first packed column.
+// One tile against the part of a block to which it attends; `key`: the part's first packed column.
 template <typename T>
 void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t h,
               const BwdTile<T>& tile, Block part, int64_t key, const BwdWorkspace<T>& ws) {
   const int64_t ld_o = row_length<T>(args.Dv);
   const Columns columns = block_columns(args, plan, tile.rows, part);
   score_block<T>(tile.rows, part, columns, args.D, tile.qu, tile.qv, ws.k_t + key, ws.ld_k, ws.r_t,
-                 ws.ld_r, ws.scores);
-  gemm(tile.rows.count(), part.padded, ld_o, tile.dout, ld_o,
-       reinterpret_cast<const Operand<T>*>(ws.v_t + key), ws.ld_k, ws.dprobs, kScoreLd, false);
+                 ws.scores);
+  for_each_piece(0, part.padded, [&](int64_t x, int64_t size) {
+    gemm(tile.rows.height, size, ld_o, tile.dout, ld_o, operands<T>(ws.v_t + key + x), ws.ld_k,
+         ws.dprobs + x, kScoreLd, /*accumulate=*/false);
+  });
   finish_scores<T>(args, b, h, tile.rows, part, ws.scores);
   gradient_rows<T>(args, b, h, tile, part, ws);
   accumulate_block<T>(args, tile, part, columns, key, ws);
 }
 
-// Items [first, last] of one pair: its query tiles, or those of them that are this chunk's.
+// Items [first, last] of one pair: those of its query tiles that belong to this chunk.
 template <typename T>
 void bwd_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan,
               const RelAttentionGrads& grads, const RelAttentionPartials& partials, int64_t first,
@@ -251,9 +263,9 @@ void bwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan,
       if (group >= 0) write_table<T>(args, plan, partials, group + chunk, ws);
       group = args.group_of(pair);
       const TableRows<T> table(args, pair);
-      pack_transposed<T>(table, plan.e_begin, plan.e_end, args.D, ws.stage, ws.r_t, ws.ld_r);
+      pack_table<T>(table, plan, args.D, ws.stage, ws.r_t);
       pack_natural<T>(table, plan.e_begin, plan.e_end, args.D, ws.stage, ws.r, ws.ld_row);
-      std::fill(ws.dr_t, ws.dr_t + args.D * ws.ld_r, Acc<T>(0));
+      for_each_panel_row(plan, ws.dr_t, [](Acc<T>* row, int64_t n) { std::fill(row, row + n, 0); });
     }
     bwd_pair<T>(args, plan, grads, partials, item, next - 1, slot, ws);
     std::copy(ws.dbias, ws.dbias + 2 * args.D,

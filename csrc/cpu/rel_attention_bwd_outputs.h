@@ -1,19 +1,20 @@
-// What the backward keeps while it works, and how the results leave it.
+// The scratch memory of the backward, and the functions that write its results.
 //
-// A chunk alone writes the query gradients of its tiles and the key gradients of pairs that it does
-// whole. Where chunks share a pair, a table of `r` or a head's bias, each writes a slot of its own,
-// and `finish` sums the slots in the order of chunks: nothing is atomic, and timing changes no bit.
+// A chunk writes the query gradients of its tiles and the key gradients of pairs that it computes
+// alone. Chunks that share a pair, a table of `r` or a head's bias write a slot each, and `finish`
+// adds the slots in the order of chunks. Nothing is atomic, so timing changes no bit.
 #pragma once
 
 #include "rel_attention_tile.h"
 
 namespace txl::TXL_ISA {
 
-// Pairs of score-gradient rows for the position products: a row and the next one key further on.
+// Pairs of score-gradient rows for the position products: each row is joined with the next row,
+// which is shifted by one key.
 constexpr int64_t kPairLd = kScoreLd;
 constexpr int64_t kPairSize = kScoreSlack + kQueryTile / 2 * (kPairLd + 2) + kScoreSlack;
 
-// A query tile as the products read it, and what they add up for it.
+// A query tile in the layouts that products read, and its accumulated gradients.
 template <typename T>
 struct BwdTile {
   TileRows rows;
@@ -23,10 +24,11 @@ struct BwdTile {
 
 template <typename T>
 struct BwdWorkspace {
-  int64_t ld_r, ld_k, ld_row, ld_acc;
-  // The position table of the pairs at hand.
-  Word<T>*r_t, *r;
-  Acc<T>* dr_t;
+  int64_t ld_k, ld_row, ld_acc;
+  // The position table of the current pairs.
+  TablePanels<Word<T>> r_t;
+  Word<T>* r;
+  TablePanels<Acc<T>> dr_t;
   // A block of keys and values.
   Word<T>*k_t, *v_t, *k;
   Acc<T>*dk_t, *dv_t;
@@ -34,7 +36,7 @@ struct BwdWorkspace {
   int64_t q_size, o_size, acc_size;
   Operand<T>*queries, *douts;
   Acc<T>*dqueries, *deltas;
-  // A tile against a block.
+  // One tile against one block.
   Operand<T>* stage;
   Acc<T>*scores, *dprobs, *keep, *dbias;
   // Packed operands only: score gradients by row, and pairs of rows.
@@ -43,17 +45,15 @@ struct BwdWorkspace {
 
   BwdWorkspace(const RelAttentionArgs& args, const RelAttentionPlan& plan, Arena& arena) {
     const int64_t D = args.D, Dv = args.Dv, n_e = plan.n_columns(), n_tiles = plan.n_tiles;
-    const int64_t rows_per_word = kPacked<T> ? 2 : 1;
-    ld_r = leading_dimension(n_e);
     ld_k = leading_dimension(plan.key_block + 16);
     ld_row = leading_dimension(D);
     ld_acc = round_up(D, 16);
-    r_t = arena.take<Word<T>>(row_words<T>(D) * ld_r);
-    r = arena.take<Word<T>>(n_e / rows_per_word * ld_row);
-    dr_t = arena.take<Acc<T>>(D * ld_r);
+    r_t = take_table<Word<T>>(arena, row_words<T>(D), plan);
+    r = arena.take<Word<T>>(n_e / kRowsPerWord<T> * ld_row);
+    dr_t = take_table<Acc<T>>(arena, D, plan);
     k_t = arena.take<Word<T>>(row_words<T>(D) * ld_k);
     v_t = arena.take<Word<T>>(row_words<T>(Dv) * ld_k);
-    k = arena.take<Word<T>>(plan.key_block / rows_per_word * ld_row);
+    k = arena.take<Word<T>>(plan.key_block / kRowsPerWord<T> * ld_row);
     dk_t = arena.take<Acc<T>>(D * ld_k);
     dv_t = arena.take<Acc<T>>(Dv * ld_k);
     q_size = kQueryTile * round_up(row_length<T>(D), 16);
@@ -88,7 +88,7 @@ struct BwdWorkspace {
   }
 };
 
-// dq = scale · (dqu + dqv); their column sums are the biases' gradients.
+// dq = scale · (dqu + dqv). Their column sums are the gradients of the biases.
 template <typename T>
 void write_dq(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
               const BwdTile<T>& tile, const BwdWorkspace<T>& ws) {
@@ -124,15 +124,14 @@ void write_transposed(const acc_t* accumulated, int64_t ld, int64_t first, int64
   }
 }
 
-// What the products with signed queries lack.
+// The factor of gradients that are products with signed queries.
 template <typename T>
 Acc<T> key_factor(const RelAttentionArgs& args) {
-  return static_cast<Acc<T>>(args.scale * query_sign(args));
+  return static_cast<Acc<T>>(args.scale) * query_sign<Acc<T>>(args);
 }
 
-// Where a pair's key and value gradients go: the results, or, for a pair that other chunks share, a
-// slot. `f(accumulated, D, factor, begin, end, rows)` is called for each place, which holds keys
-// [begin, end).
+// Calls f(accumulated, D, factor, begin, end, rows) for each destination of a pair's key and value
+// gradients: the results, or a slot if other chunks share the pair. `rows` holds keys [begin, end).
 template <typename T, typename F>
 void for_each_key_output(const RelAttentionArgs& args, const RelAttentionGrads& grads,
                          const RelAttentionPartials& partials, int64_t b, int64_t h, int64_t slot,
@@ -168,7 +167,7 @@ void write_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
   for_each_key_output<T>(args, grads, partials, b, h, slot, ws, write);
 }
 
-// Zeros for the keys outside [span.begin, span.end), at which the chunk's tiles did not look.
+// Clears the gradients of keys outside [span.begin, span.end), to which no tile of the chunk attends.
 template <typename T>
 void clear_other_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
                       const RelAttentionPartials& partials, int64_t b, int64_t h, KeyRange span,
@@ -182,7 +181,17 @@ void clear_other_keys(const RelAttentionArgs& args, const RelAttentionGrads& gra
   for_each_key_output<T>(args, grads, partials, b, h, slot, ws, clear);
 }
 
-// Folds the columns of the table's gradient onto its rows, into the chunk's slot.
+// Calls f(row, n) for each row of each panel, with the number of columns in use.
+template <typename W, typename F>
+void for_each_panel_row(const RelAttentionPlan& plan, TablePanels<W> panels, F&& f) {
+  for (int64_t column = 0; column < plan.n_columns(); column += kPanel) {
+    for (int64_t d = 0; d < panels.rows; ++d)
+      f(panels.at(column) + d * kPanelLd, std::min(kPanel, plan.n_columns() - column));
+  }
+}
+
+// Writes the gradient of the table's rows to the chunk's slot. With `clamp` the columns outside the
+// table are added to its first and last row.
 template <typename T>
 void write_table(const RelAttentionArgs& args, const RelAttentionPlan& plan,
                  const RelAttentionPartials& partials, int64_t slot, const BwdWorkspace<T>& ws) {
@@ -192,14 +201,17 @@ void write_table(const RelAttentionArgs& args, const RelAttentionPlan& plan,
   const int64_t lo = std::clamp(plan.e_begin - e_of_row0, int64_t{0}, R);
   const int64_t hi = std::clamp(plan.e_end - e_of_row0, lo, R);
   std::fill(dr, dr + lo * D, Acc<T>(0));
-  write_transposed(ws.dr_t, ws.ld_r, plan.e_begin, lo + e_of_row0, hi + e_of_row0, D,
-                   key_factor<T>(args), dr + lo * D);
+  for (int64_t m = lo, stop; m < hi; m = stop) {
+    const int64_t column = m + e_of_row0 - plan.e_begin;
+    stop = std::min(hi, m + kPanel - column % kPanel);
+    write_transposed(ws.dr_t.at(column), kPanelLd, m, m, stop, D, key_factor<T>(args), dr + m * D);
+  }
   std::fill(dr + hi * D, dr + R * D, Acc<T>(0));
   if (!args.clamp) return;
   auto fold = [&](int64_t begin, int64_t end, Acc<T>* row) {
     for (int64_t d = 0; d < D; ++d) {
       Acc<T> sum = 0;
-      for (int64_t e = begin; e < end; ++e) sum += ws.dr_t[d * ws.ld_r + (e - plan.e_begin)];
+      for (int64_t e = begin; e < end; ++e) sum += ws.dr_t.at(e - plan.e_begin)[d * kPanelLd];
       row[d] += key_factor<T>(args) * sum;
     }
   };
@@ -207,7 +219,7 @@ void write_table(const RelAttentionArgs& args, const RelAttentionPlan& plan,
   fold(std::max(plan.e_begin, e_of_row0 + R), plan.e_end, dr + (R - 1) * D);
 }
 
-// Calls f(chunk) for each chunk that did items of [begin, end), in order.
+// Calls f(chunk) for each chunk that computed items of [begin, end), in order.
 template <typename F>
 void for_each_chunk(const RelAttentionPlan& plan, int64_t begin, int64_t end, F&& f) {
   for (int64_t chunk = 0; chunk < plan.n_chunks(); ++chunk) {
@@ -258,7 +270,7 @@ void finish_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan,
       slots.push_back(static_cast<const Acc<T>*>(parked) +
                       (2 * chunk + (pair != first_pair)) * args.Tk() * D);
     });
-    if (slots.size() < 2) return;  // one chunk did the whole pair and wrote it
+    if (slots.size() < 2) return;  // one chunk computed the whole pair and wrote its gradients
     const int64_t index = args.batch_of(pair) * args.H + args.head_of(pair);
     if (memory != nullptr)
       sum_slots(slots, args.Tm * D, static_cast<T*>(memory) + index * args.Tm * D);

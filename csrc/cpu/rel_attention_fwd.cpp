@@ -1,11 +1,12 @@
 // rel_attention forward on the CPU, for one instruction set.
 //
-// One chunk goes pair by pair, and in a pair block of keys by block, which all query tiles meet
-// while it is in cache. For a tile of up to 64 queries, two products put the shifted scores into a
-// tile of their own, a row pass turns them into probabilities against a running maximum (online
-// softmax, sums in float32), one product adds them to the output. The position table is packed
-// transposed once, keys and values block by block; values that one tile alone reads are read where
-// they stand if products can read their dtype.
+// A chunk is computed pair by pair, and a pair block by block of keys: all query tiles of the pair
+// use a block while it is in the cache. For a tile of up to 64 queries, two products write the
+// shifted scores into a score tile, a pass over its rows turns them into probabilities relative to
+// a running maximum (online softmax, sums in float32), and a third product adds their products with
+// the values to the output. The position table is packed (transposed) once per table, keys and
+// values once per block. Values that only one tile uses are read from the caller's memory if
+// products can read them there.
 #include "kernels.h"
 #include "philox.h"
 #include "rel_attention_tile.h"
@@ -13,7 +14,7 @@
 namespace txl::TXL_ISA {
 namespace {
 
-// A query tile, and what is known of its rows so far.
+// A query tile with the running output, maximum and sum of each row.
 template <typename T>
 struct FwdTile {
   TileRows rows;
@@ -23,21 +24,22 @@ struct FwdTile {
 
 template <typename T>
 struct FwdWorkspace {
-  int64_t ld_k, ld_r, ld_v, ld_acc, q_size;
-  Word<T>*k_t, *r_t, *v;
+  int64_t ld_k, ld_v, ld_acc, q_size;
+  TablePanels<Word<T>> r_t;
+  Word<T>*k_t, *v;
   Operand<T>*queries, *probs, *stage;
   Acc<T>*accs, *maxima, *sums, *scores, *keep;
 
   FwdWorkspace(const RelAttentionArgs& args, const RelAttentionPlan& plan, Arena& arena) {
     const int64_t n_tiles = plan.n_tiles, key_block = plan.key_block;
     ld_k = leading_dimension(key_block + 16);
-    ld_r = leading_dimension(plan.n_columns());
     ld_v = leading_dimension(args.Dv);
     ld_acc = round_up(args.Dv, 16);
     q_size = kQueryTile * round_up(row_length<T>(args.D), 16);
     k_t = arena.take<Word<T>>(row_words<T>(args.D) * ld_k);
-    r_t = arena.take<Word<T>>(row_words<T>(args.D) * ld_r);
-    v = arena.take<Word<T>>(key_block / (kPacked<T> ? 2 : 1) * ld_v);
+    const int64_t words = row_words<T>(args.D);
+    r_t = take_table<Word<T>>(arena, words, plan);
+    v = arena.take<Word<T>>(key_block / kRowsPerWord<T> * ld_v);
     queries = arena.take<Operand<T>>(n_tiles * 2 * q_size);
     accs = arena.take<Acc<T>>(n_tiles * kQueryTile * ld_acc);
     maxima = arena.take<Acc<T>>(n_tiles * kQueryTile);
@@ -55,14 +57,16 @@ struct FwdWorkspace {
   }
 };
 
-// probs[j] = 2^(scores[j] · factor - shift) for n scores; returns their sum. May work in place.
+// probs[j] = e^(scores[j] · factor - shift) for n scores; returns their sum. May work in place. The
+// product is rounded before the subtraction, as `shift` was, so that no exponent is positive and the
+// largest score's is exactly 0.
 template <typename acc_t, typename operand_t>
 acc_t exponentiate(const acc_t* scores, acc_t factor, acc_t shift, int64_t n, operand_t* probs) {
   using Vec = Vectorized<acc_t>;
-  const Vec factor_vec(factor), minus_shift(-shift);
+  const Vec factor_vec(factor), shift_vec(shift);
   Vec sum0(0), sum1(0);
   auto step = [&](int64_t j, Vec& sum) {
-    const Vec p = exp2_nonpositive(at::vec::fmadd(Vec::loadu(scores + j), factor_vec, minus_shift));
+    const Vec p = exp_nonpositive(Vec::loadu(scores + j) * factor_vec - shift_vec);
     sum = sum + p;
     store_operand(probs + j, p);
   };
@@ -80,18 +84,18 @@ void scale_row(acc_t* row, acc_t factor, int64_t n) {
   for (int64_t d = 0; d < n; ++d) row[d] *= factor;
 }
 
-// One row of one block: masked scores to probabilities, the running maximum and sum moved on.
+// One row of one block: replaces masked scores by probabilities, updates the running maximum and sum.
 template <typename T>
 void softmax_row(const RelAttentionArgs& args, int64_t pair_bh, int64_t i, Block block,
                  Acc<T>* scores, Operand<T>* probs, Acc<T>* max, Acc<T>* sum, Acc<T>* acc,
                  Acc<T>* keep) {
   constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
-  const auto factor = static_cast<Acc<T>>(exponent_factor(args));
+  const auto factor = score_factor<Acc<T>>(args);
   const Acc<T> new_max = std::max(*max, factor * row_max(scores, block.padded));
   const Acc<T> shift = new_max == kNone ? 0 : new_max;
   const Acc<T> block_sum = exponentiate(scores, factor, shift, block.padded, probs);
   if (new_max > *max && *sum > 0) {
-    const Acc<T> decay = std::exp2(*max - new_max);
+    const Acc<T> decay = std::exp(*max - new_max);
     *sum *= decay;
     scale_row(acc, decay, args.Dv);
   }
@@ -122,26 +126,27 @@ void write_outputs(const RelAttentionArgs& args, int64_t b, int64_t h, const Fwd
       scale_row(acc, 1 / (kept * tile.sum[a]), args.Dv);
     }
     convert_row(acc, args.out.head<T>(b, h) + (begin + a) * args.out.stride_t, args.Dv);
-    // In double: the backward's probabilities are no better than this number.
-    lse[a] =
-        dead ? kNone : static_cast<Acc<T>>(kLn2 * (tile.max[a] + std::log2(double{tile.sum[a]})));
+    // In double: the error of the backward's probabilities is at least that of lse.
+    lse[a] = dead ? kNone : static_cast<Acc<T>>(tile.max[a] + std::log(double{tile.sum[a]}));
   }
 }
 
-// acc += probs · v, from the packed values or, where `values` are given, from where they stand.
+// acc += probs · v, from the packed values or, if `values` is not null, from the caller's memory.
 template <typename T>
 void value_product(const RelAttentionArgs& args, const FwdTile<T>& tile, Block part, int64_t key,
                    const KeyRows<T>* values, const Operand<T>* probs, const FwdWorkspace<T>& ws) {
   if constexpr (kReadable<T>) {
     if (values != nullptr) {
-      product_in_place<T>(tile.rows.count(), args.Dv, *values, part.begin, part.begin + part.n,
-                          probs, kScoreLd, tile.acc, ws.ld_acc, true);
+      product_in_place<T>(tile.rows.height, args.Dv, *values, part.begin, part.padded, probs,
+                          kScoreLd, ws.stage, tile.acc, ws.ld_acc);
       return;
     }
   }
-  const Word<T>* v = ws.v + key / (kPacked<T> ? 2 : 1) * ws.ld_v;
-  gemm(tile.rows.count(), args.Dv, row_length<T>(part.n), probs, kScoreLd,
-       reinterpret_cast<const Operand<T>*>(v), ws.ld_v, tile.acc, ws.ld_acc, true);
+  for_each_piece(0, part.padded, [&](int64_t x, int64_t size) {
+    const Word<T>* v = ws.v + (key + x) / kRowsPerWord<T> * ws.ld_v;
+    gemm(tile.rows.height, args.Dv, size, probs + x, kScoreLd, operands<T>(v), ws.ld_v, tile.acc,
+         ws.ld_acc, /*accumulate=*/true);
+  });
 }
 
 template <typename T>
@@ -149,18 +154,18 @@ void load_tile(const RelAttentionArgs& args, int64_t b, int64_t h, const FwdTile
                int64_t ld_acc) {
   const int64_t n_rows = tile.rows.count();
   load_queries<T>(args, b, h, tile.rows, tile.qu, tile.qv, row_length<T>(args.D));
-  std::fill(tile.acc, tile.acc + n_rows * ld_acc, Acc<T>(0));
+  std::fill(tile.acc, tile.acc + tile.rows.height * ld_acc, Acc<T>(0));
   std::fill(tile.max, tile.max + n_rows, -std::numeric_limits<Acc<T>>::infinity());
   std::fill(tile.sum, tile.sum + n_rows, Acc<T>(0));
 }
 
-// One tile against the part of a block that it sees; `key`: the part's first packed column.
+// One tile against the part of a block to which it attends; `key`: the part's first packed column.
 template <typename T>
 void fwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t h,
               const FwdTile<T>& tile, Block part, int64_t key, const KeyRows<T>* values,
               const FwdWorkspace<T>& ws) {
   score_block<T>(tile.rows, part, block_columns(args, plan, tile.rows, part), args.D, tile.qu,
-                 tile.qv, ws.k_t + key, ws.ld_k, ws.r_t, ws.ld_r, ws.scores);
+                 tile.qv, ws.k_t + key, ws.ld_k, ws.r_t, ws.scores);
   finish_scores<T>(args, b, h, tile.rows, part, ws.scores);
   Operand<T>* probs;
   if constexpr (kPacked<T>)
@@ -172,10 +177,14 @@ void fwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
                    probs + a * kScoreLd, tile.max + a, tile.sum + a, tile.acc + a * ws.ld_acc,
                    ws.keep);
   }
+  if constexpr (kPacked<T>) {
+    for (int64_t a = tile.rows.count(); a < tile.rows.height; ++a)
+      std::fill(probs + a * kScoreLd, probs + a * kScoreLd + part.padded, Operand<T>(0));
+  }
   value_product<T>(args, tile, part, key, values, probs, ws);
 }
 
-// Items [first, last] of one pair: its query tiles, or those of them that are this chunk's.
+// Items [first, last] of one pair: those of its query tiles that belong to this chunk.
 template <typename T>
 void fwd_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t first,
               int64_t last, const FwdWorkspace<T>& ws) {
@@ -185,8 +194,8 @@ void fwd_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
   };
   for (int64_t item = first; item <= last; ++item) load_tile<T>(args, b, h, tile(item), ws.ld_acc);
   const KeyRows<T> keys(args, args.mem_k, args.k, b, h), values(args, args.mem_v, args.v, b, h);
-  // Values that one tile alone reads are not worth a copy.
-  const bool in_place = kReadable<T> && first == last;
+  // Packing costs more than it saves if only one tile uses the values.
+  const bool in_place = kReadable<T> && first == last && values.products_can_read(args.Dv);
   const TileKeys seen = tile_keys(args, plan, b, tile(first).rows.begin, tile(last).rows.end);
   for_each_block(seen, [&](Block block) {
     const int64_t end = block.begin + block.padded;
@@ -215,8 +224,7 @@ void fwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64
     next = std::min(stop, (pair + 1) * plan.n_tiles);
     if (args.group_of(pair) != group) {
       group = args.group_of(pair);
-      pack_transposed<T>(TableRows<T>(args, pair), plan.e_begin, plan.e_end, args.D, ws.stage,
-                         ws.r_t, ws.ld_r);
+      pack_table<T>(TableRows<T>(args, pair), plan, args.D, ws.stage, ws.r_t);
     }
     fwd_pair<T>(args, plan, item, next - 1, ws);
   }

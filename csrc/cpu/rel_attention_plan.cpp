@@ -1,4 +1,4 @@
-// Which keys a query sees, and how rel_attention's work is cut into tiles and dealt to threads.
+// The keys that a query attends to, and the division of rel_attention's work into tiles and chunks.
 #include <algorithm>
 #include <cmath>
 
@@ -17,8 +17,9 @@ int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
 
-// Several chunks a thread even out unequal rows and what the machine does beside us, as long as
-// each keeps whole tables and all threads get as many: the most such chunks, or `threads`.
+// Several chunks for each thread even out unequal rows and the load of other processes. They are
+// used only if every chunk has whole tables of `r` and all threads have equally many. Returns the
+// largest such number of chunks (at most 8 per thread), otherwise `threads`.
 int64_t chunks_of_whole_tables(int64_t n_tables, int64_t threads) {
   for (int64_t each = 8; each > 1 && threads > 1; --each) {
     if (n_tables % (each * threads) == 0) return each * threads;
@@ -26,8 +27,8 @@ int64_t chunks_of_whole_tables(int64_t n_tables, int64_t threads) {
   return threads;
 }
 
-// Cuts items into at most `max_chunks` runs of about equal cost, on a pair's border where one is
-// near.
+// Divides the items into at most `max_chunks` runs of about equal cost. A border between two pairs
+// is preferred if one is near.
 std::vector<int64_t> deal(const std::vector<int64_t>& cost_before, int64_t n_tiles,
                           int64_t max_chunks) {
   const int64_t n_items = static_cast<int64_t>(cost_before.size()) - 1;
@@ -69,7 +70,6 @@ TileKeys tile_keys(const RelAttentionArgs& args, const RelAttentionPlan& plan, i
   const int64_t aligned_begin = begin / 16 * 16;
   const int64_t n = end - aligned_begin;
   const int64_t n_blocks = ceil_div(n, plan.key_block);
-  // Few distinct widths: each is a micro-kernel to compile.
   return {begin, end, aligned_begin, round_up(ceil_div(n, n_blocks), 64)};
 }
 
@@ -78,24 +78,29 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_bl
   RelAttentionPlan plan;
   plan.key_block = key_block;
   plan.n_tiles = ceil_div(args.Tq, kQueryTile);
-  plan.tile_rows = ceil_div(args.Tq, plan.n_tiles);
+  plan.tile_rows = plan.n_tiles == 1 ? args.Tq : round_up(ceil_div(args.Tq, plan.n_tiles), 16);
   std::vector<int64_t> tile_cost(static_cast<size_t>(args.B * plan.n_tiles));
   bool any = false;
   for (int64_t b = 0; b < args.B; ++b) {
     for (int64_t tile = 0; tile < plan.n_tiles; ++tile) {
-      const int64_t row_begin = std::min(tile * plan.tile_rows, args.Tq - 1);
+      const int64_t row_begin = tile * plan.tile_rows;
       const int64_t row_end = std::min(row_begin + plan.tile_rows, args.Tq);
       const TileKeys keys = tile_keys(args, plan, b, row_begin, row_end);
       tile_cost[static_cast<size_t>(b * plan.n_tiles + tile)] = keys.end - keys.begin + kQueryTile;
       if (keys.begin >= keys.end) continue;
-      const int64_t e_first = keys.aligned_begin - row_end + args.Tq;
-      const int64_t e_last = keys.end + keys.width + 32 - row_end + args.Tq;
+      const int64_t height = plan.tile_height(row_end - row_begin);
+      const int64_t e_first = keys.aligned_begin - (row_begin + height) + args.Tq;
+      // Keys and columns are rounded up to multiples of 16 each.
+      const int64_t e_last = keys.end + 32 - row_begin + args.Tq;
       plan.e_begin = any ? std::min(plan.e_begin, e_first) : e_first;
       plan.e_end = any ? std::max(plan.e_end, e_last) : e_last;
       any = true;
     }
   }
-  plan.e_begin = floor_div(plan.e_begin - 2, 16) * 16;  // one more column for 16-bit pairs
+  // Every tile's first column is then a multiple of 16 from e_begin, and for keys and queries in
+  // multiples of 64 a multiple of 64, so that its products are cut into large pieces.
+  const int64_t phase = args.Tq - plan.tile_height(plan.tile_rows);
+  plan.e_begin = phase + floor_div(plan.e_begin - phase, 64) * 64;
   plan.e_end = plan.e_begin + round_up(plan.e_end - plan.e_begin, 16);
   std::vector<int64_t> cost_before{0};
   for (int64_t pair = 0; pair < args.n_pairs(); ++pair) {

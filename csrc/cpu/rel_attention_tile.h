@@ -1,4 +1,4 @@
-// What both directions do with one query tile: load it, score a block of keys, mask the scores.
+// The steps that both directions share for one query tile: load it, score a block of keys, mask.
 #pragma once
 
 #include <limits>
@@ -11,39 +11,89 @@
 
 namespace txl::TXL_ISA {
 
-// Rows of a score tile are wider than a block, and the tile has slack in front: the position
-// product is written through a row stride of one more column and from `rows - 1` columns earlier,
-// which puts its column j - i + const at key j. That is the relative shift, and it costs nothing.
+// Rows of a score tile are wider than a block, and there is slack before the tile: the position
+// product is written with a row stride of one more column, starting `height - 1` columns earlier,
+// which puts its column j - i + const at key j. This is the relative shift, at no cost.
 constexpr int64_t kScoreLd = leading_dimension(kKeyBlock + kQueryTile + 16);
 constexpr int64_t kScoreSlack = kQueryTile + 16;
 constexpr int64_t kScoreSize = kScoreSlack + kQueryTile * kScoreLd + kScoreSlack;
 
+// The columns of the position table (or of its gradient), transposed: [panel][rows][kPanelLd] with
+// kPanel columns in a panel, so that no leading dimension depends on the number of columns.
+constexpr int64_t kPanel = 1024, kPanelLd = leading_dimension(kPanel);
+
+template <typename W>
+struct TablePanels {
+  W* data;
+  int64_t rows;
+
+  W* at(int64_t column) const {
+    return data + column / kPanel * rows * kPanelLd + column % kPanel;
+  }
+};
+
+template <typename W>
+TablePanels<W> take_table(Arena& arena, int64_t rows, const RelAttentionPlan& plan) {
+  const int64_t n_panels = round_up(plan.n_columns(), kPanel) / kPanel;
+  return {arena.take<W>(n_panels * rows * kPanelLd), rows};
+}
+
+// Packs the table's columns of the plan, transposed.
+template <typename T>
+void pack_table(const TableRows<T>& rows, const RelAttentionPlan& plan, int64_t D,
+                Operand<T>* stage, TablePanels<Word<T>> panels) {
+  for (int64_t column = 0; column < plan.n_columns(); column += kPanel) {
+    const int64_t n = std::min(kPanel, plan.n_columns() - column), e = plan.e_begin + column;
+    pack_transposed<T>(rows, e, e + n, D, stage, panels.at(column), kPanelLd);
+  }
+}
+
+// Calls f(x, size) for consecutive pieces of [begin, begin + n), n a multiple of 16. No piece
+// crosses a multiple of kPanel. Three sizes only, because ATen keeps machine code for every distinct
+// product (see txl/gemm.h).
+template <typename F>
+void for_each_piece(int64_t begin, int64_t n, F&& f) {
+  for (int64_t x = begin, end = begin + n, size; x < end; x += size) {
+    const int64_t room = std::min(end - x, kPanel - x % kPanel);
+    size = room >= 256 ? 256 : room >= 64 ? 64 : 16;
+    f(x, size);
+  }
+}
+
+// The rows [begin, end) of queries; products compute `height` rows (RelAttentionPlan::tile_height).
 struct TileRows {
-  int64_t begin, end;
+  int64_t begin, end, height;
   int64_t count() const { return end - begin; }
 };
 
 inline TileRows tile_rows(const RelAttentionArgs& args, const RelAttentionPlan& plan,
                           int64_t tile) {
   const int64_t begin = tile * plan.tile_rows;
-  return {begin, std::min(begin + plan.tile_rows, args.Tq)};
+  const int64_t end = std::min(begin + plan.tile_rows, args.Tq);
+  return {begin, end, plan.tile_height(end - begin)};
 }
 
-// A score tile holds plain products, of queries that carry the sign of `scale`; its magnitude, in
-// units of log2 e so that probabilities are powers of two, enters with the exponent: one rounding
-// for both. With a softcap the tile holds capped scores in those units already.
-inline double query_sign(const RelAttentionArgs& args) {
-  return args.softcap > 0 || args.scale > 0 ? 1 : args.scale < 0 ? -1 : 0;
+// A score is a tile's element times a positive factor; a masked one, -inf, stays so. The tile holds
+// products with queries that have the sign of `scale`, its magnitude being the factor. With a
+// softcap the tile holds tanh(scale · product / softcap), and the factor is the softcap. Numbers
+// that are 0 in the accumulation type must not become factors: a scale of 0 makes the products 0.
+template <typename acc_t>
+acc_t query_sign(const RelAttentionArgs& args) {
+  const auto scale = static_cast<acc_t>(args.scale);
+  return scale == 0 ? 0 : args.softcap > 0 || scale > 0 ? 1 : -1;
 }
-inline double exponent_factor(const RelAttentionArgs& args) {
-  return args.softcap > 0 || args.scale == 0 ? 1 : std::abs(args.scale) * kLog2e;
+template <typename acc_t>
+acc_t score_factor(const RelAttentionArgs& args) {
+  const auto scale = static_cast<acc_t>(args.scale), softcap = static_cast<acc_t>(args.softcap);
+  if (args.softcap > 0) return std::max(softcap, std::numeric_limits<acc_t>::min());
+  return scale == 0 ? 1 : std::abs(scale);
 }
 
-// qu = ±(q + r_w_bias), qv = ±(q + r_r_bias), rows of `ld` operands.
+// qu = ±(q + r_w_bias), qv = ±(q + r_r_bias), rows of `ld` operands; zeros after the last query.
 template <typename T>
 void load_queries(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows rows, Operand<T>* qu,
                   Operand<T>* qv, int64_t ld) {
-  const auto sign = static_cast<Acc<T>>(query_sign(args));
+  const auto sign = query_sign<Acc<T>>(args);
   const auto* u = static_cast<const Acc<T>*>(args.r_w_bias);
   const auto* v = static_cast<const Acc<T>*>(args.r_r_bias);
   Acc<T> q[256], sum[256];
@@ -58,11 +108,13 @@ void load_queries(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows r
     biased(u, qu + a * ld);
     biased(v, qv + a * ld);
   }
+  std::fill(qu + rows.count() * ld, qu + rows.height * ld, Operand<T>(0));
+  std::fill(qv + rows.count() * ld, qv + rows.height * ld, Operand<T>(0));
 }
 
-// One block of keys [begin, begin + n) against one query tile.
+// The keys [begin, begin + n) of one block.
 struct Block {
-  int64_t begin, n, padded;  // padded: n rounded up to whole vectors
+  int64_t begin, n, padded;  // padded: n rounded up to a multiple of 16
 };
 
 template <typename F>
@@ -73,7 +125,7 @@ void for_each_block(const TileKeys& keys, F&& f) {
   }
 }
 
-// The part of a block that a query tile sees; n = 0 where it sees none.
+// The part of a block to which a query tile attends; n = 0 if there is none.
 inline Block seen_part(const RelAttentionArgs& args, int64_t b, TileRows rows, Block block) {
   const int64_t begin = std::max(block.begin, args.keys_of(b, rows.begin).begin / 16 * 16);
   const int64_t end = std::min(block.begin + block.n, args.keys_of(b, rows.end - 1).end);
@@ -81,40 +133,54 @@ inline Block seen_part(const RelAttentionArgs& args, int64_t b, TileRows rows, B
   return {begin, n, round_up(n, 16)};
 }
 
-// The columns of the position table under a block: [first, first + n), relative to the plan's.
+// The columns of the position table that a tile needs for a block: [first, first + n), counted from
+// the plan's first column. Both are multiples of 16.
 struct Columns {
   int64_t first, n;
 };
 
 inline Columns block_columns(const RelAttentionArgs& args, const RelAttentionPlan& plan,
                              TileRows rows, Block block) {
-  return {block.begin - rows.end + args.Tq - plan.e_begin, round_up(block.n + rows.count(), 16)};
+  return {block.begin - (rows.begin + rows.height) + args.Tq - plan.e_begin,
+          round_up(block.padded + rows.height - 1, 16)};
 }
 
-// scores[a, c] = qu_a · k_c + qv_a · r[c - a + ...] : two products, the first through the skew.
+// A packed matrix as products read it.
+template <typename T>
+const Operand<T>* operands(const Word<T>* words) {
+  return reinterpret_cast<const Operand<T>*>(words);
+}
+
+// scores[a, c] = qu_a · k_c + qv_a · r[c - a + ...]: the position product, written with the shift,
+// then the content product on top.
 template <typename T>
 void score_block(TileRows rows, Block block, Columns columns, int64_t D, const Operand<T>* qu,
-                 const Operand<T>* qv, const Word<T>* k_t, int64_t ld_k, const Word<T>* r_t,
-                 int64_t ld_r, Acc<T>* scores) {
+                 const Operand<T>* qv, const Word<T>* k_t, int64_t ld_k,
+                 TablePanels<Word<T>> r_t, Acc<T>* scores) {
   const int64_t K = row_length<T>(D);
-  gemm(rows.count(), columns.n, K, qv, K, reinterpret_cast<const Operand<T>*>(r_t + columns.first),
-       ld_r, scores - (rows.count() - 1), kScoreLd + 1, /*accumulate=*/false);
-  gemm(rows.count(), block.padded, K, qu, K, reinterpret_cast<const Operand<T>*>(k_t), ld_k, scores,
-       kScoreLd, /*accumulate=*/true);
+  Acc<T>* shifted = scores - (rows.height - 1);
+  for_each_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
+    gemm(rows.height, size, K, qv, K, operands<T>(r_t.at(x)), kPanelLd,
+         shifted + (x - columns.first), kScoreLd + 1, /*accumulate=*/false);
+  });
+  for_each_piece(0, block.padded, [&](int64_t x, int64_t size) {
+    gemm(rows.height, size, K, qu, K, operands<T>(k_t + x), ld_k, scores + x, kScoreLd,
+         /*accumulate=*/true);
+  });
 }
 
-// softcap · tanh(scale · product / softcap), in units of log2 e.
+// tanh(scale · product / softcap).
 template <typename acc_t>
 void cap_row(const RelAttentionArgs& args, acc_t* scores, int64_t n) {
   using Vec = Vectorized<acc_t>;
-  const Vec inner(static_cast<acc_t>(args.scale / args.softcap));
-  const Vec outer(static_cast<acc_t>(args.softcap * kLog2e));
+  constexpr double kMax = std::numeric_limits<acc_t>::max();
+  const Vec factor(static_cast<acc_t>(std::clamp(args.scale / args.softcap, -kMax, kMax)));
   for (int64_t j = 0; j < n; j += Vec::size()) {
-    ((Vec::loadu(scores + j) * inner).tanh() * outer).store(scores + j);
+    (Vec::loadu(scores + j) * factor).tanh().store(scores + j);
   }
 }
 
-// -inf where query i of (b, h) does not see a key of the block, and in the padding behind it.
+// -inf where query i of (b, h) does not attend to a key of the block, and in the padding after it.
 template <typename acc_t>
 void mask_row(const RelAttentionArgs& args, int64_t b, int64_t h, int64_t i, Block block,
               acc_t* scores) {
@@ -131,7 +197,7 @@ void mask_row(const RelAttentionArgs& args, int64_t b, int64_t h, int64_t i, Blo
   }
 }
 
-// Scores of one tile and block, ready for the softmax.
+// Caps and masks the scores of one tile and block.
 template <typename T>
 void finish_scores(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows rows, Block block,
                    Acc<T>* scores) {
@@ -142,24 +208,29 @@ void finish_scores(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
   }
 }
 
-// floor(p · 2^32): Philox words from it on are kept.
+// floor(p · 2^32): an element is kept if its Philox word is at least this number.
 inline uint64_t dropout_threshold(double p) {
   return static_cast<uint64_t>(p * 4294967296.0);
 }
 
-// C (+)= A[:, x - begin] · rows[x] over x in [begin, end): the right-hand rows where the caller
-// keeps them, memory and segment one after the other.
+// C += A[:, x - begin] · rows[x] over x in [begin, begin + n), n a multiple of 16. Runs of at least
+// 16 rows are read from the caller's memory, other rows through `stage`, a matrix [16, N].
 template <typename T>
-void product_in_place(int64_t M, int64_t N, const KeyRows<T>& rows, int64_t begin, int64_t end,
-                      const T* A, int64_t lda, T* C, int64_t ldc, bool accumulate) {
-  int64_t x = std::max(begin, rows.valid.begin);
-  const int64_t stop = std::min(end, rows.valid.end);
-  while (x < stop) {
-    const RowRun<T> run = rows.from(x);
-    const int64_t n = std::min(run.n, stop - x);
-    gemm(M, N, n, A + (x - begin), lda, run.first, run.stride, C, ldc, accumulate);
-    accumulate = true;
-    x += n;
+void product_in_place(int64_t M, int64_t N, const KeyRows<T>& rows, int64_t begin, int64_t n,
+                      const T* A, int64_t lda, T* stage, T* C, int64_t ldc) {
+  for (int64_t x = 0, done; x < n; x += done) {
+    const RowRun<T> run = rows.from(begin + x);
+    done = std::min(run.n, n - x) / 16 * 16;
+    if (done == 0) {
+      stage_rows<T>(rows, begin + x, N, stage, N);
+      gemm(M, N, 16, A + x, lda, stage, N, C, ldc, /*accumulate=*/true);
+      done = 16;
+    } else if (run.first != nullptr) {
+      for_each_piece(0, done, [&](int64_t y, int64_t size) {
+        gemm(M, N, size, A + x + y, lda, run.first + y * run.stride, run.stride, C, ldc,
+             /*accumulate=*/true);
+      });
+    }
   }
 }
 

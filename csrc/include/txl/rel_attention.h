@@ -1,6 +1,7 @@
 // rel_attention on the CPU: the problem, its plan, and the kernels of each instruction set.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -9,12 +10,12 @@
 
 namespace txl {
 
-// The largest tile: queries, and keys that they meet at once forward and backward (where twice as
-// many matrices must stay in cache).
+// The largest tile: its queries, and the keys of one block forward and backward (where twice as many
+// matrices must fit into the cache).
 constexpr int64_t kQueryTile = 64, kFwdKeyBlock = 1024, kBwdKeyBlock = 512;
 constexpr int64_t kKeyBlock = kFwdKeyBlock;
 
-// What both directions read. Symbols are those of docs/mathematics.md.
+// The arguments that both directions read. Symbols are those of docs/mathematics.md.
 struct RelAttentionArgs {
   int64_t B = 0, H = 0, Tq = 0, Tm = 0, Ts = 0, D = 0, Dv = 0, R = 0;
   Tensor4 q, k, v, mem_k, mem_v, r;
@@ -34,11 +35,11 @@ struct RelAttentionArgs {
   void* lse = nullptr;  // [B, H, Tq] in the accumulation type, contiguous, natural logarithm
 
   int64_t Tk() const { return Tm + Ts; }
-  // The keys that are there at all in batch row b.
+  // The keys of batch row b: those between `key_start` and `key_lens`.
   KeyRange keys_of_row(int64_t b) const;
-  // The keys that query i of batch row b may see; empty if begin >= end. Both ends grow with i.
+  // The keys that query i of batch row b attends to; empty if begin >= end. Both ends grow with i.
   KeyRange keys_of(int64_t b, int64_t i) const;
-  // (b, h) pairs in the order of work: pairs that read one table of `r` stand together.
+  // (b, h) pairs in the order of work: pairs that read the same table of `r` are adjacent.
   int64_t n_pairs() const { return B * H; }
   int64_t batch_of(int64_t pair) const { return batch_major() ? pair / H : pair % B; }
   int64_t head_of(int64_t pair) const { return batch_major() ? pair % H : pair / B; }
@@ -53,8 +54,8 @@ struct RelAttentionArgs {
   bool batch_major() const { return r_per_batch; }
 };
 
-// Gradients: contiguous, in the inputs' dtype (the biases' in the accumulation type); null = not
-// wanted.
+// Gradients: contiguous, in the inputs' dtype (the biases' in the accumulation type); null if not
+// requested.
 struct RelAttentionGrads {
   Tensor4 dout;
   void *dq = nullptr, *dk = nullptr, *dv = nullptr, *dmem_k = nullptr, *dmem_v = nullptr;
@@ -62,15 +63,21 @@ struct RelAttentionGrads {
   void *dr_w_bias = nullptr, *dr_r_bias = nullptr;  // [H, D]
 };
 
-// How the work is cut: an item is one query tile of one (b, h) pair; items that share keys, and
-// then position tables, stand together, and are dealt in order to chunks of about equal cost. A
-// thread takes the next chunk when it has done one.
+// How the work is divided. An item is one query tile of one (b, h) pair. Items that share keys, and
+// then items that share position tables, are adjacent. Chunks are runs of items of about equal
+// cost; a thread that has finished a chunk continues with the next one that nobody works on.
 struct RelAttentionPlan {
-  int64_t tile_rows = 0, n_tiles = 0;
-  int64_t key_block = 0;           // keys that a tile meets at once, at most
-  std::vector<int64_t> chunks;     // chunk c does items [chunks[c], chunks[c + 1])
-  int64_t e_begin = 0, e_end = 0;  // table columns e = j - i + Tq - 1 that some tile reads
+  int64_t tile_rows = 0, n_tiles = 0;  // tile_rows: a multiple of 16 if there are several tiles
+  int64_t key_block = 0;               // the largest number of keys in a block
+  std::vector<int64_t> chunks;         // chunk c computes items [chunks[c], chunks[c + 1])
+  int64_t e_begin = 0, e_end = 0;      // table columns e = j - i + Tq - 1 that some tile reads
 
+  // Rows of a tile of `n` queries as products compute it; those after the n-th are zeros. ATen
+  // keeps machine code for every distinct product (see txl/gemm.h), so there are eight heights only.
+  int64_t tile_height(int64_t n) const {
+    if (n > 8 || n_tiles > 1) return (n + 15) / 16 * 16;
+    return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n)));
+  }
   int64_t n_chunks() const { return static_cast<int64_t>(chunks.size()) - 1; }
   int64_t n_columns() const { return e_end - e_begin; }
 };
@@ -78,7 +85,8 @@ struct RelAttentionPlan {
 RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_block,
                                     int64_t threads);
 
-// The key blocks of one query tile: from `aligned_begin`, a multiple of 16, in steps of `width`.
+// The key blocks of one query tile: they start at `aligned_begin`, a multiple of 16, and have
+// `width` keys each.
 struct TileKeys {
   int64_t begin, end, aligned_begin, width;
 };
@@ -90,22 +98,24 @@ inline int64_t finish_items(const RelAttentionArgs& args) {
   return args.n_groups() + args.n_pairs() + args.H;
 }
 
-// What chunks cannot write alone, in the accumulation type. Every chunk owns its slots, and they
-// are summed in the order of chunks, so that the result does not depend on timing.
+// Partial sums of gradients to which several chunks contribute, in the accumulation type. Every
+// chunk has slots of its own, and slots are added in the order of chunks, so that the result does
+// not depend on timing.
 struct RelAttentionPartials {
   void *dk = nullptr,
-       *dv = nullptr;     // [2 · chunks, Tk, D | Dv]: a pair cut at a chunk's first or last item
+       *dv = nullptr;     // [2 · chunks, Tk, D | Dv]: pairs of which a chunk computes a part
   void* dr = nullptr;     // [groups + chunks - 1, R, D]: slot = group + chunk
   void* dbias = nullptr;  // [B · H + chunks - 1, 2, D]: slot = pair + chunk
 };
 
-// One dtype's kernels. `workspace`: the bytes that one chunk needs, 64-byte aligned.
+// One dtype's kernels. `workspace` returns the bytes of scratch memory of one chunk; the memory is
+// aligned to 64 bytes.
 struct FwdKernels {
   int64_t (*workspace)(const RelAttentionArgs&, const RelAttentionPlan&);
   void (*chunk)(const RelAttentionArgs&, const RelAttentionPlan&, int64_t chunk, char* workspace);
 };
 
-// `finish`, after every chunk, does items [0, finish_items): they sum the partials.
+// `finish` computes items [0, finish_items) after all chunks: it adds the partial sums.
 struct BwdKernels {
   int64_t (*workspace)(const RelAttentionArgs&, const RelAttentionPlan&);
   void (*chunk)(const RelAttentionArgs&, const RelAttentionPlan&, const RelAttentionGrads&,
