@@ -6,6 +6,8 @@
 #include <ATen/native/CPUBlas.h>
 #include <dlfcn.h>
 
+#include <algorithm>
+
 namespace txl {
 namespace {
 
@@ -33,12 +35,33 @@ BlasGemm<double> dgemm() {
 
 // Fortran BLAS is column-major: C^T = B^T · A^T.
 template <typename T>
-void blas(BlasGemm<T> gemm, int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B,
-          int64_t ldb, T* C, int64_t ldc, bool accumulate) {
+void call_blas(BlasGemm<T> gemm, int64_t M, int64_t N, int64_t K, const T* A, int64_t lda,
+               const T* B, int64_t ldb, T* C, int64_t ldc, bool accumulate) {
   const int m = static_cast<int>(N), n = static_cast<int>(M), k = static_cast<int>(K);
   const int la = static_cast<int>(ldb), lb = static_cast<int>(lda), lc = static_cast<int>(ldc);
   const T alpha = 1, beta = accumulate ? 1 : 0;
   gemm("N", "N", &m, &n, &k, &alpha, B, &la, A, &lb, &beta, C, &lc);
+}
+
+// In the last M % 4 rows MKL adds every single product to C, so that each of K additions is rounded
+// at C's magnitude (K 64: 9 units in the last place of C instead of 1). These rows are multiplied
+// into a buffer and added once.
+template <typename T>
+void blas(BlasGemm<T> gemm, int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B,
+          int64_t ldb, T* C, int64_t ldc, bool accumulate) {
+  const int64_t whole = accumulate ? M / 4 * 4 : M;
+  if (whole > 0) call_blas(gemm, whole, N, K, A, lda, B, ldb, C, ldc, accumulate);
+  if (whole == M) return;
+  constexpr int64_t kColumns = 256;
+  T product[3 * kColumns];
+  for (int64_t column = 0; column < N; column += kColumns) {
+    const int64_t n = std::min(kColumns, N - column);
+    call_blas(gemm, M - whole, n, K, A + whole * lda, lda, B + column, ldb, product, n, false);
+    for (int64_t row = whole; row < M; ++row) {
+      for (int64_t j = 0; j < n; ++j)
+        C[row * ldc + column + j] += product[(row - whole) * n + j];
+    }
+  }
 }
 
 bool has_avx512() {

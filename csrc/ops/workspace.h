@@ -1,8 +1,10 @@
-// Memory of the native ops: scratch for threads, and large pages for what is large.
+// Scratch memory of the native ops, on huge pages if it is large.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <sys/mman.h>
+
+#include <bit>
 
 namespace txl {
 
@@ -12,7 +14,16 @@ constexpr int64_t round_to_page(int64_t bytes) {
   return (bytes + kPage - 1) / kPage * kPage;
 }
 
-// Asks for huge pages under the whole ones of [begin, begin + bytes); may be refused.
+// At most a quarter more than `bytes`, one of four sizes between two powers of two. Scratch memory
+// of nearly equal calls then has one size, and the allocator reuses it; sizes that grow a little at
+// every call would leave a hole behind each time.
+constexpr int64_t round_to_coarse_size(int64_t bytes) {
+  const int64_t step = std::max<int64_t>(
+      kPage, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes))) / 4);
+  return (bytes + step - 1) / step * step;
+}
+
+// Advises the system to use huge pages inside [begin, begin + bytes); the system may decline.
 inline void advise_huge_pages(void* begin, int64_t bytes) {
   const auto address = reinterpret_cast<uintptr_t>(begin);
   const uintptr_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
@@ -20,8 +31,8 @@ inline void advise_huge_pages(void* begin, int64_t bytes) {
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
-// Scratch memory for `threads` threads, on huge pages where it is large: packed matrices are read
-// with strides of many pages, and would miss the TLB at every row (a quarter of the time at D 128,
+// Scratch memory for `threads` threads, on huge pages if it is large: packed matrices are read with
+// strides of many small pages, and every row would miss the TLB (a quarter of the time at D 128,
 // Tk 3,900).
 class Workspace {
  public:
@@ -29,14 +40,14 @@ class Workspace {
     stride_ = round_to_page(bytes);  // no two threads share a page
     total_ = threads * stride_;
     const int64_t align = total_ >= kHugePage ? kHugePage : kPage;
-    memory_ = at::empty({total_ + align}, at::kByte);
+    memory_ = at::empty({round_to_coarse_size(total_ + align)}, at::device(at::kCPU).dtype(at::kByte));
     base_ = static_cast<char*>(memory_.data_ptr());
     base_ += align - reinterpret_cast<uintptr_t>(base_) % align;
     if (align == kHugePage) advise_huge_pages(base_, total_);
   }
   char* of(int64_t thread) const { return base_ + thread * stride_; }
 
-  // Hands the pages behind the first `bytes` back to the system, with what stands there.
+  // Returns the pages after the first `bytes` to the system; their contents are lost.
   void give_back_behind(int64_t bytes) const {
     const int64_t kept = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     if (kept < total_) madvise(base_ + kept, static_cast<size_t>(total_ - kept), MADV_DONTNEED);
