@@ -164,19 +164,24 @@ void accumulate_block(const RelAttentionArgs& args, const BwdTile<T>& tile, Bloc
     ld_probs = kScoreLd, ld_shifted = kScoreLd + 1;
   }
   constexpr int64_t kPerWord = kRowsPerWord<T>;
-  for_each_piece(0, block.padded, [&](int64_t x, int64_t size) {
+  for_each_column_piece(0, block.padded, [&](int64_t x, int64_t size) {
     gemm(args.Dv, size, K, tile.dout_t, K, probs + x * kPerWord, ld_probs, ws.dv_t + key + x,
          ws.ld_k, /*accumulate=*/true);
     gemm(D, size, K, tile.qu_t, K, dscores + x * kPerWord, ld_probs, ws.dk_t + key + x, ws.ld_k,
          /*accumulate=*/true);
+  });
+  for_each_inner_piece(0, block.padded, [&](int64_t x, int64_t size) {
     gemm(height, D, size, dscores_rows + x, kScoreLd,
          operands<T>(ws.k + (key + x) / kPerWord * ws.ld_row), ws.ld_row, tile.dqu, ws.ld_acc,
          /*accumulate=*/true);
   });
-  for_each_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
-    const int64_t column = x - columns.first;
+  for_each_column_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
+    const int64_t column = x - columns.origin;
     gemm(D, size, K, tile.qv_t, K, shifted + column * kPerWord, ld_shifted, ws.dr_t.at(x), kPanelLd,
          /*accumulate=*/true);
+  });
+  for_each_inner_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
+    const int64_t column = x - columns.origin;
     gemm(height, D, size, dscores_rows - shift + column, kScoreLd + 1,
          operands<T>(ws.r + x / kPerWord * ws.ld_row), ws.ld_row, tile.dqv, ws.ld_acc,
          /*accumulate=*/true);
@@ -205,7 +210,7 @@ void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
   const Columns columns = block_columns(args, plan, tile.rows, part);
   score_block<T>(tile.rows, part, columns, args.D, tile.qu, tile.qv, ws.k_t + key, ws.ld_k, ws.r_t,
                  ws.scores);
-  for_each_piece(0, part.padded, [&](int64_t x, int64_t size) {
+  for_each_column_piece(0, part.padded, [&](int64_t x, int64_t size) {
     gemm(tile.rows.height, size, ld_o, tile.dout, ld_o, operands<T>(ws.v_t + key + x), ws.ld_k,
          ws.dprobs + x, kScoreLd, /*accumulate=*/false);
   });

@@ -142,7 +142,7 @@ void value_product(const RelAttentionArgs& args, const FwdTile<T>& tile, Block p
       return;
     }
   }
-  for_each_piece(0, part.padded, [&](int64_t x, int64_t size) {
+  for_each_inner_piece(0, part.padded, [&](int64_t x, int64_t size) {
     const Word<T>* v = ws.v + (key + x) / kRowsPerWord<T> * ws.ld_v;
     gemm(tile.rows.height, args.Dv, size, probs + x, kScoreLd, operands<T>(v), ws.ld_v, tile.acc,
          ws.ld_acc, /*accumulate=*/true);
