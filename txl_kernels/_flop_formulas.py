@@ -7,6 +7,7 @@ every token is counted in the head and in a tail of mean cost.
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -170,7 +171,7 @@ def _adaptive_embedding_bwd(
 def _projections(tokens: Shape, projections: Sequence[Shape], products: Sequence[int]) -> int:
     """Products of every token with the projection of a cluster of mean cost."""
     total = sum(_size(x) * n for x, n in zip(projections, products, strict=True) if x[0] > 0)
-    return 2 * torch.Size(tokens).numel() * total // len(projections)
+    return 2 * math.prod(tokens) * total // len(projections)
 
 
 def _size(matrix: Shape) -> int:
