@@ -164,10 +164,11 @@ inline Columns block_columns(const RelAttentionArgs& args, const RelAttentionPla
                              TileRows rows, Block block) {
   const int64_t origin = block.begin - (rows.begin + rows.height) + args.Tq - plan.e_begin;
   const int64_t end = origin + round_up(block.padded + rows.height - 1, 16);
-  const int64_t self = args.Tk() - 1 - plan.e_begin;  // the column of distance 0
-  const auto [nearest, farthest] = args.rule.narrow_distances();
-  const int64_t first = std::max(origin, (self - farthest) / 16 * 16);
-  return {origin, first, std::max<int64_t>(0, std::min(end, round_up(self - nearest + 1, 16)) - first)};
+  const int64_t same = args.Tk() - 1 - plan.e_begin;  // the column of a query's own position
+  const int64_t right = args.rule.causal ? 0 : args.rule.window_right;
+  const int64_t first = std::max(origin, (same - args.rule.window_left) / 16 * 16);
+  const int64_t last = std::min(end, round_up(same + right + 1, 16));
+  return {origin, first, std::max<int64_t>(0, last - first)};
 }
 
 // A packed matrix as products read it.
