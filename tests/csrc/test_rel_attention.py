@@ -1,4 +1,4 @@
-"""What only the native kernels must hold: instruction sets, threads, bounds and memory."""
+"""Properties of the native kernels alone: instruction sets, threads, bounds and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set_is_within_the_error_budget(capability):
-    # The best set for this processor is what all other tests run; ATen's setting picks the others.
+    # All other tests run the best set for this processor; ATen's setting selects the others.
     parity = "tests/txl_kernels/ops/test_rel_attention.py"
     command = [
         sys.executable,
@@ -153,6 +153,41 @@ def test_peak_memory_does_not_grow_with_queries_times_keys():
     run = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 150
+
+
+GROWTH = """
+import random, re, sys, torch
+from txl_kernels import rel_attention
+torch.set_num_threads(2)
+random.seed(0)
+dtype = getattr(torch, sys.argv[1])
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) / 1000
+def stream(length):
+    with torch.no_grad():
+        rel_attention(q[:, :, :1], k[:, :, :length], v[:, :, :length], r[:, :, :length], offset=0)
+def train(length):
+    leaves = [x[:, :, :length].detach().requires_grad_() for x in (q, k, v, r)]
+    torch.autograd.grad(rel_attention(*leaves, causal=True).float().sum(), leaves)
+q, k, v, r = (torch.randn(2, 4, 1200, 64, dtype=dtype) for _ in range(4))
+for run, lengths in ((stream, range(1, 1200)), (train, random.sample(range(50, 800), 200))):
+    for step, length in enumerate(lengths):
+        run(length)
+        if step == len(lengths) // 6:
+            start = resident()
+    print(resident() - start)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_new_lengths_do_not_take_new_memory(dtype):
+    # With a product for every number of keys, the stream alone took 2 GB with AVX-512.
+    command = [sys.executable, "-c", GROWTH, dtype]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    stream, training = map(float, run.stdout.split())
+    assert stream < 20
+    assert training < 50
 
 
 def test_negative_and_zero_scales_are_served():
