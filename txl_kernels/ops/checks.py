@@ -117,6 +117,24 @@ def check_number(op: str, name: str, value: object, *, at_least: float | None = 
     return number  # type: ignore[no-any-return]
 
 
+def checked_window(op: str, window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
+    """The sides of a window as Python integers; None is a side without a limit.
+
+    Raises:
+        TypeError: a side is not an integer.
+        ValueError: not a pair, or a side is below 0.
+    """
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"{op}: window must be (left, right), got {window!r}")
+    left, right = (
+        None if side is None else check_int(op, name, side, at_least=0)
+        for name, side in zip(("window's left", "window's right"), window, strict=True)
+    )
+    return left, right
+
+
 def _is_traced_size(value: object) -> bool:
     """Whether `value` is computed from a size while `torch.jit` traces: it is a tensor then."""
     return torch.jit.is_tracing() and isinstance(value, Tensor) and value.ndim == 0
