@@ -137,7 +137,10 @@ def checked_window(op: str, window: Sequence[int | None] | None) -> tuple[int | 
 
 def _is_traced_size(value: object) -> bool:
     """Whether `value` is computed from a size while `torch.jit` traces: it is a tensor then."""
-    return torch.jit.is_tracing() and isinstance(value, Tensor) and value.ndim == 0
+    if not isinstance(value, Tensor) or value.ndim > 0:
+        return False
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing
 
 
 def _may_be_symbolic(number: object) -> bool:
