@@ -78,7 +78,7 @@ def check_int(op: str, name: str, value: object, *, at_least: int | None = None)
         ValueError: below `at_least`, or outside the range of int64.
     """
     number: Any = value
-    if _is_traced_size(value):
+    if is_traced_size(value):
         return number  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
@@ -101,7 +101,7 @@ def check_number(op: str, name: str, value: object, *, at_least: float | None = 
         ValueError: below `at_least`, NaN, or too large for a float.
     """
     number: Any = value
-    if _is_traced_size(value):
+    if is_traced_size(value):
         return number  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
@@ -135,7 +135,7 @@ def checked_window(op: str, window: Sequence[int | None] | None) -> tuple[int | 
     return left, right
 
 
-def _is_traced_size(value: object) -> bool:
+def is_traced_size(value: object) -> bool:
     """Whether `value` is computed from a size while `torch.jit` traces: it is a tensor then."""
     if not isinstance(value, Tensor) or value.ndim > 0:
         return False
