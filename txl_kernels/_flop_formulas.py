@@ -101,7 +101,9 @@ def _pairs(q: Shape, k: Shape, mem_k: Shape | None) -> int:
     return 2 * q[0] * q[1] * q[2] * Tk
 
 
-def _adaptive_nll_fwd(hidden: Shape, target: Shape, clusters: Sequence[Shape], *_: Any, **__: Any) -> int:
+def _adaptive_nll_fwd(
+    hidden: Shape, target: Shape, clusters: Sequence[Shape], *_: Any, **__: Any
+) -> int:
     return _softmax(hidden, clusters, [False] * (1 + len(clusters)))
 
 

@@ -34,8 +34,7 @@ Tensor rel_shift_fwd(const Tensor& x, int64_t n_keys, int64_t offset) {
 }
 
 Tensor rel_shift_bwd(const Tensor& dout, int64_t n_rows, int64_t offset) {
-  return shift("dout", dout, n_rows, 1,
-               -near_offset(offset, dout.size(-2), dout.size(-1), n_rows));
+  return shift("dout", dout, n_rows, 1, -near_offset(offset, dout.size(-2), dout.size(-1), n_rows));
 }
 
 }  // namespace

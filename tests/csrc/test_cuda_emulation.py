@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import torch
 
+from txl_kernels import rel_attention
 from txl_kernels.backends.reference.rel_shift import rel_shift
 from txl_kernels.testing import DECODE_CASES, check_rel_attention_output
 
@@ -53,6 +54,24 @@ def test_wild_lengths_read_nothing_outside(wide, emulations):
         dead = min(end, 32) <= max(start, 0)
         assert torch.equal(lse[0].isneginf(), torch.full_like(lse[0], dead, dtype=torch.bool))
         assert out.isfinite().all()
+
+
+LARGE = [  # the emulation reads numbers as doubles, which hold these exactly
+    {"window": (2**62, 2**61), "chunk": (16, 2**60)},
+    {"chunk": (3, 2**62, -(2**62))},
+    {"chunk": (2**62, 0, -3)},
+    {"chunk": (2**61, 1, 2**61 - 1024)},
+    {"offset": 2**62},
+    {"offset": -(2**63), "clamp": True},
+]
+
+
+@pytest.mark.parametrize("options", LARGE, ids=str)
+def test_large_integers_are_exact(options, emulations):
+    call = {**inputs("five_queries"), **options}
+    expected = rel_attention(**call, return_lse=True, backend="reference")
+    for a, b in zip(emulations("address").attend(**call), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_keys_that_are_not_there_are_never_read(emulations):

@@ -38,7 +38,9 @@ def exact_mask():
         return seen
 
     def mask(Tq, Tk, *, causal=False, window=(None, None), chunk=()):
-        rows = [[allowed(i, j, Tq, Tk, causal, window, chunk) for j in range(Tk)] for i in range(Tq)]
+        rows = [
+            [allowed(i, j, Tq, Tk, causal, window, chunk) for j in range(Tk)] for i in range(Tq)
+        ]
         return torch.tensor(rows)
 
     return mask

@@ -45,7 +45,9 @@ def warn_of_fallback(op: str, reason: str, score_bytes: int, tensors: Sequence[T
 
 def _is_traced(tensors: Sequence[Tensor]) -> bool:
     """Whether torch records or compiles the call instead of computing it."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
+        return True
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
     if any(tensor.is_meta for tensor in tensors):
         return True

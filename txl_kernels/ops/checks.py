@@ -78,7 +78,7 @@ def check_int(op: str, name: str, value: object, *, at_least: int | None = None)
         ValueError: below `at_least`, or outside the range of int64.
     """
     number: Any = value
-    if _is_traced_size(value):
+    if is_traced_size(value):
         return number  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
@@ -101,7 +101,7 @@ def check_number(op: str, name: str, value: object, *, at_least: float | None = 
         ValueError: below `at_least`, NaN, or too large for a float.
     """
     number: Any = value
-    if _is_traced_size(value):
+    if is_traced_size(value):
         return number  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
@@ -117,9 +117,30 @@ def check_number(op: str, name: str, value: object, *, at_least: float | None = 
     return number  # type: ignore[no-any-return]
 
 
-def _is_traced_size(value: object) -> bool:
+def checked_window(op: str, window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
+    """The sides of a window as Python integers; None is a side without a limit.
+
+    Raises:
+        TypeError: a side is not an integer.
+        ValueError: not a pair, or a side is below 0.
+    """
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"{op}: window must be (left, right), got {window!r}")
+    left, right = (
+        None if side is None else check_int(op, name, side, at_least=0)
+        for name, side in zip(("window's left", "window's right"), window, strict=True)
+    )
+    return left, right
+
+
+def is_traced_size(value: object) -> bool:
     """Whether `value` is computed from a size while `torch.jit` traces: it is a tensor then."""
-    return torch.jit.is_tracing() and isinstance(value, Tensor) and value.ndim == 0
+    if not isinstance(value, Tensor) or value.ndim > 0:
+        return False
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing
 
 
 def _may_be_symbolic(number: object) -> bool:

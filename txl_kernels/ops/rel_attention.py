@@ -52,45 +52,48 @@ def rel_attention(
         score[b,h,i,j] = scale · ((q_i + r_w_bias)·k_j + (q_i + r_r_bias)·r[m]) + bias[b,h,i,j]
         out_i = Σ_j dropout(softmax_j(mask(softcap(score))))_ij · v_j,   m = j - i + offset
 
-    Key j is counted over [memory; segment], Tk = Tm + Ts; query i stands at p = i + Tk - Tq.
+    Key j is counted over [memory; segment], Tk = Tm + Ts; query i is at position p = i + Tk - Tq.
+    Every int64 is a valid distance, chunk or offset: sys.maxsize means no limit.
 
     Args:
         q: [B, H, Tq, D]; float32, bfloat16, float16 or float64. Any strides, as all tensors here.
         k, v: [B, H, Ts, D] and [B, H, Ts, Dv], q's dtype.
-        r: [1 or B, 1 or H, R, D], q's dtype: projected position keys; what a row means is yours.
+        r: [1 or B, 1 or H, R, D], q's dtype: projected position keys, in any order of rows.
         r_w_bias, r_r_bias: [H, D], float32 or q's dtype: the paper's u and v.
-        mem_k, mem_v: [B, H, Tm, D] and [B, H, Tm, Dv]: keys and values that stand before k, v.
+        mem_k, mem_v: [B, H, Tm, D] and [B, H, Tm, Dv]: keys and values before k, v.
         q_pos: [B, H, Tq, Dp]: a query of its own for the position term; r is then [..., R, Dp],
             r_r_bias [H, Dp].
         offset: row of r for j = i; default Tq - 1, which makes row m the distance Tk - 1 - m.
         clamp: False: rows outside [0, R) contribute 0. True: m is clamped into [0, R); needs
             an explicit offset.
         causal: j ≤ p.
-        window: (left, right), distances in tokens: p - left ≤ j ≤ p + right; None = open.
+        window: (left, right), distances in tokens: p - left ≤ j ≤ p + right; None: no limit.
         chunk: (size, left) or (size, left, phase), in tokens, chunks, tokens:
             0 ≤ ⌊(p + phase)/size⌋ - ⌊(j + phase)/size⌋ ≤ left.
-        key_start, key_lens: int32 or int64 [B]: keys before the one and from the other on are not
-            there. Any value is taken; never read by the host.
+        key_start, key_lens: int32 or int64 [B]: row b attends to keys
+            key_start[b] ≤ j < key_lens[b]. Any value is valid; the host never reads them.
         mask: bool, broadcastable to [B, H, Tq, Tk], True = attend. All conditions must allow a key.
         bias: float32 or q's dtype, broadcastable to [B, H, Tq, Tk]; added to the scaled score.
-        scale: default 1/√D.
-        softcap: softcap · tanh(score / softcap) before masking; 0 = off.
+        scale: finite, default 1/√D.
+        softcap: softcap · tanh(score / softcap) before masking; finite, 0 = off.
         dropout_p: in [0, 1), on the probabilities, whenever above 0.
-        dropout_seed: int64 tensor of one element; drawn from q's device's generator by default.
-            One seed gives one mask, on every backend and device (`testing.dropout_keep`).
-        dead_rows: a query that sees no key: "zero" gives output and gradients 0, "uniform" the
-            mean of v over all Tk keys.
+        dropout_seed: int64 tensor of one element; by default drawn from torch's generator of q's
+            device. One seed gives one mask, on every backend and device (`testing.dropout_keep`).
+        dead_rows: a query that attends to no key: "zero" gives output and gradients 0, "uniform"
+            the mean of v over all Tk keys.
         return_lse: also return lse.
-        backend: "auto", "reference", "native" or "triton"; a named one runs or raises.
+        backend: "auto", "reference", "native" or "triton"; a named one runs or raises. "auto" warns
+            where it has to use the reference and the scores need more than 256 MiB, or where the
+            kernels are not built.
 
     Returns:
         out [B, H, Tq, Dv] in q's dtype; with `return_lse` the pair (out, lse): lse [B, H, Tq] is
-        the natural logarithm of the softmax's denominator before dropout, -inf where no key is
-        seen, float32 (float64 for float64), without gradient.
+        the natural logarithm of the softmax's denominator before dropout, -inf where a query
+        attends to no key, float32 (float64 for float64), without gradient.
 
     Raises:
-        ValueError, TypeError: an argument of wrong shape, device, range or type.
-        BackendUnavailableError: the named backend is missing or lacks an argument given here.
+        ValueError, TypeError: an argument has the wrong shape, device, range or type.
+        BackendUnavailableError: the named backend is missing or does not support an argument.
 
     Precision: scores, softmax and sums in float32 (float64 for float64). Under autocast q, k, v,
     r, mem_k, mem_v and q_pos are cast, the biases are not. A second derivative raises, except on

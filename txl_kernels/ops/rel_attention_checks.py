@@ -19,6 +19,7 @@ from txl_kernels.ops.checks import (
     check_number,
     check_shape,
     check_tensor,
+    checked_window,
 )
 
 OP = "rel_attention"
@@ -130,7 +131,7 @@ def checked_options(
     check_flag(OP, "causal", causal)
     if clamp and offset is None:
         raise ValueError(f"{OP}: clamp=True needs an explicit offset, got offset=None")
-    window_left, window_right = _checked_window(window)
+    window_left, window_right = checked_window(OP, window)
     check_choice(OP, "dead_rows", dead_rows, ("zero", "uniform"))
     return {
         "offset": check_int(OP, "offset", q.shape[2] - 1 if offset is None else offset),
@@ -145,22 +146,13 @@ def checked_options(
     }
 
 
-def _checked_window(window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
-    if window is None:
-        return None, None
-    _check_length("window", window, (2,), "(left, right)")
-    left, right = (
-        None if side is None else check_int(OP, name, side, at_least=0)
-        for name, side in zip(("window's left", "window's right"), window, strict=True)
-    )
-    return left, right
-
-
 def _checked_chunk(chunk: Sequence[int] | None) -> tuple[int, ...]:
     """(size, left, phase), or () without chunks."""
     if chunk is None:
         return ()
-    _check_length("chunk", chunk, (2, 3), "(size, left) or (size, left, phase)")
+    if not isinstance(chunk, (tuple, list)) or len(chunk) not in (2, 3):
+        form = "(size, left) or (size, left, phase)"
+        raise ValueError(f"{OP}: chunk must be {form}, got {chunk!r}")
     size, left, phase = (*chunk, 0)[:3]
     return (
         check_int(OP, "chunk's size", size, at_least=1),
@@ -180,8 +172,3 @@ def checked_dropout(q: Tensor, dropout_p: float, dropout_seed: Tensor | None) ->
             shape = list(dropout_seed.shape)
             raise ValueError(f"{OP}: dropout_seed must have one element, got shape {shape}")
     return dropout_p
-
-
-def _check_length(name: str, value: object, lengths: tuple[int, ...], form: str) -> None:
-    if not isinstance(value, (tuple, list)) or len(value) not in lengths:
-        raise ValueError(f"{OP}: {name} must be {form}, got {value!r}")

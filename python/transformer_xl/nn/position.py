@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from txl_kernels.ops.checks import check_int
+from txl_kernels.ops.checks import check_int, checked_window
 
 Window = tuple[int | None, int | None]
 
@@ -59,7 +59,7 @@ class SinusoidalPositions(nn.Module):
             raise ValueError(f"d_model: expected a positive even number, got {d_model}")
         self.d_model = d_model
         self.causal = causal
-        self.window = window
+        self.window = None if window is None else checked_window(op, window)
         self.clamp_len = check_int(op, "clamp_len", clamp_len)
 
     def forward(

@@ -19,7 +19,7 @@ cuda_device_reason = cuda_device.unavailable_reason
 def test_auto_always_finds_a_backend(op, device):
     chosen, reason = resolve(op, device=device, dtype=torch.float32, needs_grad=True)
     assert chosen is not None
-    assert reason is None
+    assert (reason is None) == (chosen != "reference")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -34,7 +34,19 @@ def test_the_reason_is_the_native_door_s_own(monkeypatch):
     monkeypatch.setattr(native, "unavailable_reason", lambda: "no compiler was there")
     call = {"device": "cpu", "dtype": torch.float32}
     assert resolve("rel_attention", backend="native", **call) == (None, "no compiler was there")
-    assert resolve("rel_attention", **call).backend == "reference"
+    assert resolve("rel_attention", **call) == ("reference", "no compiler was there")
+
+
+def test_the_reference_is_explained_by_every_backend_before_it(cuda_kernels):
+    call = {"device": "cuda", "dtype": torch.float32, "Tq": 17, "uses": ["q_pos"]}
+    reason = resolve("rel_attention", **call).reason
+    for backend in ("native", "triton"):
+        assert resolve("rel_attention", **call, backend=backend).reason in reason
+
+
+def test_a_device_without_kernels_is_named():
+    reason = resolve("rel_attention", device="xpu", dtype=torch.float32).reason
+    assert reason == "the kernels run on cpu and cuda devices, not on xpu"
 
 
 def test_a_device_without_a_kernel_is_said_before_anything_runs(require_backend):

@@ -40,7 +40,7 @@ RULES = [
 OFFSETS = [MOST, MOST - 3, 2**62, 2**32, 2**31, -(2**31), -(2**32), -(2**62), LEAST + 1, LEAST]
 
 
-@pytest.fixture(params=["reference", "native", pytest.param("triton", marks=pytest.mark.interpreted)])
+@pytest.fixture(params=["reference", "native"])
 def backend(request, require_backend):
     require_backend("rel_attention", request.param, needs_grad=True)
     return request.param
@@ -121,8 +121,6 @@ def test_the_shift_is_exact(backend, offset, n_keys):
 
 def test_compiled_calls_with_changing_integers_are_exact(backend, exact_mask):
     """The compiler makes an integer symbolic once its value has changed."""
-    if backend == "triton":
-        pytest.skip("the interpreter runs no compiled kernels")
 
     def attend(q, window, chunk, offset):
         options = {"window": window, "chunk": chunk, "offset": offset, "clamp": True}
@@ -142,9 +140,6 @@ def test_compiled_calls_with_changing_integers_are_exact(backend, exact_mask):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exports_keep_symbolic_integers(backend, strict):
-    if backend == "triton":
-        pytest.skip("the interpreter exports no kernels")
-
     class Attend(torch.nn.Module):
         def forward(self, q, r):
             T = q.shape[2]
@@ -154,8 +149,6 @@ def test_exports_keep_symbolic_integers(backend, strict):
 
     T = torch.export.Dim("T")
     q = torch.randn(B, H, 6, D)
-    program = torch.export.export(
-        Attend(), (q, q), dynamic_shapes=({2: T}, {2: T}), strict=strict
-    )
+    program = torch.export.export(Attend(), (q, q), dynamic_shapes=({2: T}, {2: T}), strict=strict)
     longer = torch.randn(B, H, 9, D)
     assert_same([program.module()(longer, longer)], [Attend()(longer, longer)])
