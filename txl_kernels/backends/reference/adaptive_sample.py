@@ -19,6 +19,7 @@ from txl_kernels.backends.reference.adaptive_softmax import (
     logits_of,
     pieces,
     projected,
+    widened_rows,
 )
 
 N_CANDIDATES = 8
@@ -48,6 +49,7 @@ def sample(
     `top_p` lies: candidates are drawn from the whole distribution until one is such a token, in
     1 / (1 - (1 - top_p)^8) rounds at most on average.
     """
+    hidden, head, *tails = widened_rows(hidden, head, *tails)
     if top_p is None and temperature == 1:
         return _draw_by_level(hidden, head, tails, generator)
     if top_p is None:

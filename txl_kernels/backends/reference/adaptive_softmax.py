@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from txl_kernels.backends.reference.precision import widened, work_dtype
+
 _MIN_COLUMNS = 4096
 _MAX_PIECES = 32
 
@@ -36,12 +38,15 @@ def nll(
     ignore_index: int,
 ) -> Tensor:
     """Each token's -log p in nats, in token order, 0 where the target is ignored: [N]."""
+    hidden, head, *tails = widened_rows(hidden, head, *tails)
     c0 = head.weight.shape[0] - len(tails)
     n_tokens = c0 + sum(tail.weight.shape[0] for tail in tails)
     counted = target != ignore_index
+    # An ignored row may hold NaN, which a product with a gradient of 0 keeps.
+    hidden = hidden.masked_fill(~counted[:, None], 0.0)
     token = target.clamp(0, n_tokens - 1)
     column = token.clamp(max=c0 - 1)
-    log_prob = hidden.new_zeros(hidden.shape[0], dtype=_work_dtype(hidden))
+    log_prob = hidden.new_zeros(hidden.shape[0])
     first = c0
     for k, tail in enumerate(tails):
         within = token - first
@@ -70,6 +75,7 @@ def loss(
 
 def log_prob(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> Tensor:
     """log p of every token: [N, V]."""
+    hidden, head, *tails = widened_rows(hidden, head, *tails)
     c0 = head.weight.shape[0] - len(tails)
     head_log_probs = _log_probs(hidden, head)  # [N, c0 + n_tails]
     parts = [head_log_probs[:, :c0]]
@@ -81,6 +87,7 @@ def log_prob(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> Tensor:
 @torch.no_grad()
 def topk(hidden: Tensor, head: Cluster, tails: Sequence[Cluster], k: int) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens of each row, likeliest first: log p [N, k] and tokens [N, k]."""
+    hidden, head, *tails = widened_rows(hidden, head, *tails)
     c0 = head.weight.shape[0] - len(tails)
     x = projected(hidden, head)
     head_lse = _lse(x, head)[:, None]
@@ -145,14 +152,25 @@ def _log_probs(hidden: Tensor, cluster: Cluster) -> Tensor:
     return logits_of(projected(hidden, cluster), cluster).log_softmax(1)
 
 
+def widened_rows(hidden: Tensor, *clusters: Cluster) -> Any:
+    """`hidden` and the clusters, with hidden and the projections in the dtype of all sums.
+
+    That is float32, or float64 for float64. Each is cast once for all clusters, so that its
+    gradient is rounded once; weights and biases are cast piece by piece, in `logits_of`.
+    """
+    tensors = (hidden, *(cluster.projection for cluster in clusters))
+    hidden, *projections = widened(tensors, work_dtype(hidden.dtype))
+    pairs = zip(projections, clusters, strict=True)
+    return hidden, *(Cluster(wide, cluster.weight, cluster.bias) for wide, cluster in pairs)
+
+
 def projected(hidden: Tensor, cluster: Cluster) -> Tensor:
-    """[N, d_k], in float32 (float64 for float64), as all that follows."""
-    x = hidden.to(_work_dtype(hidden))
-    return x if cluster.projection is None else x @ cluster.projection.to(x.dtype).mT
+    """Projected rows [N, d_k], from the results of `widened_rows`."""
+    return hidden if cluster.projection is None else hidden @ cluster.projection.mT
 
 
 def logits_of(x: Tensor, cluster: Cluster) -> Tensor:
-    """[N, V_k] from projected rows [N, d_k]."""
+    """[N, V_k] in x's dtype, from projected rows [N, d_k]."""
     logits = x @ cluster.weight.to(x.dtype).mT
     return logits if cluster.bias is None else logits + cluster.bias.to(x.dtype)
 
@@ -174,7 +192,3 @@ def columns(cluster: Cluster, first: int, last: int | None) -> Cluster:
     """Columns first … last - 1 of a cluster's logits, as a cluster."""
     bias = None if cluster.bias is None else cluster.bias[first:last]
     return Cluster(cluster.projection, cluster.weight[first:last], bias)
-
-
-def _work_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
