@@ -212,19 +212,22 @@ def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
 
 
 @triton.jit
-def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, last, Tm):
-    """Where a block of keys is read, which lies in the memory or in the segment.
+def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, first, last, Tm):
+    """Where a block of keys is in memory; all its keys are of the memory or all of the segment.
 
-    Returns what `load_block` takes: a pointer to the row of key `low`, the rows' stride, and
-    [low, high), the keys before `last` that are there, if only none.
+    Returns the first arguments of `load_block`: a pointer to the row of key `low`, the rows'
+    stride, and [low, high), the keys of that tensor in [first, last). Other keys are never read,
+    because they may hold NaN.
     """
-    p_rows, stride, low, high = p_segment, s_segment, Tm, tl.maximum(last, Tm)
+    p_rows, stride, begin, end = p_segment, s_segment, Tm, last
     if p_memory is not None:
         in_memory = begin_j < Tm
         p_rows = tl.where(in_memory, p_memory, p_segment)
         stride = tl.where(in_memory, s_memory, s_segment)
-        low, high = tl.where(in_memory, 0, Tm), tl.where(in_memory, tl.minimum(last, Tm), high)
-    return p_rows, stride, low, high
+        begin, end = tl.where(in_memory, 0, Tm), tl.where(in_memory, tl.minimum(last, Tm), last)
+    low = tl.maximum(begin, first)
+    p_rows += (low - begin).to(tl.int64) * stride
+    return p_rows, stride, low, tl.maximum(low, end)
 
 
 @triton.jit
