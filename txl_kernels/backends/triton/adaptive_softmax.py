@@ -173,6 +173,14 @@ class _Call:
             op, "target", self.targets.target, sizes, ignore_index
         )
 
+    def clear_ignored_rows(self) -> None:
+        """Replaces hidden by a copy with 0 in the rows of ignored tokens, which may hold NaN.
+
+        The gradients of the head's weights are products with all rows, and 0 · NaN is NaN.
+        """
+        ignored = self.targets.target == self.targets.ignore_index
+        self.hidden = self.hidden.masked_fill(ignored[:, None], 0.0)
+
     def new_losses(self) -> tuple[Tensor, Tensor]:
         """nll [N] and lse [2, N]; what no tail writes is 0."""
         nll = self.hidden.new_empty(self.N, dtype=torch.float32)
@@ -193,6 +201,8 @@ class _Call:
         return tails
 
     def backward(self, grads: _Gradients, lse: Tensor, dnll: Tensor) -> None:
+        """Writes the gradients of Σ dnll · nll."""
+        self.clear_ignored_rows()
         x = self.head_x()
         dx = heads.head_bwd(
             x, self.head, self.targets, lse[0], dnll,
@@ -207,6 +217,7 @@ class _Call:
         self, grads: _Gradients, nll: Tensor, lse: Tensor, scale: Tensor
     ) -> None:
         """Writes nll, lse, and the gradients of its sum times `scale` []."""
+        self.clear_ignored_rows()
         x = self.head_x()
         size = heads.block_of_tokens(self.N, self.head.weight.shape[0])
         wanted = grads.weights[0], grads.biases[0], grads.needs_rows(0)
