@@ -116,9 +116,13 @@ def _rel_attention_bwd_dkdv_kernel(
     if p_mask is not None:
         p_mask += i_b * s_mask_b + i_h * s_mask_h
     first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
-    p_rows, s_row, low, high = key_block(p_k, s_k_j, p_mem_k, s_mem_k_j, begin_j, first, last, Tm)
+    p_rows, s_row, low, high = key_block(
+        p_k, s_k_j, p_mem_k, s_mem_k_j, begin_j, p_key_start, first, last, Tm
+    )
     b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
-    p_rows, s_row, low, high = key_block(p_v, s_v_j, p_mem_v, s_mem_v_j, begin_j, first, last, Tm)
+    p_rows, s_row, low, high = key_block(
+        p_v, s_v_j, p_mem_v, s_mem_v_j, begin_j, p_key_start, first, last, Tm
+    )
     b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
     begin, end = seeing_queries(
         begin_j, begin_j + BLOCK_K,

@@ -173,12 +173,12 @@ def _rel_attention_bwd_dqdr_kernel(
         b_scores = skew_transposed(chunk, earlier, BLOCK_K, BLOCK_Q)
         earlier = chunk
         p_rows, s_row, low, high = key_block(
-            p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, first, last, Tm
+            p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, p_key_start, first, last, Tm
         )
         b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
         b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
         p_rows, s_row, low, high = key_block(
-            p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, first, last, Tm
+            p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, p_key_start, first, last, Tm
         )
         b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
         b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")

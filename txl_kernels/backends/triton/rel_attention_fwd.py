@@ -151,7 +151,7 @@ def _rel_attention_fwd_kernel(
             b_scores = skew(chunk, earlier, BLOCK_Q, BLOCK_K)
             earlier = chunk
         p_rows, s_row, low, high = key_block(
-            p_k, s_k_j, p_mem_k, s_mem_k_j, begin_j, first, last, Tm
+            p_k, s_k_j, p_mem_k, s_mem_k_j, begin_j, p_key_start, first, last, Tm
         )
         b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
         b_scores = tl.dot(b_qu, tl.trans(b_k), b_scores, input_precision="ieee")
@@ -177,7 +177,7 @@ def _rel_attention_fwd_kernel(
             keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
             b_probs = tl.where(keep, b_probs, 0.0)
         p_rows, s_row, low, high = key_block(
-            p_v, s_v_j, p_mem_v, s_mem_v_j, begin_j, first, last, Tm
+            p_v, s_v_j, p_mem_v, s_mem_v_j, begin_j, p_key_start, first, last, Tm
         )
         b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
         b_out *= shrink[:, None]

@@ -212,22 +212,25 @@ def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
 
 
 @triton.jit
-def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, first, last, Tm):
+def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, p_key_start, first, last, Tm):
     """Where a block of keys is in memory; all its keys are of the memory or all of the segment.
 
     Returns the first arguments of `load_block`: a pointer to the row of key `low`, the rows'
     stride, and [low, high), the keys of that tensor in [first, last). Other keys are never read,
-    because they may hold NaN.
+    because they may hold NaN. `first` is above 0 only if there is a p_key_start.
     """
-    p_rows, stride, begin, end = p_segment, s_segment, Tm, last
+    p_rows, stride, low, high = p_segment, s_segment, Tm, tl.maximum(last, Tm)
     if p_memory is not None:
         in_memory = begin_j < Tm
         p_rows = tl.where(in_memory, p_memory, p_segment)
         stride = tl.where(in_memory, s_memory, s_segment)
-        begin, end = tl.where(in_memory, 0, Tm), tl.where(in_memory, tl.minimum(last, Tm), last)
-    low = tl.maximum(begin, first)
-    p_rows += (low - begin).to(tl.int64) * stride
-    return p_rows, stride, low, tl.maximum(low, end)
+        low, high = tl.where(in_memory, 0, Tm), tl.where(in_memory, tl.minimum(last, Tm), high)
+    if p_key_start is not None:
+        n_absent = tl.maximum(first - low, 0)
+        p_rows += n_absent.to(tl.int64) * stride
+        low += n_absent
+        high = tl.maximum(low, high)
+    return p_rows, stride, low, high
 
 
 @triton.jit
