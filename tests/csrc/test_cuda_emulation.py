@@ -55,17 +55,30 @@ def test_wild_lengths_read_nothing_outside(wide, emulations):
         assert out.isfinite().all()
 
 
-def test_keys_that_are_not_there_are_never_read(emulations):
-    call = inputs()
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 3.0},
+        {"chunk": (5, 2, 1)},
+        {"window": (9, 0)},
+        {"mask": torch.arange(32) % 3 > 0},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_masked_keys_are_never_read(options, value, emulations):
+    call = inputs() | options
     lengths = {"key_start": torch.tensor([4, 0]), "key_lens": torch.tensor([32, 30])}
-    due, _ = emulations("address").attend(**call, **lengths)
+    due = emulations("address").attend(**call, **lengths)
     for name in ("mem_k", "mem_v"):
         call[name] = call[name].clone()
-        call[name][0, :, :4] = float("nan")
+        call[name][0, :, :4] = value
     for name in ("k", "v"):
         call[name] = call[name].clone()
-        call[name][1] = float("nan")
-    assert torch.equal(emulations("address").attend(**call, **lengths)[0], due)
+        call[name][1] = value
+    actual = emulations("address").attend(**call, **lengths)
+    assert all(torch.equal(a, b) for a, b in zip(actual, due, strict=True))
 
 
 @pytest.mark.parametrize("name", ["q", "k", "r"])

@@ -103,9 +103,11 @@ class SampledSoftmax(nn.Module):
         Raises:
             IndexError: a target out of range (on the CPU; a device assert on CUDA).
         """
-        rows, wanted = hidden.flatten(0, -2), target.flatten()
-        scored = wanted != -100
-        token = wanted.where(scored, 0)
+        rows, target = hidden.flatten(0, -2), target.flatten()
+        scored = target != -100
+        token = target.where(scored, 0)
+        # A row that is not scored may hold NaN, which a product with 0 keeps.
+        rows = rows.masked_fill(~scored[:, None], 0.0)
         if self.training:
             drawing = (self.sampler, self.n_sample, generator)
             nll = sampled_nll(rows, token, self.weight, self.bias, *drawing)

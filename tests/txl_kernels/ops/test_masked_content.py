@@ -45,8 +45,17 @@ ONLY_REFERENCE = (
     Case("bias_softcap", bias=(17, 22), **RANGE, options={"softcap": 3.0}),
     Case("q_pos", Dp=5, **RANGE, options=CAUSAL),
 )
-FILLS = {"inf": math.inf, "negative_inf": -math.inf, "largest": 3e38}
-BACKENDS = ["reference", "native", pytest.param("triton", marks=pytest.mark.interpreted)]
+ONE_HEAD = {"B": 1, "H": 1, "D": 4}
+SMALL = (  # for Triton's interpreter
+    Case("memory", **ONE_HEAD, Tq=5, Tm=19, key_start=[3], key_lens=[22], options={"softcap": 3.0}),
+    Case("segment", **ONE_HEAD, Tq=20, Tm=2, key_start=[7], key_lens=[21], options=CAUSAL),
+    Case("no_key", H=1, D=4, Tq=3, Tm=17, key_start=[9, 4], key_lens=[3, 19], mask=(3, 20)),
+    Case(
+        "everything", H=1, Tq=7, Tm=9, R=9, key_start=[3, 9], key_lens=[15, 14], options=EVERYTHING
+    ),
+)
+FILLS = {"nan": math.nan, "inf": math.inf, "negative_inf": -math.inf, "largest": 3e38}
+BACKENDS = ["reference", "native"]
 
 
 def masked_keys(case: Case) -> torch.Tensor:
@@ -93,17 +102,29 @@ def check(case: Case, backend: str, dtype: torch.dtype, value: float) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_changes_nothing(backend, case, require_backend):
+def test_nan_in_masked_keys_changes_nothing(backend, case, require_backend):
     require_backend("rel_attention", backend, needs_grad=True)
     check(case, backend, torch.float32, math.nan)
 
 
+@pytest.mark.parametrize("case", ONLY_REFERENCE, ids=str)
+def test_nan_changes_nothing_beside_arguments_of_the_reference_alone(case):
+    check(case, "reference", torch.float32, math.nan)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("case", "value"), [*zip(SMALL, FILLS.values(), strict=True)], ids=str)
+def test_triton_reads_no_masked_key(case, value, require_backend):
+    require_backend("rel_attention", "triton", needs_grad=True)
+    check(case, "triton", torch.float32, value)
+
+
 @pytest.mark.parametrize("value", FILLS.values(), ids=FILLS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_other_value_changes_anything(backend, value, require_backend):
+def test_no_value_changes_anything(backend, value, require_backend):
     require_backend("rel_attention", backend, needs_grad=True)
     for name in ("both_ends", "softcap"):
-        check(next(c for c in CASES if c.name == name), backend, torch.float32, value)
+        check(next(case for case in CASES if case.name == name), backend, torch.float32, value)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +137,12 @@ def test_every_dtype(backend, dtype, require_backend):
         check(case, backend, dtype, math.nan)
 
 
-@pytest.mark.parametrize("case", ONLY_REFERENCE, ids=str)
-def test_nan_changes_nothing_beside_the_arguments_of_the_reference(case):
-    check(case, "reference", torch.float32, math.nan)
+def test_the_reference_keeps_a_second_derivative():
+    case = Case("small", B=2, H=1, Tq=3, Tm=2, D=2, key_start=[1, 4], key_lens=[5, 2])
+    floats, others = case.inputs(torch.float64)
+    fixed = filled(case, {name: x.detach() for name, x in floats.items()}, math.nan)
+
+    def call(q, r):
+        return rel_attention(**{**fixed, "q": q, "r": r}, **others, backend="reference")
+
+    assert torch.autograd.gradgradcheck(call, (floats["q"], floats["r"]), fast_mode=True)
