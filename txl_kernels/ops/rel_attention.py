@@ -69,8 +69,8 @@ def rel_attention(
         window: (left, right), distances in tokens: p - left ≤ j ≤ p + right; None = open.
         chunk: (size, left) or (size, left, phase), in tokens, chunks, tokens:
             0 ≤ ⌊(p + phase)/size⌋ - ⌊(j + phase)/size⌋ ≤ left.
-        key_start, key_lens: int32 or int64 [B]: keys before the one and from the other on are not
-            there. Any value is taken; never read by the host.
+        key_start, key_lens: int32 or int64 [B]: row b attends to keys key_start[b] <= j <
+            key_lens[b]. Any value is valid; the host never reads them.
         mask: bool, broadcastable to [B, H, Tq, Tk], True = attend. All conditions must allow a key.
         bias: float32 or q's dtype, broadcastable to [B, H, Tq, Tk]; added to the scaled score.
         scale: default 1/√D.
@@ -91,6 +91,12 @@ def rel_attention(
     Raises:
         ValueError, TypeError: an argument of wrong shape, device, range or type.
         BackendUnavailableError: the named backend is missing or lacks an argument given here.
+
+    Masked content: keys and values outside key_start <= j < key_lens may hold anything, NaN and
+    infinity included. They change neither out, lse nor any gradient, and their own gradients are 0
+    (exception: dead_rows="uniform", which averages all values). A key or value that only causal,
+    window, chunk or mask excludes must be finite, as in `scaled_dot_product_attention`: NaN or
+    infinity there may reach queries that do not attend to it.
 
     Precision: scores, softmax and sums in float32 (float64 for float64). Under autocast q, k, v,
     r, mem_k, mem_v and q_pos are cast, the biases are not. A second derivative raises, except on
