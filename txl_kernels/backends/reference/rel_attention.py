@@ -123,7 +123,10 @@ def _allowed_keys(
     present: Tensor | None,  # bool [B, Tk]
     mask: Tensor | None,
 ) -> Tensor | None:
-    """bool, broadcastable to [B, H, Tq, Tk]: True where all given conditions let i see j."""
+    """bool, broadcastable to [B, H, Tq, Tk]: True where all conditions let i attend to j.
+
+    None if there is no condition.
+    """
     j = torch.arange(Tk, device=device)
     p = torch.arange(Tq, device=device)[:, None] + (Tk - Tq)  # the key position of each query
     conditions: list[Tensor] = []

@@ -88,17 +88,17 @@ def _rel_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """One program: BLOCK_Q queries of one (batch, head) over all keys that they see.
+    """One program: BLOCK_Q queries of one (batch, head) and all keys that they attend to.
 
     Reads its queries once, and keys, values and rows of r once per block of BLOCK_K keys; writes
     out and lse. Each chunk of BLOCK_K rows of r is multiplied once and used for two neighbouring
-    blocks of keys; p_position, where given, is read instead. Scores, softmax and sums are float32;
-    probabilities are rounded to the inputs' dtype for the product with v. Deterministic: every sum
-    is one program's, in a fixed order.
+    blocks of keys; if p_position is given, it is read instead. Scores, softmax and sums are
+    float32; probabilities are rounded to the inputs' dtype for the product with v. Deterministic:
+    each sum is computed by one program in a fixed order.
     """
     n_tiles = tl.cdiv(Tq, BLOCK_Q)
     i_bh = tl.program_id(0) // n_tiles
-    # With a causal mask the last queries see most keys: the longest programs start first.
+    # With a causal mask the last queries attend to most keys: the longest programs start first.
     begin_i = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_Q
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     o_i = begin_i + tl.arange(0, BLOCK_Q)
@@ -132,8 +132,8 @@ def _rel_attention_fwd_kernel(
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
     b_out = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    # Blocks of keys are aligned to the segment's first: each holds keys of the memory or of the
-    # segment, so which base pointers and strides to read through is one choice for a block.
+    # Blocks of keys are aligned to the segment's first key: each block is of the memory or of the
+    # segment, so that one choice of pointers and strides holds for all its keys.
     begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
     if p_position is not None:
         p_position += i_bh.to(tl.int64) * Tq * R
