@@ -36,7 +36,7 @@ def embed(
         within = within.where(inside, 0)
         rows = table
         if sparse:
-            distinct, within = within.unique(return_inverse=True)
+            distinct, within = within.unique(return_inverse=True)  # type: ignore[no-untyped-call]
             rows = embedding(distinct, table, sparse=True).to(work)
         found = embedding(within, rows).masked_fill(~inside[..., None], 0.0)
         parts.append(found if projection is None else found @ projection.mT)

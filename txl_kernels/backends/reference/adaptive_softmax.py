@@ -2,9 +2,9 @@
 
     -log p(token) = -log p_head(token or its cluster's column) - log p_tail(token in its cluster)
 
-Every token passes through every cluster, a piece of the vocabulary at a time, and what does not
-concern it is masked: the host never reads a target. Logits live for one piece, forward and
-backward: at most N × max(4096, V_k / 32) of them.
+Every token is multiplied with every cluster, a piece of the vocabulary at a time, and the results
+of clusters without the token's target are masked: the host never reads a target. Only one piece's
+logits are in memory at a time, forward and backward: at most N × max(4096, V_k / 32).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def log_prob(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> Tensor:
 
 @torch.no_grad()
 def topk(hidden: Tensor, head: Cluster, tails: Sequence[Cluster], k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row, likeliest first: log p [N, k] and tokens [N, k]."""
+    """The k most probable tokens of each row, in descending order: log p and tokens, [N, k]."""
     hidden, head, *tails = widened_rows(hidden, head, *tails)
     c0 = head.weight.shape[0] - len(tails)
     x = projected(hidden, head)
@@ -115,7 +115,7 @@ def _best_of_both(
 
 
 def _log_prob_at(hidden: Tensor, cluster: Cluster, column: Tensor) -> Tensor:
-    """log softmax of one column per row: [N]; meaningless where the column is out of range."""
+    """log softmax of one column per row: [N]; undefined where the column is out of range."""
     x = projected(hidden, cluster)
     lses, logit = [], x.new_zeros(x.shape[0])
     for first, piece in pieces(cluster):
@@ -126,7 +126,7 @@ def _log_prob_at(hidden: Tensor, cluster: Cluster, column: Tensor) -> Tensor:
 
 
 def _recomputed(function: Callable[..., Any], *args: Tensor | None) -> Any:
-    """Calls the function so that backward recomputes it; export knows no such call."""
+    """Calls the function so that backward recomputes it, except in export, which cannot."""
     if torch.compiler.is_exporting():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -135,7 +135,7 @@ def _recomputed(function: Callable[..., Any], *args: Tensor | None) -> Any:
 def _lse_and_logit_at(
     x: Tensor, weight: Tensor, bias: Tensor | None, column: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over one piece, and its logit at `column`, 0 where that is in another: [N]."""
+    """Log-sum-exp over one piece, and the logit of `column`, 0 if in another piece: [N] each."""
     logits = logits_of(x, Cluster(None, weight, bias))
     within = column.clamp(0, logits.shape[1] - 1)
     logit = logits.gather(1, within[:, None])[:, 0]
@@ -176,10 +176,10 @@ def logits_of(x: Tensor, cluster: Cluster) -> Tensor:
 
 
 def pieces(cluster: Cluster) -> list[tuple[int, Cluster]]:
-    """The cluster cut along the vocabulary: each piece's first column, and the piece."""
+    """The cluster split along the vocabulary: each piece's first column, and the piece."""
     n_columns = cluster.weight.shape[0]
     size = max(_MIN_COLUMNS, -(-n_columns // _MAX_PIECES))
-    # One split each, not slices: backward then joins the pieces' gradients once.
+    # One split, not several slices: backward then concatenates the pieces' gradients once.
     weights = torch.split(cluster.weight, size)
     biases = [None] * len(weights) if cluster.bias is None else torch.split(cluster.bias, size)
     return [
