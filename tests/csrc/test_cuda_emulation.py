@@ -17,6 +17,7 @@ CASES = {case.name: case for case in DECODE_CASES}
 # Every path between threads: one and four queries to a warp, warps that share keys and that do not,
 # one split and several, memory and segment, each head size.
 THREADED = ("one_query", "five_queries", "long_memory", "head_256_values_40", "everything")
+MASK = torch.arange(32) % 3 > 0
 IN_FLOAT16 = ("one_query", "nine_queries", "head_41", "long_memory", "everything")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
@@ -74,17 +75,23 @@ def test_large_integers_are_exact(options, emulations):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_keys_that_are_not_there_are_never_read(emulations):
-    call = inputs()
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [({}, torch.inf), ({"softcap": 3.0}, torch.nan), ({"mask": MASK}, torch.nan)],
+    ids=["plain", "softcap", "mask"],
+)
+def test_masked_keys_are_never_read(options, value, emulations):
+    call = inputs() | options
     lengths = {"key_start": torch.tensor([4, 0]), "key_lens": torch.tensor([32, 30])}
-    due, _ = emulations("address").attend(**call, **lengths)
+    due = emulations("address").attend(**call, **lengths)
     for name in ("mem_k", "mem_v"):
         call[name] = call[name].clone()
-        call[name][0, :, :4] = float("nan")
+        call[name][0, :, :4] = value
     for name in ("k", "v"):
         call[name] = call[name].clone()
-        call[name][1] = float("nan")
-    assert torch.equal(emulations("address").attend(**call, **lengths)[0], due)
+        call[name][1] = value
+    actual = emulations("address").attend(**call, **lengths)
+    assert all(torch.equal(a, b) for a, b in zip(actual, due, strict=True))
 
 
 @pytest.mark.parametrize("name", ["q", "k", "r"])

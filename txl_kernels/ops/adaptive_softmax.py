@@ -43,7 +43,8 @@ def adaptive_nll(
 
     Args:
         hidden: [N, d]; float32, bfloat16, float16 or float64.
-        target: int64 [N]: in [0, V), or `ignore_index`, which gives loss and gradient 0.
+        target: int64 [N]: in [0, V), or `ignore_index`, which gives loss and gradient 0; that row
+            of hidden may hold anything, NaN and infinity included.
         head_weight: [c0 + n_tails, d_0], hidden's dtype.
         tails: per tail cluster (projection [d_k, d] or None, weight [V_k, d_k], bias [V_k] or
             None); all matrices in `nn.Linear`'s orientation.

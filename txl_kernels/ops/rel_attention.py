@@ -95,6 +95,12 @@ def rel_attention(
         ValueError, TypeError: an argument has the wrong shape, device, range or type.
         BackendUnavailableError: the named backend is missing or does not support an argument.
 
+    Masked content: keys and values outside key_start <= j < key_lens may hold anything, NaN and
+    infinity included. They change neither out, lse nor any gradient, and their own gradients are 0
+    (exception: dead_rows="uniform", which averages all values). A key or value that only causal,
+    window, chunk or mask excludes must be finite, as in `scaled_dot_product_attention`: NaN or
+    infinity there may reach queries that do not attend to it.
+
     Precision: scores, softmax and sums in float32 (float64 for float64). Under autocast q, k, v,
     r, mem_k, mem_v and q_pos are cast, the biases are not. A second derivative raises, except on
     the reference.

@@ -1,4 +1,4 @@
-"""Sampled softmax: a loss of a large vocabulary from its target and some tokens drawn by chance."""
+"""Sampled softmax: a loss for a large vocabulary from the target and some random tokens."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from txl_kernels.ops.checks import check_int
 
 
 class LogUniformSampler:
-    """Tokens sorted by falling frequency, drawn with P(k) = log((k + 2) / (k + 1)) / log(V + 1).
+    """Draws tokens, in order of falling frequency, with P(k) = log((k + 2)/(k + 1)) / log(V + 1).
 
-    Close to Zipf's law, and drawn without a table: k = floor((V + 1)^u) - 1, u uniform in [0, 1).
+    The law is close to Zipf's and needs no table: k = floor((V + 1)^u) - 1, u uniform in [0, 1).
 
     Args:
         vocab_size: number of tokens V.
@@ -28,7 +28,7 @@ class LogUniformSampler:
     def draw(
         self, n: int, *, device: torch.device, generator: torch.Generator | None = None
     ) -> Tensor:
-        """`n` tokens with replacement, int64 [n]; nothing waits for the device."""
+        """`n` tokens with replacement, int64 [n]; the host does not wait for the device."""
         u = torch.rand(n, dtype=torch.float64, device=device, generator=generator)
         tokens = torch.exp(u * math.log(self.vocab_size + 1)).long() - 1
         return tokens.clamp_(0, self.vocab_size - 1)
@@ -48,9 +48,10 @@ def sampled_nll(
     n_sample: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """-log p(token) in nats, int64 [N] given rows [N, d], the sum in p estimated from draws.
+    """-log p(token) [N] in nats, of token int64 [N] and rows [N, d].
 
-    As `SampledSoftmax` says; weight [V, d], bias [V].
+    The sum in p is estimated from draws, by the formula of `SampledSoftmax`; weight [V, d],
+    bias [V].
     """
     drawn = sampler.draw(n_sample, device=rows.device, generator=generator)
     # One gather for targets and draws: one gradient of the table, where two would be added.
@@ -71,9 +72,9 @@ class SampledSoftmax(nn.Module):
     """-log p(target), the sum over all V in it estimated from `n_sample` draws.
 
     log p = l_y - log(exp(l_y) + Σ_{k drawn, k ≠ y} exp(l_k) / (n_sample · P(k))), the same draws
-    for all tokens of a call; a token drawn twice counts twice. The sum is without bias, so the
-    gradient's expectation nears the full softmax's as 1 / n_sample falls. The target's own logit
-    is not corrected, for it is always there: correcting it too, as for a classifier among
+    for all tokens of a call; a token drawn twice counts twice. The estimate of the sum is unbiased,
+    so the expected gradient approaches the full softmax's with 1 / n_sample. The target's own logit
+    is not corrected, because it is always in the sum: correcting it too, as for a classifier among
     candidates, has the same optimum but not the full softmax's gradient.
 
     In evaluation mode it is the full softmax.
@@ -103,15 +104,19 @@ class SampledSoftmax(nn.Module):
     ) -> Tensor:
         """Mean loss in nats of `target` int64 […] given `hidden` […, d]; -100 is not scored.
 
+        Rows of `hidden` that are not scored may hold anything, NaN and infinity included.
+
         Args:
             generator: of the draws, on hidden's device; torch's own if None.
 
         Raises:
             IndexError: a target out of range (on the CPU; a device assert on CUDA).
         """
-        rows, wanted = hidden.flatten(0, -2), target.flatten()
-        scored = wanted != -100
-        token = wanted.where(scored, 0)
+        rows, target = hidden.flatten(0, -2), target.flatten()
+        scored = target != -100
+        token = target.where(scored, 0)
+        # A row that is not scored may hold NaN, which a product with 0 keeps.
+        rows = rows.masked_fill(~scored[:, None], 0.0)
         if self.training:
             drawing = (self.sampler, self.n_sample, generator)
             nll = sampled_nll(rows, token, self.weight, self.bias, *drawing)

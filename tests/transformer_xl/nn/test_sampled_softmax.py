@@ -130,3 +130,20 @@ def test_training_lowers_the_full_loss(softmax: SampledSoftmax) -> None:
 def test_sizes_are_checked(vocab_size: int, n_sample: int) -> None:
     with pytest.raises(ValueError, match="expected at least 1, got 0"):
         SampledSoftmax(vocab_size, D, n_sample)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_that_are_not_scored_may_hold_anything(
+    softmax: SampledSoftmax, training: bool
+) -> None:
+    softmax.train(training)
+    _, target = rows_and_targets()
+    target[1] = -100
+    results = []
+    for value in (0.0, torch.nan):
+        hidden = rows_and_targets()[0].detach()
+        hidden[1] = value
+        loss = softmax(hidden.requires_grad_(), target, generator=torch.Generator().manual_seed(2))
+        results.append(torch.cat([loss[None], gradients(softmax, loss, hidden)]))
+    assert torch.equal(*results)
+    assert results[1].isfinite().all()

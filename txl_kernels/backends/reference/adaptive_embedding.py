@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+from torch.nn.functional import embedding
+
+from txl_kernels.backends.reference.precision import widened, work_dtype
 
 
 def embed(
@@ -17,19 +19,26 @@ def embed(
 ) -> Tensor:
     """Row of the token's table, projected, times scale: [..., d] in the tables' dtype.
 
-    Every token looks into every table, at row 0 where it is not its own, and what it finds there
-    is masked: the host never reads a token. Products are float32 (float64 for float64). A sparse
-    gradient so names row 0 for each token of another table, with zeros.
+    Every table is indexed with every token, with row 0 for tokens of other tables, and the rows
+    read for those are masked: the host never reads a token. All sums are float32 (float64 for
+    float64), the gradients' too: tables are cast before they are indexed. With `sparse` only the
+    distinct rows are cast, which the host must count, so that each row's sum is rounded once too;
+    the gradient may hold zeros for row 0.
     """
     dtype = tables[0].dtype
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    work = work_dtype(dtype)
+    tables = tables if sparse else widened(tables, work)
     parts = []
     first = 0
-    for table, projection in zip(tables, projections, strict=True):
+    for table, projection in zip(tables, widened(projections, work), strict=True):
         within = tokens - first
         inside = (within >= 0) & (within < table.shape[0])
-        rows = torch.nn.functional.embedding(within.where(inside, 0), table, sparse=sparse).to(work)
-        rows = rows.masked_fill(~inside[..., None], 0.0)
-        parts.append(rows if projection is None else rows @ projection.to(work).mT)
+        within = within.where(inside, 0)
+        rows = table
+        if sparse:
+            distinct, within = within.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+            rows = embedding(distinct, table, sparse=True).to(work)
+        found = embedding(within, rows).masked_fill(~inside[..., None], 0.0)
+        parts.append(found if projection is None else found @ projection.mT)
         first += table.shape[0]
     return (scale * sum(parts[1:], start=parts[0])).to(dtype)

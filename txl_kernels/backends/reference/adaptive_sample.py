@@ -1,8 +1,8 @@
-"""Adaptive softmax in plain PyTorch: tokens drawn from it, a piece of the vocabulary at a time.
+"""Sampling from the adaptive softmax in plain PyTorch, a piece of the vocabulary at a time.
 
-The greatest of logit / temperature + Gumbel noise is a draw from the softmax, and can be sought
-piece by piece. Inside a cluster log p is the logit plus a constant, so one pass finds the winner
-of every piece and that constant, and the winners are compared at the end.
+The argmax of logit / temperature + Gumbel noise is a draw from the softmax, and can be computed
+piece by piece. Within a cluster log p is the logit plus a constant. One pass computes the maximum
+of each piece and that constant; the maxima are compared at the end.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from txl_kernels.backends.reference.adaptive_softmax import (
     logits_of,
     pieces,
     projected,
+    widened_rows,
 )
 
 N_CANDIDATES = 8
 
 
 class Drawn(NamedTuple):
-    """Independent draws, and what the pass that made them found about the distribution."""
+    """Independent draws, and properties of the distribution from the same pass."""
 
     tokens: Tensor  # [N, J] int64
     log_probs: Tensor  # [N, J]: log p of each, at temperature 1
@@ -44,10 +45,11 @@ def sample(
 ) -> Tensor:
     """A token per row from p^(1 / temperature), int64 [N].
 
-    With `top_p` only tokens are drawn before which, in order of falling probability, less than
-    `top_p` lies: candidates are drawn from the whole distribution until one is such a token, in
-    1 / (1 - (1 - top_p)^8) rounds at most on average.
+    With `top_p` from the smallest set of tokens whose probabilities sum to at least `top_p`:
+    candidates are drawn from the whole distribution until one is in that set, on average in at
+    most 1 / (1 - (1 - top_p)^8) rounds.
     """
+    hidden, head, *tails = widened_rows(hidden, head, *tails)
     if top_p is None and temperature == 1:
         return _draw_by_level(hidden, head, tails, generator)
     if top_p is None:
@@ -75,7 +77,7 @@ def draw(
     entry = logits_of(projected(hidden, head), columns(head, c0, None))  # [N, n_tails]
     lses: list[Tensor] = []
     homes: list[int] = []  # the cluster of each piece
-    found: list[tuple[Tensor, Tensor, Tensor]] = []  # its winners: goal, logit, token
+    found: list[tuple[Tensor, Tensor, Tensor]] = []  # its maxima: with noise, logit, token
     for first_token, x, cluster in _token_clusters(hidden, head, tails):
         parts = []
         for first, piece in pieces(cluster):
@@ -102,12 +104,12 @@ def draw(
 def mass_before(
     hidden: Tensor, head: Cluster, tails: Sequence[Cluster], temperature: float, drawn: Drawn
 ) -> Tensor:
-    """[N, J]: the share of p^(1 / temperature) that lies on tokens likelier than each draw."""
+    """[N, J]: the share of p^(1 / temperature) of the tokens more probable than each draw."""
     mass = torch.zeros_like(drawn.log_probs)
     clusters = _token_clusters(hidden, head, tails)
     for shift, (_, x, cluster) in zip(drawn.shifts, clusters, strict=True):
         for _, piece in pieces(cluster):
-            log_probs = logits_of(x, piece) + shift[:, None]  # as `draw` adds them, to the bit
+            log_probs = logits_of(x, piece) + shift[:, None]  # the same bits as in `draw`
             probs = (log_probs / temperature - drawn.total[:, None]).exp()
             likelier = [log_probs > least[:, None] for least in drawn.log_probs.unbind(1)]
             mass += torch.stack([(probs * ahead).sum(1) for ahead in likelier], 1)
@@ -117,9 +119,9 @@ def mass_before(
 def _draw_by_level(
     hidden: Tensor, head: Cluster, tails: Sequence[Cluster], generator: torch.Generator | None
 ) -> Tensor:
-    """At temperature 1: a column of the head, then a token of the cluster where it is one's.
+    """At temperature 1: draws a column of the head, then a token of the cluster it stands for.
 
-    Reads no cluster into which no row went, for which the host waits once.
+    Clusters that no row drew are not read; the host waits once for each cluster's rows.
     """
     c0 = head.weight.shape[0] - len(tails)
     column = _draw_column(hidden, head, generator)
@@ -144,7 +146,7 @@ def _draw_column(hidden: Tensor, cluster: Cluster, generator: torch.Generator | 
 
 
 def _race(logits: Tensor, n_draws: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """The greatest of each row of [N, C] under Gumbel noise, and its column: [N, n_draws] each."""
+    """Each row's maximum of [N, C] plus Gumbel noise, and its column: [N, n_draws] each."""
 
     def run() -> tuple[Tensor, Tensor]:
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()

@@ -2,9 +2,9 @@
 
     -log p(token) = -log p_head(token or its cluster's column) - log p_tail(token in its cluster)
 
-Every token passes through every cluster, a piece of the vocabulary at a time, and what does not
-concern it is masked: the host never reads a target. Logits live for one piece, forward and
-backward: at most N × max(4096, V_k / 32) of them.
+Every token is multiplied with every cluster, a piece of the vocabulary at a time, and the results
+of clusters without the token's target are masked: the host never reads a target. Only one piece's
+logits are in memory at a time, forward and backward: at most N × max(4096, V_k / 32).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from txl_kernels.backends.reference.precision import widened, work_dtype
 
 _MIN_COLUMNS = 4096
 _MAX_PIECES = 32
@@ -36,12 +38,15 @@ def nll(
     ignore_index: int,
 ) -> Tensor:
     """Each token's -log p in nats, in token order, 0 where the target is ignored: [N]."""
+    hidden, head, *tails = widened_rows(hidden, head, *tails)
     c0 = head.weight.shape[0] - len(tails)
     n_tokens = c0 + sum(tail.weight.shape[0] for tail in tails)
     counted = target != ignore_index
+    # An ignored row may hold NaN, which a product with a gradient of 0 keeps.
+    hidden = hidden.masked_fill(~counted[:, None], 0.0)
     token = target.clamp(0, n_tokens - 1)
     column = token.clamp(max=c0 - 1)
-    log_prob = hidden.new_zeros(hidden.shape[0], dtype=_work_dtype(hidden))
+    log_prob = hidden.new_zeros(hidden.shape[0])
     first = c0
     for k, tail in enumerate(tails):
         within = token - first
@@ -70,6 +75,7 @@ def loss(
 
 def log_prob(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> Tensor:
     """log p of every token: [N, V]."""
+    hidden, head, *tails = widened_rows(hidden, head, *tails)
     c0 = head.weight.shape[0] - len(tails)
     head_log_probs = _log_probs(hidden, head)  # [N, c0 + n_tails]
     parts = [head_log_probs[:, :c0]]
@@ -80,7 +86,8 @@ def log_prob(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> Tensor:
 
 @torch.no_grad()
 def topk(hidden: Tensor, head: Cluster, tails: Sequence[Cluster], k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row, likeliest first: log p [N, k] and tokens [N, k]."""
+    """The k most probable tokens of each row, in descending order: log p and tokens, [N, k]."""
+    hidden, head, *tails = widened_rows(hidden, head, *tails)
     c0 = head.weight.shape[0] - len(tails)
     x = projected(hidden, head)
     head_lse = _lse(x, head)[:, None]
@@ -108,7 +115,7 @@ def _best_of_both(
 
 
 def _log_prob_at(hidden: Tensor, cluster: Cluster, column: Tensor) -> Tensor:
-    """log softmax of one column per row: [N]; meaningless where the column is out of range."""
+    """log softmax of one column per row: [N]; undefined where the column is out of range."""
     x = projected(hidden, cluster)
     lses, logit = [], x.new_zeros(x.shape[0])
     for first, piece in pieces(cluster):
@@ -119,7 +126,7 @@ def _log_prob_at(hidden: Tensor, cluster: Cluster, column: Tensor) -> Tensor:
 
 
 def _recomputed(function: Callable[..., Any], *args: Tensor | None) -> Any:
-    """Calls the function so that backward recomputes it; export knows no such call."""
+    """Calls the function so that backward recomputes it, except in export, which cannot."""
     if torch.compiler.is_exporting():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -128,7 +135,7 @@ def _recomputed(function: Callable[..., Any], *args: Tensor | None) -> Any:
 def _lse_and_logit_at(
     x: Tensor, weight: Tensor, bias: Tensor | None, column: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over one piece, and its logit at `column`, 0 where that is in another: [N]."""
+    """Log-sum-exp over one piece, and the logit of `column`, 0 if in another piece: [N] each."""
     logits = logits_of(x, Cluster(None, weight, bias))
     within = column.clamp(0, logits.shape[1] - 1)
     logit = logits.gather(1, within[:, None])[:, 0]
@@ -145,23 +152,34 @@ def _log_probs(hidden: Tensor, cluster: Cluster) -> Tensor:
     return logits_of(projected(hidden, cluster), cluster).log_softmax(1)
 
 
+def widened_rows(hidden: Tensor, *clusters: Cluster) -> Any:
+    """`hidden` and the clusters, with hidden and the projections in the dtype of all sums.
+
+    That is float32, or float64 for float64. Each is cast once for all clusters, so that its
+    gradient is rounded once; weights and biases are cast piece by piece, in `logits_of`.
+    """
+    tensors = (hidden, *(cluster.projection for cluster in clusters))
+    hidden, *projections = widened(tensors, work_dtype(hidden.dtype))
+    pairs = zip(projections, clusters, strict=True)
+    return hidden, *(Cluster(wide, cluster.weight, cluster.bias) for wide, cluster in pairs)
+
+
 def projected(hidden: Tensor, cluster: Cluster) -> Tensor:
-    """[N, d_k], in float32 (float64 for float64), as all that follows."""
-    x = hidden.to(_work_dtype(hidden))
-    return x if cluster.projection is None else x @ cluster.projection.to(x.dtype).mT
+    """Projected rows [N, d_k], from the results of `widened_rows`."""
+    return hidden if cluster.projection is None else hidden @ cluster.projection.mT
 
 
 def logits_of(x: Tensor, cluster: Cluster) -> Tensor:
-    """[N, V_k] from projected rows [N, d_k]."""
+    """[N, V_k] in x's dtype, from projected rows [N, d_k]."""
     logits = x @ cluster.weight.to(x.dtype).mT
     return logits if cluster.bias is None else logits + cluster.bias.to(x.dtype)
 
 
 def pieces(cluster: Cluster) -> list[tuple[int, Cluster]]:
-    """The cluster cut along the vocabulary: each piece's first column, and the piece."""
+    """The cluster split along the vocabulary: each piece's first column, and the piece."""
     n_columns = cluster.weight.shape[0]
     size = max(_MIN_COLUMNS, -(-n_columns // _MAX_PIECES))
-    # One split each, not slices: backward then joins the pieces' gradients once.
+    # One split, not several slices: backward then concatenates the pieces' gradients once.
     weights = torch.split(cluster.weight, size)
     biases = [None] * len(weights) if cluster.bias is None else torch.split(cluster.bias, size)
     return [
@@ -174,7 +192,3 @@ def columns(cluster: Cluster, first: int, last: int | None) -> Cluster:
     """Columns first … last - 1 of a cluster's logits, as a cluster."""
     bias = None if cluster.bias is None else cluster.bias[first:last]
     return Cluster(cluster.projection, cluster.weight[first:last], bias)
-
-
-def _work_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.backends.reference.philox import dropout_keep
+from txl_kernels.backends.reference.precision import widened, work_dtype
 from txl_kernels.backends.reference.rel_shift import rel_shift, within_reach
 
 
@@ -47,23 +48,35 @@ def rel_attention(
 ) -> tuple[Tensor, Tensor]:
     """Returns out [B, H, Tq, Dv] in q's dtype and lse [B, H, Tq], without gradient.
 
-    The arguments are those of the op's schema, in its words. Everything between is in
-    `compute_dtype`: by default float64 for float64, else float32.
+    The arguments are those of the op's schema, with the same names. All arithmetic is in
+    `compute_dtype`, by default float64 for float64 and float32 otherwise: every input is cast
+    once, so that its gradient is rounded once.
     """
-    work = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    keys = _joined(mem_k, k).to(work)
-    values = _joined(mem_v, v).to(work)
+    dtype, work = q.dtype, compute_dtype or work_dtype(q.dtype)
+    q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, bias = widened(
+        (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, bias), work
+    )
+    keys, values = _joined(mem_k, k), _joined(mem_v, v)
     Tq, Tk = q.shape[2], keys.shape[2]
+    present = _present_keys(Tk, key_start, key_lens)
+    if present is not None:
+        # An absent key may hold NaN, which a product with a probability or gradient of 0 keeps.
+        absent = ~present  # [B, Tk]
+        keys = keys.masked_fill(absent[:, None, :, None], 0.0)
+        if not dead_uniform:
+            values = values.masked_fill(absent[:, None, :, None], 0.0)
+        if bias is not None:
+            bias = bias.masked_fill(absent[:, None, None, :], 0.0)
 
-    content = _plus_head_bias(q, r_w_bias, work) @ keys.mT
-    position = _plus_head_bias(q if q_pos is None else q_pos, r_r_bias, work) @ r.to(work).mT
+    content = _plus_head_bias(q, r_w_bias) @ keys.mT
+    position = _plus_head_bias(q if q_pos is None else q_pos, r_r_bias) @ r.mT
     scores = scale * (content + rel_shift(position, Tk, offset, clamp=clamp))  # [B, H, Tq, Tk]
     if bias is not None:
-        scores = scores + bias.to(work)
+        scores = scores + bias
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     allowed = _allowed_keys(
-        Tq, Tk, q.device, causal, window_left, window_right, chunk, key_start, key_lens, mask
+        Tq, Tk, q.device, causal, window_left, window_right, chunk, present, mask
     )
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
@@ -77,15 +90,26 @@ def rel_attention(
         assert dropout_seed is not None
         keep = dropout_keep(dropout_seed, dropout_p, (q.shape[0], q.shape[1], Tq, Tk))
         probs = (probs / (1.0 - dropout_p)).masked_fill(~keep, 0.0)
-    return (probs @ values).to(q.dtype), lse
+    return (probs @ values).to(dtype), lse
 
 
 def _joined(memory: Tensor | None, segment: Tensor) -> Tensor:
     return segment if memory is None else torch.cat([memory, segment], dim=2)
 
 
-def _plus_head_bias(q: Tensor, head_bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return q.to(dtype) if head_bias is None else q.to(dtype) + head_bias.to(dtype)[:, None]
+def _plus_head_bias(q: Tensor, head_bias: Tensor | None) -> Tensor:
+    return q if head_bias is None else q + head_bias[:, None]
+
+
+def _present_keys(Tk: int, key_start: Tensor | None, key_lens: Tensor | None) -> Tensor | None:
+    """bool [B, Tk]: key_start <= j < key_lens; None if neither is given."""
+    present = None
+    if key_start is not None:
+        present = torch.arange(Tk, device=key_start.device) >= key_start[:, None]
+    if key_lens is not None:
+        before_end = torch.arange(Tk, device=key_lens.device) < key_lens[:, None]
+        present = before_end if present is None else present & before_end
+    return present
 
 
 def _allowed_keys(
@@ -96,11 +120,13 @@ def _allowed_keys(
     window_left: int | None,
     window_right: int | None,
     chunk: Sequence[int],
-    key_start: Tensor | None,
-    key_lens: Tensor | None,
+    present: Tensor | None,  # bool [B, Tk]
     mask: Tensor | None,
 ) -> Tensor | None:
-    """bool, broadcastable to [B, H, Tq, Tk]: True where all given conditions let i see j."""
+    """bool, broadcastable to [B, H, Tq, Tk]: True where all conditions let i attend to j.
+
+    None if there is no condition.
+    """
     j = torch.arange(Tk, device=device)
     p = torch.arange(Tq, device=device)[:, None] + (Tk - Tq)  # the key position of each query
     conditions: list[Tensor] = []
@@ -114,10 +140,8 @@ def _allowed_keys(
         size, left_chunks, phase = chunk
         behind = _chunk_of(p, size, phase) - _chunk_of(j, size, phase)
         conditions.append((behind >= 0) & (behind <= left_chunks))
-    if key_start is not None:
-        conditions.append(j >= key_start[:, None, None, None])
-    if key_lens is not None:
-        conditions.append(j < key_lens[:, None, None, None])
+    if present is not None:
+        conditions.append(present[:, None, None, :])
     if mask is not None:
         conditions.append(mask)
     if not conditions:

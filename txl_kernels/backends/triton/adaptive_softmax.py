@@ -64,15 +64,15 @@ def adaptive_loss_fwd(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns loss [], rest [] and the gradients of hidden and of the clusters' tensors.
 
-    In float16 the root of the mean's factor stays in `rest`: 1 / n of a small gradient would be 0
-    there, and a sum over n tokens may be infinite.
+    In float16 the gradients contain the square root of the mean's factor 1 / n and `rest` is the
+    other root: 1 / n of a small gradient would be 0 there, and a sum over n tokens may be infinite.
     """
     with torch.cuda.device_of(hidden):
         call = _Call("adaptive_loss", hidden, target, clusters, ignore_index)
         grads = _Gradients(hidden, clusters, needs_grad)
         nll, lse = call.new_losses()
         one = nll.new_ones(())
-        # The first of the ignored tokens stands behind those that count.
+        # The sorted position of the first ignored token is the number of scored ones.
         scale = call.buckets.first[-2].clamp(min=1).float().reciprocal() if mean else one
         factor, rest = (scale, one) if hidden.dtype != torch.float16 else (scale.sqrt(),) * 2
         if call.N == 0:
@@ -87,7 +87,7 @@ def adaptive_loss_fwd(
 
 
 def adaptive_loss_bwd(dloss: Tensor, rest: Tensor, grads: Sequence[Tensor]) -> None:
-    """Multiplies the gradients in place by dloss · rest, which costs nothing where that is 1."""
+    """Multiplies the gradients in place by dloss · rest; reads no gradient if that is 1."""
     factor = (dloss * rest).float()
     with torch.cuda.device_of(dloss):
         for grad in grads:
@@ -99,7 +99,7 @@ def adaptive_loss_bwd(dloss: Tensor, rest: Tensor, grads: Sequence[Tensor]) -> N
 
 @triton.jit
 def _adaptive_scale_kernel(p_grad, p_factor, n, BLOCK: tl.constexpr):
-    """BLOCK elements, in place, times one number in float32; reads nothing else where it is 1."""
+    """Multiplies BLOCK elements in place by one float32 number; reads no element if it is 1."""
     factor = tl.load(p_factor)
     if factor != 1.0:
         o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -108,7 +108,7 @@ def _adaptive_scale_kernel(p_grad, p_factor, n, BLOCK: tl.constexpr):
 
 
 class _Gradients:
-    """Buffers for the wanted gradients of hidden and of every cluster's tensors, else None."""
+    """Buffers for the requested gradients of hidden and of every cluster's tensors, else None."""
 
     def __init__(
         self, hidden: Tensor, clusters: Sequence[Tensor], needs_grad: Sequence[bool]
@@ -145,7 +145,7 @@ class _Gradients:
 
 
 class _Call:
-    """One call's arguments as the kernels take them, and its tokens by cluster."""
+    """One call's arguments in the form that the kernels read, and its tokens by cluster."""
 
     def __init__(
         self,
@@ -173,8 +173,16 @@ class _Call:
             op, "target", self.targets.target, sizes, ignore_index
         )
 
+    def clear_ignored_rows(self) -> None:
+        """Replaces hidden by a copy with 0 in the rows of ignored tokens, which may hold NaN.
+
+        The gradients of the head's weights are products with all rows, and 0 · NaN is NaN.
+        """
+        ignored = self.targets.target == self.targets.ignore_index
+        self.hidden = self.hidden.masked_fill(ignored[:, None], 0.0)
+
     def new_losses(self) -> tuple[Tensor, Tensor]:
-        """nll [N] and lse [2, N]; what no tail writes is 0."""
+        """nll [N], uninitialised, and lse [2, N], zeros: no tail writes the head's tokens."""
         nll = self.hidden.new_empty(self.N, dtype=torch.float32)
         return nll, nll.new_zeros(2, self.N)
 
@@ -193,6 +201,8 @@ class _Call:
         return tails
 
     def backward(self, grads: _Gradients, lse: Tensor, dnll: Tensor) -> None:
+        """Writes the gradients of Σ dnll · nll."""
+        self.clear_ignored_rows()
         x = self.head_x()
         dx = heads.head_bwd(
             x, self.head, self.targets, lse[0], dnll,
@@ -206,7 +216,8 @@ class _Call:
     def loss_and_gradients(
         self, grads: _Gradients, nll: Tensor, lse: Tensor, scale: Tensor
     ) -> None:
-        """Writes nll, lse, and the gradients of its sum times `scale` []."""
+        """Writes nll, lse, and the gradients of `scale` [] times the sum of nll."""
+        self.clear_ignored_rows()
         x = self.head_x()
         size = heads.block_of_tokens(self.N, self.head.weight.shape[0])
         wanted = grads.weights[0], grads.biases[0], grads.needs_rows(0)
@@ -223,7 +234,7 @@ class _Call:
             self._tails_bwd(grads, tails, lse[1], scale)
 
     def _head_rows_bwd(self, grads: _Gradients, dx: Tensor | None) -> None:
-        """From the gradient of the head's projected rows to those of hidden and projection."""
+        """Writes the gradients of hidden and projection from that of the head's projected rows."""
         if dx is None:
             return
         projection = self.head.projection
@@ -236,7 +247,10 @@ class _Call:
             heads.multiply(dx.mT, self.hidden, out=grads.projections[0])
 
     def _tails_bwd(self, grads: _Gradients, tails: Tails, lse: Tensor, factor: Tensor) -> None:
-        """Adds the tails' part to hidden's gradient, which the head's has been written to."""
+        """Adds the tails' part to hidden's gradient, which holds the head's part already.
+
+        Writes the gradients of the tails' weights, biases and projections.
+        """
         write_tails_dweight(tails, self.buckets, lse, factor, grads.weights[1:], grads.biases[1:])
         n_tails = len(self.tails)
         if not any(grads.needs_rows(k) for k in range(1, n_tails + 1)):

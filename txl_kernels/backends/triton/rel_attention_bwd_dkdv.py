@@ -1,4 +1,4 @@
-"""The backward kernel of `rel_attention` that owns keys: dk, dv and those of the memory."""
+"""The backward kernel of `rel_attention` for keys: dk, dv and the memory's dmem_k, dmem_v."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from txl_kernels.backends.triton.rel_attention_tile import (
 def _store_keys(
     p_segment, p_memory, tile, i_bh, begin_j, Tm, Tk, o_d, D: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Writes a tile of keys of the memory or of the segment, [B, H, T, D]; None is not wanted."""
+    """Writes a tile of keys to the gradient of the segment or memory, [B, H, T, D], if not None."""
     o_j = begin_j + tl.arange(0, ROWS)
     columns = (o_d < D)[None, :]
     if p_segment is not None:
@@ -61,7 +61,7 @@ def _rel_attention_bwd_dkdv_kernel(
     p_lse_high,  # [B, H, padded_rows(Tq)], contiguous, float32: lse in base 2 is high + low
     p_lse_low,  # the same, or None: 0
     p_delta,  # the same
-    p_dk,  # [B, H, Ts, D], contiguous; None where not wanted, as the three below
+    p_dk,  # [B, H, Ts, D], contiguous; None if not requested, as the three below
     p_dv,  # [B, H, Ts, DV]
     p_dmem_k,  # [B, H, Tm, D]
     p_dmem_v,  # [B, H, Tm, DV]
@@ -82,18 +82,18 @@ def _rel_attention_bwd_dkdv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_K keys of one (batch, head) and all queries that see some of them.
+    """One program: BLOCK_K keys of one (batch, head) and all queries that attend to some of them.
 
-    Recomputes probabilities from lse, block by block of BLOCK_Q queries, as tiles [keys, queries]:
-    so they are left operands of the products that sum over queries, as they come from those
-    before. Two chunks of r are multiplied per block, for the queries change with every block.
-    Accumulates dk and dv in float32 in registers and writes them once. Deterministic: every sum is
-    one program's, in a fixed order.
+    Recomputes probabilities from lse, a block of BLOCK_Q queries at a time, as tiles [keys,
+    queries]: the products that sum over queries read them as left operands without a transposition.
+    Two chunks of r are multiplied per block, because the queries change with each block.
+    Accumulates dk and dv in float32 in registers and writes them once. Deterministic: each sum is
+    computed by one program in a fixed order.
     """
     NEEDS_DK: tl.constexpr = (p_dk is not None) or (p_dmem_k is not None)
     NEEDS_DV: tl.constexpr = (p_dv is not None) or (p_dmem_v is not None)
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
-    # With a causal mask the first keys are seen by most queries: the longest programs start first.
+    # With a causal mask most queries attend to the first keys: the longest programs start first.
     # Tiles are aligned to the segment's first key: each is of the memory or of the segment.
     begin_j = (first_tile + tl.program_id(0) % n_tiles - tl.cdiv(Tm, BLOCK_K)) * BLOCK_K + Tm
     i_b, i_h = i_bh // H, i_bh % H
@@ -116,15 +116,19 @@ def _rel_attention_bwd_dkdv_kernel(
     if p_mask is not None:
         p_mask += i_b * s_mask_b + i_h * s_mask_h
     first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
-    p_rows, s_row, low, high = key_block(p_k, s_k_j, p_mem_k, s_mem_k_j, begin_j, last, Tm)
+    p_rows, s_row, low, high = key_block(
+        p_k, s_k_j, p_mem_k, s_mem_k_j, begin_j, p_key_start, first, last, Tm
+    )
     b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
-    p_rows, s_row, low, high = key_block(p_v, s_v_j, p_mem_v, s_mem_v_j, begin_j, last, Tm)
+    p_rows, s_row, low, high = key_block(
+        p_v, s_v_j, p_mem_v, s_mem_v_j, begin_j, p_key_start, first, last, Tm
+    )
     b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
     begin, end = seeing_queries(
         begin_j, begin_j + BLOCK_K,
         first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
     )  # fmt: skip
-    # Blocks of queries are aligned, and the last one is whole in what is padded.
+    # Blocks of queries are aligned; the padding of the queries completes the last one.
     begin = begin // BLOCK_Q * BLOCK_Q
 
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)

@@ -1,4 +1,4 @@
-"""The backward kernel of `rel_attention` that owns queries: dq, dr and the head biases' sums."""
+"""The backward kernel of `rel_attention` for queries: dq, dr and the sums of the head biases."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def _add_chunk(
     b_chunk, b_qv, b_dqv, b_ends, begin_m, p_r, s_r_m, p_dr, R, o_d,
     D: tl.constexpr, CLAMP: tl.constexpr, NEEDS_DQV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Spends score gradients by row of r, [ROWS from begin_m on, queries]: on dqv, and on dr.
+    """Adds score gradients by row of r, [ROWS from begin_m on, queries], to dqv and to dr.
 
-    With CLAMP, what falls on rows below 0 or above R - 1 is summed for each query, in the first and
-    second row of b_ends, and left to the end: within one addition to dr no row occurs twice. The
-    sums are products, for sums along columns would be exchanged between lanes.
+    With CLAMP, gradients of rows below 0 and above R - 1 are summed for each query, in the first
+    and second row of b_ends, and added to dr at the end: within one addition to dr no row occurs
+    twice. The sums are products, because sums along columns would need exchanges between lanes.
     """
     if NEEDS_DQV:
         b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, ROWS)
@@ -84,7 +84,7 @@ def _rel_attention_bwd_dqdr_kernel(
     p_lse_high,  # [B, H, padded_rows(Tq)], contiguous, float32: lse in base 2 is high + low
     p_lse_low,  # the same, or None: 0
     p_delta,  # the same
-    p_dq,  # [B, H, Tq, D], contiguous; None where not wanted, as the three below
+    p_dq,  # [B, H, Tq, D], contiguous; None if not requested, as the three below
     p_dr,  # [1 or B, 1 or H, splits or 1, R, D], contiguous, float32, zeros at first
     p_dqu_sums,  # [B, H, tiles, D], contiguous, float32
     p_dqv_sums,  # the same
@@ -106,13 +106,14 @@ def _rel_attention_bwd_dqdr_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of BLOCK_Q queries of a head, of those from first_item on, all its keys.
+    """One program: one tile of BLOCK_Q queries of a head and all their keys.
 
-    Recomputes probabilities from lse, block by block; dq stays in registers. A block's score
-    gradients complete the chunk of rows of r before its own, which is then multiplied once for dq
-    and once for dr, and dr is added to memory in float32. Writes dq and, per tile, the column sums
-    of its two parts. The order of additions to dr is fixed where every program of a launch has a
-    split to itself. All other sums are one program's, in order.
+    A launch computes the tiles from first_item on. Recomputes probabilities from lse, block by
+    block; dq stays in registers. A block's score gradients complete those of the previous chunk of
+    rows of r, which are then multiplied once for dq and once for dr; dr is added to memory in
+    float32. Writes dq and, per tile, the column sums of its two parts. The order of additions to dr
+    is fixed if each program of a launch has its own split. Each other sum is computed by one
+    program in a fixed order.
     """
     NEEDS_DQU: tl.constexpr = (p_dq is not None) or (p_dqu_sums is not None)
     NEEDS_DQV: tl.constexpr = (p_dq is not None) or (p_dqv_sums is not None)
@@ -122,7 +123,7 @@ def _rel_attention_bwd_dqdr_kernel(
     i_h = (i_group % H).to(tl.int64)
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     i_b = (i_group // H + i_item // n_tiles).to(tl.int64)
-    # With a causal mask the last queries see most keys: the longest tiles come first.
+    # With a causal mask the last queries attend to most keys: the longest tiles start first.
     i_tile = n_tiles - 1 - i_item % n_tiles
     begin_i = i_tile * BLOCK_Q
     o_i = begin_i + tl.arange(0, BLOCK_Q)
@@ -154,7 +155,7 @@ def _rel_attention_bwd_dqdr_kernel(
         tl.minimum(begin_i + BLOCK_Q, Tq) - 1,
         first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
     )  # fmt: skip
-    # Blocks of keys are aligned to the segment's first, as the forward's are.
+    # Blocks of keys are aligned to the segment's first key, as in forward.
     begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
 
     b_dqu = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
@@ -173,12 +174,12 @@ def _rel_attention_bwd_dqdr_kernel(
         b_scores = skew_transposed(chunk, earlier, BLOCK_K, BLOCK_Q)
         earlier = chunk
         p_rows, s_row, low, high = key_block(
-            p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, last, Tm
+            p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, p_key_start, first, last, Tm
         )
         b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
         b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
         p_rows, s_row, low, high = key_block(
-            p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, last, Tm
+            p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, p_key_start, first, last, Tm
         )
         b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
         b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")

@@ -10,6 +10,7 @@ from txl_kernels.backends.triton.rel_attention_skew import skew
 from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
     dropout_keep,
+    key_block,
     key_limits,
     load_block,
     load_position_block,
@@ -87,17 +88,17 @@ def _rel_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """One program: BLOCK_Q queries of one (batch, head) over all keys that they see.
+    """One program: BLOCK_Q queries of one (batch, head) and all keys that they attend to.
 
     Reads its queries once, and keys, values and rows of r once per block of BLOCK_K keys; writes
     out and lse. Each chunk of BLOCK_K rows of r is multiplied once and used for two neighbouring
-    blocks of keys; p_position, where given, is read instead. Scores, softmax and sums are float32;
-    probabilities are rounded to the inputs' dtype for the product with v. Deterministic: every sum
-    is one program's, in a fixed order.
+    blocks of keys; if p_position is given, it is read instead. Scores, softmax and sums are
+    float32; probabilities are rounded to the inputs' dtype for the product with v. Deterministic:
+    each sum is computed by one program in a fixed order.
     """
     n_tiles = tl.cdiv(Tq, BLOCK_Q)
     i_bh = tl.program_id(0) // n_tiles
-    # With a causal mask the last queries see most keys: the longest programs start first.
+    # With a causal mask the last queries attend to most keys: the longest programs start first.
     begin_i = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_Q
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     o_i = begin_i + tl.arange(0, BLOCK_Q)
@@ -131,8 +132,8 @@ def _rel_attention_fwd_kernel(
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
     b_out = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    # Blocks of keys are aligned to the segment's first: each holds keys of the memory or of the
-    # segment, so which base pointers and strides to read through is one choice for a block.
+    # Blocks of keys are aligned to the segment's first key: each block is of the memory or of the
+    # segment, so that one choice of pointers and strides holds for all its keys.
     begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
     if p_position is not None:
         p_position += i_bh.to(tl.int64) * Tq * R
@@ -149,16 +150,10 @@ def _rel_attention_fwd_kernel(
             chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
             b_scores = skew(chunk, earlier, BLOCK_Q, BLOCK_K)
             earlier = chunk
-        p_keys, p_values, s_key, s_value, low = p_k, p_v, s_k_j, s_v_j, Tm
-        high = tl.maximum(last, Tm)
-        if p_mem_k is not None:
-            in_memory = begin_j < Tm
-            low = tl.where(in_memory, 0, Tm)
-            high = tl.where(in_memory, tl.minimum(last, Tm), high)
-            p_keys, p_values = tl.where(in_memory, p_mem_k, p_k), tl.where(in_memory, p_mem_v, p_v)
-            s_key = tl.where(in_memory, s_mem_k_j, s_k_j)
-            s_value = tl.where(in_memory, s_mem_v_j, s_v_j)
-        b_k = load_block(p_keys, s_key, begin_j, low, high, o_d, D, BLOCK_K)
+        p_rows, s_row, low, high = key_block(
+            p_k, s_k_j, p_mem_k, s_mem_k_j, begin_j, p_key_start, first, last, Tm
+        )
+        b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
         b_scores = tl.dot(b_qu, tl.trans(b_k), b_scores, input_precision="ieee")
         if softcap is not None:
             b_scores = tanh(b_scores * (scale / softcap))
@@ -181,7 +176,10 @@ def _rel_attention_fwd_kernel(
         if threshold is not None:
             keep = dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, BLOCK_Q, BLOCK_K)
             b_probs = tl.where(keep, b_probs, 0.0)
-        b_v = load_block(p_values, s_value, begin_j, low, high, o_dv, DV, BLOCK_K)
+        p_rows, s_row, low, high = key_block(
+            p_v, s_v_j, p_mem_v, s_mem_v_j, begin_j, p_key_start, first, last, Tm
+        )
+        b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
         b_out *= shrink[:, None]
         b_out = tl.dot(b_probs.to(b_v.dtype), b_v, b_out, input_precision="ieee")
 

@@ -1,8 +1,9 @@
-"""What forward and backward of `rel_attention` share inside a tile of [queries, keys].
+"""Functions of a tile [queries, keys] that forward and backward of `rel_attention` share.
 
-Which keys a query sees, rows of keys and of r from memory, softcap, dropout. The skew is in
-`rel_attention_skew.py`. `docs/mathematics.md` derives both; numbers come from
-`rel_attention_call.py`, which sees to it that nothing here overflows or divides below 0.
+They compute which keys a query attends to, load rows of keys and of r, and apply softcap and
+dropout. The skew is in `rel_attention_skew.py`. `docs/mathematics.md` derives both. The numbers are
+from `rel_attention_call.py`, which limits them so that no 32-bit sum overflows and no negative
+number is divided.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def key_limits(p_key_start, p_key_lens, i_b, Tk):
-    """[first, last): the keys that batch row i_b has, whatever the lengths say: within [0, Tk]."""
+    """[first, last): the keys of batch row i_b, clamped to [0, Tk]; empty if first >= last."""
     first = 0
     last = Tk
     if p_key_start is not None:
@@ -29,10 +30,10 @@ def key_limits(p_key_start, p_key_lens, i_b, Tk):
 
 @triton.jit
 def visible_keys(o_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase):
-    """[lo, hi) of the keys that query o_i sees; o_i is a number or a block.
+    """[lo, hi) of the keys that query o_i attends to; o_i is a number or a block.
 
-    Both never decrease with o_i, so a tile sees nothing outside [lo(first query), hi(last query))
-    and every query of it sees all of [lo(last query), hi(first query)).
+    Neither lo nor hi decreases with o_i. So no query of a tile attends to a key outside
+    [lo(first query), hi(last query)), and each attends to all of [lo(last query), hi(first query)).
     """
     p = o_i + (Tk - Tq)
     lo = tl.maximum(p - left, first)
@@ -49,9 +50,9 @@ def visible_tile(
     begin_i, begin_j, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """bool [queries from begin_i on, keys from begin_j on]: what sees what.
+    """bool [queries from begin_i on, keys from begin_j on]: True where the query attends.
 
-    Counted from begin_j on, so that nothing of it stays in registers from block to block.
+    Keys are counted from begin_j, so that no intermediate result stays in registers between blocks.
     """
     if chunk_size is not None:
         chunk_phase += begin_j
@@ -67,10 +68,10 @@ def visible_tile(
 def seeing_queries(
     begin_j, end_j, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
 ):
-    """[lo, hi) of the queries that see some key in [begin_j, end_j), within [0, Tq].
+    """[lo, hi) of the queries that attend to a key in [begin_j, end_j), within [0, Tq].
 
-    The mirror image of `visible_keys`: queries outside see none of these keys, and inside too some
-    may not.
+    The mirror image of `visible_keys`: queries outside attend to none of these keys; some queries
+    inside may attend to none either.
     """
     begin_j = tl.maximum(begin_j, first)
     end_j = tl.minimum(end_j, last)
@@ -89,11 +90,11 @@ def seeing_queries(
 
 @triton.jit
 def mask_tile(p_mask, s_mi, s_mj, o_i, o_j, Tq, Tk):
-    """bool [queries, keys] of the dense mask, False outside it; p_mask stands at [b, h, 0, 0].
+    """bool [queries, keys] of the dense mask, False outside it; p_mask points to [b, h, 0, 0].
 
-    Keys begin below 0 in the first block of a memory that is no multiple of a block: taken as
-    unsigned they are beyond Tk. Backward gives keys and queries, their strides and numbers the
-    other way round.
+    Where the memory's length is no multiple of a block, the keys of its first block begin below 0;
+    as unsigned numbers they are above Tk. Backward exchanges queries and keys, with their strides
+    and counts.
     """
     m_i = o_i.to(tl.uint32, bitcast=True) < Tq
     m_j = o_j.to(tl.uint32, bitcast=True) < Tk
@@ -104,7 +105,7 @@ def mask_tile(p_mask, s_mi, s_mj, o_i, o_j, Tq, Tk):
 
 @triton.jit
 def load_rows(p_rows, o_row, stride, n_rows, o_d, D: tl.constexpr):
-    """[rows, D]: rows o_row of a matrix, 0 outside [0, n_rows) and from column D on."""
+    """[rows, D]: rows o_row of a matrix; 0 outside [0, n_rows) and from column D on."""
     p_tile = p_rows + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
     inside = ((o_row >= 0) & (o_row < n_rows))[:, None]
     if o_d.shape[0] > D:
@@ -113,35 +114,10 @@ def load_rows(p_rows, o_row, stride, n_rows, o_d, D: tl.constexpr):
 
 
 @triton.jit
-def load_keys(p_segment, stride, p_memory, memory_stride, o_j, Tm, Tk, o_d, D: tl.constexpr):
-    """[keys, D]: rows o_j ≥ 0 of [memory; segment], each read where it is; 0 from Tk on."""
-    if p_memory is not None:
-        p_row = tl.where(
-            o_j < Tm,
-            p_memory + o_j.to(tl.int64) * memory_stride,
-            p_segment + (o_j - Tm).to(tl.int64) * stride,
-        )
-    else:
-        p_row = p_segment + o_j.to(tl.int64) * stride
-    inside = (o_j < Tk)[:, None]
-    if o_d.shape[0] > D:
-        inside = inside & (o_d < D)[None, :]
-    return tl.load(p_row[:, None] + o_d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def load_positions(p_r, stride, o_m, R, o_d, D: tl.constexpr, CLAMP: tl.constexpr):
-    """[rows, D]: rows o_m of r; outside [0, R) 0, or with CLAMP the nearest row."""
-    if CLAMP:
-        o_m = tl.minimum(tl.maximum(o_m, 0), R - 1)
-    return load_rows(p_r, o_m, stride, R, o_d, D)
-
-
-@triton.jit
 def load_skewed(
     p_position, o_i, begin_j, offset, Tq, R, CLAMP: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """float32 [queries, keys from begin_j on]: x[i, j - i + offset] of a contiguous x [Tq, R].
+    """float32 [queries, keys from begin_j on]: x[i, j - i + offset] of a contiguous x, [Tq, R].
 
     Outside [0, R) 0, or with CLAMP the nearest column.
     """
@@ -156,28 +132,28 @@ def load_skewed(
 
 @triton.jit
 def padded_rows(Tq):
-    """Rows per (batch, head) of what backward has of its queries: whole tiles of any height."""
+    """Rows per (batch, head) in backward's copies of the queries: a multiple of every tile."""
     return (Tq + 127) // 128 * 128
 
 
 @triton.jit
 def load_padded(p_rows, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS]: rows from `begin` on of a contiguous matrix that has them all."""
+    """[ROWS, COLUMNS]: rows from `begin` on of a contiguous matrix, all of which exist."""
     o_tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return tl.load(p_rows + begin.to(tl.int64) * COLUMNS + o_tile)
 
 
 @triton.jit
 def load_block(p_rows, stride, begin, low, high, o_d, D: tl.constexpr, ROWS: tl.constexpr):
-    """[ROWS, D]: rows from `begin` on of a matrix whose row `low` p_rows points to; 0 outside
-    [low, high) and from column D on.
+    """[ROWS, D]: rows from `begin` on of a matrix; 0 outside [low, high) and from column D on.
 
-    For loops: of the 64-bit part most is one number for all threads, the multiples of 16 rows too.
+    p_rows points to row `low`. For use in loops: most of the 64-bit arithmetic, multiples of 16
+    rows included, is the same for all threads.
     """
     o = tl.arange(0, ROWS)
     o_tile = (o & -16).to(tl.int64) * stride + (o & 15) * stride
     p_tile = p_rows + tl.full((), begin - low, tl.int64) * stride + o_tile[:, None] + o_d[None, :]
-    # One comparison for both ends: below 0 an unsigned number is large.
+    # One comparison for both ends: a negative number is large as an unsigned one.
     inside = (o + (begin - low)).to(tl.uint32, bitcast=True) < (high - low).to(
         tl.uint32, bitcast=True
     )
@@ -212,11 +188,12 @@ def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
 
 
 @triton.jit
-def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, last, Tm):
-    """Where a block of keys is read, which lies in the memory or in the segment.
+def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, p_key_start, first, last, Tm):
+    """Where a block of keys is in memory; all its keys are of the memory or all of the segment.
 
-    Returns what `load_block` takes: a pointer to the row of key `low`, the rows' stride, and
-    [low, high), the keys before `last` that are there, if only none.
+    Returns the first arguments of `load_block`: a pointer to the row of key `low`, the rows'
+    stride, and [low, high), the keys of that tensor in [first, last). Other keys are never read,
+    because they may hold NaN. `first` is above 0 only if there is a p_key_start.
     """
     p_rows, stride, low, high = p_segment, s_segment, Tm, tl.maximum(last, Tm)
     if p_memory is not None:
@@ -224,12 +201,19 @@ def key_block(p_segment, s_segment, p_memory, s_memory, begin_j, last, Tm):
         p_rows = tl.where(in_memory, p_memory, p_segment)
         stride = tl.where(in_memory, s_memory, s_segment)
         low, high = tl.where(in_memory, 0, Tm), tl.where(in_memory, tl.minimum(last, Tm), high)
+    if p_key_start is not None:
+        n_absent = tl.maximum(first - low, 0)
+        p_rows += n_absent.to(tl.int64) * stride
+        low += n_absent
+        high = tl.maximum(low, high)
     return p_rows, stride, low, high
 
 
 @triton.jit
 def tanh(x):
-    """To about one unit in the last place: a polynomial near 0, where 1 - 2/(e^2x + 1) cancels.
+    """tanh to about one unit in the last place.
+
+    Near 0, where 1 - 2/(e^2x + 1) loses digits, it is a polynomial.
 
     Source of the coefficients: S. Moshier, Cephes, tanhf.
     """
@@ -245,7 +229,10 @@ def tanh(x):
 
 @triton.jit
 def _words_of_shared_counters(seed, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Philox words of queries o_i and keys from begin_j, a multiple of 4, on: four a counter."""
+    """Philox words of queries o_i and of keys from begin_j on, which is a multiple of 4.
+
+    Each counter gives the words of four keys.
+    """
     zero = tl.zeros([1, 1], tl.int32)
     o_counter = begin_j // 4 + tl.arange(0, COLUMNS // 4)[None, :] + tl.zeros_like(o_i)[:, None]
     word0, word1, word2, word3 = tl.philox(seed, o_counter, o_i[:, None], zero + i_bh, zero)
@@ -256,7 +243,7 @@ def _words_of_shared_counters(seed, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLU
 
 @triton.jit
 def _words_of_each_key(seed, i_bh, o_i, begin_j, COLUMNS: tl.constexpr):
-    """The same from any begin_j: every key draws its counter's four words and takes one."""
+    """The same from any begin_j: each key computes its counter's four words and uses one."""
     zero = tl.zeros([1, 1], tl.int32)
     o_j = begin_j + tl.arange(0, COLUMNS)[None, :] + tl.zeros_like(o_i)[:, None]
     word0, word1, word2, word3 = tl.philox(seed, o_j // 4, o_i[:, None], zero + i_bh, zero)
@@ -281,10 +268,10 @@ def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLU
 
 @triton.jit
 def exponents(b_scores, scale, softcap, b_high, b_low):
-    """From plain products: what 2 is raised to for a probability, and with a softcap the tanh.
+    """The exponents of 2 that give the probabilities of a tile [keys, queries], and the tanh.
 
-    Of tiles [keys, queries]. lse in base 2 is high + low, of which low may be None; high is ∞ for a
-    query without keys.
+    b_scores are products without scale; the tanh is meaningful with a softcap alone. lse in base 2
+    is high + low, where low may be None; high is ∞ for a query without keys.
     """
     b_tanh = b_scores
     unit = scale * LOG2_E
@@ -299,10 +286,10 @@ def exponents(b_scores, scale, softcap, b_high, b_low):
 
 @triton.jit
 def probs_and_dscores(b_exponents, b_tanh, b_dprobs, b_delta, keep, softcap, dropout_scale):
-    """The probabilities that met v, and the gradient of scale · score, of a tile [keys, queries].
+    """The probabilities after dropout and the gradient of scale · score, of a tile [keys, queries].
 
-    Exponents and tanh are `exponents`', the former -∞ where a key is not seen. `keep` is a bool
-    tile or None.
+    Exponents and tanh are results of `exponents`, with exponent -∞ where a key is masked. `keep`
+    is a bool tile or None.
     """
     b_probs = tl.exp2(b_exponents)
     b_kept = b_probs
