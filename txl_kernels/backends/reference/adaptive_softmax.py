@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from txl_kernels.transforms import inside_transform
+
 _MIN_COLUMNS = 4096
 _MAX_PIECES = 32
 
@@ -119,8 +121,12 @@ def _log_prob_at(hidden: Tensor, cluster: Cluster, column: Tensor) -> Tensor:
 
 
 def _recomputed(function: Callable[..., Any], *args: Tensor | None) -> Any:
-    """Calls the function so that backward recomputes it; export knows no such call."""
-    if torch.compiler.is_exporting():
+    """Calls the function so that backward recomputes its intermediate tensors.
+
+    torch.export cannot trace such a call, and the transforms of torch.func do not run it: there
+    these tensors are kept.
+    """
+    if torch.compiler.is_exporting() or inside_transform("vmap", "grad", "jvp"):
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
