@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -21,3 +22,26 @@ def inside_transform(*kinds: str) -> bool:
 # The same mark as `torch.compiler.assume_constant_result` sets, without importing torch._dynamo:
 # the compiler opens the transforms that it traces, and recompiles where others are open.
 inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether `torch.vmap` or `torch.autograd.grad(is_grads_batched=True)` batches this tensor."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor beneath all levels of `torch.func`: the values of the whole batch."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def kernel_refusal(backend: str) -> str | None:
+    """Why the kernels of `backend` cannot run inside the transforms that are open here, or None."""
+    if not inside_transform("grad", "jvp"):
+        return None
+    return (
+        f"{backend} runs neither inside torch.func.grad, vjp, jacrev and jvp nor under "
+        'forward-mode differentiation: pass backend="reference"'
+    )

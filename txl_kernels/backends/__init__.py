@@ -11,6 +11,7 @@ import torch
 from txl_kernels._register import register
 from txl_kernels.backends import cuda_device, native, triton
 from txl_kernels.errors import BackendUnavailableError
+from txl_kernels.transforms import kernel_refusal
 
 BACKENDS = ("reference", "native", "triton")
 OPS = (
@@ -170,6 +171,9 @@ def _refusal(
 
 def _door_refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run `op` on this kind of device at all, or None."""
+    reason = kernel_refusal(name)
+    if reason is not None:
+        return reason
     if name == "triton":
         return triton.unavailable_reason(device_type, dtype)
     reason = native.unavailable_reason()

@@ -17,6 +17,7 @@ from txl_kernels.ops.checks import (
     check_shape,
     check_tensor,
 )
+from txl_kernels.transforms import unwrapped
 
 
 def checked_clusters(
@@ -104,6 +105,8 @@ def check_tokens(
     Raises:
         IndexError: with the first token out of range.
     """
+    if not torch.compiler.is_compiling():
+        tokens = unwrapped(tokens)  # torch.vmap reads no value of a batched tensor
     wrong = (tokens < 0) | (tokens >= n_tokens)
     if ignore_index is not None:
         wrong = wrong & (tokens != ignore_index)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from txl_kernels.transforms import inside_transform
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -93,7 +95,11 @@ def check_given(
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass through a call with these tensors can follow."""
+    """Whether a backward pass through a call with these tensors can follow.
+
+    Inside `torch.vmap` every tensor counts: there `requires_grad` is False whatever the batch is.
+    """
+    batched = inside_transform("vmap")
     return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
+        tensor is not None and (batched or tensor.requires_grad) for tensor in tensors
     )

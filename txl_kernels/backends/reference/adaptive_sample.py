@@ -20,6 +20,7 @@ from txl_kernels.backends.reference.adaptive_softmax import (
     pieces,
     projected,
 )
+from txl_kernels.transforms import inside_transform
 
 N_CANDIDATES = 8
 
@@ -48,7 +49,7 @@ def sample(
     `top_p` lies: candidates are drawn from the whole distribution until one is such a token, in
     1 / (1 - (1 - top_p)^8) rounds at most on average.
     """
-    if top_p is None and temperature == 1:
+    if top_p is None and temperature == 1 and not inside_transform("vmap"):
         return _draw_by_level(hidden, head, tails, generator)
     if top_p is None:
         return draw(hidden, head, tails, temperature, 1, generator).tokens[:, 0]
