@@ -49,6 +49,8 @@ def sample(
     `top_p` lies: candidates are drawn from the whole distribution until one is such a token, in
     1 / (1 - (1 - top_p)^8) rounds at most on average.
     """
+    if hidden.is_meta:
+        return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
     if top_p is None and temperature == 1 and not inside_transform("vmap"):
         return _draw_by_level(hidden, head, tails, generator)
     if top_p is None:
