@@ -10,6 +10,7 @@ from torch import Tensor
 from txl_kernels import _register_adaptive
 from txl_kernels._derivatives import refuse_second_derivative, register_autograd, register_vmap
 
+# `chunk` holds size, left and phase; a size of 0 means no chunks.
 _REL_ATTENTION = (
     "Tensor q, Tensor k, Tensor v, Tensor r, "
     "Tensor? r_w_bias, Tensor? r_r_bias, Tensor? mem_k, Tensor? mem_v, Tensor? q_pos, "

@@ -18,6 +18,8 @@ from txl_kernels.ops.rel_attention_checks import (
     check_tensors,
 )
 
+NO_CHUNK = (0, 0, 0)  # for the operators: AOTInductor would turn an empty list into None
+
 
 def rel_attention(
     q: Tensor,
@@ -165,6 +167,7 @@ def _kernel(
     Tk: int,
     *,
     mask: Tensor | None,
+    chunk: tuple[int, ...],
     **call: Any,
 ) -> Any:
     """A backend's kernel, which reads rows of any stride whose last dimension is contiguous."""
@@ -174,7 +177,8 @@ def _kernel(
             call[name] = _contiguous_rows(call[name])
     if mask is not None:
         mask = mask.expand(*q.shape[:3], Tk)
-    return operators(backend).rel_attention_fwd(q, k, v, r, mask=mask, **call)
+    operator = operators(backend).rel_attention_fwd
+    return operator(q, k, v, r, mask=mask, chunk=chunk or NO_CHUNK, **call)
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
