@@ -85,7 +85,7 @@ def check_cutoffs(op: str, cutoffs: Sequence[int], sizes: Sequence[int]) -> None
     for size in sizes:
         if size < 1:
             raise ValueError(f"{op}: every cluster must hold a token, got sizes {list(sizes)}")
-        first += size
+        first = first + size  # not in place: torch.jit.trace counts sizes in tensors
         due.append(first)
     if list(cutoffs) != due[:-1]:
         raise ValueError(

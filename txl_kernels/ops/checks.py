@@ -54,8 +54,15 @@ def check_broadcastable(op: str, name: str, tensor: Tensor, due: Sequence[int]) 
     raise ValueError(f"{op}: {name} must broadcast to {list(due)}, got {list(shape)}")
 
 
+def is_traced_size(value: object) -> bool:
+    """Whether `torch.jit.trace` runs and the value is a tensor: it counts sizes in tensors."""
+    return torch.jit.is_tracing() and isinstance(value, Tensor)
+
+
 def check_int(op: str, name: str, value: object, *, at_least: int | None = None) -> None:
-    """Takes Python's integers and the symbolic ones of `torch.export`, but no bool."""
+    """Accepts Python's integers, symbolic ones and the sizes of `torch.jit.trace`, but no bool."""
+    if is_traced_size(value):
+        return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
     if at_least is not None and value < at_least:

@@ -131,7 +131,7 @@ def _draw_by_level(
         rows = (column == c0 + k).nonzero()[:, 0]
         if rows.numel():
             tokens[rows] = first_token + _draw_column(hidden[rows], tail, generator)
-        first_token += tail.weight.shape[0]
+        first_token = first_token + tail.weight.shape[0]
     return tokens
 
 
@@ -165,4 +165,4 @@ def _token_clusters(
     first_token = 0
     for cluster in (columns(head, 0, c0), *tails):
         yield first_token, projected(hidden, cluster), cluster
-        first_token += cluster.weight.shape[0]
+        first_token = first_token + cluster.weight.shape[0]

@@ -50,7 +50,7 @@ def nll(
         inside = (within >= 0) & (within < tail.weight.shape[0])
         column = torch.where(inside, c0 + k, column)
         log_prob = torch.where(inside, _log_prob_at(hidden, tail, within), log_prob)
-        first += tail.weight.shape[0]
+        first = first + tail.weight.shape[0]  # a new tensor inside torch.jit.trace, where c0 is one
     log_prob = log_prob + _log_prob_at(hidden, head, column)
     return -log_prob.masked_fill(~counted, 0.0)
 
@@ -64,10 +64,14 @@ def loss(
     reduction: str,
 ) -> Tensor:
     """Sum of `nll`, or its mean over the targets that are not ignored (0 if all are)."""
-    total = nll(hidden, target, head, tails, ignore_index).sum()
+    return reduced(nll(hidden, target, head, tails, ignore_index), target, ignore_index, reduction)
+
+
+def reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """`loss` from the losses [N] of all tokens."""
     if reduction == "sum":
-        return total
-    return total / (target != ignore_index).sum().clamp(min=1)
+        return losses.sum()
+    return losses.sum() / (target != ignore_index).sum().clamp(min=1)
 
 
 def log_prob(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> Tensor:
@@ -97,7 +101,7 @@ def topk(hidden: Tensor, head: Cluster, tails: Sequence[Cluster], k: int) -> tup
             log_probs = logits_of(x, piece) + shift
             token = torch.arange(log_probs.shape[1], device=x.device) + (n_before + first)
             best, tokens = _best_of_both(best, tokens, log_probs, token.expand_as(log_probs), k)
-        n_before += cluster.weight.shape[0]
+        n_before = n_before + cluster.weight.shape[0]
     return best, tokens
 
 
