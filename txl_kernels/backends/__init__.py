@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -112,9 +113,14 @@ def resolve(
         raise ValueError(f"{op}: backend must be one of {names}; got {backend!r}")
     device_type = torch.device(device).type
     candidates = _AUTO.get(device_type, ("reference",)) if backend == "auto" else (backend,)
+    if backend == "auto" and torch.jit.is_tracing():  # a kernel's lengths would be constants
+        candidates = ("reference",)
     reason = None
     for name in candidates:
         reason = _refusal(name, op, device_type, dtype, Tq, max(D, Dv or D), needs_grad, uses)
+        if reason is None and name != "reference" and _exports_onnx():
+            reason = f'ONNX has no {name} kernel: export with backend="reference"'
+            return Resolution(None, reason)
         if reason is None:
             return Resolution(name, None)
     return Resolution(None, reason)
@@ -168,6 +174,15 @@ def _refusal(
         if argument in uses:
             return f"{name} does not take {argument} yet"
     return None
+
+
+def _exports_onnx() -> bool:
+    """Whether torch exports to ONNX at the moment; imports nothing of torch.onnx."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+_exports_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _door_refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,14 @@ def check_broadcastable(op: str, name: str, tensor: Tensor, due: Sequence[int]) 
 def is_traced_size(value: object) -> bool:
     """Whether `torch.jit.trace` runs and the value is a tensor: it counts sizes in tensors."""
     return torch.jit.is_tracing() and isinstance(value, Tensor)
+
+
+def fixed_if_traced(value: Any) -> Any:
+    """A size inside `torch.jit.trace` as a constant, of which torch warns; other values as given.
+
+    A kernel's operator would turn it into a constant without a warning.
+    """
+    return int(value) if is_traced_size(value) else value
 
 
 def check_int(op: str, name: str, value: object, *, at_least: int | None = None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.ops import autocast
-from txl_kernels.ops.checks import check_tensor, needs_grad
+from txl_kernels.ops.checks import check_tensor, fixed_if_traced, needs_grad
 from txl_kernels.ops.rel_attention_checks import (
     check_dropout,
     check_keys,
@@ -177,6 +177,9 @@ def _kernel(
             call[name] = _contiguous_rows(call[name])
     if mask is not None:
         mask = mask.expand(*q.shape[:3], Tk)
+    for name in ("offset", "window_left", "window_right"):
+        call[name] = fixed_if_traced(call[name])
+    chunk = tuple(fixed_if_traced(number) for number in chunk)
     operator = operators(backend).rel_attention_fwd
     return operator(q, k, v, r, mask=mask, chunk=chunk or NO_CHUNK, **call)
 

@@ -30,6 +30,6 @@ def embed(
         inside = (within >= 0) & (within < table.shape[0])
         rows = torch.nn.functional.embedding(within.where(inside, 0), table, sparse=sparse).to(work)
         rows = rows.masked_fill(~inside[..., None], 0.0)
-        parts.append(rows if projection is None else rows @ projection.to(work).mT)
+        parts.append(rows if projection is None else rows @ projection.to(work).transpose(-1, -2))
         first = first + table.shape[0]
     return (scale * sum(parts[1:], start=parts[0])).to(dtype)

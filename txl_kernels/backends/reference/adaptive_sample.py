@@ -91,8 +91,8 @@ def draw(
         lses.append(torch.stack(parts).logsumexp(0))  # [2, N]: plain, tempered
 
     lse, tempered_lse = torch.stack(lses, dim=1)  # [n_clusters, N] each
-    head_lse = torch.cat([lse[:1], entry.mT]).logsumexp(0)
-    shifts = torch.cat([torch.zeros_like(lse[:1]), entry.mT - lse[1:]]) - head_lse
+    head_lse = torch.cat([lse[:1], entry.transpose(-1, -2)]).logsumexp(0)
+    shifts = torch.cat([torch.zeros_like(lse[:1]), entry.transpose(-1, -2) - lse[1:]]) - head_lse
     total = (tempered_lse + shifts / temperature).logsumexp(0)
 
     goals, best_logits, tokens = (torch.stack(parts) for parts in zip(*found, strict=True))

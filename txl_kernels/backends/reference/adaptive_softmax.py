@@ -158,12 +158,12 @@ def _log_probs(hidden: Tensor, cluster: Cluster) -> Tensor:
 def projected(hidden: Tensor, cluster: Cluster) -> Tensor:
     """[N, d_k], in float32 (float64 for float64), as all that follows."""
     x = hidden.to(_work_dtype(hidden))
-    return x if cluster.projection is None else x @ cluster.projection.to(x.dtype).mT
+    return x if cluster.projection is None else x @ cluster.projection.to(x.dtype).transpose(-1, -2)
 
 
 def logits_of(x: Tensor, cluster: Cluster) -> Tensor:
     """[N, V_k] from projected rows [N, d_k]."""
-    logits = x @ cluster.weight.to(x.dtype).mT
+    logits = x @ cluster.weight.to(x.dtype).transpose(-1, -2)
     return logits if cluster.bias is None else logits + cluster.bias.to(x.dtype)
 
 
