@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import json
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -47,30 +48,32 @@ def _loading(op: str, direction: str) -> Callable[..., Any]:
 
     def kernel(*args: Any) -> Any:
         reason = unavailable_reason()
-        device_type = _device_type(args)
-        if reason is None and not has_kernel(f"txl_native::{operator}", device_type):
-            reason = no_kernel_reason(op, device_type)
+        if reason is None and _first_use.is_running:  # the library has no kernel for these tensors
+            reason = no_kernel_reason(op, _device_type(args))
         if reason is not None:
             raise BackendUnavailableError(f"{op}: {reason}")
-        return getattr(torch.ops.txl_native, operator)(*args)
+        _first_use.is_running = True
+        try:
+            return getattr(torch.ops.txl_native, operator)(*args)
+        finally:
+            _first_use.is_running = False
 
     return kernel
+
+
+class _FirstUse(threading.local):
+    """Whether this thread calls an operator again, after it has loaded the library."""
+
+    is_running = False
+
+
+_first_use = _FirstUse()
 
 
 def _device_type(args: Sequence[Any]) -> str:
     """The kind of device of the first tensor: all tensors of a call are on one device."""
     tensors = (part for x in args for part in (x if isinstance(x, list) else [x]))
     return next(part.device.type for part in tensors if isinstance(part, torch.Tensor))
-
-
-@functools.cache
-def has_kernel(operator: str, device_type: str) -> bool:
-    """Whether the loaded library has a kernel of `operator` for this kind of device.
-
-    Cached: torch answers in 7 µs, a seventh of a small call. Call it after the library is loaded.
-    """
-    key = torch._C._dispatch_key_for_device(device_type)
-    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
 @functools.cache
