@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from txl_kernels import _register_adaptive
+from txl_kernels._derivatives import refuse_second_derivative, register_autograd, register_vmap
 
+# `chunk` holds size, left and phase; a size of 0 means no chunks.
 _REL_ATTENTION = (
     "Tensor q, Tensor k, Tensor v, Tensor r, "
     "Tensor? r_w_bias, Tensor? r_r_bias, Tensor? mem_k, Tensor? mem_v, Tensor? q_pos, "
@@ -69,8 +71,10 @@ def _register_rel_attention(namespace: str) -> None:
 
     torch.library.register_fake(fwd, fake_fwd)
     torch.library.register_fake(bwd, fake_bwd)
-    torch.library.register_autograd(fwd, backward, setup_context=setup_context)
-    _refuse_second_derivative("rel_attention", bwd)
+    register_autograd(fwd, backward, setup_context)
+    refuse_second_derivative(bwd)
+    register_vmap(fwd)
+    register_vmap(bwd)
 
 
 def _register_rel_shift(namespace: str) -> None:
@@ -91,16 +95,7 @@ def _register_rel_shift(namespace: str) -> None:
 
     torch.library.register_fake(fwd, fake)
     torch.library.register_fake(bwd, fake)
-    torch.library.register_autograd(fwd, backward, setup_context=setup_context)
-    _refuse_second_derivative("rel_shift", bwd)
-
-
-def _refuse_second_derivative(op: str, bwd: str) -> None:
-    """Makes differentiating a backward op an error; torch alone would warn and return nothing."""
-
-    def backward(*_: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{op}: no second derivative exists on this backend; backend='reference' has one"
-        )
-
-    torch.library.register_autograd(bwd, backward)
+    register_autograd(fwd, backward, setup_context)
+    refuse_second_derivative(bwd)
+    register_vmap(fwd)
+    register_vmap(bwd)

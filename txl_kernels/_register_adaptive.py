@@ -15,6 +15,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from txl_kernels._derivatives import (
+    no_second_derivative,
+    refuse_batched_gradients,
+    refuse_second_derivative,
+    register_autograd,
+    register_vmap,
+)
+from txl_kernels.transforms import inside_transform, is_batched
+
 _LOSS = "Tensor hidden, Tensor target, Tensor[] clusters, int ignore_index"
 _EMBEDDING = "Tensor tokens, Tensor[] tables, Tensor[] projections, float scale, bool sparse"
 
@@ -65,8 +74,11 @@ def _register_nll(namespace: str) -> None:
 
     torch.library.register_fake(fwd, fake_fwd)
     torch.library.register_fake(bwd, fake_bwd)
-    torch.library.register_autograd(fwd, backward, setup_context=setup_context)
-    _refuse_second_derivative("adaptive_nll", bwd)
+    register_autograd(fwd, backward, setup_context)
+    refuse_second_derivative(bwd)
+    refuse_batched_gradients(bwd)
+    register_vmap(fwd)
+    register_vmap(bwd)
 
 
 def _register_loss(namespace: str) -> None:
@@ -107,9 +119,10 @@ def _register_loss(namespace: str) -> None:
                 "graph; call it again, or sum adaptive_nll, which can go backward many times"
             )
         grads, ctx.grads = ctx.grads, None
-        if all(type(grad) is Tensor for grad in grads):
+        is_eager = all(type(grad) is Tensor for grad in grads)
+        if is_eager and not is_batched(dloss):
             getattr(torch.ops, namespace).adaptive_loss_bwd(dloss.detach(), ctx.rest, grads)
-        else:  # traced: a graph may not change what it has handed out
+        else:  # a traced graph may not change its own outputs, and a batch of dloss needs copies
             factor = ctx.rest * dloss
             grads = [grad * factor for grad in grads]
         grads = _apart(grads, ctx.needs_grad, ctx.shapes)
@@ -121,7 +134,8 @@ def _register_loss(namespace: str) -> None:
 
     torch.library.register_fake(fwd, fake_fwd)
     torch.library.register_fake(bwd, fake_bwd)
-    torch.library.register_autograd(fwd, backward, setup_context=setup_context)
+    register_autograd(fwd, backward, setup_context)
+    register_vmap(fwd)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -133,7 +147,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(_ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(_no_second_derivative("adaptive_loss"))
+        raise RuntimeError(no_second_derivative("adaptive_loss"))
 
 
 def _register_embedding(namespace: str) -> None:
@@ -198,8 +212,11 @@ def _register_embedding(namespace: str) -> None:
 
     torch.library.register_fake(fwd, fake_fwd)
     torch.library.register_fake(bwd, fake_bwd)
-    torch.library.register_autograd(fwd, backward, setup_context=setup_context)
-    _refuse_second_derivative("adaptive_embedding", bwd)
+    register_autograd(fwd, backward, setup_context)
+    refuse_second_derivative(bwd)
+    refuse_batched_gradients(bwd)
+    register_vmap(fwd)
+    register_vmap(bwd)
 
 
 def _sparse_rows(index: Tensor, values: Tensor, table: Tensor) -> Tensor:
@@ -227,7 +244,9 @@ def is_one_table(clusters: Sequence[Tensor], needs_grad: Sequence[bool]) -> bool
     Only outside a compiler, whose tensors have no memory yet.
     """
     weights = clusters[4::3]
-    if torch.compiler.is_compiling() or not weights or not all(needs_grad[5::3]):
+    if torch.compiler.is_compiling() or inside_transform("vmap"):
+        return False
+    if not weights or not all(needs_grad[5::3]):
         return False
     if any(type(x) not in (Tensor, torch.nn.Parameter) for x in weights):
         return False
@@ -271,16 +290,3 @@ def _wanted(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor 
 
 def _work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _refuse_second_derivative(op: str, bwd: str) -> None:
-    """Makes differentiating a backward op an error; torch alone would warn and return nothing."""
-
-    def backward(*_: Any) -> NoReturn:
-        raise RuntimeError(_no_second_derivative(op))
-
-    torch.library.register_autograd(bwd, backward)
-
-
-def _no_second_derivative(op: str) -> str:
-    return f"{op}: no second derivative exists on this backend; backend='reference' has one"

@@ -17,6 +17,7 @@ from transformer_xl.data import OrderedBatches, ShuffledSentenceBatches
 from transformer_xl.data.token_file import TokenArray
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
+from txl_kernels.ops.autocast import autocast_dtype
 
 Batches = OrderedBatches | ShuffledSentenceBatches
 
@@ -159,7 +160,7 @@ def _sum_of_losses(model: TransformerXL, batches: Batches, max_steps: int) -> Te
 
 def _precision(model: TransformerXL) -> str:
     weight = next(model.parameters())
-    if torch.is_autocast_enabled(weight.device.type):
-        dtype = torch.get_autocast_dtype(weight.device.type)
+    dtype = autocast_dtype(weight.device)
+    if dtype is not None:
         return f"autocast to {str(dtype).removeprefix('torch.')}"
     return str(weight.dtype).removeprefix("torch.")

@@ -56,9 +56,14 @@ class Memory(NamedTuple):
         both = torch.cat([self.hidden.detach(), new], dim=2)  # [n_layer, B, M + T, d_model]
         total = both.shape[2]
         dropped = total - mem_len
-        # Of a known length torch 2.11's compiler takes no sym_max; of a symbolic one max() would
-        # ask, under torch.export, which is larger, and fix it.
-        dropped = max(dropped, 0) if isinstance(dropped, int) else torch.sym_max(dropped, 0)
+        # torch 2.11's compiler supports no sym_max of known lengths; max() of a symbolic one would
+        # fix it under torch.export.
+        if isinstance(dropped, int):
+            dropped = max(dropped, 0)
+        elif isinstance(dropped, Tensor):  # a size inside torch.jit.trace
+            dropped = dropped.clamp(min=0)
+        else:
+            dropped = torch.sym_max(dropped, 0)
         # By index: a slice of symbolic length would fix, under torch.export, whether it is empty.
         newest = torch.arange(dropped, total, device=both.device)
         return Memory(both[:, :, newest], (self.start - dropped).clamp(min=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from txl_kernels._register import register
 from txl_kernels.backends import cuda_device, native, triton
 from txl_kernels.backends.fallback import warn_of_fallback
 from txl_kernels.errors import BackendUnavailableError
+from txl_kernels.transforms import kernel_refusal
 
 BACKENDS = ("reference", "native", "triton")
 OPS = (
@@ -68,6 +70,7 @@ _SERVES: dict[tuple[str, ...], Serves] = {
 register("txl_native")
 register("txl_triton")
 _flop_formulas.register("txl_native", "txl_triton")
+native.register_kernels()
 triton.register_kernels()
 
 
@@ -121,9 +124,14 @@ def resolve(
         names = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"{op}: backend must be one of {names}; got {backend!r}")
     device_type = torch.device(device).type
+    if backend == "auto" and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return Resolution("reference", "torch.jit.trace would make constants of a kernel's lengths")
     reasons = []
     for name in _AUTO.get(device_type, ()) if backend == "auto" else (backend,):
         reason = _refusal(name, op, device_type, dtype, Tq, max(D, Dv or D), needs_grad, uses)
+        if reason is None and name != "reference" and _exports_onnx():
+            reason = f'ONNX has no {name} kernel: export with backend="reference"'
+            return Resolution(None, reason)
         if reason is None:
             return Resolution(name, None)
         reasons.append(reason)
@@ -191,8 +199,20 @@ def _refusal(
     return None
 
 
+def _exports_onnx() -> bool:
+    """Whether torch exports to ONNX at the moment; imports nothing of torch.onnx."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+_exports_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _unavailable_reason(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run `op` on this kind of device at all, or None."""
+    reason = kernel_refusal(name)
+    if reason is not None:
+        return reason
     if name == "triton":
         return triton.unavailable_reason(device_type, dtype)
     reason = native.unavailable_reason()

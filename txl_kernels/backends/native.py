@@ -8,14 +8,19 @@ import importlib.metadata
 import json
 import shlex
 import sys
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from txl_kernels.errors import BackendUnavailableError
+
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 RECORD_NAME = "_native_build.json"
+_OPS = ("rel_attention", "rel_shift", "adaptive_nll", "adaptive_loss", "adaptive_embedding")
 _THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -26,6 +31,50 @@ def load() -> ModuleType:
         ImportError: `_C` is missing or does not load (`unavailable_reason` says why).
     """
     return importlib.import_module("txl_kernels._C")
+
+
+def register_kernels() -> None:
+    """Adds a kernel to each operator of `torch.ops.txl_native` that loads `_C` at the first call.
+
+    A program that torch exported or compiled earlier calls the operators themselves, in a process
+    where no public op has loaded `_C`. The kernels in `_C` then replace these.
+    """
+    for op in _OPS:
+        for direction in ("fwd", "bwd"):
+            torch.library.impl(f"txl_native::{op}_{direction}", "default", _loading(op, direction))
+
+
+def _loading(op: str, direction: str) -> Callable[..., Any]:
+    operator = f"{op}_{direction}"
+
+    def kernel(*args: Any) -> Any:
+        reason = unavailable_reason()
+        if reason is None and _first_use.is_running:  # the library has no kernel for these tensors
+            reason = no_kernel_reason(op, _device_type(args))
+        if reason is not None:
+            raise BackendUnavailableError(f"{op}: {reason}")
+        _first_use.is_running = True
+        try:
+            return getattr(torch.ops.txl_native, operator)(*args)
+        finally:
+            _first_use.is_running = False
+
+    return kernel
+
+
+class _FirstUse(threading.local):
+    """Whether this thread calls an operator again, after it has loaded the library."""
+
+    is_running = False
+
+
+_first_use = _FirstUse()
+
+
+def _device_type(args: Sequence[Any]) -> str:
+    """The kind of device of the first tensor: all tensors of a call are on one device."""
+    tensors = (part for x in args for part in (x if isinstance(x, list) else [x]))
+    return next(part.device.type for part in tensors if isinstance(part, torch.Tensor))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from txl_kernels.ops.checks import (
     check_shape,
     check_tensor,
 )
+from txl_kernels.transforms import unwrapped
 
 
 def checked_clusters(
@@ -83,7 +84,7 @@ def check_cutoffs(op: str, cutoffs: Sequence[int], sizes: Sequence[int]) -> None
     for size in sizes:
         if size < 1:
             raise ValueError(f"{op}: every cluster must hold a token, got sizes {list(sizes)}")
-        first += size
+        first = first + size  # not in place: torch.jit.trace counts sizes in tensors
         expected.append(first)
     if given != expected[:-1]:
         raise ValueError(
@@ -103,6 +104,8 @@ def check_tokens(
     Raises:
         IndexError: names the first token out of range.
     """
+    if not torch.compiler.is_compiling():
+        tokens = unwrapped(tokens)  # torch.vmap reads no value of a batched tensor
     wrong = (tokens < 0) | (tokens >= n_tokens)
     if ignore_index is not None:
         wrong = wrong & (tokens != ignore_index)

@@ -22,6 +22,7 @@ from txl_kernels.ops.checks import (
     check_tensor,
     needs_grad,
 )
+from txl_kernels.transforms import inside_transform
 
 OP = "adaptive_embedding"
 
@@ -44,8 +45,9 @@ def adaptive_embedding(
         projections: per cluster [d, d_k], in `nn.Linear`'s orientation, or None where d_k = d.
         cutoffs: first token of each cluster but the first; () for a single table.
         scale: factor of the result; √d_model in Transformer-XL.
-        sparse: give the tables sparse gradients, which hold the rows that tokens name, for
-            `torch.optim.SparseAdam` and the like; not under `torch.compile`.
+        sparse: give the tables sparse gradients, which hold the rows that tokens index, for
+            `torch.optim.SparseAdam` and the like; neither under `torch.compile` nor inside the
+            transforms of `torch.func`.
         backend: "auto", "reference", "native" or "triton"; a named one runs or raises.
 
     Returns:
@@ -75,8 +77,11 @@ def adaptive_embedding(
     n_tokens = _check_tables(tokens, tables, projections, cutoffs)
     scale = check_number(OP, "scale", scale)
     check_flag(OP, "sparse", sparse)
-    if sparse and torch.compiler.is_compiling():
-        raise ValueError(f"{OP}: sparse gradients exist in eager mode only, not under a compiler")
+    if sparse and (torch.compiler.is_compiling() or inside_transform("vmap", "grad", "jvp")):
+        raise ValueError(
+            f"{OP}: sparse gradients exist in eager mode only, neither under torch.compile nor "
+            "inside the transforms of torch.func; got sparse=True"
+        )
     chosen = choose(
         OP,
         tokens,

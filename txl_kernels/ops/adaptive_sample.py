@@ -13,6 +13,7 @@ from txl_kernels.ops.adaptive_checks import checked_clusters
 from txl_kernels.ops.adaptive_softmax import Tail, adaptive_topk, choose_backend, n_tokens_of
 from txl_kernels.ops.autocast import outside_autocast
 from txl_kernels.ops.checks import check_int, check_number
+from txl_kernels.transforms import inside_transform
 
 OP = "adaptive_sample"
 
@@ -80,6 +81,11 @@ def adaptive_sample(
         )
         column = _draw_ordered(log_probs / (temperature or 1.0), top_p, generator)
         return tokens.gather(1, column[:, None])[:, 0]
+    if top_p is not None and inside_transform("vmap"):
+        raise ValueError(
+            f"{OP}: top_p needs top_k inside torch.vmap, where the host can read no token; "
+            f"got top_p={top_p}, top_k={top_k}"
+        )
     choose_backend(OP, backend, hidden, head, clusters)
     with outside_autocast(hidden.device):
         return reference.sample(hidden, head, clusters, temperature, top_p, generator)

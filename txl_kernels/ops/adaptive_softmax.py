@@ -119,7 +119,11 @@ def adaptive_loss(
             check_tokens(op, "target", target, n_tokens_of(head, clusters), ignore_index)
             return reference.loss(hidden, target, head, clusters, ignore_index, reduction)
         flat = _flat(hidden, head, clusters)
-        needed = [any_needs_grad(x) for x in (hidden, *flat)]
+        if torch.jit.is_tracing():  # it records no list of flags
+            nll, _lse = operators(chosen).adaptive_nll_fwd(hidden, target, flat, ignore_index)
+            return reference.reduced(nll, target, ignore_index, reduction)
+        members = [x for cluster in (head, *clusters) for x in cluster]
+        needed = [any_needs_grad(x) for x in (hidden, *members)]
         if chosen == "native" and is_one_table(flat, needed):
             needed.append(True)
         mean = reduction == "mean"

@@ -1,4 +1,5 @@
-"""Autocast for the public ops: what torch's own policy would do, done once, before the choice."""
+"""Autocast for the public ops: the casts of torch's own policy, done once, before the choice of a
+backend."""
 
 from __future__ import annotations
 
@@ -12,14 +13,19 @@ _CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of an autocast region that is open for this kind of device, or None."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    """The dtype of the autocast region that is open for this kind of device, or None.
+
+    torch raises for kinds of device that have no autocast, such as "meta".
+    """
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return None
 
 
 def cast(tensor: Any, dtype: torch.dtype | None) -> Any:
-    """float32 and 16-bit tensors to `dtype`, anything else as it is, as torch's autocast does."""
+    """Casts float32 and 16-bit tensors to `dtype`, as torch's autocast does; returns others as
+    they are."""
     if dtype is None or not isinstance(tensor, Tensor) or tensor.dtype not in _CAST:
         return tensor
     return tensor.to(dtype)
@@ -27,6 +33,6 @@ def cast(tensor: Any, dtype: torch.dtype | None) -> Any:
 
 def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Keeps an open autocast region from casting the products inside an implementation again."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    if autocast_dtype(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from txl_kernels.transforms import inside_transform
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INT64 = torch.iinfo(torch.int64)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
@@ -66,6 +68,14 @@ def check_broadcastable(op: str, name: str, tensor: Tensor, expected: Sequence[i
     ):
         return
     raise ValueError(f"{op}: {name} must broadcast to {list(expected)}, got {list(shape)}")
+
+
+def fixed_if_traced(value: Any) -> Any:
+    """A size inside `torch.jit.trace` as a constant, of which torch warns; other values as given.
+
+    A kernel's operator would turn it into a constant without a warning.
+    """
+    return int(value) if is_traced_size(value) else value
 
 
 def check_int(op: str, name: str, value: object, *, at_least: int | None = None) -> int:
@@ -185,7 +195,11 @@ def check_given(
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass through a call with these tensors can follow."""
+    """Whether a backward pass through a call with these tensors can follow.
+
+    Inside `torch.vmap` every tensor counts: there `requires_grad` is False whatever the batch is.
+    """
+    batched = inside_transform("vmap")
     return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
+        tensor is not None and (batched or tensor.requires_grad) for tensor in tensors
     )

@@ -10,13 +10,15 @@ from torch import Tensor
 from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.ops import autocast
-from txl_kernels.ops.checks import check_tensor, needs_grad
+from txl_kernels.ops.checks import check_tensor, fixed_if_traced, needs_grad
 from txl_kernels.ops.rel_attention_checks import (
     check_keys,
     check_tensors,
     checked_dropout,
     checked_options,
 )
+
+NO_CHUNK = (0, 0, 0)  # for the operators: AOTInductor would turn an empty list into None
 
 
 def rel_attention(
@@ -167,6 +169,7 @@ def _kernel(
     Tk: int,
     *,
     mask: Tensor | None,
+    chunk: tuple[int, ...],
     **call: Any,
 ) -> Any:
     """A backend's kernel, which reads rows of any stride whose last dimension is contiguous."""
@@ -176,7 +179,11 @@ def _kernel(
             call[name] = _contiguous_rows(call[name])
     if mask is not None:
         mask = mask.expand(*q.shape[:3], Tk)
-    return operators(backend).rel_attention_fwd(q, k, v, r, mask=mask, **call)
+    for name in ("offset", "window_left", "window_right"):
+        call[name] = fixed_if_traced(call[name])
+    chunk = tuple(fixed_if_traced(number) for number in chunk)
+    operator = operators(backend).rel_attention_fwd
+    return operator(q, k, v, r, mask=mask, chunk=chunk or NO_CHUNK, **call)
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:

@@ -6,7 +6,14 @@ from torch import Tensor
 
 from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import rel_shift as reference
-from txl_kernels.ops.checks import FLOATING, check_dtype, check_int, check_tensor, needs_grad
+from txl_kernels.ops.checks import (
+    FLOATING,
+    check_dtype,
+    check_int,
+    check_tensor,
+    fixed_if_traced,
+    needs_grad,
+)
 
 OP = "rel_shift"
 
@@ -45,5 +52,6 @@ def rel_shift(
     )
     if chosen == "reference":
         return reference.rel_shift(x, n_keys, offset)
+    n_keys, offset = fixed_if_traced(n_keys), fixed_if_traced(offset)
     shifted: Tensor = operators(chosen).rel_shift_fwd(x, n_keys, offset)
     return shifted

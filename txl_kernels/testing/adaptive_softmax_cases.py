@@ -34,7 +34,7 @@ class AdaptiveSoftmaxCase:
         generator = torch.Generator().manual_seed(3)
 
         def normal(*shape: int) -> Tensor:
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
             x: Tensor = drawn / shape[-1] ** 0.5
             return x.to(dtype).requires_grad_()
 
@@ -49,7 +49,7 @@ class AdaptiveSoftmaxCase:
         head = cluster(0, edges[0] + n_tails)
         tails = [cluster(k + 1, edges[k + 1] - edges[k]) for k in range(n_tails)]
         hidden = normal(self.N, self.d)
-        target = torch.randint(0, self.V, (self.N,), generator=generator)
+        target = torch.randint(0, self.V, (self.N,), generator=generator, device="cpu")
         if self.N:
             target[-1] = -100
         return hidden, target, head, tails

@@ -61,7 +61,9 @@ class RelAttentionCase:
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
-            tensor = self.spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+            tensor = self.spread * torch.randn(
+                shape, generator=generator, dtype=torch.float64, device="cpu"
+            )
             if self.transposed and len(shape) == 4:
                 tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
             return tensor.to(device, dtype).requires_grad_()
@@ -88,7 +90,8 @@ class RelAttentionCase:
             if lengths is not None:
                 others[name] = torch.tensor(lengths, device=device)
         if self.mask is not None:
-            others["mask"] = (torch.rand(self.mask, generator=generator) > 0.3).to(device)
+            drawn = torch.rand(self.mask, generator=generator, device="cpu")
+            others["mask"] = (drawn > 0.3).to(device)
         if "dropout_p" in self.options:
             others["dropout_seed"] = torch.tensor(self.seed - 2**40 - 7, device=device)
         return floats, others
@@ -97,7 +100,7 @@ class RelAttentionCase:
         """A gradient for the output: [B, H, Tq, Dv]."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         shape = (self.B, self.H, self.Tq, self.Dv or self.D)
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
 
 def _cases() -> tuple[RelAttentionCase, ...]:

@@ -89,7 +89,7 @@ class OrderedBatches:
                 self._position = min(start + self.tgt_len, last)
                 segment = self._streams[:, start : self._position + 1]  # [rows, T + 1]
                 tokens = torch.from_numpy(np.array(segment, dtype=np.int64))
-                reset = torch.ones(len(tokens), dtype=torch.bool) if start == 0 else None
+                reset = tokens.new_ones(len(tokens), dtype=torch.bool) if start == 0 else None
                 yield Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), reset)
             self._epoch += 1
             self._position = 0

@@ -117,9 +117,11 @@ class ShuffledSentenceBatches:
             n_filled += filled
         if n_filled == 0:
             return None
-        reset = torch.ones(stop - start, dtype=torch.bool) if self._batch == 0 else None
+        batch = Batch(torch.from_numpy(tokens), torch.from_numpy(targets), None)
+        if self._batch == 0:
+            batch = batch._replace(reset=batch.tokens.new_ones(stop - start, dtype=torch.bool))
         self._batch += 1
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), reset)
+        return batch
 
     def _take(self, row: int) -> Iterator[tuple[int, int]]:
         """Ranges of tokens that fill the row's next segment, dealing it sentences as it needs."""

@@ -19,7 +19,9 @@ from txl_kernels import (
     adaptive_sample,
     adaptive_topk,
 )
+from txl_kernels.ops.autocast import autocast_dtype, cast
 from txl_kernels.ops.checks import check_int
+from txl_kernels.transforms import inside_transform
 
 Reduction = Literal["mean", "sum", "none"]
 IGNORED = -100  # the target that is not scored
@@ -194,9 +196,9 @@ class AdaptiveSoftmax(nn.Module):
             return list(weights), list(biases)
         sizes = [right - left for left, right in itertools.pairwise(self.ends)]
         table: Tensor = weights[0]
-        device = table.device.type
-        if table.dtype == torch.float32 and torch.is_autocast_enabled(device):
-            table = table.to(torch.get_autocast_dtype(device))  # whole: its parts stay one table
+        lower = autocast_dtype(table.device)
+        if table.dtype == torch.float32:
+            table = cast(table, lower)  # whole: its parts stay one table
         return _rows_of(table, sizes), list(torch.split(biases[0], sizes))
 
 
@@ -205,7 +207,7 @@ def _rows_of(table: Tensor, sizes: list[int]) -> list[Tensor]:
 
     Slices would fill a table of zeros each.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or inside_transform("vmap", "grad", "jvp"):
         return list(torch.split(table, sizes))
     rows: tuple[Tensor, ...] = _Rows.apply(table, sizes)  # type: ignore[no-untyped-call]
     return list(rows)

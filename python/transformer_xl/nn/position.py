@@ -94,6 +94,8 @@ class SinusoidalPositions(nn.Module):
             # As in `Memory.update`: torch 2.11's compiler takes no sym_min of known lengths.
             if isinstance(farthest, int):
                 farthest = min(farthest, limit)
+            elif isinstance(farthest, Tensor):  # a size inside torch.jit.trace
+                farthest = farthest.clamp(max=limit)
             else:
                 farthest = torch.sym_min(farthest, limit)
         return farthest

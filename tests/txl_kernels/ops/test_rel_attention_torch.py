@@ -73,7 +73,7 @@ def _schema_arguments(case, dtype):
         case.options.get("causal", False),
         left,
         right,
-        list((*case.options["chunk"], 0)[:3]) if "chunk" in case.options else [],
+        list((*case.options.get("chunk", (0, 0)), 0)[:3]),
         case.options.get("scale", case.D**-0.5),
         case.options.get("softcap", 0.0),
         case.options.get("dropout_p", 0.0),

@@ -39,6 +39,6 @@ def embed(
             distinct, within = within.unique(return_inverse=True)  # type: ignore[no-untyped-call]
             rows = embedding(distinct, table, sparse=True).to(work)
         found = embedding(within, rows).masked_fill(~inside[..., None], 0.0)
-        parts.append(found if projection is None else found @ projection.mT)
-        first += table.shape[0]
+        parts.append(found if projection is None else found @ projection.transpose(-1, -2))
+        first = first + table.shape[0]  # not in place: torch.jit.trace counts sizes in tensors
     return (scale * sum(parts[1:], start=parts[0])).to(dtype)

@@ -21,6 +21,7 @@ from txl_kernels.backends.reference.adaptive_softmax import (
     projected,
     widened_rows,
 )
+from txl_kernels.transforms import inside_transform
 
 N_CANDIDATES = 8
 
@@ -49,8 +50,10 @@ def sample(
     candidates are drawn from the whole distribution until one is in that set, on average in at
     most 1 / (1 - (1 - top_p)^8) rounds.
     """
+    if hidden.is_meta:
+        return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
     hidden, head, *tails = widened_rows(hidden, head, *tails)
-    if top_p is None and temperature == 1:
+    if top_p is None and temperature == 1 and not inside_transform("vmap"):
         return _draw_by_level(hidden, head, tails, generator)
     if top_p is None:
         return draw(hidden, head, tails, temperature, 1, generator).tokens[:, 0]
@@ -90,8 +93,8 @@ def draw(
         lses.append(torch.stack(parts).logsumexp(0))  # [2, N]: plain, tempered
 
     lse, tempered_lse = torch.stack(lses, dim=1)  # [n_clusters, N] each
-    head_lse = torch.cat([lse[:1], entry.mT]).logsumexp(0)
-    shifts = torch.cat([torch.zeros_like(lse[:1]), entry.mT - lse[1:]]) - head_lse
+    head_lse = torch.cat([lse[:1], entry.transpose(-1, -2)]).logsumexp(0)
+    shifts = torch.cat([torch.zeros_like(lse[:1]), entry.transpose(-1, -2) - lse[1:]]) - head_lse
     total = (tempered_lse + shifts / temperature).logsumexp(0)
 
     goals, best_logits, tokens = (torch.stack(parts) for parts in zip(*found, strict=True))
@@ -130,7 +133,7 @@ def _draw_by_level(
         rows = (column == c0 + k).nonzero()[:, 0]
         if rows.numel():
             tokens[rows] = first_token + _draw_column(hidden[rows], tail, generator)
-        first_token += tail.weight.shape[0]
+        first_token = first_token + tail.weight.shape[0]
     return tokens
 
 
@@ -164,4 +167,4 @@ def _token_clusters(
     first_token = 0
     for cluster in (columns(head, 0, c0), *tails):
         yield first_token, projected(hidden, cluster), cluster
-        first_token += cluster.weight.shape[0]
+        first_token = first_token + cluster.weight.shape[0]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from txl_kernels.backends.reference.precision import widened, work_dtype
+from txl_kernels.transforms import inside_transform
 
 _MIN_COLUMNS = 4096
 _MAX_PIECES = 32
@@ -53,7 +54,7 @@ def nll(
         inside = (within >= 0) & (within < tail.weight.shape[0])
         column = torch.where(inside, c0 + k, column)
         log_prob = torch.where(inside, _log_prob_at(hidden, tail, within), log_prob)
-        first += tail.weight.shape[0]
+        first = first + tail.weight.shape[0]  # a new tensor inside torch.jit.trace, where c0 is one
     log_prob = log_prob + _log_prob_at(hidden, head, column)
     return -log_prob.masked_fill(~counted, 0.0)
 
@@ -67,10 +68,14 @@ def loss(
     reduction: str,
 ) -> Tensor:
     """Sum of `nll`, or its mean over the targets that are not ignored (0 if all are)."""
-    total = nll(hidden, target, head, tails, ignore_index).sum()
+    return reduced(nll(hidden, target, head, tails, ignore_index), target, ignore_index, reduction)
+
+
+def reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """`loss` from the losses [N] of all tokens."""
     if reduction == "sum":
-        return total
-    return total / (target != ignore_index).sum().clamp(min=1)
+        return losses.sum()
+    return losses.sum() / (target != ignore_index).sum().clamp(min=1)
 
 
 def log_prob(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> Tensor:
@@ -102,7 +107,7 @@ def topk(hidden: Tensor, head: Cluster, tails: Sequence[Cluster], k: int) -> tup
             log_probs = logits_of(x, piece) + shift
             token = torch.arange(log_probs.shape[1], device=x.device) + (n_before + first)
             best, tokens = _best_of_both(best, tokens, log_probs, token.expand_as(log_probs), k)
-        n_before += cluster.weight.shape[0]
+        n_before = n_before + cluster.weight.shape[0]
     return best, tokens
 
 
@@ -126,8 +131,12 @@ def _log_prob_at(hidden: Tensor, cluster: Cluster, column: Tensor) -> Tensor:
 
 
 def _recomputed(function: Callable[..., Any], *args: Tensor | None) -> Any:
-    """Calls the function so that backward recomputes it, except in export, which cannot."""
-    if torch.compiler.is_exporting():
+    """Calls the function so that backward recomputes its intermediate tensors.
+
+    torch.export cannot trace such a call, and the transforms of torch.func do not run it: there
+    these tensors are kept.
+    """
+    if torch.compiler.is_exporting() or inside_transform("vmap", "grad", "jvp"):
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
@@ -166,12 +175,12 @@ def widened_rows(hidden: Tensor, *clusters: Cluster) -> Any:
 
 def projected(hidden: Tensor, cluster: Cluster) -> Tensor:
     """Projected rows [N, d_k], from the results of `widened_rows`."""
-    return hidden if cluster.projection is None else hidden @ cluster.projection.mT
+    return hidden if cluster.projection is None else hidden @ cluster.projection.transpose(-1, -2)
 
 
 def logits_of(x: Tensor, cluster: Cluster) -> Tensor:
     """[N, V_k] in x's dtype, from projected rows [N, d_k]."""
-    logits = x @ cluster.weight.to(x.dtype).mT
+    logits = x @ cluster.weight.to(x.dtype).transpose(-1, -2)
     return logits if cluster.bias is None else logits + cluster.bias.to(x.dtype)
 
 

@@ -137,9 +137,9 @@ def _normal_chunk(
 
     With a phase that lifts every position above 0, division rounds down as a floor does.
     """
-    if not chunk:
-        return None, None, None
     size, left, phase = chunk
+    if size == 0:
+        return None, None, None
     phase %= size
     if size > _LONGEST_CHUNK:  # at most one border is near: the one before 0 or the one behind
         near_end = size - phase <= _LONGEST_CHUNK // 2

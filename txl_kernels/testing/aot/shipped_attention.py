@@ -126,7 +126,7 @@ class Attention:
             "causal": self.causal,
             "window_left": None,
             "window_right": None,
-            "chunk": (),
+            "chunk": (0, 0, 0),
             "scale": D**-0.5,
             "softcap": 0.0,
             "dropout_p": 0.0,

@@ -1,0 +1,110 @@
+"""How torch differentiates and batches the custom ops: shared by the registrations of all ops."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from txl_kernels.errors import BackendUnavailableError
+from txl_kernels.transforms import kernel_refusal
+
+
+def register_autograd(
+    operator: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None
+) -> None:
+    """`torch.library.register_autograd`, but an error inside the transforms that it lacks.
+
+    torch alone would return tangents of 0, or fail with a message about its own internals.
+
+    Args:
+        operator: "namespace::name".
+        backward, setup_context: as `torch.library.register_autograd` takes them.
+    """
+    library = _library(operator.partition("::")[0])
+    torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=library)
+
+
+def register_vmap(operator: str) -> None:
+    """Registers a batching rule that calls the operator once per element of the batch.
+
+    torch has a loop of its own only for operators without lists of tensors.
+    """
+    namespace, _, name = operator.partition("::")
+
+    def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        call = getattr(getattr(torch.ops, namespace), name)
+        if info.batch_size == 0:
+            raise ValueError(f"{name}: torch.vmap needs at least one element, got a batch of 0")
+        results = [
+            call(*(_element(x, dim, n) for x, dim in zip(args, in_dims, strict=True)))
+            for n in range(info.batch_size)
+        ]
+        stacked = tree_map(lambda *parts: torch.stack(parts), *results)
+        return stacked, tree_map(lambda _: 0, stacked)
+
+    torch.library.register_vmap(operator, one_by_one)
+
+
+def refuse_batched_gradients(operator: str) -> None:
+    """Makes `torch.autograd.grad(is_grads_batched=True)` a clear error for a backward operator.
+
+    It batches with an older vmap than `torch.vmap`, which has no loop for lists of tensors.
+    """
+    namespace, _, name = operator.partition("::")
+    op, backend = name.removesuffix("_bwd"), namespace.removeprefix("txl_")
+
+    def refuse(*_: Any) -> NoReturn:
+        raise BackendUnavailableError(
+            f"{op}: {backend} takes no batch of gradients (torch.autograd.grad with "
+            'is_grads_batched=True, jacobian with vectorize=True): pass backend="reference"'
+        )
+
+    torch.library.impl(operator, "Batched", refuse)
+
+
+def refuse_second_derivative(operator: str) -> None:
+    """Makes differentiating a backward operator an error; torch alone would only warn."""
+    op = operator.partition("::")[2].removesuffix("_bwd")
+
+    def backward(*_: Any) -> NoReturn:
+        raise RuntimeError(no_second_derivative(op))
+
+    register_autograd(operator, backward)
+
+
+def no_second_derivative(op: str) -> str:
+    """The message of the error."""
+    return f'{op}: no second derivative exists on this backend; backend="reference" has one'
+
+
+def _element(x: Any, dim: Any, n: int) -> Any:
+    """Element n of an argument that has its batch at `dim` (None: none), or of each in a list."""
+    if isinstance(dim, (list, tuple)):
+        return [_element(part, part_dim, n) for part, part_dim in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, n)
+
+
+class _Library(torch.library.Library):
+    """Registers autograd kernels that first check which transforms they run inside."""
+
+    def impl(self, op_name: str, fn: Any, dispatch_key: str = "", **options: Any) -> None:
+        op, backend = op_name.rpartition("_")[0], self.ns.removeprefix("txl_")
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            reason = kernel_refusal(backend)
+            if reason is not None:
+                raise BackendUnavailableError(f"{op}: {reason}")
+            return fn(*args, **kwargs)
+
+        super().impl(op_name, checked, dispatch_key, **options)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _library(namespace: str) -> _Library:
+    """Kept for the life of the process: a library that is collected takes its kernels with it."""
+    return _Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
