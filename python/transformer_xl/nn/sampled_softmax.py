@@ -1,4 +1,4 @@
-"""Sampled softmax: a loss of a large vocabulary from its target and some tokens drawn by chance."""
+"""Sampled softmax: the loss of a large vocabulary from the target and some random tokens."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from transformer_xl.nn.layer_weights import dense
+
 
 class LogUniformSampler:
-    """Tokens sorted by falling frequency, drawn with P(k) = log((k + 2) / (k + 1)) / log(V + 1).
+    """Draws tokens, which are sorted by descending frequency: P(k) = log((k+2)/(k+1)) / log(V+1).
 
-    Close to Zipf's law, and drawn without a table: k = floor((V + 1)^u) - 1, u uniform in [0, 1).
+    Close to Zipf's law, and needs no table: k = floor((V + 1)^u) - 1, u uniform in [0, 1).
 
     Args:
         vocab_size: number of tokens V.
@@ -25,7 +27,7 @@ class LogUniformSampler:
     def draw(
         self, n: int, *, device: torch.device, generator: torch.Generator | None = None
     ) -> Tensor:
-        """`n` tokens with replacement, int64 [n]; nothing waits for the device."""
+        """`n` tokens with replacement, int64 [n]; the host does not wait for the device."""
         u = torch.rand(n, dtype=torch.float64, device=device, generator=generator)
         tokens = torch.exp(u * math.log(self.vocab_size + 1)).long() - 1
         return tokens.clamp_(0, self.vocab_size - 1)
@@ -45,12 +47,16 @@ def sampled_nll(
     n_sample: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """-log p(token) in nats, int64 [N] given rows [N, d], the sum in p estimated from draws.
+    """-log p(token) [N] in nats, the sum over all V in it estimated as in `SampledSoftmax`.
 
-    As `SampledSoftmax` says; weight [V, d], bias [V].
+    Args:
+        rows: [N, d].
+        token: int64 [N].
+        weight, bias: [V, d] and [V].
+        sampler, n_sample, generator: draw the tokens of the estimate.
     """
     drawn = sampler.draw(n_sample, device=rows.device, generator=generator)
-    # One gather for targets and draws: one gradient of the table, where two would be added.
+    # One gather for targets and draws gives one gradient of the table instead of two to add.
     both = torch.cat([token, drawn])
     found = nn.functional.embedding(both, weight)  # [N + n_sample, d]
     found_bias = nn.functional.embedding(both, bias[:, None])[:, 0]
@@ -68,20 +74,21 @@ class SampledSoftmax(nn.Module):
     """-log p(target), the sum over all V in it estimated from `n_sample` draws.
 
     log p = l_y - log(exp(l_y) + Σ_{k drawn, k ≠ y} exp(l_k) / (n_sample · P(k))), the same draws
-    for all tokens of a call; a token drawn twice counts twice. The sum is without bias, so the
-    gradient's expectation nears the full softmax's as 1 / n_sample falls. The target's own logit
-    is not corrected, for it is always there: correcting it too, as for a classifier among
-    candidates, has the same optimum but not the full softmax's gradient.
+    for all tokens of a call; a token drawn twice counts twice. The estimate of the sum is unbiased,
+    so the expected gradient approaches that of the full softmax as n_sample grows. The logit of the
+    target is not corrected by its probability, because it is always part of the sum; with that
+    correction the optimum would be the same, but not the gradient.
 
-    In evaluation mode it is the full softmax.
+    In evaluation mode the module computes the full softmax.
 
     Args:
-        vocab_size, d: number of tokens, in order of falling frequency, and width of hidden states.
+        vocab_size, d: number of tokens, in order of descending frequency, and width of the hidden
+            states.
         n_sample: draws per call.
 
     State: `weight` [V, d], `bias` [V].
     Source: Jean et al., "On using very large target vocabulary", ACL 2015; the sampler is that of
-    TensorFlow and of the Transformer-XL code, whose own loss never ran.
+    TensorFlow and of the Transformer-XL code (whose own sampled loss cannot be run).
     """
 
     def __init__(self, vocab_size: int, d: int, n_sample: int) -> None:
@@ -97,19 +104,24 @@ class SampledSoftmax(nn.Module):
     ) -> Tensor:
         """Mean loss in nats of `target` int64 […] given `hidden` […, d]; -100 is not scored.
 
+        The mean over no targets is 0.
+
         Args:
-            generator: of the draws, on hidden's device; torch's own if None.
+            generator: draws the tokens, on hidden's device; None: torch's default generator.
 
         Raises:
+            ValueError: a quantised weight in training.
             IndexError: a target out of range (on the CPU; a device assert on CUDA).
         """
-        rows, wanted = hidden.flatten(0, -2), target.flatten()
-        scored = wanted != -100
-        token = wanted.where(scored, 0)
+        rows, tokens = hidden.flatten(0, -2), target.flatten()
+        scored = tokens != -100
+        token = tokens.where(scored, 0)
+        trained = self.training and hidden.requires_grad
+        weight = dense("SampledSoftmax: weight", self.weight, trained=trained)
         if self.training:
             drawing = (self.sampler, self.n_sample, generator)
-            nll = sampled_nll(rows, token, self.weight, self.bias, *drawing)
+            nll = sampled_nll(rows, token, weight, self.bias, *drawing)
         else:
-            logits = nn.functional.linear(rows, self.weight, self.bias).float()
+            logits = nn.functional.linear(rows, weight, self.bias).float()
             nll = nn.functional.cross_entropy(logits, token, reduction="none")
         return (nll * scored).sum() / scored.sum().clamp(min=1)
