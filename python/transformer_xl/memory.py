@@ -8,14 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transformer_xl.nn.position import bounded
+
 
 class Memory(NamedTuple):
-    """What a model remembers; immutable, every method returns a new one.
+    """The hidden states that a model attends to before a segment; every method returns a new one.
 
     Args:
         hidden: [n_layer, B, M, d_model], the input of each layer at the last M tokens, newest
             last. Carries no gradient.
-        start: int64 [B], where the memory of each row starts; M: the row remembers nothing.
+        start: int64 [B], the first position of each row's memory; M: the row's memory is empty.
     """
 
     hidden: Tensor
@@ -32,10 +34,9 @@ class Memory(NamedTuple):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Memory:
-        """A memory without content: `length` positions of zeros, of which every row's start is
-        the end."""
-        if batch_size <= 0:
-            raise ValueError(f"batch_size: expected a positive integer, got {batch_size}")
+        """A memory without content: `length` positions of zeros, all of them before `start`."""
+        if batch_size < 0:
+            raise ValueError(f"batch_size: expected 0 or more rows, got {batch_size}")
         hidden = torch.zeros(n_layer, batch_size, length, d_model, dtype=dtype, device=device)
         start = torch.full((batch_size,), length, dtype=torch.int64, device=device)
         return cls(hidden, start)
@@ -50,16 +51,13 @@ class Memory(NamedTuple):
 
         Args:
             new_hidden: per layer [B, T, d_model], its input over the segment.
-            mem_len: most positions kept, in tokens.
+            mem_len: the most positions kept, in tokens.
         """
         new = torch.stack([hidden.detach().to(self.hidden.dtype) for hidden in new_hidden])
         both = torch.cat([self.hidden.detach(), new], dim=2)  # [n_layer, B, M + T, d_model]
         total = both.shape[2]
-        dropped = total - mem_len
-        # Of a known length torch 2.11's compiler takes no sym_max; of a symbolic one max() would
-        # ask, under torch.export, which is larger, and fix it.
-        dropped = max(dropped, 0) if isinstance(dropped, int) else torch.sym_max(dropped, 0)
-        # By index: a slice of symbolic length would fix, under torch.export, whether it is empty.
+        dropped = bounded(total - mem_len, at_least=0)
+        # An index, because torch.export fixes whether a slice of symbolic length is empty.
         newest = torch.arange(dropped, total, device=both.device)
         return Memory(both[:, :, newest], (self.start - dropped).clamp(min=0))
 
@@ -77,7 +75,7 @@ class Memory(NamedTuple):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Memory:
-        """The inverse of `to_tensors`; ValueError where a name is missing or a shape disagrees."""
+        """The inverse of `to_tensors`; ValueError if a name is missing or a shape is wrong."""
         missing = set(cls._fields) - set(tensors)
         if missing:
             raise ValueError(f"tensors: expected hidden and start, missing {sorted(missing)}")
