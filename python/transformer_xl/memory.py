@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from transformer_xl.nn.position import bounded
 
 
 class Memory(NamedTuple):
@@ -84,3 +82,15 @@ class Memory(NamedTuple):
             shapes = [list(tensor.shape) for tensor in memory]
             raise ValueError(f"tensors: expected [n_layer, B, M, d_model] and [B], got {shapes}")
         return memory
+
+
+def bounded(length: int, *, at_least: int | None = None, at_most: int | None = None) -> int:
+    """`length` within the given bounds; a symbolic length stays symbolic."""
+    # torch 2.11's compiler accepts no torch.sym_max of known lengths; Python's max of a symbolic
+    # length would fix, under torch.export, which of the two is larger.
+    symbolic = isinstance(length, torch.SymInt)
+    largest: Callable[[int, int], int] = torch.sym_max if symbolic else max
+    smallest: Callable[[int, int], int] = torch.sym_min if symbolic else min
+    if at_least is not None:
+        length = largest(length, at_least)
+    return length if at_most is None else smallest(length, at_most)

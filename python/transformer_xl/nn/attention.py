@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from transformer_xl.memory import bounded
 from transformer_xl.nn.layer_weights import is_plain, update_weights
-from transformer_xl.nn.position import RelativePositions, SinusoidalPositions, Window, bounded
+from transformer_xl.nn.position import RelativePositions, SinusoidalPositions, Window
 from transformer_xl.nn.valid_frames import ValidFrames
 from txl_kernels import rel_attention
 

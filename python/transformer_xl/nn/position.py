@@ -3,11 +3,12 @@ each query and key. No parameters, no state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from transformer_xl.memory import bounded
 
 Window = tuple[int | None, int | None]
 
@@ -90,15 +91,3 @@ class SinusoidalPositions(nn.Module):
         for limit in (window, clamp_len):
             distance = bounded(distance, at_most=limit)
         return bounded(distance, at_least=0)
-
-
-def bounded(length: int, *, at_least: int | None = None, at_most: int | None = None) -> int:
-    """`length` within the given bounds; a symbolic length stays symbolic."""
-    # torch 2.11's compiler accepts no torch.sym_max of known lengths; Python's max of a symbolic
-    # length would fix, under torch.export, which of the two is larger.
-    symbolic = not isinstance(length, int)
-    largest: Callable[[int, int], int] = torch.sym_max if symbolic else max
-    smallest: Callable[[int, int], int] = torch.sym_min if symbolic else min
-    if at_least is not None:
-        length = largest(length, at_least)
-    return length if at_most is None else smallest(length, at_most)
