@@ -79,7 +79,7 @@ class SinusoidalPositions(nn.Module):
         return RelativePositions(
             embedding=torch.cat([angle.sin(), angle.cos()], dim=-1).to(dtype),
             offset=left - (n_keys - n_queries),
-            clamp=self.clamp_len > 0,
+            clamp=bool(self.clamp_len > 0),  # of a NumPy integer too
             causal=self.causal,
             window=self.window,
         )
