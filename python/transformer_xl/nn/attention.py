@@ -185,7 +185,7 @@ class RelativeMultiHeadAttention(nn.Module):
             x = valid.to_front(x)
         q, k, v = self._split_heads(self.qkv_net(x))
         if cache is None:
-            start = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
             cache = KeyValueCache(k[:, :, :0], v[:, :, :0], start)
         n_cached = cache.k.shape[2]
         options: Options = {

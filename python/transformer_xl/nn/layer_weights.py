@@ -12,7 +12,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-_WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)  # they compute a weight before a call
+# The hooks with which `torch.nn.utils` computes a weight before each call of a layer.
+_WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -54,7 +55,7 @@ def weight_and_bias(
             and would be trained.
     """
     check_read(owner, name, layer, nn.Linear, nn.Embedding)
-    if _is_dynamic(layer):  # both are methods there
+    if _is_dynamic(layer):  # its weight and bias are methods
         return layer.weight().dequantize(), layer.bias()
     update_weights(layer)
     weight = dense(f"{_label(owner, name)}.weight", layer.weight, trained=trained)
@@ -70,6 +71,8 @@ def check_read(owner: nn.Module, name: str, layer: nn.Module, *kinds: type[nn.Mo
     hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
     if not all(isinstance(hook, _WEIGHT_HOOKS) for hook in hooks):
         found = "a forward hook on it"
+    elif "forward" in vars(layer):
+        found = "a replaced forward method"
     elif not _is_dynamic(layer) and not any(_runs(layer, kind) for kind in kinds):
         found = f"a {type(layer).__module__}.{type(layer).__qualname__}"
     else:

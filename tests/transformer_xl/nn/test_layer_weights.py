@@ -91,7 +91,7 @@ def test_a_hook_on_a_whole_tail_and_a_patched_forward_are_refused() -> None:
         call(module)
     module = build("bins")
     module.out_layers[1].forward = lambda x: x
-    with pytest.raises(ValueError, match=r"out_layers.1: expected a plain nn.Linear"):
+    with pytest.raises(ValueError, match=r"out_layers.1: .* got a replaced forward method"):
         call(module)
 
 
