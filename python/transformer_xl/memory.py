@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class Memory(NamedTuple):
-    """What a model remembers; immutable, every method returns a new one.
+    """The hidden states that a model attends to before a segment; every method returns a new one.
 
     Args:
         hidden: [n_layer, B, M, d_model], the input of each layer at the last M tokens, newest
             last. Carries no gradient.
-        start: int64 [B], where the memory of each row starts; M: the row remembers nothing.
+        start: int64 [B], the first position of each row's memory; M: the row's memory is empty.
     """
 
     hidden: Tensor
@@ -32,10 +32,9 @@ class Memory(NamedTuple):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Memory:
-        """A memory without content: `length` positions of zeros, of which every row's start is
-        the end."""
-        if batch_size <= 0:
-            raise ValueError(f"batch_size: expected a positive integer, got {batch_size}")
+        """A memory without content: `length` positions of zeros, all of them before `start`."""
+        if batch_size < 0:
+            raise ValueError(f"batch_size: expected 0 or more rows, got {batch_size}")
         hidden = torch.zeros(n_layer, batch_size, length, d_model, dtype=dtype, device=device)
         start = torch.full((batch_size,), length, dtype=torch.int64, device=device)
         return cls(hidden, start)
@@ -50,21 +49,13 @@ class Memory(NamedTuple):
 
         Args:
             new_hidden: per layer [B, T, d_model], its input over the segment.
-            mem_len: most positions kept, in tokens.
+            mem_len: the most positions kept, in tokens.
         """
         new = torch.stack([hidden.detach().to(self.hidden.dtype) for hidden in new_hidden])
         both = torch.cat([self.hidden.detach(), new], dim=2)  # [n_layer, B, M + T, d_model]
         total = both.shape[2]
-        dropped = total - mem_len
-        # torch 2.11's compiler supports no sym_max of known lengths; max() of a symbolic one would
-        # fix it under torch.export.
-        if isinstance(dropped, int):
-            dropped = max(dropped, 0)
-        elif isinstance(dropped, Tensor):  # a size inside torch.jit.trace
-            dropped = dropped.clamp(min=0)
-        else:
-            dropped = torch.sym_max(dropped, 0)
-        # By index: a slice of symbolic length would fix, under torch.export, whether it is empty.
+        dropped = bounded(total - mem_len, at_least=0)
+        # An index, because torch.export fixes whether a slice of symbolic length is empty.
         newest = torch.arange(dropped, total, device=both.device)
         return Memory(both[:, :, newest], (self.start - dropped).clamp(min=0))
 
@@ -82,7 +73,7 @@ class Memory(NamedTuple):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Memory:
-        """The inverse of `to_tensors`; ValueError where a name is missing or a shape disagrees."""
+        """The inverse of `to_tensors`; ValueError if a name is missing or a shape is wrong."""
         missing = set(cls._fields) - set(tensors)
         if missing:
             raise ValueError(f"tensors: expected hidden and start, missing {sorted(missing)}")
@@ -91,3 +82,17 @@ class Memory(NamedTuple):
             shapes = [list(tensor.shape) for tensor in memory]
             raise ValueError(f"tensors: expected [n_layer, B, M, d_model] and [B], got {shapes}")
         return memory
+
+
+def bounded(length: int, *, at_least: int | None = None, at_most: int | None = None) -> int:
+    """`length` within the given bounds; a symbolic or traced length stays one."""
+    if isinstance(length, Tensor):  # a size inside torch.jit.trace
+        return length.clamp(min=at_least, max=at_most)
+    # torch 2.11's compiler accepts no torch.sym_max of known lengths; Python's max of a symbolic
+    # length would fix, under torch.export, which of the two is larger.
+    symbolic = isinstance(length, torch.SymInt)
+    largest: Callable[[int, int], int] = torch.sym_max if symbolic else max
+    smallest: Callable[[int, int], int] = torch.sym_min if symbolic else min
+    if at_least is not None:
+        length = largest(length, at_least)
+    return length if at_most is None else smallest(length, at_most)

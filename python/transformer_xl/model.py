@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from transformer_xl.nn.dropout import Dropout
 
 
 class Output(NamedTuple):
-    """What a segment gives.
+    """Results of a segment.
 
-    `hidden` [B, T, d_model] is what the softmax reads; `loss` in nats, None without targets;
-    `memory` is for the next segment.
+    `hidden` [B, T, d_model] is the input of the softmax; `loss` is in nats, None without targets;
+    `memory` is the argument for the next segment.
     """
 
     hidden: Tensor
@@ -31,13 +31,13 @@ class TransformerXL(nn.Module):
     """p(token | all tokens before), segment after segment.
 
     Args:
-        config: what the model is.
-        backend: "auto", or the implementation that every op of `txl_kernels` must run.
+        config: sizes and options of the model.
+        backend: "auto", or the only implementation of the ops of `txl_kernels` that may run.
 
-    `mem_len`, `clamp_len` and `same_length` start as the config's and may be changed for
-    evaluation by `set_lengths`.
+    `mem_len`, `clamp_len` and `same_length` are initially those of the config; `set_lengths`
+    changes them for evaluation.
 
-    Source: Dai et al. 2019, section 3; the released PyTorch code in every detail of `attn_type` 0.
+    Source: Dai et al. 2019, section 3; equal to the released PyTorch code with `attn_type` 0.
     """
 
     r_w_bias: nn.Parameter | None
@@ -85,19 +85,19 @@ class TransformerXL(nn.Module):
         *,
         reduction: Reduction = "mean",
     ) -> Output:
-        """Read a segment after what `memory` remembers.
+        """Compute hidden states, and the loss, of a segment that follows the tokens in `memory`.
 
         Args:
-            tokens: int64 [B, T].
-            memory: the last segment's `Output.memory`; None: nothing came before.
+            tokens: int64 [B, T]; B and T may be 0.
+            memory: `Output.memory` of the previous segment; None: no tokens precede this one.
             targets: int64 [B, T], the token that follows each of `tokens` (nothing is shifted
                 here); -100 is not scored.
-            reduction: of the loss over the scored targets: "mean", "sum", or "none" for [B, T] in
-                token order.
+            reduction: of the loss over the scored targets: "mean" (0 if there are none), "sum", or
+                "none" for [B, T] in token order.
 
         Raises:
-            ValueError, TypeError: an argument of another shape or dtype, a memory that is not
-                this model's. IndexError: a token or target out of range.
+            ValueError, TypeError: an argument of another shape or dtype; a memory of another model.
+            IndexError: a token or target out of range.
         """
         _check_tokens("tokens", tokens, shape=None)
         B, T = tokens.shape
@@ -109,13 +109,13 @@ class TransformerXL(nn.Module):
         positions = self.pos_emb(T, n_keys, dtype=x.dtype, device=x.device)
         R = self.drop(positions.embedding)  # [R, d_model], one mask for all layers
         shared = (positions._replace(embedding=R), self.r_w_bias, self.r_r_bias)
-        # Zeros that stand for a first memory are attended to, so every key is there.
+        # With `first_memory` "zeros" the model attends to the zeros before the first segment too.
         key_start = memory.start if self.config.first_memory == "empty" else None
 
         inputs = []
-        for layer, remembered in zip(self.layers, memory.hidden.detach().unbind(), strict=True):
+        for layer, layer_memory in zip(self.layers, memory.hidden.detach().unbind(), strict=True):
             inputs.append(x)
-            x = self._run(layer, x, remembered, *shared, key_start)  # [B, T, d_model]
+            x = self._run(layer, x, layer_memory, *shared, key_start)  # [B, T, d_model]
         hidden = self.drop(self.final_layer_norm(x))
 
         loss = None
@@ -137,26 +137,26 @@ class TransformerXL(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The next token of each row of `Output.hidden` […, d_model], drawn: int64 […].
+        """Draw the next token of each row of `Output.hidden` […, d_model]: int64 […].
 
-        Arguments as `txl_kernels.adaptive_sample`, which holds no more than a piece of the V
-        log-probabilities.
+        Arguments as in `txl_kernels.adaptive_sample`, which stores only a part of the V
+        log-probabilities at a time.
         """
         return self.crit.sample(
             hidden, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
         )
 
     def init_memory(self, batch_size: int) -> Memory:
-        """The memory before the first segment: of length 0, or `mem_len` zeros that are attended
-        to where the config says so."""
-        weight = self.crit.out_layers[0].get_parameter("weight")
+        """The memory before the first segment: of length 0 or, with the config's `first_memory`
+        "zeros", `mem_len` zeros."""
+        table = self._table()
         return Memory.empty(
             self.config.n_layer,
             batch_size,
             self.config.d_model,
             length=self.mem_len if self.config.first_memory == "zeros" else 0,
-            dtype=weight.dtype,
-            device=weight.device,
+            dtype=table.dtype,
+            device=table.device,
         )
 
     def set_lengths(
@@ -166,9 +166,9 @@ class TransformerXL(nn.Module):
         clamp_len: int | None = None,
         same_length: bool | None = None,
     ) -> None:
-        """Read on with other lengths (in tokens) than trained; None leaves one as it is.
+        """Use other lengths (in tokens) than in training; None leaves a length as it is.
 
-        A longer memory already at hand is attended to once more and then cut.
+        A memory that is longer than the new `mem_len` is attended to once more and then cut.
         """
         new_mem_len = self.mem_len if mem_len is None else mem_len
         new_same_length = self.same_length if same_length is None else same_length
@@ -192,7 +192,7 @@ class TransformerXL(nn.Module):
         return out
 
     def _tie(self) -> None:
-        """Let the softmax use the embedding's tables and projections, as the config says."""
+        """Let the softmax use the embedding's tables and projections, as the config requires."""
         config = self.config
         if config.tie_weight:
             for softmax, embedding in zip(
@@ -204,6 +204,10 @@ class TransformerXL(nn.Module):
             if tied and projection is not None:
                 self.crit.out_projs[k] = projection
 
+    def _table(self) -> Tensor:
+        """The first embedding table, for its dtype and device, which are those of the memory."""
+        return cast(Tensor, self.word_emb.emb_layers[0].weight)
+
     def _check_memory(self, memory: Memory, batch_size: int) -> None:
         hidden, start = memory
         M = hidden.shape[2] if hidden.dim() == 4 else "M"
@@ -213,10 +217,10 @@ class TransformerXL(nn.Module):
                 f"memory: expected hidden {expected} and start [{batch_size}], "
                 f"got {list(hidden.shape)} and {list(start.shape)}"
             )
-        weight = self.crit.out_layers[0].get_parameter("weight")
-        if (hidden.dtype, hidden.device) != (weight.dtype, weight.device):
+        table = self._table()
+        if (hidden.dtype, hidden.device) != (table.dtype, table.device):
             raise TypeError(
-                f"memory: expected {weight.dtype} on {weight.device} as the parameters, "
+                f"memory: expected {table.dtype} on {table.device} as the parameters, "
                 f"got {hidden.dtype} on {hidden.device}"
             )
 
@@ -237,7 +241,7 @@ def _layer(config: ModelConfig, backend: str) -> DecoderLayer:
 
 
 def initialise(model: nn.Module, config: ModelConfig) -> None:
-    """Draw every parameter as the original's training script does.
+    """Draw every parameter from the distributions of the original's training script.
 
     Weights, tables, cluster columns and position biases are normal (init_std) or uniform
     (±init_range); projections normal (proj_init_std); LayerNorm weights normal around 1; biases 0.

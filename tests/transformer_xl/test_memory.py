@@ -1,4 +1,4 @@
-"""Memory: what is kept, what a reset empties, and its way into a checkpoint and back."""
+"""Memory: the positions that are kept, rows that are reset, and conversion to tensors and back."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_bad_input_is_named() -> None:
     memory = Memory.empty(N_LAYER, B, D_MODEL)
     with pytest.raises(AttributeError):
         memory.hidden = memory.hidden  # type: ignore[misc]
-    with pytest.raises(ValueError, match="batch_size: expected a positive integer, got 0"):
-        Memory.empty(N_LAYER, 0, D_MODEL)
+    with pytest.raises(ValueError, match="batch_size: expected 0 or more rows, got -1"):
+        Memory.empty(N_LAYER, -1, D_MODEL)
     with pytest.raises(ValueError, match=r"rows: expected bool \[3\], got torch.int64 \[3\]"):
         memory.reset(torch.zeros(B, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"missing \['start'\]"):

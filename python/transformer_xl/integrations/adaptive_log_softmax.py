@@ -1,6 +1,6 @@
 """`torch.nn.AdaptiveLogSoftmaxWithLoss` on the kernels, and fairseq's AdaptiveSoftmax as one.
 
-Both have a head without projection and, per cluster, a projection and a layer without biases.
+Both have a head without a projection and, for each cluster, a projection and a layer without bias.
 """
 
 from __future__ import annotations
@@ -13,22 +13,27 @@ from torch import Tensor, nn
 from torch.nn.modules.adaptive import _ASMoutput
 
 from transformer_xl.nn.adaptive_softmax import Options, Reduction, Tail
+from transformer_xl.nn.layer_weights import check_read, weight_and_bias
 from txl_kernels import adaptive_log_prob, adaptive_loss, adaptive_nll, adaptive_topk
 from txl_kernels.ops.checks import check_int
 
 
 class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
-    """torch's module, in place: same constructor, state dict and outputs; no `nonzero`.
+    """A replacement of torch's module: same constructor, state dict and outputs; no `nonzero`.
 
     Works under `torch.compile(fullgraph=True)`, autocast and DDP (a cluster without targets gets a
-    zero gradient). Outputs of 16-bit inputs are float32. `loss` alone is the cheaper way to train:
-    its gradients take three products per weight instead of four.
+    zero gradient). Outputs of 16-bit inputs are float32. Training is cheaper with `loss` than with
+    `forward`: its gradients need three products per weight instead of four.
+
+    The kernels read the weights of `head` and `tail` and do not call these layers: weights of
+    `torch.nn.utils.prune`, `weight_norm` and parametrisations are computed first, quantised weights
+    (torchao) are dequantised outside training; LoRA wrappers must be merged.
 
     Args:
         in_features, n_classes, cutoffs, div_value, head_bias, device, dtype: as torch's.
         ignore_index: a target that is not scored: output 0, no gradient, not in the mean.
         reduction: of the loss over the scored targets: "mean", "sum", or "none" for [N].
-        backend: "auto", or the implementation that must run.
+        backend: "auto", or the only implementation that may run.
 
     State: `head.weight`, `head.bias`, `tail.k.0.weight`, `tail.k.1.weight`.
     Source: Grave et al., "Efficient softmax approximation for GPUs", ICML 2017.
@@ -58,8 +63,8 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
     def from_module(
         cls, module: nn.AdaptiveLogSoftmaxWithLoss, **options: Any
     ) -> AdaptiveLogSoftmaxWithLoss:
-        """The same computation on the very parameters of `module`; options: the keyword-only ones
-        of the constructor."""
+        """The same computation with the parameters of `module`, which are shared, not copied;
+        options: the keyword-only ones of the constructor."""
         made = cls(
             module.in_features,
             module.n_classes,
@@ -83,11 +88,12 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
             `output`: log p [N] or [], 0 where ignored; `loss`: in nats, reduced.
 
         Raises:
-            ValueError, TypeError: shapes or dtypes that do not fit.
+            ValueError, TypeError: wrong shapes or dtypes; a layer that is wrapped, hooked, or
+                quantised in training.
             IndexError: a target out of range (on the CPU; a device assert on CUDA).
         """
         rows, scored = _batched(input_, target_)
-        head, tails, options = self._clusters()
+        head, tails, options = self._clusters(rows)
         nll = adaptive_nll(rows, scored, head, tails, **options, ignore_index=self.ignore_index)
         loss = nll.view_as(target_)
         output = -loss
@@ -98,10 +104,10 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
         return _ASMoutput(output, loss)
 
     def loss(self, input_: Tensor, target_: Tensor) -> Tensor:
-        """`forward(…).loss` alone, for training: gradients are formed with it where the backend
-        can."""
+        """`forward(…).loss` alone, for training: most backends compute gradients together with
+        it."""
         rows, scored = _batched(input_, target_)
-        head, tails, options = self._clusters()
+        head, tails, options = self._clusters(rows)
         ignored = self.ignore_index
         if self.reduction == "none":
             nll = adaptive_nll(rows, scored, head, tails, **options, ignore_index=ignored)
@@ -112,27 +118,33 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
 
     def log_prob(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """log p of all classes: [N, n_classes]."""
-        head, tails, options = self._clusters()
+        head, tails, options = self._clusters(input)
         return adaptive_log_prob(input, head, tails, **options)
 
     def predict(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """The likeliest class of each row, int64 [N]; holds no [N, n_classes]."""
-        head, tails, options = self._clusters()
+        """The most probable class of each row, int64 [N]; no [N, n_classes] is stored."""
+        head, tails, options = self._clusters(input)
         return adaptive_topk(input, head, tails, 1, **options)[1][:, 0]
 
-    def _clusters(self) -> tuple[Tensor, list[Tail], Options]:
-        """Head weight, tails and the rest as the functions of `txl_kernels` take them."""
-        tails: list[Tail] = [
-            (projection.get_parameter("weight"), layer.get_parameter("weight"), None)
-            for projection, layer in ((tail[0], tail[-1]) for tail in self.tail)  # type: ignore[index]
-        ]
+    def _clusters(self, hidden: Tensor) -> tuple[Tensor, list[Tail], Options]:
+        """Head weight, tails and further arguments of the functions of `txl_kernels`."""
+        trained = self.training and hidden.requires_grad
+        head, bias = weight_and_bias(self, "head", self.head, trained=trained)
+        tails: list[Tail] = []
+        for k, tail in enumerate(self.tail):
+            check_read(self, f"tail.{k}", tail, nn.Sequential)
+            projection, weight = (
+                weight_and_bias(self, f"tail.{k}.{n}", layer, trained=trained)[0]
+                for n, layer in tail.named_children()
+            )
+            tails.append((projection, weight, None))
         options: Options = {
             "cutoffs": tuple(self.cutoffs[:-1]),
-            "head_bias": self.head.bias,
+            "head_bias": bias,
             "head_proj": None,
             "backend": self.backend,
         }
-        return self.head.weight, tails, options
+        return head, tails, options
 
 
 def from_fairseq(
@@ -143,19 +155,19 @@ def from_fairseq(
 ) -> AdaptiveLogSoftmaxWithLoss:
     """fairseq's AdaptiveSoftmax from its state dict (`….adaptive_softmax.` cut off its names).
 
-    Everything but dropout, which fairseq has before the head and inside each tail: equal in
-    evaluation. Where the head is tied to an adaptive input that is narrower than the hidden
-    states, its words are projected and its clusters are not; the product of projection and
-    weight then becomes the head's weight. Padding is fairseq's `ignore_index`.
+    Equal in evaluation; without the dropout that fairseq has before the head and inside each tail.
+    If the head is tied to an adaptive input that is narrower than the hidden states, fairseq
+    projects its words and not its clusters; the product of projection and weight then becomes the
+    head's weight. Padding is fairseq's `ignore_index`.
 
     Args:
-        tie_proj: whether the tails' projections are those of the adaptive input, which lie
-            transposed; seen from their shapes unless one is square.
+        tie_proj: whether the tails' projections are those of the adaptive input, which are stored
+            transposed; None: decided by their shapes, which is impossible if one is square.
         options: the keyword-only ones of `AdaptiveLogSoftmaxWithLoss`.
 
     Raises:
-        ValueError: a state of another class, or of fairseq before 2018, whose clusters took the
-            columns of words; a square projection and no `tie_proj`.
+        ValueError: a state of another class, or of fairseq before 2018, which used columns of
+            words for clusters; a square projection without `tie_proj`.
     """
     if "version" not in state_dict or "tail.0.0.weight" not in state_dict:
         raise ValueError(
@@ -193,7 +205,7 @@ def _fairseq_head(state_dict: Mapping[str, Tensor]) -> Tensor:
 
 
 def _oriented(projection: Tensor, d: int, width: int, tie_proj: bool | None) -> Tensor:
-    """[width, d], from that or, of an adaptive input, its transpose."""
+    """[width, d], from that shape or from the transpose that an adaptive input has."""
     if width == d and tie_proj is None:
         raise ValueError(f"fairseq: tie_proj must be given, as a projection is {d} x {d}")
     transposed = tie_proj if width == d else tuple(projection.shape) == (d, width)
@@ -201,7 +213,7 @@ def _oriented(projection: Tensor, d: int, width: int, tie_proj: bool | None) -> 
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """A layer of its own with a copy of this weight."""
+    """A new layer with a copy of this weight."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
     return layer
@@ -211,7 +223,7 @@ def _batched(input_: Tensor, target_: Tensor) -> tuple[Tensor, Tensor]:
     """[N, d] and [N], N = 1 for a single token.
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: any other shapes than [N, d] and [N], or [d] and [].
     """
     if target_.dim() not in (0, 1) or input_.dim() != target_.dim() + 1:
         raise ValueError(

@@ -1,5 +1,5 @@
-"""Adaptive softmax: frequent words beside one column per cluster of rarer ones, losses in token
-order."""
+"""Adaptive softmax: columns for frequent tokens and one for each cluster of rarer tokens; losses in
+token order."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_xl.nn.embedding import checked_cutoffs, checked_sizes, has_projection
+from transformer_xl.nn.layer_weights import projections_of, update_weights, weight_and_bias
 from transformer_xl.nn.sampled_softmax import LogUniformSampler, sampled_nll
 from txl_kernels import (
     adaptive_log_prob,
@@ -24,15 +25,15 @@ from txl_kernels.ops.checks import check_int
 from txl_kernels.transforms import inside_transform
 
 Reduction = Literal["mean", "sum", "none"]
-IGNORED = -100  # the target that is not scored
+IGNORED = -100  # targets of this value are not scored
 Tail = tuple[Tensor | None, Tensor, Tensor | None]  # projection, weight, bias
 
 
 class Options(TypedDict):
-    """What the losses and the log-probabilities take beside the weights."""
+    """Arguments of the losses and log-probabilities besides head weight and tails."""
 
     cutoffs: tuple[int, ...]
-    head_bias: Tensor
+    head_bias: Tensor | None
     head_proj: Tensor | None
     backend: str
 
@@ -40,15 +41,19 @@ class Options(TypedDict):
 class AdaptiveSoftmax(nn.Module):
     """-log p(token) = -log p_head(cluster of the token) - log p_cluster(token).
 
-    Tokens before the first cutoff stand in the head themselves, beside cluster k in column
-    cutoffs[0] + k. Without cutoffs this is a plain softmax.
+    The head has a column for each token before the first cutoff and then, in column cutoffs[0] + k,
+    one for cluster k. Without cutoffs this is a plain softmax.
+
+    The kernels read the weights of `out_layers` and do not call these layers: weights of
+    `torch.nn.utils.prune`, `weight_norm` and parametrisations are computed first, quantised weights
+    (torchao) are dequantised outside training; LoRA wrappers must be merged.
 
     Args:
-        vocab_size, d_embed, d_proj, cutoffs, div_val, proj_same_dim: as `AdaptiveEmbedding`;
+        vocab_size, d_embed, d_proj, cutoffs, div_val, proj_same_dim: as in `AdaptiveEmbedding`;
             d_proj is the width of the hidden states.
-        n_sample: while training, draws that the sum over all V is estimated from, as
-            `SampledSoftmax` does; 0: none, the loss is exact. Not with cutoffs.
-        backend: "auto", or the implementation that must run.
+        n_sample: number of draws from which the sum over all V is estimated in training, as in
+            `SampledSoftmax`; 0: the loss is exact. Not with cutoffs.
+        backend: "auto", or the only implementation that may run.
 
     State: `out_layers.k.weight` [V_k, d_k] and `.bias` (one layer with all of V for div_val = 1),
     `out_projs.k` [d_proj, d_k] per cluster, `cluster_weight` [n_tails, d_embed], `cluster_bias`.
@@ -104,34 +109,36 @@ class AdaptiveSoftmax(nn.Module):
         """Loss in nats of `target` int64 […] given `hidden` […, d_proj]; -100 is not scored.
 
         Returns:
-            A scalar over the scored targets ("mean", "sum"), or […] in token order ("none").
+            A scalar over the scored targets ("mean", "sum"), 0 if there are none; or […] in token
+            order ("none").
 
         Raises:
             IndexError: a target out of range (on the CPU; a device assert on CUDA).
-            ValueError: an unknown reduction.
+            ValueError: an unknown reduction; a layer that is wrapped, hooked, or quantised in
+                training.
         """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
-        head, tails, options = self._clusters()
         rows, scored = hidden.flatten(0, -2), target.flatten()
         if self.training and self.n_sample > 0:
             nll = self._sampled_nll(rows, scored)
             if reduction == "mean":
                 return nll.sum() / (scored != IGNORED).sum().clamp(min=1)
             return nll.sum() if reduction == "sum" else nll.view_as(target)
+        head, tails, options = self._clusters(hidden)
         if reduction == "none":
             return adaptive_nll(rows, scored, head, tails, **options).view_as(target)
         return adaptive_loss(rows, scored, head, tails, **options, reduction=reduction)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """[…, d_proj] to the log-probabilities […, V] of all tokens, in token order."""
-        head, tails, options = self._clusters()
+        head, tails, options = self._clusters(hidden)
         log_prob = adaptive_log_prob(hidden.flatten(0, -2), head, tails, **options)
-        return log_prob.view(*hidden.shape[:-1], -1)
+        return log_prob.view(*hidden.shape[:-1], self.ends[-1])
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """[…, d_proj] to log p and int64 of the k likeliest tokens, likeliest first: […, k]."""
-        head, tails, options = self._clusters()
+        """[…, d_proj] to the k most probable tokens in descending order: log p and int64 […, k]."""
+        head, tails, options = self._clusters(hidden)
         found = adaptive_topk(hidden.flatten(0, -2), head, tails, k, **options)
         log_probs, tokens = (part.view(*hidden.shape[:-1], k) for part in found)
         return log_probs, tokens
@@ -146,7 +153,7 @@ class AdaptiveSoftmax(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """[…, d_proj] to one drawn token each, int64 […]; see `txl_kernels.adaptive_sample`."""
-        head, tails, options = self._clusters()
+        head, tails, options = self._clusters(hidden)
         tokens = adaptive_sample(
             hidden.flatten(0, -2),
             head,
@@ -161,18 +168,21 @@ class AdaptiveSoftmax(nn.Module):
 
     def _sampled_nll(self, rows: Tensor, target: Tensor) -> Tensor:
         """[N] estimated losses of `target` [N], 0 where it is not scored."""
-        if self.out_projs[0] is not None:
-            rows = rows @ self.out_projs[0]
-        weight, bias = (self.out_layers[0].get_parameter(name) for name in ("weight", "bias"))
+        (weight,), (bias,), (projection,) = self._layers(rows)
+        if projection is not None:
+            rows = rows @ projection
         scored = target != IGNORED
         token = target.where(scored, 0)
         nll = sampled_nll(rows, token, weight, bias, self.sampler, self.n_sample)
         return nll.where(scored, 0.0)
 
-    def _clusters(self) -> tuple[Tensor, list[Tail], Options]:
-        """Head weight, tails and the rest as the functions of `txl_kernels` take them."""
-        projections = [None if p is None else p.t() for p in self.out_projs]  # [d_k, d_proj]
-        weights, biases = self._bins()
+    def _clusters(self, hidden: Tensor) -> tuple[Tensor, list[Tail], Options]:
+        """Head weight, tails and further arguments of the functions of `txl_kernels`."""
+        update_weights(self)
+        weights, biases, projections = self._layers(hidden)
+        if len(weights) <= len(self.cutoffs):
+            weights, biases = self._split(weights[0], biases[0])
+        projections = [None if p is None else p.t() for p in projections]  # [d_k, d_proj]
         head_weight, head_bias = weights[0], biases[0]
         if self.cutoffs:
             clusters = self.cluster_weight.to(head_weight.dtype)
@@ -187,25 +197,29 @@ class AdaptiveSoftmax(nn.Module):
         }
         return head_weight, tails, options
 
-    def _bins(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Weight and bias of each bin; for div_val = 1 they are parts of one layer."""
-        weights, biases = (
-            [layer.get_parameter(name) for layer in self.out_layers] for name in ("weight", "bias")
-        )
-        if len(weights) == len(self.cutoffs) + 1:
-            return list(weights), list(biases)
+    def _layers(self, hidden: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+        """Weight and bias of each layer, projection [d_proj, d_k] of each cluster."""
+        trained = self.training and hidden.requires_grad
+        weights, biases = [], []
+        for k, layer in enumerate(self.out_layers):
+            weight, bias = weight_and_bias(self, f"out_layers.{k}", layer, trained=trained)
+            weights.append(weight)
+            biases.append(weight.new_zeros(len(weight)) if bias is None else bias)
+        return weights, biases, projections_of(self, "out_projs", trained=trained)
+
+    def _split(self, table: Tensor, bias: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Each cluster's rows of the one table and bias of div_val = 1."""
         sizes = [right - left for left, right in itertools.pairwise(self.ends)]
-        table: Tensor = weights[0]
         lower = autocast_dtype(table.device)
         if table.dtype == torch.float32:
-            table = cast(table, lower)  # whole: its parts stay one table
-        return _rows_of(table, sizes), list(torch.split(biases[0], sizes))
+            table = cast(table, lower)  # as a whole: its parts stay one table
+        return _rows_of(table, sizes), list(torch.split(bias, sizes))
 
 
 def _rows_of(table: Tensor, sizes: list[int]) -> list[Tensor]:
-    """The bins' rows of one table, whose gradients are joined once, into a new table or in place.
+    """Each cluster's rows of one table; backward joins their gradients into one table once.
 
-    Slices would fill a table of zeros each.
+    Plain slices would each add a table of zeros in backward.
     """
     if torch.compiler.is_compiling() or inside_transform("vmap", "grad", "jvp"):
         return list(torch.split(table, sizes))
@@ -214,25 +228,30 @@ def _rows_of(table: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 class _Rows(torch.autograd.Function):
-    """`torch.split` along rows; backward copies no tail where the tails' gradients already lie in
-    one table, behind room for the head's words."""
+    """`torch.split` along rows. Backward copies no tail's gradient if all of them are the last rows
+    of one table, whose first rows are free for the gradient of the head's tokens."""
 
     @staticmethod
-    def forward(_ctx: Any, table: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, table: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        ctx.sizes = sizes
         return torch.split(table, sizes)
 
     @staticmethod
-    def backward(_ctx: Any, words: Tensor, *tails: Tensor) -> tuple[Tensor, None]:
-        joined = _table_behind(words, tails)
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, ...]:
+        return torch.split(tangent, ctx.sizes)
+
+    @staticmethod
+    def backward(_ctx: Any, shortlist: Tensor, *tails: Tensor) -> tuple[Tensor, None]:
+        joined = _table_of(shortlist, tails)
         if joined is None:
-            return torch.cat([words, *tails]), None
-        joined[: len(words)] = words
+            return torch.cat([shortlist, *tails]), None
+        joined[: len(shortlist)] = shortlist
         return joined, None
 
 
-def _table_behind(words: Tensor, tails: Sequence[Tensor]) -> Tensor | None:
-    """The table that the tails are the last rows of, if they are rows of one and it is whole."""
-    memory, offset = tails[0].untyped_storage(), words.numel()
+def _table_of(shortlist: Tensor, tails: Sequence[Tensor]) -> Tensor | None:
+    """The table whose last rows are the tails, or None if there is none with the right size."""
+    memory, offset = tails[0].untyped_storage(), shortlist.numel()
     for tail in tails:
         same = tail.untyped_storage().data_ptr() == memory.data_ptr()
         if not (same and tail.is_contiguous() and tail.storage_offset() == offset):
@@ -240,5 +259,5 @@ def _table_behind(words: Tensor, tails: Sequence[Tensor]) -> Tensor | None:
         offset += tail.numel()
     if memory.nbytes() != offset * tails[0].element_size():
         return None
-    n_rows, width = len(words) + sum(map(len, tails)), words.shape[1]
+    n_rows, width = len(shortlist) + sum(map(len, tails)), shortlist.shape[1]
     return tails[0].as_strided((n_rows, width), (width, 1), 0)

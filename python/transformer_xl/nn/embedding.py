@@ -1,4 +1,5 @@
-"""Adaptive word embedding: frequent words wide, rare words narrow, all projected to d_model."""
+"""Adaptive word embedding: wide tables for frequent tokens, narrow ones for rare tokens, all
+projected to d_model."""
 
 from __future__ import annotations
 
@@ -7,28 +8,34 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from transformer_xl.nn.layer_weights import projections_of, weight_and_bias
 from txl_kernels import adaptive_embedding
 from txl_kernels.ops.checks import check_int
 
 
 class AdaptiveEmbedding(nn.Module):
-    """tokens to √d_proj · table_k[token] projection_kᵀ, k the bin of the token.
+    """Maps tokens to √d_proj · table_k[token] projection_kᵀ, where k is the cluster of the token.
 
     With div_val = 1 there is one table of width d_embed, projected only if d_embed ≠ d_proj. With
-    div_val > 1 bin k is d_embed // div_val**k wide and projected, by `proj_same_dim` also where
-    its width is d_proj.
+    div_val > 1 cluster k is d_embed // div_val**k wide and projected; if its width is d_proj, only
+    with `proj_same_dim`.
+
+    The kernels read the weights of `emb_layers` and do not call these layers: weights of
+    `torch.nn.utils.prune`, `weight_norm` and parametrisations are computed first, quantised weights
+    (torchao) are dequantised outside training; LoRA wrappers must be merged.
 
     Args:
         vocab_size: number of tokens.
-        d_embed, d_proj: width of the first bin and of the output.
-        cutoffs: first token of every bin but the first.
-        div_val: by what each next bin is narrower.
-        sparse: give the tables sparse gradients, as `nn.Embedding` does; not where a softmax is
-            tied to them, whose own are dense.
-        backend: "auto", or the implementation that must run.
+        d_embed, d_proj: width of the first cluster and of the output.
+        cutoffs: first token of every cluster but the first.
+        div_val: the factor by which each cluster is narrower than the one before.
+        sparse: give the tables sparse gradients, as `nn.Embedding` does; not with a softmax tied
+            to them, because its gradients are dense.
+        backend: "auto", or the only implementation that may run.
 
     State: `emb_layers.k.weight` [V_k, d_k], `emb_projs.k` [d_proj, d_k].
-    Source: Baevski and Auli 2019, section 3, as the Transformer-XL code has it.
+    Source: Baevski and Auli 2019, section 3, with the projections of the Transformer-XL
+    code.
     """
 
     def __init__(
@@ -66,11 +73,18 @@ class AdaptiveEmbedding(nn.Module):
                 self.emb_projs.append(None)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 tokens […] to embeddings […, d_proj]; IndexError for a token out of range."""
+        """int64 tokens […] to embeddings […, d_proj].
+
+        Raises:
+            IndexError: a token out of range (on the CPU; a device assert on CUDA).
+            ValueError: a layer that is wrapped, hooked, or quantised and would be trained.
+        """
+        layers = enumerate(self.emb_layers)
+        tables = [weight_and_bias(self, f"emb_layers.{k}", layer)[0] for k, layer in layers]
         return adaptive_embedding(
             tokens,
-            [layer.get_parameter("weight") for layer in self.emb_layers],
-            list(self.emb_projs),
+            tables,
+            projections_of(self, "emb_projs"),
             cutoffs=self.cutoffs,
             scale=self.scale,
             sparse=self.sparse,
@@ -89,6 +103,6 @@ def checked_cutoffs(op: str, cutoffs: Iterable[int]) -> tuple[int, ...]:
 
 
 def has_projection(width: int, d_proj: int, div_val: int, proj_same_dim: bool) -> bool:
-    """Whether a bin of `width` is projected to `d_proj`: always with bins, unless equal and so
-    asked; in a single table only where the widths differ."""
+    """Whether a cluster of `width` is projected to `d_proj`: if the widths differ or, with
+    div_val > 1, if `proj_same_dim`."""
     return width != d_proj or (div_val > 1 and proj_same_dim)

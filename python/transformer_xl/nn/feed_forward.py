@@ -25,7 +25,7 @@ class PositionwiseFeedForward(nn.Module):
         d_inner = check_int(op, "d_inner", d_inner, at_least=1)
         self.CoreNet = nn.Sequential(
             nn.Linear(d_model, d_inner),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),  # in place it would change the output that hooks of the first layer receive
             Dropout(dropout),
             nn.Linear(d_inner, d_model),
             Dropout(dropout),

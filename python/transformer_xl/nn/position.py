@@ -1,5 +1,5 @@
-"""The sinusoid R of the paper, by distance: which rows a block of queries needs, and how query and
-key find theirs. No parameters, no state."""
+"""The sinusoid R of the paper, by distance: the rows that a block of queries needs, and the row of
+each query and key. No parameters, no state."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from transformer_xl.memory import bounded
 from txl_kernels.ops.checks import check_int, checked_window
 
 Window = tuple[int | None, int | None]
 
 
 class RelativePositions(NamedTuple):
-    """Where keys stand to a block of queries; the same for all layers, so computed once.
+    """Positions of keys relative to a block of queries; equal for all layers, so computed once.
 
-    `embedding` [R, d_model]: row m stands for distance left - m (query position minus key position,
-    in tokens). `offset` and `clamp` find the row of a query and a key, `causal` and `window` say
-    which keys a query sees; all four as `txl_kernels.rel_attention` takes them.
+    `embedding` [R, d_model]: row m belongs to distance left - m (query position minus key position,
+    in tokens). `offset` and `clamp` select the row of a query and a key, `causal` and `window`
+    restrict the keys of a query; all four are arguments of `txl_kernels.rel_attention`.
     """
 
     embedding: Tensor
@@ -34,13 +35,14 @@ class SinusoidalPositions(nn.Module):
     Args:
         d_model: width of a row, even.
         causal: no distances below 0, no key after the query.
-        window: (left, right), the farthest distances seen in tokens; a side None is open.
+        window: (left, right), the largest distances in tokens; None in place of a number is no
+            limit.
         clamp_len: distances beyond it share one row; 0 or less: no clamp.
 
     `causal`, `window` and `clamp_len` are plain attributes and may change between calls.
 
-    Precision: positions and sinusoid in float32 (float64 for float64), whatever the parameters are:
-    float16 would tell only some 2,500 of 3,000 distances apart.
+    Precision: positions and sinusoid in float32 (float64 for float64) for every dtype of the
+    parameters: in float16 only some 2,500 of 3,000 distances would differ from each other.
     Source: Dai et al. 2019, section 3.3; `clamp_len` is the released code's.
     """
 
@@ -67,11 +69,11 @@ class SinusoidalPositions(nn.Module):
     ) -> RelativePositions:
         """Positions of the last `n_queries` of `n_keys` tokens, the embedding in `dtype`.
 
-        Lengths may be symbolic: nothing here branches on one.
+        Lengths may be 0 or symbolic; no branch depends on a symbolic one.
         """
         left_window, right_window = self.window or (None, None)
-        left = self._nearest(n_keys - 1, left_window)
-        right = 0 if self.causal else self._nearest(n_queries - 1, right_window)
+        left = self._farthest(n_keys - 1, left_window)
+        right = 0 if self.causal else self._farthest(n_queries - 1, right_window)
 
         precise = torch.promote_types(dtype, torch.float32)
         distance = torch.arange(left, -right - 1, -1, dtype=precise, device=device)  # [R]
@@ -80,22 +82,15 @@ class SinusoidalPositions(nn.Module):
         return RelativePositions(
             embedding=torch.cat([angle.sin(), angle.cos()], dim=-1).to(dtype),
             offset=left - (n_keys - n_queries),
-            clamp=self.clamp_len > 0,
+            clamp=bool(self.clamp_len > 0),  # of a NumPy integer too
             causal=self.causal,
             window=self.window,
         )
 
-    def _nearest(self, farthest: int, window: int | None) -> int:
-        """The farthest distance that needs a row of its own."""
+    def _farthest(self, distance: int, window: int | None) -> int:
+        """The largest distance with a row of its own: `distance`, limited by window and clamp;
+        distance 0 always has one, so that empty input has a table too."""
         clamp_len = self.clamp_len if self.clamp_len > 0 else None
         for limit in (window, clamp_len):
-            if limit is None:
-                continue
-            # As in `Memory.update`: torch 2.11's compiler takes no sym_min of known lengths.
-            if isinstance(farthest, int):
-                farthest = min(farthest, limit)
-            elif isinstance(farthest, Tensor):  # a size inside torch.jit.trace
-                farthest = farthest.clamp(max=limit)
-            else:
-                farthest = torch.sym_min(farthest, limit)
-        return farthest
+            distance = bounded(distance, at_most=limit)
+        return bounded(distance, at_least=0)

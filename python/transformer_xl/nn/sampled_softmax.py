@@ -1,4 +1,4 @@
-"""Sampled softmax: a loss for a large vocabulary from the target and some random tokens."""
+"""Sampled softmax: the loss of a large vocabulary from the target and some random tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from transformer_xl.nn.layer_weights import dense
 from txl_kernels.ops.checks import check_int
 
 
 class LogUniformSampler:
-    """Draws tokens, in order of falling frequency, with P(k) = log((k + 2)/(k + 1)) / log(V + 1).
+    """Draws tokens, which are sorted by descending frequency: P(k) = log((k+2)/(k+1)) / log(V+1).
 
-    The law is close to Zipf's and needs no table: k = floor((V + 1)^u) - 1, u uniform in [0, 1).
+    Close to Zipf's law, and needs no table: k = floor((V + 1)^u) - 1, u uniform in [0, 1).
 
     Args:
         vocab_size: number of tokens V.
@@ -48,13 +49,16 @@ def sampled_nll(
     n_sample: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """-log p(token) [N] in nats, of token int64 [N] and rows [N, d].
+    """-log p(token) [N] in nats, the sum over all V in it estimated as in `SampledSoftmax`.
 
-    The sum in p is estimated from draws, by the formula of `SampledSoftmax`; weight [V, d],
-    bias [V].
+    Args:
+        rows: [N, d].
+        token: int64 [N].
+        weight, bias: [V, d] and [V].
+        sampler, n_sample, generator: draw the tokens of the estimate.
     """
     drawn = sampler.draw(n_sample, device=rows.device, generator=generator)
-    # One gather for targets and draws: one gradient of the table, where two would be added.
+    # One gather for targets and draws gives one gradient of the table instead of two to add.
     both = torch.cat([token, drawn])
     found = nn.functional.embedding(both, weight)  # [N + n_sample, d]
     found_bias = nn.functional.embedding(both, bias[:, None])[:, 0]
@@ -73,19 +77,20 @@ class SampledSoftmax(nn.Module):
 
     log p = l_y - log(exp(l_y) + Σ_{k drawn, k ≠ y} exp(l_k) / (n_sample · P(k))), the same draws
     for all tokens of a call; a token drawn twice counts twice. The estimate of the sum is unbiased,
-    so the expected gradient approaches the full softmax's with 1 / n_sample. The target's own logit
-    is not corrected, because it is always in the sum: correcting it too, as for a classifier among
-    candidates, has the same optimum but not the full softmax's gradient.
+    so the expected gradient approaches that of the full softmax as n_sample grows. The logit of the
+    target is not corrected by its probability, because it is always part of the sum; with that
+    correction the optimum would be the same, but not the gradient.
 
-    In evaluation mode it is the full softmax.
+    In evaluation mode the module computes the full softmax.
 
     Args:
-        vocab_size, d: number of tokens, in order of falling frequency, and width of hidden states.
+        vocab_size, d: number of tokens, in order of descending frequency, and width of the hidden
+            states.
         n_sample: draws per call.
 
     State: `weight` [V, d], `bias` [V].
     Source: Jean et al., "On using very large target vocabulary", ACL 2015; the sampler is that of
-    TensorFlow and of the Transformer-XL code, whose own loss never ran.
+    TensorFlow and of the Transformer-XL code (whose own sampled loss cannot be run).
     """
 
     def __init__(self, vocab_size: int, d: int, n_sample: int) -> None:
@@ -104,23 +109,27 @@ class SampledSoftmax(nn.Module):
     ) -> Tensor:
         """Mean loss in nats of `target` int64 […] given `hidden` […, d]; -100 is not scored.
 
-        Rows of `hidden` that are not scored may hold anything, NaN and infinity included.
+        The mean over no targets is 0. Rows of `hidden` that are not scored may hold anything, NaN
+        and infinity included.
 
         Args:
-            generator: of the draws, on hidden's device; torch's own if None.
+            generator: draws the tokens, on hidden's device; None: torch's default generator.
 
         Raises:
+            ValueError: a quantised weight in training.
             IndexError: a target out of range (on the CPU; a device assert on CUDA).
         """
-        rows, target = hidden.flatten(0, -2), target.flatten()
-        scored = target != -100
-        token = target.where(scored, 0)
+        rows, tokens = hidden.flatten(0, -2), target.flatten()
+        scored = tokens != -100
+        token = tokens.where(scored, 0)
         # A row that is not scored may hold NaN, which a product with 0 keeps.
         rows = rows.masked_fill(~scored[:, None], 0.0)
+        trained = self.training and hidden.requires_grad
+        weight = dense("SampledSoftmax: weight", self.weight, trained=trained)
         if self.training:
             drawing = (self.sampler, self.n_sample, generator)
-            nll = sampled_nll(rows, token, self.weight, self.bias, *drawing)
+            nll = sampled_nll(rows, token, weight, self.bias, *drawing)
         else:
-            logits = nn.functional.linear(rows, self.weight, self.bias).float()
+            logits = nn.functional.linear(rows, weight, self.bias).float()
             nll = nn.functional.cross_entropy(logits, token, reduction="none")
         return (nll * scored).sum() / scored.sum().clamp(min=1)
