@@ -170,7 +170,7 @@ def multiply_rows(
     [in_k, out_k].
     """
     N = out.shape[0]
-    if N == 0 or not inputs:
+    if out.numel() == 0 or not inputs:
         return
     side = 1 if transposed else 0
     widths_out = [
@@ -271,13 +271,13 @@ def sum_outer(
     alpha: float = 1.0,
 ) -> None:
     """Per cluster: outs_k = alpha · Σ lefts_k[left_row]ᵀ rights_k[right_row] over its tokens."""
-    if all(out is None for out in outs):
-        return
     config = product_config(buckets.order.device, rights[0].dtype)
     tiles = [0]
     for out in outs:
         m, n = (0, 0) if out is None else out.shape
         tiles.append(tiles[-1] + triton.cdiv(m, config.BLOCK_OUT) * triton.cdiv(n, config.BLOCK_IN))
+    if tiles[-1] == 0:
+        return
     _adaptive_outer_kernel[(tiles[-1],)](
         tuple(lefts),
         tuple(rights),

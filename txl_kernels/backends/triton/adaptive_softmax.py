@@ -140,8 +140,10 @@ class _Gradients:
 
     def flat(self) -> list[Tensor]:
         """In the order of the schema, empty if not requested."""
-        absent = dict(dtype=sum_dtype(self._hidden), device=self._hidden.device)
-        return [torch.empty(0, **absent) if x is None else x for x in self._buffers]
+        hidden = self._hidden
+        return [
+            hidden.new_empty(0, dtype=sum_dtype(hidden)) if x is None else x for x in self._buffers
+        ]
 
 
 class _Call:

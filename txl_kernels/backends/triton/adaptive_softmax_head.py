@@ -52,7 +52,7 @@ def add_product(a: Tensor, b: Tensor, out: Tensor, adds: bool) -> None:
 
     A float32 `a` beside float16 `b` is a gradient: it keeps its range.
     """
-    if a.dtype == torch.float32 and b.dtype == torch.float16:
+    if a.dtype == torch.float32 and b.dtype == torch.float16 and a.numel() > 0:
         a, unit = in_float16_range(a)
         product = torch.empty_like(out)
         add_product(a, b, product, adds=False)

@@ -222,9 +222,10 @@ def to_gradient(
 ) -> None:
     """Reads `lse` [2, n] and `factor` [n] if given; else rows are whole, and it writes `nll`."""
     n, n_columns = logits.shape
+    largest, log_sum = (None, None) if lse is None else lse
     _adaptive_head_grad_kernel[(n,)](
         logits, grad, logits if bias is None else bias, targets.target,
-        *(logits if x is None else x for x in (nll, *((None, None) if lse is None else lse), factor)),
+        *(logits if x is None else x for x in (nll, largest, log_sum, factor)),
         first_tokens(targets.sizes), sum(targets.sizes), targets.ignore_index,
         first_column, n_columns, logits.stride(0), grad.stride(0),
         HAS_BIAS=bias is not None, HAS_LSE=lse is not None, N_CLUSTERS=len(targets.sizes),
