@@ -126,9 +126,7 @@ def test_opcheck_loss(wanted, dtype, native):
 def test_opcheck_loss_backward(native):
     grads = [torch.randn(3, 4), torch.empty(0), torch.randn(5)]
     for factor in (1.0, 0.5):
-        torch.library.opcheck(
-            NATIVE.adaptive_loss_bwd.default, (torch.tensor(factor), grads)
-        )
+        torch.library.opcheck(NATIVE.adaptive_loss_bwd.default, (torch.tensor(factor), grads))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
