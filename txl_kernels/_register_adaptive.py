@@ -36,7 +36,11 @@ def register(namespace: str) -> None:
 
 
 def _register_nll(namespace: str) -> None:
-    """nll [N] and, for backward, lse [2, N]: log-sum-exp of the head and of the token's tail."""
+    """nll [N] and, for backward, lse [2, 2, N]: log-sum-exp of the head and of the token's tail.
+
+    Each in two parts, the largest logit and log Σ exp(logit - largest): where logits are large,
+    their sum would round the second part away.
+    """
     fwd, bwd = f"{namespace}::adaptive_nll_fwd", f"{namespace}::adaptive_nll_bwd"
     torch.library.define(fwd, f"({_LOSS}) -> (Tensor nll, Tensor lse)")
     torch.library.define(
@@ -47,7 +51,7 @@ def _register_nll(namespace: str) -> None:
 
     def fake_fwd(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         N, dtype = hidden.shape[0], _work_dtype(hidden)
-        return hidden.new_empty(N, dtype=dtype), hidden.new_empty(2, N, dtype=dtype)
+        return hidden.new_empty(N, dtype=dtype), hidden.new_empty(2, 2, N, dtype=dtype)
 
     def fake_bwd(
         _dnll: Tensor, hidden: Tensor, _target: Tensor, clusters: list[Tensor], *args: Any
@@ -82,34 +86,35 @@ def _register_nll(namespace: str) -> None:
 
 
 def _register_loss(namespace: str) -> None:
-    """The gradients, formed with the loss, wait for backward: those of the loss are rest · grads.
+    """The gradients, formed with the loss, are kept for backward.
 
-    `rest` is 1 but where a dtype's range is too small for what the mean leaves of a gradient.
-    Backward multiplies them in place by rest · dloss and hands them over, once; under
-    `torch.compile` it copies them.
+    Backward multiplies them in place by dloss and returns them, once; under `torch.compile` it
+    copies them. Those of float16 tensors are float32 until then, because their factor (a loss
+    scale, say) decides whether float16 can hold them.
     """
     fwd, bwd = f"{namespace}::adaptive_loss_fwd", f"{namespace}::adaptive_loss_bwd"
     torch.library.define(
         fwd,
-        f"({_LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor rest, Tensor[] grads)",
+        f"({_LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor[] grads)",
     )
-    torch.library.define(bwd, "(Tensor dloss, Tensor rest, Tensor(a!)[] grads) -> ()")
+    torch.library.define(bwd, "(Tensor dloss, Tensor(a!)[] grads) -> ()")
 
     def fake_fwd(
         hidden: Tensor, _target: Tensor, clusters: list[Tensor], *args: Any
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        dtype = _work_dtype(hidden)
+    ) -> tuple[Tensor, list[Tensor]]:
         grads = _fake_grads([hidden, *clusters], args[-1])
-        return hidden.new_empty((), dtype=dtype), hidden.new_empty((), dtype=dtype), grads
+        grads = [x.float() if x.dtype == torch.float16 else x for x in grads]
+        return hidden.new_empty((), dtype=_work_dtype(hidden)), grads
 
-    def fake_bwd(_dloss: Tensor, _rest: Tensor, _grads: list[Tensor]) -> None:
+    def fake_bwd(_dloss: Tensor, _grads: list[Tensor]) -> None:
         return None
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.needs_grad = inputs[-1]
         ctx.shapes = [x.shape for x in inputs[2]]
-        _, ctx.rest, ctx.grads = output
-        ctx.mark_non_differentiable(ctx.rest, *ctx.grads)
+        ctx.dtypes = [x.dtype for x in (inputs[0], *inputs[2])]
+        _, ctx.grads = output
+        ctx.mark_non_differentiable(*ctx.grads)
         ctx.set_materialize_grads(False)  # or backward gets zeros as large as all gradients
 
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -121,10 +126,12 @@ def _register_loss(namespace: str) -> None:
         grads, ctx.grads = ctx.grads, None
         is_eager = all(type(grad) is Tensor for grad in grads)
         if is_eager and not is_batched(dloss):
-            getattr(torch.ops, namespace).adaptive_loss_bwd(dloss.detach(), ctx.rest, grads)
+            getattr(torch.ops, namespace).adaptive_loss_bwd(dloss.detach(), grads)
         else:  # a traced graph may not change its own outputs, and a batch of dloss needs copies
-            factor = ctx.rest * dloss
-            grads = [grad * factor for grad in grads]
+            grads = [grad * dloss for grad in grads]
+        grads = list(grads)
+        for n, dtype in enumerate(ctx.dtypes):  # one by one: frees each float32 gradient
+            grads[n] = grads[n].to(dtype)
         grads = _apart(grads, ctx.needs_grad, ctx.shapes)
         if torch.is_grad_enabled():
             leaves = (grad.requires_grad_() for grad in grads)
@@ -234,8 +241,13 @@ def _fake_rows(namespace: str, N: int) -> Any:
     return torch.library.get_ctx().new_dynamic_size() if namespace == "txl_native" else N
 
 
+def is_present(x: Tensor) -> bool:
+    """Whether a tensor of a list is given: a vector without elements stands for an absent one."""
+    return x.dim() != 1 or x.numel() > 0
+
+
 def _embedding_width(tables: Sequence[Tensor], projections: Sequence[Tensor]) -> int:
-    return projections[0].shape[0] if projections[0].numel() > 0 else tables[0].shape[1]
+    return projections[0].shape[0] if is_present(projections[0]) else tables[0].shape[1]
 
 
 def is_one_table(clusters: Sequence[Tensor], needs_grad: Sequence[bool]) -> bool:

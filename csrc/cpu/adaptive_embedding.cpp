@@ -1,7 +1,7 @@
 // Adaptive embedding on the CPU, for one instruction set: the kernels of one table.
 //
-// The products of a projection are made of tiles of 64 rows by a panel of up to 128 columns, whose
-// right-hand matrix a task packs once. Each row of a product goes where it belongs from the tile:
+// The products of a projection are computed in tiles of 64 rows by a panel of up to 128 columns; a
+// task packs the right-hand matrix of its panel once. Each row of a product is copied from the tile
 // to all tokens of its run, or to its row of the table's gradient. Nothing here is atomic.
 #include "adaptive_embedding_products.h"
 #include "kernels.h"

@@ -1,5 +1,5 @@
-// The products of a projected table: panels of the right-hand matrix, rows that go where tokens
-// are.
+// The products of a projected table: panels of the right-hand matrix, and rows of results that are
+// written to each of their tokens.
 #pragma once
 
 #include "adaptive_embedding_rows.h"
@@ -11,27 +11,35 @@ namespace txl::TXL_ISA {
 
 constexpr int64_t kProductRows = 64, kProductDepth = 512;
 
-// What the tasks of one table share. Rows behind the last run are zeros.
+// Memory that all tasks of one table share. Rows after the last run are zeros.
 template <typename T>
 struct EmbeddingShared {
   int64_t ld_width, ld_d, ld_runs;
+  int64_t piece;       // elements of one piece of dout_t
   Operand<T>* rows;    // [padded runs, ld_width], forward: the table's
   Operand<T>* dout;    // [padded runs, ld_d], backward: scale · each run's sum
-  Operand<T>* dout_t;  // [d rounded up to a tile, ld_runs]: the same, transposed
+  Operand<T>* dout_t;  // the same, transposed, in pieces of kProductDepth runs:
+                       // [d rounded up to a tile, ld_runs] each
 
   EmbeddingShared(const EmbeddingArgs& args, const EmbeddingGrads* grads, Arena& arena)
       : ld_width(leading_dimension(args.width)),
         ld_d(leading_dimension(args.d)),
-        ld_runs(leading_dimension(args.runs.padded())) {
-    auto take = [&](bool wanted, int64_t n) { return arena.take<Operand<T>>(wanted ? n : 0); };
+        ld_runs(leading_dimension(std::min(args.runs.padded(), kProductDepth))),
+        piece(round_up(args.d, kRunTile) * ld_runs) {
+    auto take = [&](bool needed, int64_t n) { return arena.take<Operand<T>>(needed ? n : 0); };
     rows = take(grads == nullptr, args.runs.padded() * ld_width);
     dout = take(grads != nullptr, args.runs.padded() * ld_d);
     dout_t = take(grads != nullptr && grads->dprojection != nullptr,
-                  round_up(args.d, kRunTile) * ld_runs);
+                  round_up(args.runs.padded(), kProductDepth) / kProductDepth * piece);
+  }
+
+  // Element [0, run] of dout_t.
+  Operand<T>* dout_column(int64_t run) const {
+    return dout_t + run / kProductDepth * piece + run % kProductDepth;
   }
 };
 
-// What one task works with.
+// Memory of one task.
 template <typename T>
 struct EmbeddingSlot {
   static constexpr int64_t ld = kPanelColumns;
@@ -63,7 +71,7 @@ struct PanelTask {
   }
 };
 
-// Rows `first + index[i]`, or `first + i` without an index, of a matrix; zeros behind the last.
+// Rows `first + index[i]` of a matrix, or `first + i` without an index; zeros after the last.
 template <typename T>
 struct MatrixRows {
   const T* first;
@@ -78,17 +86,19 @@ struct MatrixRows {
 };
 
 // Calls store(row, product) with each row of left [rows, depth] · the task's panel; `left` has rows
-// up to a whole tile of runs.
+// up to a whole tile of runs. Element [row, k] of `left` is at row · ld_left + k % kProductDepth in
+// piece ⌊k / kProductDepth⌋.
 template <typename T, typename F>
-void multiply_panel(const Operand<T>* left, int64_t ld_left, int64_t depth, const PanelTask& task,
-                    const EmbeddingSlot<T>& slot, F&& store) {
+void multiply_panel(const Operand<T>* left, int64_t ld_left, int64_t piece, int64_t depth,
+                    const PanelTask& task, const EmbeddingSlot<T>& slot, F&& store) {
   constexpr int64_t kRowsPerWord = kPacked<T> ? 2 : 1, ld = EmbeddingSlot<T>::ld;
   const int64_t columns = round_up(task.n_columns, 16);
   for (int64_t first = task.first; first < task.last; first += kProductRows) {
     const int64_t rows = std::min(kProductRows, task.last - first);
     const int64_t padded = std::min(kProductRows, round_up(rows, kRunTile));
     for (int64_t k = 0; k < depth; k += kProductDepth) {
-      gemm(padded, columns, std::min(kProductDepth, depth - k), left + first * ld_left + k, ld_left,
+      gemm(padded, columns, std::min(kProductDepth, depth - k),
+           left + k / kProductDepth * piece + first * ld_left, ld_left,
            reinterpret_cast<const Operand<T>*>(slot.panel + k / kRowsPerWord * ld), ld,
            slot.product, ld, /*accumulate=*/k > 0);
     }
@@ -97,7 +107,7 @@ void multiply_panel(const Operand<T>* left, int64_t ld_left, int64_t depth, cons
   gemm_release();
 }
 
-// One tile of the table's rows as operands.
+// Gathers one tile of the table's rows as operands.
 template <typename T>
 void embedding_gather(const EmbeddingArgs& args, int64_t tile, char* memory) {
   Arena arena(memory);
@@ -121,8 +131,8 @@ void embedding_project(const EmbeddingArgs& args, const PanelPlan& plan, void* o
                      slot.stage, slot.panel, slot.ld);
   const EmbeddingRuns& runs = args.runs;
   const auto factor = static_cast<Acc<T>>(args.scale);
-  multiply_panel<T>(shared.rows, shared.ld_width, row_length<T>(args.width), task, slot,
-                    [&](int64_t r, const Acc<T>* product) {
+  multiply_panel<T>(shared.rows, shared.ld_width, kProductDepth, row_length<T>(args.width), task,
+                    slot, [&](int64_t r, const Acc<T>* product) {
                       for (int64_t i = runs.begin[r]; i < runs.begin[r + 1]; ++i) {
                         store_scaled(product, task.n_columns, factor,
                                      static_cast<T*>(out) + runs.place[i] * args.d + task.column);
@@ -130,7 +140,7 @@ void embedding_project(const EmbeddingArgs& args, const PanelPlan& plan, void* o
                     });
 }
 
-// One tile of runs: scale · the sum of each run's gradients, in both layouts.
+// Writes scale · the sum of each run's gradients for one tile of runs, in both layouts.
 template <typename T>
 void embedding_gather_gradients(const EmbeddingArgs& args, const EmbeddingGrads& grads,
                                 int64_t tile, char* memory, char* slot_memory) {
@@ -154,20 +164,20 @@ void embedding_gather_gradients(const EmbeddingArgs& args, const EmbeddingGrads&
     for (int64_t pair = 0; pair < kRunTile / 2; ++pair)
       interleave(rows + 2 * pair * shared.ld_d, rows + (2 * pair + 1) * shared.ld_d, args.d,
                  slot.pairs + pair * args.d);
-    transpose_16_rows(slot.pairs, args.d, reinterpret_cast<Word<T>*>(shared.dout_t + first),
+    transpose_16_rows(slot.pairs, args.d, reinterpret_cast<Word<T>*>(shared.dout_column(first)),
                       shared.ld_runs / 2, args.d);
   } else {
     for (int64_t r = 0; r < kRunTile; r += 16)
-      transpose_16_rows(rows + r * shared.ld_d, shared.ld_d, shared.dout_t + first + r,
+      transpose_16_rows(rows + r * shared.ld_d, shared.ld_d, shared.dout_column(first + r),
                         shared.ld_runs, args.d);
   }
 }
 
-// Rows [0, n) of `rows`, the task's columns of them, as its panel.
+// Packs the task's columns of rows [0, depth) as its panel.
 template <typename T>
-void pack_panel(MatrixRows<T> rows, const PanelTask& task, const EmbeddingSlot<T>& slot) {
+void pack_panel(MatrixRows<T> rows, int64_t depth, const PanelTask& task,
+                const EmbeddingSlot<T>& slot) {
   constexpr int64_t kRowsPerWord = kPacked<T> ? 2 : 1;
-  const int64_t depth = rows.index != nullptr ? round_up(rows.n, kRunTile) : row_length<T>(rows.n);
   const int64_t columns = round_up(task.n_columns, 16);
   rows.first += task.column;
   pack_natural<T>(rows, 0, depth, task.n_columns, slot.stage, slot.panel, slot.ld);
@@ -185,8 +195,9 @@ void embedding_table_gradient(const EmbeddingArgs& args, const EmbeddingGrads& g
   const EmbeddingShared<T> shared(args, &grads, arena);
   const EmbeddingSlot<T> slot(args, &grads, slot_arena);
   const PanelTask task(plan, index);
-  pack_panel<T>({static_cast<const T*>(args.projection), args.width, args.d}, task, slot);
-  multiply_panel<T>(shared.dout, shared.ld_d, row_length<T>(args.d), task, slot,
+  const int64_t depth = row_length<T>(args.d);
+  pack_panel<T>({static_cast<const T*>(args.projection), args.width, args.d}, depth, task, slot);
+  multiply_panel<T>(shared.dout, shared.ld_d, kProductDepth, depth, task, slot,
                     [&](int64_t r, const Acc<T>* product) {
                       const int64_t row = grads.by_run ? r : args.runs.row[r];
                       store_scaled(product, task.n_columns, Acc<T>(1),
@@ -203,9 +214,10 @@ void embedding_projection_gradient(const EmbeddingArgs& args, const EmbeddingGra
   const EmbeddingShared<T> shared(args, &grads, arena);
   const EmbeddingSlot<T> slot(args, &grads, slot_arena);
   const PanelTask task(plan, index);
-  pack_panel<T>({static_cast<const T*>(args.table), args.width, args.runs.n, args.runs.row}, task,
-                slot);
-  multiply_panel<T>(shared.dout_t, shared.ld_runs, args.runs.padded(), task, slot,
+  const EmbeddingRuns& runs = args.runs;
+  pack_panel<T>({static_cast<const T*>(args.table), args.width, runs.n, runs.row}, runs.padded(),
+                task, slot);
+  multiply_panel<T>(shared.dout_t, shared.ld_runs, shared.piece, runs.padded(), task, slot,
                     [&](int64_t row, const Acc<T>* product) {
                       store_scaled(
                           product, task.n_columns, Acc<T>(1),

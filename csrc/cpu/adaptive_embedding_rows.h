@@ -6,7 +6,7 @@
 
 namespace txl::TXL_ISA {
 
-// Two vectors of the accumulation type: as many elements as one vector of 16-bit ones holds.
+// Two vectors of the accumulation type: as many elements as one vector of a 16-bit type.
 template <typename T>
 struct Lanes {
   using Vec = Vectorized<Acc<T>>;
@@ -37,7 +37,7 @@ struct Lanes {
   Lanes operator*(Vec factor) const { return {low * factor, high * factor}; }
 };
 
-// Calls f(column, lanes) for the columns of a row of `n`: whole vectors, then what is left.
+// Calls f(column, lanes) for the columns of a row of `n`: whole vectors, then the remainder.
 template <typename T, typename F>
 void for_each_lanes(int64_t n, F&& f) {
   int64_t column = 0;
@@ -59,7 +59,7 @@ void store_scaled(const Acc<T>* src, int64_t n, Acc<T> factor, T* dst) {
   });
 }
 
-// store(column, lanes, how many): factor · the sum of a run's rows of `from` [·, d].
+// Calls store(column, lanes, n) with factor · the sum of a run's rows of `from` [·, d].
 template <typename T, typename F>
 void sum_run(const EmbeddingRuns& runs, int64_t r, const T* from, int64_t d, Acc<T> factor,
              F&& store) {
@@ -83,7 +83,7 @@ void sum_run(const EmbeddingRuns& runs, int64_t r, const T* from, int64_t d, Acc
   });
 }
 
-// out[token] = scale · its row, for tokens [first, last) in the order of runs.
+// out[token] = scale · the token's row, for tokens [first, last) in the order of runs.
 template <typename T>
 void embedding_copy(const EmbeddingArgs& args, void* out, int64_t first, int64_t last) {
   const EmbeddingRuns& runs = args.runs;

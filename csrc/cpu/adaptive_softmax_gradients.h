@@ -3,11 +3,11 @@
 
 #include <cstring>
 
-#include "adaptive_softmax_tile.h"
+#include "adaptive_softmax_logits.h"
 
 namespace txl::TXL_ISA {
 
-// The gradients of 16 logits of 16 tokens at a time, g = value(v, i), into both layouts; `dbias`
+// Writes the gradients g = value(v, i) in both layouts, 16 logits of 16 tokens at a time; `dbias`
 // collects each row's sum, spread over 16 elements. `rows` is a multiple of 16.
 template <typename T, typename F>
 void spread_gradients(int64_t rows, int64_t n, int64_t ld_t, const ClusterSlot<T>& ws, F&& value) {
@@ -33,56 +33,48 @@ void spread_gradients(int64_t rows, int64_t n, int64_t ld_t, const ClusterSlot<T
   }
 }
 
-// g = scale · softmax of a tile's logits, zeros in the rows behind its last column.
+// g = scale · softmax of a tile's logits, zeros in the rows after its last column.
 template <typename T>
 void softmax_gradients(const ClusterArgs& args, const ClusterPlan& plan, int64_t slot,
                        const VocabTile<T>& vocab, const TokenTile& tokens,
-                       const ClusterTokens& given, const ClusterShared<T>& shared,
-                       const ClusterSlot<T>& ws) {
+                       const ClusterShared<T>& shared, const ClusterSlot<T>& ws) {
   using Vec = Vectorized<Acc<T>>;
-  const int64_t rows = round_up(vocab.n, 16), padded = plan.padded_block();
+  const Acc<T>*max = shared.max + tokens.at, *share = shared.share + tokens.at;
   if (plan.holds(slot, vocab.index)) {
     const int64_t tile = plan.held_index(slot, vocab.index);
-    const Operand<T>* powers = shared.held + (tile * padded + tokens.at) * plan.vocab_tile;
-    const Acc<T>* max = shared.tile_max + tile * padded + tokens.at;
-    const Acc<T>*all_max = shared.max + tokens.at, *share = shared.share + tokens.at;
+    const int64_t at = tile * plan.padded_block() + tokens.at;
+    const Operand<T>* powers = shared.held + at * plan.vocab_tile;
     for (int64_t i = 0; i < plan.tile; i += Vec::size()) {
-      const Vec decay = exp2_nonpositive(Vec::loadu(max + i) - Vec::loadu(all_max + i));
+      const Vec decay = exp_nonpositive(Vec::loadu(shared.tile_max + at + i) - Vec::loadu(max + i));
       (decay * Vec::loadu(share + i)).store(ws.factor + i);
     }
-    spread_gradients(rows, plan.tile, shared.ld_t, ws, [&](int64_t v, int64_t i) {
+    spread_gradients(vocab.rows, plan.tile, shared.ld_t, ws, [&](int64_t v, int64_t i) {
       return load_operand(powers + v * plan.tile + i) * Vec::loadu(ws.factor + i);
     });
     return;
   }
   logits_product(args, plan, vocab, tokens, shared, ws.logits);
-  for (int64_t v = vocab.n; v < rows; ++v)
+  for (int64_t v = vocab.n; v < vocab.rows; ++v)
     std::fill(ws.logits + v * shared.ld_t, ws.logits + v * shared.ld_t + plan.tile,
               -std::numeric_limits<Acc<T>>::infinity());
-  const auto *lse = static_cast<const Acc<T>*>(given.lse) + tokens.begin,
-             *scale = static_cast<const Acc<T>*>(given.scale) + tokens.begin;
-  for (int64_t i = 0; i < plan.tile; ++i) {
-    ws.factor[i] = i < tokens.n ? scale[i] : Acc<T>(0);
-    // Behind the last token every gradient is exactly 0, whatever the biases.
-    ws.shift[i] = i < tokens.n ? static_cast<Acc<T>>(-kLog2e * double{lse[i]})
-                               : std::numeric_limits<Acc<T>>::lowest() / 2;
-  }
   const auto* bias = static_cast<const Acc<T>*>(args.bias);
-  const Vec log2e(static_cast<Acc<T>>(kLog2e));
-  spread_gradients(rows, plan.tile, shared.ld_t, ws, [&](int64_t v, int64_t i) {
+  const Vec zero(0);
+  spread_gradients(vocab.rows, plan.tile, shared.ld_t, ws, [&](int64_t v, int64_t i) {
     Vec x = Vec::loadu(ws.logits + v * shared.ld_t + i);
     if (bias != nullptr && v < vocab.n) x = x + Vec(bias[vocab.begin + v]);
-    const Vec y = at::vec::fmadd(x, log2e, Vec::loadu(ws.shift + i));
-    return exp2_nonpositive(y) * Vec::loadu(ws.factor + i);
+    // Another number of threads may have rounded the forward pass's logits differently.
+    const Vec below = at::vec::minimum(x - Vec::loadu(max + i), zero);
+    return exp_nonpositive(below) * Vec::loadu(share + i);
   });
 }
 
-// The column of a token's target, exactly: scale · (p - 1), rounded once.
+// The gradient of each target's own column: scale · (p - 1), rounded once.
 template <typename T>
 void target_gradients(const ClusterArgs& args, const VocabTile<T>& vocab, const TokenTile& tokens,
                       const ClusterTokens& given, const ClusterShared<T>& shared,
                       const ClusterSlot<T>& ws) {
-  const auto *lse = static_cast<const Acc<T>*>(given.lse) + tokens.begin,
+  const auto *max = static_cast<const Acc<T>*>(given.max) + tokens.begin,
+             *log_sum = static_cast<const Acc<T>*>(given.log_sum) + tokens.begin,
              *scale = static_cast<const Acc<T>*>(given.scale) + tokens.begin;
   const auto *held = static_cast<const Acc<T>*>(given.logit),
              *bias = static_cast<const Acc<T>*>(args.bias);
@@ -90,17 +82,17 @@ void target_gradients(const ClusterArgs& args, const VocabTile<T>& vocab, const 
     const Acc<T> logit = held != nullptr ? held[tokens.begin + i]
                                          : ws.logits[v * shared.ld_t + i] +
                                                (bias != nullptr ? bias[vocab.begin + v] : 0);
-    const auto g = static_cast<Operand<T>>(scale[i] * std::expm1(logit - lse[i]));
+    const Acc<T> log_p = std::min(logit - max[i], Acc<T>(0)) - log_sum[i];
+    const auto g = static_cast<Operand<T>>(scale[i] * std::expm1(log_p));
     ws.g_t[v * shared.ld_t + i] = g;
     ws.g[i * ws.ld_v + v] = g;
-    ws.dbias[v * 16 + i % 16] -= scale[i];  // where the column's p of this token went
+    ws.dbias[v * 16 + i % 16] -= scale[i];  // the element that holds this token's scale · p
   });
 }
 
-// A tile's gradient of the weight over one block of tokens, on top of the blocks before. Where it
-// is 16 bits wide, a sum that goes on is kept in float32 all the same: its upper half where the
-// gradient will be, the next 8 bits in `dweight_low`: rounded to 16 bits, still 2^8 times finer
-// than what it ends as.
+// Adds a tile's gradient of the weight over one block of tokens to that of earlier blocks. While a
+// bfloat16 gradient has blocks to come, its sum has 24 bits: the upper 16 in the gradient's own
+// memory, the next 8 in `dweight_low`. That is 2^8 times finer than the final bfloat16.
 template <typename T>
 void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
                          const ClusterGrads& grads, const VocabTile<T>& vocab, int64_t block,
@@ -109,8 +101,8 @@ void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
   for (int64_t v = 0; v < vocab.n; ++v) {
     Acc<T>* __restrict row = ws.dweight + v * ws.ld_d;
     const int64_t at = (vocab.begin + v) * d;
-    T* __restrict out = static_cast<T*>(grads.dweight) + at;
-    if constexpr (std::is_same_v<T, Acc<T>>) {
+    Grad<T>* __restrict out = static_cast<Grad<T>*>(grads.dweight) + at;
+    if constexpr (std::is_same_v<Grad<T>, Acc<T>>) {
       for (int64_t k = 0; k < d; ++k) out[k] = block > 0 ? out[k] + row[k] : row[k];
     } else {
       uint8_t* __restrict low = plan.n_blocks > 1 ? grads.dweight_low + at : nullptr;
@@ -137,13 +129,13 @@ void add_weight_gradient(const ClusterArgs& args, const ClusterPlan& plan,
   }
 }
 
-// The tile's weight as the right-hand matrix [columns, d] of the hidden gradient's product: a copy,
-// as the rows of the caller's begin anywhere in a cache line, or all on one set.
+// Packs the tile's weight as the right-hand matrix [rows, d] of the hidden gradient's product. A
+// copy, because the caller's rows may begin anywhere in a cache line, or all on one cache set.
 template <typename T>
 const Operand<T>* pack_weight_rows(const ClusterArgs& args, const VocabTile<T>& vocab,
                                    const ClusterSlot<T>& ws) {
   if constexpr (kPacked<T>) {
-    for (int64_t v = 0; v < row_length<T>(vocab.n); v += 2) {
+    for (int64_t v = 0; v < vocab.rows; v += 2) {
       const BFloat16* even = vocab.weight + v * vocab.ld;
       Word<T>* pairs = ws.weight_rows + v / 2 * ws.ld_d;
       if (v + 1 < vocab.n) {
@@ -157,12 +149,14 @@ const Operand<T>* pack_weight_rows(const ClusterArgs& args, const VocabTile<T>& 
   } else {
     for (int64_t v = 0; v < vocab.n; ++v)
       convert_row(vocab.weight + v * vocab.ld, ws.weight_rows + v * ws.ld_d, args.d);
+    std::fill(ws.weight_rows + vocab.n * ws.ld_d, ws.weight_rows + vocab.rows * ws.ld_d,
+              Operand<T>(0));
   }
-  clear_padding(ws.weight_rows, row_words<T>(vocab.n), args.d, ws.ld_d);
+  clear_padding(ws.weight_rows, row_words<T>(vocab.rows), args.d, ws.ld_d);
   return reinterpret_cast<const Operand<T>*>(ws.weight_rows);
 }
 
-// A slot's share of one block: its columns' gradients, and its part of the hidden gradients.
+// One slot's work on one block: the gradients of its columns, and its part of the hidden gradients.
 template <typename T>
 void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const ClusterTokens& given,
                        const ClusterGrads& grads, int64_t block, int64_t slot, char* memory,
@@ -179,15 +173,15 @@ void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const C
     if (grads.dx != nullptr) weight_rows = pack_weight_rows<T>(args, vocab, ws);
     for (int64_t t = 0; t < tiles; ++t) {
       const TokenTile tokens(args, plan, block, t);
-      softmax_gradients(args, plan, slot, vocab, tokens, given, shared, ws);
+      softmax_gradients(args, plan, slot, vocab, tokens, shared, ws);
       target_gradients(args, vocab, tokens, given, shared, ws);
       if (grads.dweight != nullptr) {
-        gemm(vocab.n, width, plan.tile, ws.g_t, shared.ld_t,
+        gemm(vocab.rows, width, plan.tile, ws.g_t, shared.ld_t,
              reinterpret_cast<const Operand<T>*>(shared.x_n + t * shared.size_x_n), shared.ld_d,
              ws.dweight, ws.ld_d, t > 0);
       }
       if (grads.dx != nullptr) {
-        gemm(plan.tile, width, row_length<T>(vocab.n), ws.g, ws.ld_v, weight_rows, ws.ld_d,
+        gemm(plan.tile, width, vocab.rows, ws.g, ws.ld_v, weight_rows, ws.ld_d,
              ws.dx + tokens.at * ws.ld_d, ws.ld_d, index > first);
       }
     }
@@ -204,7 +198,7 @@ void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const C
   gemm_release();
 }
 
-// The slots' parts of one token tile's hidden gradients, summed in the order of slots.
+// Sums the slots' parts of one token tile's hidden gradients, in the order of slots.
 template <typename T>
 void cluster_reduce(const ClusterArgs& args, const ClusterPlan& plan, const ClusterGrads& grads,
                     int64_t block, int64_t tile, char* slots, int64_t slot_stride) {
@@ -213,12 +207,12 @@ void cluster_reduce(const ClusterArgs& args, const ClusterPlan& plan, const Clus
   for (int64_t slot = 0; slot < plan.n_slots; ++slot) {
     Arena arena(slots + slot * slot_stride);
     const ClusterSlot<T> ws(args, plan, grads, arena);
-    const bool on_top = slot > 0 || grads.dx_rows != nullptr;
+    const bool adds = slot > 0 || grads.dx_rows != nullptr;
     for (int64_t i = 0; i < tokens.n; ++i) {
       const int64_t token = tokens.begin + i;
       const Acc<T>* src = ws.dx + (tokens.at + i) * ws.ld_d;
       Acc<T>* dst = dx + (grads.dx_rows != nullptr ? grads.dx_rows[token] : token) * args.d;
-      for (int64_t k = 0; k < args.d; ++k) dst[k] = on_top ? dst[k] + src[k] : src[k];
+      for (int64_t k = 0; k < args.d; ++k) dst[k] = adds ? dst[k] + src[k] : src[k];
     }
   }
 }

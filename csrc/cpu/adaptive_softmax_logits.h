@@ -1,12 +1,13 @@
-// The first pass over a cluster: logits, their log-sum-exp, and what the second pass needs of them.
+// The first pass over a cluster: logits and their log-sum-exp. Differences of logits are formed in
+// natural units, where they are exact near the largest one, and only then go to base 2.
 #pragma once
 
 #include "adaptive_softmax_tile.h"
 
 namespace txl::TXL_ISA {
 
-// Both layouts of one tile of tokens: as the right-hand matrix of logits, and of the weight's
-// gradient.
+// Packs one tile of tokens in both layouts: as the right-hand matrix of the logits' product, and of
+// the product that gives the weight's gradient.
 template <typename T>
 void cluster_pack(const ClusterArgs& args, const ClusterPlan& plan, int64_t block, int64_t tile,
                   char* memory) {
@@ -24,25 +25,28 @@ void cluster_pack(const ClusterArgs& args, const ClusterPlan& plan, int64_t bloc
   clear_padding(x_n, shared.size_x_n / shared.ld_d, args.d, shared.ld_d);
 }
 
-// One tile of logits [rows, ld], a token per column: each column's maximum m, in units of log2 e,
-// and Σ 2^(logit - m); the powers themselves go to `held`, rows of `n` tokens, if that is given.
+// exp(x) for x <= 0.
+template <typename Vec>
+Vec exp_nonpositive(Vec x) {
+  return exp2_nonpositive(x * Vec(static_cast<typename Vec::value_type>(kLog2e)));
+}
+
+// One tile of logits [rows, ld], a token per column: each column's maximum m and Σ exp(logit - m).
+// Writes the powers to `held`, rows of `n` tokens, if that is given.
 template <typename acc_t, typename operand_t>
 void softmax_columns(const acc_t* logits, int64_t ld, int64_t rows, int64_t n, const acc_t* bias,
                      acc_t* max, acc_t* sum, operand_t* held) {
   using Vec = Vectorized<acc_t>;
-  const Vec log2e(static_cast<acc_t>(kLog2e));
   for (int64_t i = 0; i < n; i += Vec::size()) {
     auto logit = [&](int64_t v) {
       const Vec x = Vec::loadu(logits + v * ld + i);
       return bias != nullptr ? x + Vec(bias[v]) : x;
     };
-    Vec m(std::numeric_limits<acc_t>::lowest() / 4);  // a column of -inf keeps a finite maximum
+    Vec m(std::numeric_limits<acc_t>::lowest());  // a column of -inf keeps a finite maximum
     for (int64_t v = 0; v < rows; ++v) m = at::vec::maximum(m, logit(v));
-    m = m * log2e;
-    const Vec shift = m.neg();
     Vec total(0);
     for (int64_t v = 0; v < rows; ++v) {
-      const Vec p = exp2_nonpositive(at::vec::fmadd(logit(v), log2e, shift));
+      const Vec p = exp_nonpositive(logit(v) - m);
       total = total + p;
       if (held != nullptr) store_operand(held + v * n + i, p);
     }
@@ -51,7 +55,7 @@ void softmax_columns(const acc_t* logits, int64_t ld, int64_t rows, int64_t n, c
   }
 }
 
-// (max, sum) of one tile on top of those of a slot.
+// Adds (max, sum) of one tile to those of a slot.
 template <typename acc_t>
 void merge_columns(const acc_t* max, const acc_t* sum, int64_t n, acc_t* slot_max,
                    acc_t* slot_sum) {
@@ -59,8 +63,8 @@ void merge_columns(const acc_t* max, const acc_t* sum, int64_t n, acc_t* slot_ma
   for (int64_t i = 0; i < n; i += Vec::size()) {
     const Vec here = Vec::loadu(max + i), before = Vec::loadu(slot_max + i);
     const Vec both = at::vec::maximum(here, before);
-    const Vec total = Vec::loadu(sum + i) * exp2_nonpositive(here - both) +
-                      Vec::loadu(slot_sum + i) * exp2_nonpositive(before - both);
+    const Vec total = Vec::loadu(sum + i) * exp_nonpositive(here - both) +
+                      Vec::loadu(slot_sum + i) * exp_nonpositive(before - both);
     both.store(slot_max + i);
     total.store(slot_sum + i);
   }
@@ -87,25 +91,32 @@ void cluster_logits(const ClusterArgs& args, const ClusterPlan& plan, int64_t bl
         const Acc<T> product = ws.logits[v * shared.ld_t + i];
         shared.logit[tokens.at + i] = bias != nullptr ? product + bias[v] : product;
       });
-      Acc<T>*max = ws.factor, *sum = ws.shift;
+      Acc<T>* max = ws.max;
       Operand<T>* out = nullptr;
       if (plan.holds(slot, index)) {
         const int64_t tile = plan.held_index(slot, index);
         out = shared.held + (tile * padded + tokens.at) * plan.vocab_tile;
         max = shared.tile_max + tile * padded + tokens.at;
-        std::fill(out + vocab.n * plan.tile, out + round_up(vocab.n, 16) * plan.tile,
-                  Operand<T>(0));
+        std::fill(out + vocab.n * plan.tile, out + vocab.rows * plan.tile, Operand<T>(0));
       }
-      softmax_columns(ws.logits, shared.ld_t, vocab.n, plan.tile, bias, max, sum, out);
-      merge_columns(max, sum, plan.tile, slot_max + tokens.at, slot_sum + tokens.at);
+      softmax_columns(ws.logits, shared.ld_t, vocab.n, plan.tile, bias, max, ws.sum, out);
+      merge_columns(max, ws.sum, plan.tile, slot_max + tokens.at, slot_sum + tokens.at);
     }
   }
   gemm_release();
 }
 
-// The slots' maxima and sums to each token's log-sum-exp, in the order of slots, in double: what
-// comes after is no better than this number. The gradients take the sum itself, which shares its
-// rounding errors with them.
+// Every gradient of the tokens after the last is exactly 0, whatever the biases.
+template <typename T>
+void clear_shares(const ClusterPlan& plan, const ClusterShared<T>& shared) {
+  const int64_t padded = plan.padded_block();
+  std::fill(shared.max, shared.max + padded, std::numeric_limits<Acc<T>>::max());
+  std::fill(shared.share, shared.share + padded, Acc<T>(0));
+}
+
+// Combines the maxima and sums of the slots to each token's log-sum-exp, in the order of slots, in
+// double, since all results depend on this number. The gradients use the sum itself, which shares
+// its rounding errors with them.
 template <typename T>
 void cluster_combine(const ClusterArgs& args, const ClusterPlan& plan, const ClusterTokens& out,
                      int64_t block, char* memory) {
@@ -114,22 +125,37 @@ void cluster_combine(const ClusterArgs& args, const ClusterPlan& plan, const Clu
   const int64_t padded = plan.padded_block(), begin = block * plan.block;
   const int64_t n = std::min(plan.block, args.n - begin);
   const auto* scale = static_cast<const Acc<T>*>(out.scale);
-  // Behind the last token every gradient is exactly 0, whatever the biases.
-  std::fill(shared.max, shared.max + padded, std::numeric_limits<Acc<T>>::max());
-  std::fill(shared.share, shared.share + padded, Acc<T>(0));
+  clear_shares(plan, shared);
   for (int64_t i = 0; i < n; ++i) {
     Acc<T> max = shared.slot_max[i];
     for (int64_t s = 1; s < plan.n_slots; ++s) max = std::max(max, shared.slot_max[s * padded + i]);
     double sum = 0;
     for (int64_t s = 0; s < plan.n_slots; ++s) {
       sum += double{shared.slot_sum[s * padded + i]} *
-             std::exp2(double{shared.slot_max[s * padded + i]} - double{max});
+             std::exp(double{shared.slot_max[s * padded + i]} - double{max});
     }
     shared.max[i] = max;
     if (scale != nullptr) shared.share[i] = static_cast<Acc<T>>(scale[begin + i] / sum);
-    static_cast<Acc<T>*>(out.lse)[begin + i] =
-        static_cast<Acc<T>>(kLn2 * (double{max} + std::log2(sum)));
+    static_cast<Acc<T>*>(out.max)[begin + i] = max;
+    static_cast<Acc<T>*>(out.log_sum)[begin + i] = static_cast<Acc<T>>(std::log(sum));
     if (args.columns != nullptr) static_cast<Acc<T>*>(out.logit)[begin + i] = shared.logit[i];
+  }
+}
+
+// Restores the state that `cluster_combine` leaves, from the log-sum-exp of an earlier call.
+template <typename T>
+void cluster_restore(const ClusterArgs& args, const ClusterPlan& plan, const ClusterTokens& given,
+                     int64_t block, char* memory) {
+  Arena arena(memory);
+  const ClusterShared<T> shared(args, plan, arena);
+  const int64_t begin = block * plan.block, n = std::min(plan.block, args.n - begin);
+  const auto *max = static_cast<const Acc<T>*>(given.max) + begin,
+             *log_sum = static_cast<const Acc<T>*>(given.log_sum) + begin,
+             *scale = static_cast<const Acc<T>*>(given.scale) + begin;
+  clear_shares(plan, shared);
+  for (int64_t i = 0; i < n; ++i) {
+    shared.max[i] = max[i];
+    shared.share[i] = static_cast<Acc<T>>(scale[i] * std::exp(-double{log_sum[i]}));
   }
 }
 

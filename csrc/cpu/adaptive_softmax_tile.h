@@ -1,4 +1,4 @@
-// One cluster's tiles: where they stand in memory, and what both passes do with them.
+// The tiles of one cluster: their memory, and the steps that both passes share.
 #pragma once
 
 #include <limits>
@@ -11,7 +11,12 @@
 
 namespace txl::TXL_ISA {
 
-// Tokens of one cluster as rows of hidden, zeros behind the last.
+// The type of the weight's gradient. float16 does not hold every gradient whose factor, such as a
+// loss scale, comes later; bfloat16 has the range of float32.
+template <typename T>
+using Grad = std::conditional_t<std::is_same_v<T, Half>, float, T>;
+
+// Tokens of one cluster as rows of hidden, zeros after the last.
 template <typename T>
 struct TokenRows {
   const T* x;
@@ -28,24 +33,24 @@ struct TokenRows {
   }
 };
 
-// Zeros behind the `n` columns of each row, so that products run over whole vectors.
+// Writes zeros after the `n` columns of each row, so that products run over whole vectors.
 template <typename W>
 void clear_padding(W* matrix, int64_t rows, int64_t n, int64_t ld) {
   for (int64_t r = 0; r < rows; ++r)
     std::fill(matrix + r * ld + n, matrix + r * ld + round_up(n, 16), W(0));
 }
 
-// What the slots of a block share. Per token: arrays of `padded_block`.
+// Memory that all slots of a block share. Per token: arrays of `padded_block`.
 template <typename T>
 struct ClusterShared {
-  int64_t ld_t, ld_d;          // leading dimensions of a row of tokens, of a row of d
+  int64_t ld_t, ld_d;          // leading dimensions of a row of tokens and of a row of d
   int64_t size_x_t, size_x_n;  // words of one tile in x_t and x_n
   Word<T>*x_t, *x_n;           // per token tile: [d, tile] and [tile, d]
   Operand<T>* stage;           // per token tile
-  Operand<T>* held;            // per held and token tile: 2^(logit - its tile's maximum)
-  Acc<T>* tile_max;            // [held tiles, padded_block], in units of log2 e as all here
-  Acc<T>*slot_max, *slot_sum;  // [n_slots, padded_block]
-  Acc<T>*max, *share, *logit;  // [padded_block]: of all columns, and scale / their sum
+  Operand<T>* held;            // per held and token tile: exp(logit - the tile's largest)
+  Acc<T>* tile_max;            // [held tiles, padded_block]: the largest logit of a tile
+  Acc<T>*slot_max, *slot_sum;  // [n_slots, padded_block]: of a slot, and Σ exp(logit - largest)
+  Acc<T>*max, *share, *logit;  // [padded_block]: of all columns; scale / Σ; the target's
 
   ClusterShared(const ClusterArgs& args, const ClusterPlan& plan, Arena& arena) {
     const int64_t tokens = plan.padded_block(), tiles = plan.tiles_of(plan.block);
@@ -67,16 +72,17 @@ struct ClusterShared {
   }
 };
 
-// What one slot works with.
+// Memory of one slot.
 template <typename T>
 struct ClusterSlot {
   int64_t ld_d, ld_v;
   Acc<T>* logits;          // [vocab_tile, ld_t]
-  Operand<T>* weight;      // [vocab_tile, row_length(d)], where products cannot read the caller's
+  Operand<T>* weight;      // [vocab_tile, row_length(d)], if products cannot read the caller's
   Word<T>* weight_rows;    // [vocab_tile, ld_d], or pairs of rows
   Operand<T>*g_t, *g;      // gradients of a tile of logits, [vocab_tile, ld_t] and [tile, ld_v]
   Acc<T>*dweight, *dbias;  // [vocab_tile, ld_d] and [vocab_tile, 16]
-  Acc<T>*factor, *shift;   // [tile]
+  Acc<T>*max, *sum;        // [tile]: of one tile of logits
+  Acc<T>* factor;          // [tile]
   Acc<T>* dx;              // [padded_block, ld_d]
 
   ClusterSlot(const ClusterArgs& args, const ClusterPlan& plan, const ClusterGrads& grads,
@@ -91,40 +97,46 @@ struct ClusterSlot {
     g = arena.take<Operand<T>>(plan.tile * ld_v);
     dweight = arena.take<Acc<T>>(columns * ld_d);
     dbias = arena.take<Acc<T>>(columns * 16);
+    max = arena.take<Acc<T>>(plan.tile);
+    sum = arena.take<Acc<T>>(plan.tile);
     factor = arena.take<Acc<T>>(plan.tile);
-    shift = arena.take<Acc<T>>(plan.tile);
     dx = arena.take<Acc<T>>(grads.dx != nullptr ? plan.padded_block() * ld_d : 0);
   }
 };
 
 // Columns [begin, begin + n) of a cluster, and their weight: operands in rows of `ld`, a left-hand
-// matrix if they are `multiplied`.
+// matrix if they are `multiplied`. Products run over `rows` of it, a multiple of 16, so that their
+// shapes are few; the rows after the last column are zeros.
 template <typename T>
 struct VocabTile {
-  int64_t index, begin, n;
+  int64_t index, begin, n, rows;
   const Operand<T>* weight;
   int64_t ld;
 
   VocabTile(const ClusterArgs& args, const ClusterPlan& plan, int64_t index, bool multiplied,
             const ClusterSlot<T>& ws)
-      : index(index), begin(index * plan.vocab_tile), n(std::min(plan.vocab_tile, args.V - begin)) {
-    const T* rows = static_cast<const T*>(args.weight) + begin * args.d;
+      : index(index),
+        begin(index * plan.vocab_tile),
+        n(std::min(plan.vocab_tile, args.V - begin)),
+        rows(round_up(n, 16)) {
+    const T* given = static_cast<const T*>(args.weight) + begin * args.d;
     ld = multiplied ? row_length<T>(args.d) : args.d;
     if constexpr (std::is_same_v<T, Operand<T>>) {
-      if (ld == args.d) {
-        weight = rows;
+      if (!multiplied || (ld == args.d && rows == n)) {
+        weight = given;
         return;
       }
     }
     for (int64_t v = 0; v < n; ++v) {
-      convert_row(rows + v * args.d, ws.weight + v * ld, args.d);
+      convert_row(given + v * args.d, ws.weight + v * ld, args.d);
       std::fill(ws.weight + v * ld + args.d, ws.weight + (v + 1) * ld, Operand<T>(0));
     }
+    std::fill(ws.weight + n * ld, ws.weight + rows * ld, Operand<T>(0));
     weight = ws.weight;
   }
 };
 
-// Tokens [begin, begin + n) of a cluster; `at`: where they stand in a block.
+// Tokens [begin, begin + n) of a cluster; `at` is the position of the first in its block.
 struct TokenTile {
   int64_t index, begin, n, at;
 
@@ -139,11 +151,11 @@ inline int64_t token_tiles(const ClusterArgs& args, const ClusterPlan& plan, int
   return plan.tiles_of(std::min(plan.block, args.n - block * plan.block));
 }
 
-// logits[v, i] of a tile, without bias.
+// logits[v, i] of a tile, without bias; 0 in the rows after the last column.
 template <typename T>
 void logits_product(const ClusterArgs& args, const ClusterPlan& plan, const VocabTile<T>& vocab,
                     const TokenTile& tokens, const ClusterShared<T>& shared, Acc<T>* logits) {
-  gemm(vocab.n, plan.tile, row_length<T>(args.d), vocab.weight, vocab.ld,
+  gemm(vocab.rows, plan.tile, row_length<T>(args.d), vocab.weight, vocab.ld,
        reinterpret_cast<const Operand<T>*>(shared.x_t + tokens.index * shared.size_x_t),
        shared.ld_t, logits, shared.ld_t, /*accumulate=*/false);
 }

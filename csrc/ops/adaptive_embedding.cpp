@@ -1,4 +1,4 @@
-// torch ring of the adaptive embedding on the CPU: tokens to runs, outputs, threads.
+// ATen bindings of the adaptive embedding on the CPU: tokens to runs, outputs, threads.
 #include "txl/adaptive_embedding.h"
 
 #include <ATen/ATen.h>
@@ -22,7 +22,7 @@ struct Lookup {
   int64_t token, place;
 };
 
-// Stable radix sort by token, the least digits first.
+// Stable radix sort by token, least significant digit first.
 void sort_by_token(std::vector<Lookup>& lookups, int64_t n_tokens) {
   constexpr int kMostBits = 11;
   const int bits = std::bit_width(static_cast<uint64_t>(std::max<int64_t>(n_tokens - 1, 1)));
@@ -41,7 +41,7 @@ void sort_by_token(std::vector<Lookup>& lookups, int64_t n_tokens) {
   }
 }
 
-// The lookups of all tables, in ascending order of token, equal tokens in their own order.
+// The lookups of all tables, in ascending order of token; equal tokens keep their order.
 class Lookups {
  public:
   Lookups(const Tensor& tokens, at::TensorList tables) : first_run_{0} {
@@ -87,7 +87,7 @@ class Lookups {
   std::vector<int64_t> first_run_, row_, begin_, place_;
 };
 
-// Calls f(task, slot) for every task; calls with the same slot never run side by side.
+// Calls f(task, slot) for every task; calls with the same slot never run at the same time.
 template <typename F>
 void over(int64_t tasks, int64_t threads, F&& f) {
   if (threads == 1) {
@@ -103,7 +103,7 @@ int64_t embedded_width(at::TensorList tables, at::TensorList projections) {
   return present(projections[0]) ? projections[0].size(0) : tables[0].size(1);
 }
 
-// One table's call: contiguous tensors and what its kernels take.
+// One table's call: contiguous tensors and the arguments of its kernels.
 struct TableCall {
   const EmbeddingKernels& kernels;
   Tensor table, projection;  // the latter undefined where absent
@@ -126,6 +126,9 @@ struct TableCall {
     threads = at::in_parallel_region() || small ? 1 : at::get_num_threads();
   }
 
+  // Nothing to look up, or rows without columns, whose output and gradients are zeros.
+  bool is_empty() const { return args.runs.n == 0 || args.d == 0 || args.width == 0; }
+
   int64_t n_tokens() const { return args.runs.begin[args.runs.n] - args.runs.begin[0]; }
 
   int64_t shared_bytes(const EmbeddingGrads* grads) const {
@@ -135,11 +138,11 @@ struct TableCall {
     return round_to_page(kernels.slot_bytes(args, grads));
   }
   int64_t bytes(const EmbeddingGrads* grads) const {
-    if (!projection.defined() || args.runs.n == 0) return 0;
+    if (!projection.defined() || is_empty()) return 0;
     return shared_bytes(grads) + threads * slot_bytes(grads);
   }
 
-  // The first run at or behind this share of the tokens.
+  // The first run at or after this share of the tokens.
   int64_t run_of_share(int64_t share) const {
     const int64_t *begin = args.runs.begin, *end = begin + args.runs.n;
     return std::lower_bound(begin, end, begin[0] + n_tokens() * share / threads) - begin;
@@ -207,12 +210,15 @@ Tensor adaptive_embedding_fwd(const Tensor& tokens, at::TensorList tables,
   const std::vector<TableCall> calls = calls_of(lookups, tables, projections, scale);
   std::vector<int64_t> shape = tokens.sizes().vec();
   shape.push_back(embedded_width(tables, projections));
-  const Tensor out = at::empty(shape, tables[0].options());
+  const bool no_width = std::any_of(calls.begin(), calls.end(),
+                                    [](const TableCall& call) { return call.args.width == 0; });
+  const Tensor out =
+      no_width ? at::zeros(shape, tables[0].options()) : at::empty(shape, tables[0].options());
   int64_t bytes = 0;
   for (const TableCall& call : calls) bytes = std::max(bytes, call.bytes(nullptr));
   const Workspace memory(1, bytes);
   for (const TableCall& call : calls)
-    if (call.args.runs.n > 0) call.embed(out.data_ptr(), memory.of(0));
+    if (!call.is_empty()) call.embed(out.data_ptr(), memory.of(0));
   return out;
 }
 
@@ -236,7 +242,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> adaptive_embedding_
     grads[k].by_run = sparse;
     if (needs_grad.get(k)) {
       if (sparse) {
-        dtables[k] = at::empty({runs.n, tables[k].size(1)}, tables[k].options());
+        dtables[k] = at::zeros({runs.n, tables[k].size(1)}, tables[k].options());
         std::copy_n(runs.row, runs.n, named.data_ptr<int64_t>() + static_cast<int64_t>(k) * N);
       } else {
         dtables[k] = fresh_zeros(tables[k].sizes(), tables[k].options());
@@ -244,15 +250,16 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> adaptive_embedding_
       grads[k].dtable = dtables[k].data_ptr();
     }
     if (present(projections[k]) && needs_grad.get(tables.size() + k)) {
-      dprojections[k] = runs.n > 0 ? at::empty_like(projections[k], at::MemoryFormat::Contiguous)
-                                   : at::zeros_like(projections[k]);
+      dprojections[k] = calls[k].is_empty()
+                            ? at::zeros_like(projections[k])
+                            : at::empty_like(projections[k], at::MemoryFormat::Contiguous);
       grads[k].dprojection = dprojections[k].data_ptr();
     }
     bytes = std::max(bytes, calls[k].bytes(&grads[k]));
   }
   const Workspace memory(1, bytes);
   for (size_t k = 0; k < tables.size(); ++k) {
-    if (calls[k].args.runs.n == 0) continue;
+    if (calls[k].is_empty()) continue;
     if (grads[k].dtable != nullptr || grads[k].dprojection != nullptr)
       calls[k].gradients(grads[k], memory.of(0));
   }

@@ -1,7 +1,7 @@
-// torch ring of the adaptive softmax on the CPU: tokens to clusters, projections, threads.
+// ATen bindings of the adaptive softmax on the CPU: tokens to clusters, projections, threads.
 //
-// Each cluster is a linear cross entropy of the tokens in it; all threads share one cluster at a
-// time. Projections are torch's own products, on the cluster's tokens alone.
+// Each cluster is a linear cross entropy of its tokens; all threads share one cluster at a time.
+// Projections are torch's own products, on the cluster's tokens alone.
 #include "txl/adaptive_softmax.h"
 
 #include <ATen/ATen.h>
@@ -24,10 +24,10 @@ struct Cluster {
   Tensor projection, weight, bias;  // undefined where absent; the bias in the accumulation type
 };
 
-// The tokens of each cluster, in token order: a counting sort of the targets that count.
+// The tokens of each cluster, in token order: a counting sort of the targets that are not ignored.
 struct Buckets {
   Tensor rows, columns;        // int64: of the head [n], then of each tail
-  std::vector<int64_t> first;  // where each cluster's begin; one more for the end
+  std::vector<int64_t> first;  // the first position of each cluster, and the end
   bool all_counted;            // the head's rows are 0 … N - 1
 
   Buckets(const char* op, const Tensor& target, const std::vector<Cluster>& clusters,
@@ -84,9 +84,9 @@ void over(int64_t n, int64_t threads, F&& f) {
   }
 }
 
-// Memory that the clusters of a call use one after the other: fresh pages cost more than most of
-// what is done with them. What the next one does not need goes back to the system, before the
-// gradients that are still to come take as much.
+// Memory that the clusters of a call use one after the other, because fresh pages cost more than
+// most of the work on them. Pages that the next cluster does not need are returned to the system,
+// before the gradients of the later clusters are allocated.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) : bytes_(bytes) { memory_.emplace(1, bytes); }
@@ -106,17 +106,20 @@ class Scratch {
   int64_t bytes_;
 };
 
-// How a cluster is cut, and the memory that takes.
+// How a cluster is divided, and the memory that this needs.
 struct ClusterMemory {
   ClusterPlan plan;
   int64_t shared_bytes, slot_bytes, low_bytes;
 
-  ClusterMemory(const ClusterKernels& kernels, const ClusterArgs& args, const ClusterGrads& grads,
-                bool hold, bool sums_rounded, int64_t threads)
-      : plan(plan_cluster(args, kernels, hold, sums_rounded ? 1 : 0, threads)),
-        shared_bytes(round_to_page(kernels.shared_bytes(args, plan))),
-        slot_bytes(round_to_page(kernels.slot_bytes(args, plan, grads))),
-        low_bytes(sums_rounded && plan.n_blocks > 1 ? args.V * args.d : 0) {}
+  ClusterMemory(Scalar dtype, const ClusterArgs& args, const ClusterGrads& grads, bool hold,
+                int64_t threads) {
+    const ClusterKernels& kernels = adaptive_softmax_kernels(dtype);
+    const bool sums_rounded = dtype == Scalar::bf16 && grads.dweight != nullptr;
+    plan = plan_cluster(args, kernels, hold, sums_rounded ? 1 : 0, threads);
+    shared_bytes = round_to_page(kernels.shared_bytes(args, plan));
+    slot_bytes = round_to_page(kernels.slot_bytes(args, plan, grads));
+    low_bytes = sums_rounded && plan.n_blocks > 1 ? args.V * args.d : 0;
+  }
 
   int64_t bytes() const { return shared_bytes + plan.n_slots * slot_bytes + low_bytes; }
 };
@@ -126,40 +129,53 @@ int64_t threads_for(const ClusterArgs& args) {
   return at::in_parallel_region() || work < 5e5 ? 1 : at::get_num_threads();
 }
 
-// One cluster's tokens, ready for its kernels.
+// The sizes of a cluster's call. Rows of width 0 count as rows of one zero: products need a column.
+ClusterArgs sizes_of(const Cluster& cluster, int64_t n_tokens) {
+  ClusterArgs args;
+  args.n = n_tokens, args.V = cluster.weight.size(0);
+  args.d = std::max<int64_t>(1, cluster.weight.size(1));
+  return args;
+}
+
+// The tokens of one cluster, and the arguments of its kernels.
 struct ClusterCall {
-  const ClusterKernels& kernels;
-  Tensor rows, x, lse, logit;
+  Scalar dtype;
+  Tensor rows, x, weight, lse, logit;  // lse [2, n]: the largest logit, log Σ exp(logit - largest)
   ClusterArgs args;
 
   ClusterCall(Scalar dtype, const Tensor& hidden, const Cluster& cluster, const Buckets& buckets,
               size_t k)
-      : kernels(adaptive_softmax_kernels(dtype)), rows(buckets.rows_of(k)), x(hidden) {
+      : dtype(dtype), rows(buckets.rows_of(k)), x(hidden), weight(cluster.weight) {
     const bool in_order = k == 0 && buckets.all_counted;
-    args.n = buckets.size(k), args.V = cluster.weight.size(0), args.d = cluster.weight.size(1);
+    args = sizes_of(cluster, buckets.size(k));
     if (!in_order) args.rows = rows.const_data_ptr<int64_t>();
-    if (cluster.projection.defined()) {
+    if (weight.size(1) == 0) {
+      x = at::zeros({args.n, 1}, hidden.options());
+      weight = at::zeros({args.V, 1}, weight.options());
+      args.rows = nullptr;
+    } else if (cluster.projection.defined()) {
       x = product(in_order ? hidden : hidden.index_select(0, rows), cluster.projection.t())
               .to(hidden.scalar_type());
       args.rows = nullptr;
     }
     args.x = x.const_data_ptr();
     args.columns = buckets.columns.const_data_ptr<int64_t>() + buckets.first[k];
-    args.weight = cluster.weight.const_data_ptr();
+    args.weight = weight.const_data_ptr();
     args.bias = cluster.bias.defined() ? cluster.bias.const_data_ptr() : nullptr;
-    lse = at::empty({args.n}, hidden.options().dtype(acc_dtype(hidden)));
-    logit = at::empty_like(lse);
+    lse = at::empty({2, args.n}, hidden.options().dtype(acc_dtype(hidden)));
+    logit = at::empty({args.n}, lse.options());
   }
 
-  // Losses, or gradients from the log-sum-exp of losses made before, or both.
+  // Computes losses, or gradients from the log-sum-exp of an earlier call, or both.
   void run(const ClusterGrads& grads, const Tensor& scale, bool losses, bool gradients,
            Scratch& scratch) const {
     if (args.n == 0) return;
-    const ClusterTokens tokens{lse.data_ptr(), losses ? logit.data_ptr() : nullptr,
+    const ClusterTokens tokens{lse[0].data_ptr(), lse[1].data_ptr(),
+                               losses ? logit.data_ptr() : nullptr,
                                scale.defined() ? scale.const_data_ptr() : nullptr};
-    const bool rounded = grads.dweight != nullptr && x.scalar_type() != acc_dtype(x);
     const int64_t threads = threads_for(args);
-    const ClusterMemory memory(kernels, args, grads, losses && gradients, rounded, threads);
+    const ClusterKernels& kernels = adaptive_softmax_kernels(dtype);
+    const ClusterMemory memory(dtype, args, grads, losses && gradients, threads);
     const ClusterPlan& plan = memory.plan;
     const int64_t slot_bytes = memory.slot_bytes;
     char *shared = scratch.of(memory.bytes()), *slots = shared + memory.shared_bytes;
@@ -174,6 +190,8 @@ struct ClusterCall {
           kernels.logits(args, plan, block, slot, shared, slots + slot * slot_bytes);
         });
         kernels.combine(args, plan, tokens, block, shared);
+      } else {
+        kernels.restore(args, plan, tokens, block, shared);
       }
       if (!gradients) continue;
       over(plan.n_slots, threads, [&](int64_t slot) {
@@ -222,107 +240,115 @@ struct Call {
   }
 
   int64_t N() const { return hidden.size(0); }
-  // As much as the cluster that takes most where all gradients are wanted: memory that grows
-  // from cluster to cluster leaves what it was behind, in the allocator's hands.
+  // Enough for every cluster with all gradients requested: memory that grew from cluster to cluster
+  // would leave its earlier pieces in the allocator's hands.
   Scratch scratch(bool losses, bool gradients) const {
-    const bool rounded = gradients && hidden.scalar_type() != acc_dtype(hidden);
     ClusterGrads grads;
-    if (gradients) grads.dx = hidden.data_ptr();  // asked for, not written
+    char requested = 0;  // only the address counts
+    if (gradients) grads.dx = grads.dweight = &requested;
     int64_t bytes = 0;
     for (size_t k = 0; k < clusters.size(); ++k) {
-      ClusterArgs args;
-      args.n = buckets.size(k), args.V = clusters[k].weight.size(0);
-      args.d = clusters[k].weight.size(1);
-      const ClusterMemory memory(adaptive_softmax_kernels(dtype), args, grads, losses && gradients,
-                                 rounded, threads_for(args));
-      if (args.n > 0) bytes = std::max(bytes, memory.bytes());
+      const ClusterArgs args = sizes_of(clusters[k], buckets.size(k));
+      if (args.n == 0) continue;
+      const ClusterMemory memory(dtype, args, grads, losses && gradients, threads_for(args));
+      bytes = std::max(bytes, memory.bytes());
     }
     return Scratch(bytes);
   }
   at::TensorOptions acc_options() const { return hidden.options().dtype(acc_dtype(hidden)); }
 };
 
-// A cluster's values of type acc_t, scattered to token order: f(token's place, value).
-template <typename F>
-void scatter(const ClusterCall& call, F&& f) {
-  const auto* row = call.rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < call.args.n; ++i) f(row[i], i);
-}
-
-// Adds a cluster's losses to nll [N]; keeps its log-sum-exp in lse [N] if that is given.
-void add_losses(const ClusterCall& call, const Tensor& nll, Tensor* lse) {
+// Adds a cluster's losses to nll [N].
+void add_losses(const ClusterCall& call, const Tensor& nll) {
   AT_DISPATCH_FLOATING_TYPES(nll.scalar_type(), "adaptive_nll", [&] {
-    const auto *from = call.lse.const_data_ptr<scalar_t>(),
+    const auto* row = call.rows.const_data_ptr<int64_t>();
+    const auto *max = call.lse.const_data_ptr<scalar_t>(), *log_sum = max + call.args.n,
                *logit = call.logit.const_data_ptr<scalar_t>();
-    auto *to = nll.data_ptr<scalar_t>(), *kept = lse ? lse->data_ptr<scalar_t>() : nullptr;
-    scatter(call, [&](int64_t row, int64_t i) {
-      to[row] += from[i] - logit[i];
-      if (kept) kept[row] = from[i];
-    });
+    auto* to = nll.data_ptr<scalar_t>();
+    for (int64_t i = 0; i < call.args.n; ++i) to[row[i]] += (max[i] - logit[i]) + log_sum[i];
   });
 }
 
-// Gradients of one call, made cluster by cluster.
+// Gradients of one call, computed cluster by cluster. If they `keep_range`, those of float16
+// tensors stay float32, for a factor that comes later.
 class Gradients {
  public:
-  Gradients(const Call& call, at::TensorList flat, const c10::List<bool>& needed)
-      : call_(call), flat_(flat), needed_(needed) {
-    if (needed.get(0)) dhidden_ = at::zeros(call.hidden.sizes(), call.acc_options());
+  Gradients(const Call& call, at::TensorList flat, const c10::List<bool>& needed, bool keep_range)
+      : call_(call), flat_(flat), needed_(needed), keep_range_(keep_range) {
+    if (needed.get(0) && call.hidden.numel() > 0)
+      dhidden_ = at::zeros(call.hidden.sizes(), call.acc_options());
     out_.resize(flat.size());
     if (needed.size() == flat.size() + 1) return;
-    // One flag more: the tails' weights are rows of one table, behind the head's words. Their
-    // gradients are handed back as that table, in the first tail's place.
+    // One flag more: the tails' weights are rows of one table, after the shortlist. Their gradients
+    // are returned as that table, in the place of the first tail's.
     const auto n_tails = static_cast<int64_t>(call.clusters.size()) - 1;
     next_row_.push_back(flat[1].size(0) - n_tails);
     for (size_t k = 1; k < call.clusters.size(); ++k)
       next_row_.push_back(next_row_.back() + flat[3 * k + 1].size(0));
-    table_ = at::empty({next_row_.back(), flat[4].size(1)}, flat[4].options());
+    table_ = at::empty({next_row_.back(), flat[4].size(1)}, sum_options(flat[4]));
     advise_huge_pages(table_.data_ptr(), static_cast<int64_t>(table_.nbytes()));
   }
 
   // `scale`: [N], the gradient of each token's loss. As ClusterCall::run.
   void run(size_t k, const ClusterCall& cluster, const Tensor& scale, bool losses,
            Scratch& scratch) {
-    const Tensor& projection = call_.clusters[k].projection;
-    const bool projected = projection.defined();
+    const bool projected = call_.clusters[k].projection.defined();
+    const bool has_width = call_.clusters[k].weight.size(1) > 0;
     ClusterGrads grads;
     Tensor dx;
-    if (projected && (dhidden_.defined() || wants(3 * k))) {
+    if (has_width && projected && (dhidden_.defined() || wants(3 * k))) {
       dx = at::empty({cluster.args.n, cluster.args.d}, call_.acc_options());
       grads.dx = dx.data_ptr();
-    } else if (dhidden_.defined()) {
+    } else if (has_width && dhidden_.defined()) {
       grads.dx = dhidden_.data_ptr();
       grads.dx_rows = cluster.rows.const_data_ptr<int64_t>();
     }
-    Tensor dbias;
     if (wants(3 * k + 1)) {
       out_[3 * k + 1] = gradient_of(k, cluster.args.n);
       grads.dweight = out_[3 * k + 1].data_ptr();
     }
     if (wants(3 * k + 2)) {
-      dbias = at::zeros({cluster.args.V}, call_.acc_options());
-      grads.dbias = dbias.data_ptr();
+      out_[3 * k + 2] = at::zeros({cluster.args.V}, call_.acc_options());
+      grads.dbias = out_[3 * k + 2].data_ptr();
     }
-    const bool gradients = grads.dx != nullptr || grads.dweight != nullptr || dbias.defined();
+    const bool gradients =
+        grads.dx != nullptr || grads.dweight != nullptr || grads.dbias != nullptr;
     if (losses || gradients)
       cluster.run(grads, scale.index_select(0, cluster.rows), losses, gradients, scratch);
-    if (dbias.defined()) out_[3 * k + 2] = dbias.to(flat_[3 * k + 2].scalar_type());
     if (dx.defined()) through_projection(k, cluster, dx);
   }
 
   std::vector<Tensor> take() {
-    std::vector<Tensor> all{dhidden_.defined() ? dhidden_.to(call_.hidden.scalar_type()) : none()};
+    std::vector<Tensor> all{rounded(dhidden_, call_.hidden, needed_.get(0))};
     for (size_t i = 0; i < out_.size(); ++i) {
-      const bool of_table = table_.defined() && i > 3 && i % 3 == 1;
-      if (of_table) out_[i] = i == 4 ? table_ : Tensor();
-      all.push_back(out_[i].defined() ? out_[i] : none());
+      if (table_.defined() && i > 3 && i % 3 == 1) {
+        out_[i].reset();
+        all.push_back(rounded(i == 4 ? table_ : Tensor(), flat_[i], false));
+      } else {
+        all.push_back(rounded(out_[i], flat_[i], needed_.get(i + 1)));
+      }
     }
     return all;
   }
 
  private:
-  bool wants(size_t index) const { return needed_.get(index + 1) && present(flat_[index]); }
-  Tensor none() const { return at::empty({0}, call_.hidden.options()); }  // never one shared
+  bool wants(size_t index) const { return needed_.get(index + 1) && flat_[index].numel() > 0; }
+
+  // The dtype of the gradient of `x` while it is summed, and the dtype in which it is returned.
+  at::TensorOptions sum_options(const Tensor& x) const {
+    return x.options().dtype(x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type());
+  }
+  at::ScalarType returned_dtype(const Tensor& x) const {
+    return c10::typeMetaToScalarType((keep_range_ ? sum_options(x) : x.options()).dtype());
+  }
+
+  // Takes a sum and returns it in the dtype of the gradient of `x`. An undefined sum becomes the
+  // gradient of a tensor without elements if `needed`, else an empty tensor, never a shared one.
+  Tensor rounded(Tensor sum, const Tensor& x, bool needed) const {
+    const at::ScalarType dtype = returned_dtype(x);
+    if (sum.defined()) return sum.to(dtype);
+    return at::empty(needed ? x.sizes() : at::IntArrayRef{0}, x.options().dtype(dtype));
+  }
 
   Tensor gradient_of(size_t k, int64_t n) const {
     const Tensor& weight = call_.clusters[k].weight;
@@ -330,7 +356,7 @@ class Gradients {
     if (k > 0 && table_.defined()) {
       grad = table_.slice(0, next_row_[k - 1], next_row_[k]);
     } else {
-      grad = at::empty_like(weight);
+      grad = at::empty(weight.sizes(), sum_options(weight));
       advise_huge_pages(grad.data_ptr(), static_cast<int64_t>(grad.nbytes()));
     }
     if (n == 0) grad.zero_();
@@ -344,15 +370,16 @@ class Gradients {
     }
     if (wants(3 * k)) {
       const Tensor hidden = call_.hidden.index_select(0, cluster.rows);
-      out_[3 * k] = product(dx.t(), hidden).to(projection.scalar_type());
+      out_[3 * k] = product(dx.t(), hidden);
     }
   }
 
   const Call& call_;
   at::TensorList flat_;
   const c10::List<bool>& needed_;
+  bool keep_range_;
   Tensor dhidden_;
-  // The gradients of tails that are one table; its rows behind the head's words and each tail.
+  // The gradients of tails that are one table; its first row after the shortlist and each tail.
   Tensor table_;
   std::vector<int64_t> next_row_;
   std::vector<Tensor> out_;
@@ -362,13 +389,13 @@ std::tuple<Tensor, Tensor> adaptive_nll_fwd(const Tensor& hidden, const Tensor& 
                                             at::TensorList clusters, int64_t ignore_index) {
   const Call call("adaptive_nll", hidden, target, clusters, ignore_index);
   const Tensor nll = at::zeros({call.N()}, call.acc_options());
-  const Tensor lse = at::zeros({2, call.N()}, call.acc_options());
+  const Tensor lse = at::zeros({2, 2, call.N()}, call.acc_options());
   Scratch scratch = call.scratch(/*losses=*/true, /*gradients=*/false);
   for (size_t k = 0; k < call.clusters.size(); ++k) {
     const ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
     cluster.run({}, {}, /*losses=*/true, /*gradients=*/false, scratch);
-    Tensor kept = lse[k == 0 ? 0 : 1];
-    add_losses(cluster, nll, &kept);
+    add_losses(cluster, nll);
+    lse[k == 0 ? 0 : 1].index_copy_(1, cluster.rows, cluster.lse);
   }
   return {nll, lse};
 }
@@ -379,12 +406,12 @@ std::tuple<Tensor, std::vector<Tensor>> adaptive_nll_bwd(const Tensor& dnll, con
                                                          int64_t ignore_index, const Tensor& lse,
                                                          const c10::List<bool>& needs_grad) {
   const Call call("adaptive_nll", hidden, target, clusters, ignore_index);
-  Gradients gradients(call, clusters, needs_grad);
+  Gradients gradients(call, clusters, needs_grad, /*keep_range=*/false);
   const Tensor scale = dnll.to(acc_dtype(hidden)).contiguous();
   Scratch scratch = call.scratch(/*losses=*/false, /*gradients=*/true);
   for (size_t k = 0; k < call.clusters.size(); ++k) {
     ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
-    cluster.lse = lse[k == 0 ? 0 : 1].index_select(0, cluster.rows);
+    cluster.lse = lse[k == 0 ? 0 : 1].index_select(1, cluster.rows);
     gradients.run(k, cluster, scale, /*losses=*/false, scratch);
   }
   std::vector<Tensor> all = gradients.take();
@@ -393,20 +420,18 @@ std::tuple<Tensor, std::vector<Tensor>> adaptive_nll_bwd(const Tensor& dnll, con
   return {dhidden, all};
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>> adaptive_loss_fwd(
-    const Tensor& hidden, const Tensor& target, at::TensorList clusters, int64_t ignore_index,
-    bool mean, const c10::List<bool>& needs_grad) {
+std::tuple<Tensor, std::vector<Tensor>> adaptive_loss_fwd(const Tensor& hidden,
+                                                          const Tensor& target,
+                                                          at::TensorList clusters,
+                                                          int64_t ignore_index, bool mean,
+                                                          const c10::List<bool>& needs_grad) {
   const Call call("adaptive_loss", hidden, target, clusters, ignore_index);
   const auto counted = static_cast<double>(std::max<int64_t>(1, call.buckets.size(0)));
-  // float16 cannot hold what a mean over many tokens leaves of a small gradient, nor every sum:
-  // half of the factor now, half with backward's.
-  const bool halved = mean && hidden.scalar_type() == at::kHalf;
-  const double rest = halved ? 1 / std::sqrt(counted) : 1;
   const double share = mean ? 1 / counted : 1;
   const Tensor nll = at::zeros({call.N()}, call.acc_options());
-  const Tensor scale = at::full({call.N()}, share / rest, call.acc_options());
+  const Tensor scale = at::full({call.N()}, share, call.acc_options());
   const bool any = std::any_of(needs_grad.begin(), needs_grad.end(), [](bool b) { return b; });
-  Gradients gradients(call, clusters, needs_grad);
+  Gradients gradients(call, clusters, needs_grad, /*keep_range=*/true);
   Scratch scratch = call.scratch(/*losses=*/true, /*gradients=*/any);
   for (size_t k = 0; k < call.clusters.size(); ++k) {
     const ClusterCall cluster(call.dtype, call.hidden, call.clusters[k], call.buckets, k);
@@ -415,16 +440,16 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> adaptive_loss_fwd(
     } else {
       cluster.run({}, {}, /*losses=*/true, /*gradients=*/false, scratch);
     }
-    add_losses(cluster, nll, nullptr);
+    add_losses(cluster, nll);
   }
   const Tensor loss = (nll.sum(at::kDouble) * share).to(nll.scalar_type());
-  return {loss, at::full({}, rest, nll.options()), gradients.take()};
+  return {loss, gradients.take()};
 }
 
-void adaptive_loss_bwd(const Tensor& dloss, const Tensor& rest, at::TensorList grads) {
-  const double factor = dloss.item<double>() * rest.item<double>();
-  if (factor == 1) return;
-  for (const Tensor& grad : grads) grad.mul_(factor);
+void adaptive_loss_bwd(const Tensor& dloss, at::TensorList grads) {
+  if (dloss.item<double>() == 1) return;
+  // By the tensor: torch rounds a C++ number to the gradients' dtype first.
+  for (const Tensor& grad : grads) grad.mul_(dloss);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The host emulation of the CUDA kernels: built under a sanitizer, run on one problem at a time."""
+"""What the native tests share: the host emulation of the CUDA kernels, and instruction sets."""
 
 from __future__ import annotations
 
@@ -106,6 +106,23 @@ class Emulation:
         out = torch.frombuffer(bytearray(results[:n_out]), dtype=q.dtype)
         lse = torch.frombuffer(bytearray(results[n_out:]), dtype=torch.float32)
         return out.view(B, H, Tq, Dv), lse.view(B, H, Tq)
+
+
+@pytest.fixture
+def require_instruction_set() -> Callable[[str], None]:
+    """Skips the test where this processor lacks the set that `ATEN_CPU_CAPABILITY` would name."""
+
+    def require(capability: str) -> None:
+        # What the processor can: ATen's own capability may be limited by the same variable.
+        supported = {
+            "default": True,
+            "avx2": torch.cpu._is_avx2_supported(),
+            "avx512": torch.cpu._is_avx512_supported(),
+        }
+        if not supported[capability]:
+            pytest.skip(f"this processor has no {capability}")
+
+    return require
 
 
 @functools.cache

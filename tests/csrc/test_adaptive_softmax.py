@@ -192,7 +192,8 @@ def test_memory_stays_within_one_chunk(op, dtype, mib):
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_gives_the_same(capability):
+def test_every_instruction_set_gives_the_same(capability, require_instruction_set):
+    require_instruction_set(capability)
     script = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_adaptive_softmax as t\n"
         "case = t.Case('', V=150, cutoffs=(40, 90), N=37, d=24)\n"

@@ -16,6 +16,8 @@ from txl_kernels.ops.checks import check_int, check_number
 from txl_kernels.transforms import inside_transform
 
 OP = "adaptive_sample"
+# Temperatures and probabilities beyond these act as 0 or infinity; float32 has few more digits.
+_LEAST, _MOST = 1e-30, 1e30
 
 
 def adaptive_sample(
@@ -34,15 +36,15 @@ def adaptive_sample(
 ) -> Tensor:
     """Draws one token per row from p^(1 / temperature), scaled to sum to 1.
 
-    Holds the logits of a piece of the vocabulary at a time. At temperature 1, without `top_k` and
+    Holds the logits of one piece of the vocabulary at a time. At temperature 1, without `top_k` and
     `top_p`, it reads the head and then only the clusters that were drawn.
 
     Args:
         hidden, head_weight, tails, cutoffs, head_bias, head_proj, backend: as `adaptive_nll`.
-        temperature: 0 or more; 0 takes the likeliest token.
-        top_k: draw from the k likeliest tokens only; more than V is all of them.
-        top_p: draw from the fewest tokens, likeliest first, whose probabilities (at this
-            temperature, after `top_k`) sum to at least p, in (0, 1]. Equally likely tokens are
+        temperature: 0 or more; 0, or less than 1e-30, returns the most probable token.
+        top_k: draw from the k most probable tokens only; more than V means all of them.
+        top_p: draw from the smallest set of most probable tokens whose probabilities (at this
+            temperature, after `top_k`) sum to at least p, in (0, 1]. Equally probable tokens are
             kept together unless `top_k` is given.
         generator: on hidden's device; torch's own if None.
 
@@ -66,8 +68,11 @@ def adaptive_sample(
         OP, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
     n_tokens = n_tokens_of(head, clusters)
-    if temperature == 0:
-        top_k = 1
+    temperature = min(temperature, _MOST)
+    if temperature < _LEAST:
+        temperature, top_k = 0.0, 1
+    if top_p is not None:
+        top_p = max(top_p, _LEAST)
     if top_k is not None and top_k < n_tokens:
         log_probs, tokens = adaptive_topk(
             hidden,

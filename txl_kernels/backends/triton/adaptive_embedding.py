@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from txl_kernels._register_adaptive import is_present
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, first_tokens, sort_by_cluster
 from txl_kernels.backends.triton.adaptive_products import load_block, multiply_rows, sum_outer
 
@@ -41,7 +42,7 @@ def adaptive_embedding_fwd(
         multiply_rows(
             tables,
             matrices,
-            out.view(-1, width),
+            out.view(tokens.numel(), width),
             buckets,
             in_row=buckets.column,
             out_row=buckets.order,
@@ -205,4 +206,4 @@ def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _given(projections: Sequence[Tensor]) -> list[Tensor | None]:
-    return [x.contiguous() if x.numel() > 0 else None for x in projections]
+    return [x.contiguous() if is_present(x) else None for x in projections]

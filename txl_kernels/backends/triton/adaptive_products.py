@@ -1,20 +1,44 @@
 """Products with one matrix per cluster, of rows that are gathered and scattered on the way.
 
 Projections of the adaptive softmax and of the adaptive embedding, forward and backward. All
-clusters go in one launch, sized for the worst that tokens can ask; programs without work leave at
-once.
+clusters share one launch, as large as the tokens may need; programs without work return at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, n_tiles, tile_of
 from txl_kernels.backends.triton.adaptive_configs import product_config
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which gradients of `x` are summed and passed on.
+
+    float32 for float16, whose range does not hold every gradient before its factor is known.
+    """
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+@triton.jit
+def dot(left, right, acc):
+    """acc + left · right; `left` may be a float32 gradient beside 16-bit values.
+
+    It is rounded to bfloat16, which has its range. Beside float16 both go through TF32: that has
+    the range of float32 and the 11 bits of float16, so that `right` is exact.
+    """
+    if left.dtype == right.dtype:
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+    elif right.dtype == tl.float16:
+        acc = tl.dot(left, right.to(tl.float32), acc, input_precision="tf32")
+    else:
+        acc = tl.dot(left.to(right.dtype), right, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -49,10 +73,10 @@ def _rows_product(
         b_input = load_block(p_input, o_row, m_row, o_in, WIDTH, stride_input)
         if IS_TRANSPOSED:
             b_matrix = load_block(p_matrix, o_in, o_in < WIDTH, o_out, WIDTH_OUT, WIDTH_OUT)
-            acc = tl.dot(b_input, b_matrix, acc, input_precision="ieee")
+            acc = dot(b_input, b_matrix, acc)
         else:
             b_matrix = load_block(p_matrix, o_out, o_out < WIDTH_OUT, o_in, WIDTH, WIDTH)
-            acc = tl.dot(b_input, tl.trans(b_matrix), acc, input_precision="ieee")
+            acc = dot(b_input, tl.trans(b_matrix), acc)
     return acc
 
 
@@ -83,7 +107,7 @@ def _adaptive_rows_kernel(
 
     One program: BLOCK_ROWS tokens of one cluster and BLOCK_OUT columns, which no other writes; the
     inner width in order. A cluster without a matrix has its rows copied. Sums are float32, rounded
-    once. Tiles beyond those the tokens fill leave at once. Deterministic: no sum is shared.
+    once. Programs without a tile of tokens return at once. Deterministic: no sum is shared.
     """
     cluster, start, end = tile_of(
         tl.program_id(0), p_first, FIRST, FIRST + len(WIDTHS_IN), BLOCK_ROWS
@@ -146,7 +170,7 @@ def multiply_rows(
     [in_k, out_k].
     """
     N = out.shape[0]
-    if N == 0 or not inputs:
+    if out.numel() == 0 or not inputs:
         return
     side = 1 if transposed else 0
     widths_out = [
@@ -229,7 +253,7 @@ def _adaptive_outer_kernel(
                 b_right = load_block(
                     rights[k], o_right_row, m_row, o_right, WIDTHS_RIGHT[k], strides_right[k]
                 )
-                acc = tl.dot(tl.trans(b_left), b_right, acc, input_precision="ieee")
+                acc = dot(tl.trans(b_left), b_right, acc)
             p_tile = outs[k] + o_left[:, None] * WIDTHS_RIGHT[k] + o_right[None, :]
             m_tile = (o_left < WIDTHS_LEFT[k])[:, None] & (o_right < WIDTHS_RIGHT[k])[None, :]
             tl.store(p_tile, (acc * alpha).to(outs[k].dtype.element_ty), mask=m_tile)
@@ -247,13 +271,13 @@ def sum_outer(
     alpha: float = 1.0,
 ) -> None:
     """Per cluster: outs_k = alpha · Σ lefts_k[left_row]ᵀ rights_k[right_row] over its tokens."""
-    if all(out is None for out in outs):
-        return
     config = product_config(buckets.order.device, rights[0].dtype)
     tiles = [0]
     for out in outs:
         m, n = (0, 0) if out is None else out.shape
         tiles.append(tiles[-1] + triton.cdiv(m, config.BLOCK_OUT) * triton.cdiv(n, config.BLOCK_IN))
+    if tiles[-1] == 0:
+        return
     _adaptive_outer_kernel[(tiles[-1],)](
         tuple(lefts),
         tuple(rights),

@@ -1,4 +1,8 @@
-"""`torch.ops.txl_triton.adaptive_nll_*` and `adaptive_loss_*`: the head's and the tails' parts."""
+"""`torch.ops.txl_triton.adaptive_nll_*` and `adaptive_loss_*`: the head's and the tails' parts.
+
+Sums of float16 gradients are float32 until their factor is known, and so are the gradients that
+`adaptive_loss` keeps for backward.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from txl_kernels._register_adaptive import is_present
 from txl_kernels.backends.reference.adaptive_softmax import Cluster
 from txl_kernels.backends.triton import adaptive_softmax_head as heads
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, sort_by_cluster
-from txl_kernels.backends.triton.adaptive_products import multiply_rows, sum_outer
+from txl_kernels.backends.triton.adaptive_products import multiply_rows, sum_dtype, sum_outer
 from txl_kernels.backends.triton.adaptive_softmax_head_rows import Targets
 from txl_kernels.backends.triton.adaptive_softmax_tails import Tails, add_tails_nll, project
 from txl_kernels.backends.triton.adaptive_softmax_tails_bwd import tails_dx, write_tails_dweight
@@ -24,7 +29,7 @@ def adaptive_nll_fwd(
     clusters: Sequence[Tensor],  # projection, weight, bias of each; empty where absent
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns nll [N] and lse [2, N], of the head and of the token's tail, in float32."""
+    """Returns nll [N] and, as `_register_adaptive` describes it, lse [2, 2, N], in float32."""
     with torch.cuda.device_of(hidden):
         call = _Call("adaptive_nll", hidden, target, clusters, ignore_index)
         nll, lse = call.new_losses()
@@ -40,7 +45,7 @@ def adaptive_nll_bwd(
     target: Tensor,
     clusters: Sequence[Tensor],
     ignore_index: int,
-    lse: Tensor,  # [2, N]
+    lse: Tensor,  # [2, 2, N]
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of hidden and of the clusters' tensors, empty where not needed."""
@@ -51,7 +56,10 @@ def adaptive_nll_bwd(
             grads.zero()
         else:
             call.backward(grads, lse, dnll.contiguous())
-    return grads.handed_over()
+    dhidden, *dclusters = (
+        grad.to(x.dtype) for grad, x in zip(grads.flat(), (hidden, *clusters), strict=True)
+    )
+    return dhidden, dclusters
 
 
 def adaptive_loss_fwd(
@@ -61,39 +69,33 @@ def adaptive_loss_fwd(
     ignore_index: int,
     mean: bool,
     needs_grad: Sequence[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Returns loss [], rest [] and the gradients of hidden and of the clusters' tensors.
-
-    In float16 the gradients contain the square root of the mean's factor 1 / n and `rest` is the
-    other root: 1 / n of a small gradient would be 0 there, and a sum over n tokens may be infinite.
-    """
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns loss [] and the gradients of hidden and of the clusters' tensors."""
     with torch.cuda.device_of(hidden):
         call = _Call("adaptive_loss", hidden, target, clusters, ignore_index)
         grads = _Gradients(hidden, clusters, needs_grad)
         nll, lse = call.new_losses()
-        one = nll.new_ones(())
-        # The sorted position of the first ignored token is the number of scored ones.
-        scale = call.buckets.first[-2].clamp(min=1).float().reciprocal() if mean else one
-        factor, rest = (scale, one) if hidden.dtype != torch.float16 else (scale.sqrt(),) * 2
+        scale = nll.new_ones(())
+        if mean:  # the ignored tokens come after the others, from this position on
+            scale = call.buckets.first[-2].clamp(min=1).float().reciprocal()
         if call.N == 0:
             grads.zero()
             nll = nll.new_zeros(1)
         elif grads.any_needed():
-            call.loss_and_gradients(grads, nll, lse, factor)
+            call.loss_and_gradients(grads, nll, lse, scale)
         else:
             heads.head_nll(call.head_x(), call.head, call.targets, nll, lse[0])
             call.add_tails_nll(nll, lse[1])
-    return nll.sum() * scale, rest, grads.flat()
+    return nll.sum() * scale, grads.flat()
 
 
-def adaptive_loss_bwd(dloss: Tensor, rest: Tensor, grads: Sequence[Tensor]) -> None:
-    """Multiplies the gradients in place by dloss · rest; reads no gradient if that is 1."""
-    factor = (dloss * rest).float()
+def adaptive_loss_bwd(dloss: Tensor, grads: Sequence[Tensor]) -> None:
+    """Multiplies the gradients in place by dloss; reads none of them if that is 1."""
     with torch.cuda.device_of(dloss):
         for grad in grads:
             if grad.numel() > 0:
                 _adaptive_scale_kernel[(triton.cdiv(grad.numel(), 4096),)](
-                    grad, factor, grad.numel(), BLOCK=4096, num_warps=8
+                    grad, dloss, grad.numel(), BLOCK=4096, num_warps=8
                 )
 
 
@@ -115,8 +117,8 @@ class _Gradients:
     ) -> None:
         self._hidden = hidden
         buffers = [
-            torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            if needed and (x is hidden or x.numel() > 0)
+            torch.empty(x.shape, dtype=sum_dtype(x), device=x.device)
+            if needed and is_present(x)
             else None
             for x, needed in zip((hidden, *clusters), needs_grad, strict=True)
         ]
@@ -137,11 +139,11 @@ class _Gradients:
                 buffer.zero_()
 
     def flat(self) -> list[Tensor]:
-        return [self._hidden.new_empty(0) if x is None else x for x in self._buffers]
-
-    def handed_over(self) -> tuple[Tensor, list[Tensor]]:
-        dhidden, *dclusters = self.flat()
-        return dhidden, dclusters
+        """In the order of the schema, empty if not requested."""
+        hidden = self._hidden
+        return [
+            hidden.new_empty(0, dtype=sum_dtype(hidden)) if x is None else x for x in self._buffers
+        ]
 
 
 class _Call:
@@ -156,7 +158,7 @@ class _Call:
         ignore_index: int,
     ) -> None:
         def given(x: Tensor) -> Tensor | None:
-            return x.contiguous() if x.numel() > 0 else None
+            return x.contiguous() if is_present(x) else None
 
         self.head, *self.tails = (
             Cluster(given(projection), weight.contiguous(), given(bias))
@@ -182,9 +184,9 @@ class _Call:
         self.hidden = self.hidden.masked_fill(ignored[:, None], 0.0)
 
     def new_losses(self) -> tuple[Tensor, Tensor]:
-        """nll [N], uninitialised, and lse [2, N], zeros: no tail writes the head's tokens."""
+        """nll [N] and lse [2, 2, N]; lse is 0 for tokens without a tail."""
         nll = self.hidden.new_empty(self.N, dtype=torch.float32)
-        return nll, nll.new_zeros(2, self.N)
+        return nll, nll.new_zeros(2, 2, self.N)
 
     def head_x(self) -> Tensor:
         """The head's projected rows [N, d_0], in hidden's dtype."""
@@ -208,7 +210,7 @@ class _Call:
             x, self.head, self.targets, lse[0], dnll,
             grads.weights[0], grads.biases[0], grads.needs_rows(0),
         )  # fmt: skip
-        self._head_rows_bwd(grads, None if dx is None else dx.to(x.dtype))
+        self._head_rows_bwd(grads, dx)
         if self.tails:
             tails = project(self.hidden, self.tails, self.buckets)
             self._tails_bwd(grads, tails, lse[1], dnll)
@@ -220,14 +222,13 @@ class _Call:
         self.clear_ignored_rows()
         x = self.head_x()
         size = heads.block_of_tokens(self.N, self.head.weight.shape[0])
-        wanted = grads.weights[0], grads.biases[0], grads.needs_rows(0)
+        requested = grads.weights[0], grads.biases[0], grads.needs_rows(0)
         if size is None:
             heads.head_nll(x, self.head, self.targets, nll, lse[0])
             factor = scale.expand(self.N).contiguous()
-            dx = heads.head_bwd(x, self.head, self.targets, lse[0], factor, *wanted)
-            dx = None if dx is None else dx.to(x.dtype)
+            dx = heads.head_bwd(x, self.head, self.targets, lse[0], factor, *requested)
         else:
-            dx = heads.head_loss(x, self.head, self.targets, nll, scale, size, *wanted)
+            dx = heads.head_loss(x, self.head, self.targets, nll, scale, size, *requested)
         self._head_rows_bwd(grads, dx)
         tails = self.add_tails_nll(nll, lse[1])
         if tails is not None:
@@ -237,6 +238,7 @@ class _Call:
         """Writes the gradients of hidden and projection from that of the head's projected rows."""
         if dx is None:
             return
+        dx = dx.to(sum_dtype(self.hidden))
         projection = self.head.projection
         if grads.hidden is not None:
             if projection is None:

@@ -1,8 +1,8 @@
 """The head of the adaptive softmax: products by cuBLAS, a block of logits at a time.
 
 The loss goes by blocks of tokens and forms the gradient from the logits it holds: three products.
-The loss per token goes by blocks of columns with an online log-sum-exp and computes the logits
-again in backward: four. `docs/mathematics.md` has the costs.
+The loss per token goes by blocks of columns with an online log-sum-exp and recomputes the logits in
+backward: four. `docs/mathematics.md` has the costs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.backends.reference.adaptive_softmax import Cluster
+from txl_kernels.backends.triton.adaptive_products import sum_dtype
 from txl_kernels.backends.triton.adaptive_softmax_head_rows import (
     Targets,
     padded,
@@ -19,19 +20,47 @@ from txl_kernels.backends.triton.adaptive_softmax_head_rows import (
 )
 
 MAX_LOGITS = 2**25
-"""Logits held at a time, in float32, beside a 16-bit gradient of each: 192 MiB.
+"""Logits held at a time, in float32, beside 16 bits for the gradient of each: 192 MiB.
 
-More only where 256 tokens' or all tokens' for 256 columns are more.
+More only if the logits of 256 tokens, or of all tokens for 256 columns, are more.
 """
 
 _MIN_TOKENS = 512
 """With fewer tokens to a block, adding each block's gradient to the weight's float32 sum takes
-longer than a fourth product and reading the logits again would: by arithmetic, from 430 tokens down
-at width 1,024, with 4 TB/s and 750 TFLOP/s."""
+longer than a fourth product and reading the logits again: by arithmetic, below 430 tokens at width
+1,024, with 4 TB/s and 750 TFLOP/s."""
+
+
+def in_float16_range(a: Tensor) -> tuple[Tensor, Tensor]:
+    """float16 `a` · 2^k and float32 2^-k [rows, 1], for float32 `a` [rows, columns].
+
+    The power of two of a row brings its largest element near 2^15, so that float16 rounds each
+    element whose share of the row's products counts, however large or small the row is.
+    """
+    largest = torch.linalg.vector_norm(a, torch.inf, dim=1, keepdim=True)
+    unit = torch.exp2(torch.frexp(largest).exponent.clamp(min=-100) - 15.0)
+    rows, columns = a.shape
+    if a.stride(0) == 1 and rows > 1:  # a transposed matrix remains one
+        scaled = a.new_empty(columns, padded(rows), dtype=torch.float16)[:, :rows].mT
+    else:
+        scaled = a.new_empty(rows, padded(columns), dtype=torch.float16)[:, :columns]
+    return torch.div(a, unit, out=scaled), unit
 
 
 def add_product(a: Tensor, b: Tensor, out: Tensor, adds: bool) -> None:
-    """out (+)= a · b with float32 `out`; sums are float32, 16-bit inputs go to the tensor cores."""
+    """out (+)= a · b with float32 `out`; sums are float32, 16-bit inputs go to the tensor cores.
+
+    A float32 `a` beside float16 `b` is a gradient: it keeps its range.
+    """
+    if a.dtype == torch.float32 and b.dtype == torch.float16 and a.numel() > 0:
+        a, unit = in_float16_range(a)
+        product = torch.empty_like(out)
+        add_product(a, b, product, adds=False)
+        if adds:
+            out.addcmul_(product, unit)
+        else:
+            torch.mul(product, unit, out=out)
+        return
     if a.dtype == torch.float32 or a.device.type == "cpu":  # whose products have no wider result
         a, b = a.float(), b.float()
         if adds:
@@ -54,17 +83,17 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 class _Block:
-    """Room for [rows, columns] logits in float32 and their gradient in the inputs' dtype.
+    """Memory for [rows, columns] logits in float32 and their gradient in its dtype.
 
-    Rows start at multiples of 64 bytes: in a head of 20,003 columns they would else not be aligned,
-    and cuBLAS's fast kernels and vector loads do not take such rows.
+    Rows start at multiples of 64 bytes. In a head of 20,003 columns they would not be aligned
+    otherwise, and cuBLAS's fast kernels and vector loads need aligned rows.
     """
 
     def __init__(self, rows: int, columns: int, like: Tensor, with_grad: bool) -> None:
         stride = padded(columns)
         self._logits = like.new_empty(rows, stride, dtype=torch.float32)
         self._grad = self._logits
-        if with_grad and like.dtype != torch.float32:
+        if with_grad and sum_dtype(like) != torch.float32:
             self._grad = like.new_empty(rows, stride)
 
     def logits(self, rows: int, columns: int) -> Tensor:
@@ -86,7 +115,7 @@ def block_of_tokens(N: int, n_columns: int) -> int | None:
 
 
 def head_nll(x: Tensor, head: Cluster, targets: Targets, nll: Tensor, lse: Tensor) -> None:
-    """Writes the head's part of the loss, and its log-sum-exp, of projected rows x [N, d_0]."""
+    """Writes the head's part of the loss, and its `lse` [2, N], of projected rows x [N, d_0]."""
     N, V0 = x.shape[0], head.weight.shape[0]
     size = block_of_columns(N, V0)
     block = _Block(N, size, x, with_grad=False)
@@ -104,7 +133,7 @@ def head_bwd(
     x: Tensor,  # [N, d_0]
     head: Cluster,
     targets: Targets,
-    lse: Tensor,  # [N]
+    lse: Tensor,  # [2, N]
     factor: Tensor,  # [N]
     dweight: Tensor | None,
     dbias: Tensor | None,
@@ -144,11 +173,11 @@ def head_loss(
 ) -> Tensor | None:
     """By tokens: writes the head's part of the loss, and its gradients times `scale`.
 
-    Returns dx [N, d_0] in x's dtype.
+    Returns dx [N, d_0] in the dtype that gradients of x are summed in.
     """
     N, V0 = x.shape[0], head.weight.shape[0]
     block = _Block(block_size, V0, x, with_grad=True)
-    dx = torch.empty_like(x) if needs_dx else None
+    dx = x.new_empty(x.shape, dtype=sum_dtype(x)) if needs_dx else None
     weight_sum = None if dweight is None else dweight.new_empty(V0, x.shape[1], dtype=torch.float32)
     bias_sum = None if dbias is None else dbias.new_zeros(V0, dtype=torch.float32)
     for first in range(0, N, block_size):

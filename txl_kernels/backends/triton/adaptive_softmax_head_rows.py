@@ -12,12 +12,14 @@ from txl_kernels.backends.triton.adaptive_buckets import cluster_of, first_token
 from txl_kernels.backends.triton.adaptive_configs import head_options
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# The largest logit of a row before the first: finite, as differences of infinities are NaN.
+LOWEST = tl.constexpr(-3.4028234e38)
 _ALIGNMENT = 32
 _ROW_ALIGNMENT = tl.constexpr(_ALIGNMENT)
 
 
 class Targets(NamedTuple):
-    """What says each token's column of the head."""
+    """The targets, and the sizes that give each its column of the head."""
 
     target: Tensor  # [N] int64
     sizes: tuple[int, ...]  # tokens of the head and of each tail
@@ -31,7 +33,7 @@ def padded(n_columns: int) -> int:
 
 @triton.jit
 def _head_column(p_target, i_n, firsts, V, ignore_index, N_CLUSTERS: tl.constexpr):
-    """Token i_n's column: its own, or its tail's behind the head's tokens; -1 where ignored."""
+    """Token i_n's column: its own, or its tail's after the shortlist; -1 where ignored."""
     token = tl.load(p_target + i_n)
     cluster, column = cluster_of(token, firsts, V, ignore_index, N_CLUSTERS)
     if N_CLUSTERS > 1:
@@ -42,7 +44,7 @@ def _head_column(p_target, i_n, firsts, V, ignore_index, N_CLUSTERS: tl.constexp
 
 @triton.jit
 def in_row(o_column, n_columns):
-    """Where a row of logits has room: whole vectors, also behind an odd number of columns."""
+    """Whether a row of logits has memory there: whole vectors, also after an odd last column."""
     return o_column < (n_columns + _ROW_ALIGNMENT - 1) // _ROW_ALIGNMENT * _ROW_ALIGNMENT
 
 
@@ -61,7 +63,7 @@ def _row_lse(
     p_logits, p_bias, column, n_columns, largest, total, at_target,
     HAS_BIAS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Takes one row's n_columns logits into (largest, Σ exp(logit - largest), the target's)."""
+    """Adds one row's n_columns logits to (largest, Σ exp(logit - largest), the target's)."""
     for start in range(0, n_columns, BLOCK_V):
         o_column = start + tl.arange(0, BLOCK_V)
         logits = _load_logits(p_logits, p_bias, o_column, n_columns, HAS_BIAS)
@@ -81,7 +83,8 @@ def _adaptive_head_lse_kernel(
     p_target,  # [N]
     p_state,  # [3, N] float32: largest, total, at_target over the columns before
     p_nll,  # [N], written with the last columns
-    p_lse,  # [N], likewise
+    p_largest,  # [N], likewise
+    p_log_sum,  # [N], likewise
     firsts,
     N,
     V,
@@ -95,14 +98,14 @@ def _adaptive_head_lse_kernel(
     N_CLUSTERS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Takes a block of columns into one token's online log-sum-exp; writes the loss at the last.
+    """Adds a block of columns to one token's online log-sum-exp; writes the loss at the last.
 
     One program per token, the columns in order, float32 sums: deterministic. The loss is the
     head's part, 0 where the target is ignored.
     """
     i_n = tl.program_id(0)
     column = _head_column(p_target, i_n, firsts, V, ignore_index, N_CLUSTERS)
-    largest = float("-inf")
+    largest = LOWEST
     total = 0.0
     at_target = 0.0
     if not IS_FIRST:
@@ -114,9 +117,10 @@ def _adaptive_head_lse_kernel(
         largest, total, at_target, HAS_BIAS, BLOCK_V,
     )  # fmt: skip
     if IS_LAST:
-        lse = largest + tl.log(total)
-        tl.store(p_lse + i_n, lse)
-        tl.store(p_nll + i_n, tl.where(column >= 0, lse - at_target, 0.0))
+        log_sum = tl.log(total)
+        tl.store(p_largest + i_n, largest)
+        tl.store(p_log_sum + i_n, log_sum)
+        tl.store(p_nll + i_n, tl.where(column >= 0, (largest - at_target) + log_sum, 0.0))
     else:
         tl.store(p_state + i_n, largest)
         tl.store(p_state + N + i_n, total)
@@ -130,7 +134,8 @@ def _adaptive_head_grad_kernel(
     p_bias,  # [n_columns]
     p_target,  # [n]
     p_nll,  # [n], written unless HAS_LSE
-    p_lse,  # [n], read if HAS_LSE
+    p_largest,  # [n], read if HAS_LSE
+    p_log_sum,  # [n], read if HAS_LSE
     p_factor,  # [n], read if HAS_LSE
     firsts,
     V,
@@ -146,34 +151,37 @@ def _adaptive_head_grad_kernel(
 ):
     """One token's logits become (softmax - onehot) · factor, 0 where the target is ignored.
 
-    One program per token. Without HAS_LSE the row is whole: it is read twice, the second time from
-    cache, and the head's part of the loss is written on the way; the factor is 1. In place where
-    p_grad is p_logits: what is written to an element is made of that element, and of the whole row
-    once it has been read. Sums are float32 in a fixed order: deterministic.
+    One program per token. Without HAS_LSE the row is whole: the program reads it twice, the second
+    time from cache, and writes the head's part of the loss; the factor is 1. Works in place if
+    p_grad is p_logits: an element of the gradient depends on its own logit, and on sums over the
+    row that are complete by then. Sums are float32 in a fixed order: deterministic.
     """
     i_n = tl.program_id(0)
     column = _head_column(p_target, i_n, firsts, V, ignore_index, N_CLUSTERS)
     counts = column >= 0
     column -= first_column
     p_row = p_logits + i_n.to(tl.int64) * stride_logits
-    largest = float("-inf")
+    largest = LOWEST
     total = 0.0
     at_target = 0.0
     factor = 1.0
     if HAS_LSE:
-        lse = tl.load(p_lse + i_n)
+        largest = tl.load(p_largest + i_n)
+        log_sum = tl.load(p_log_sum + i_n)
         factor = tl.load(p_factor + i_n)
     else:
         largest, total, at_target = _row_lse(
             p_row, p_bias, column, n_columns, largest, total, at_target, HAS_BIAS, BLOCK_V
         )
-        lse = largest + tl.log(total)
-        tl.store(p_nll + i_n, tl.where(counts, lse - at_target, 0.0))
+        log_sum = tl.log(total)
+        tl.store(p_nll + i_n, tl.where(counts, (largest - at_target) + log_sum, 0.0))
     factor = tl.where(counts, factor, 0.0)
     for start in range(0, n_columns, BLOCK_V):
         o_column = start + tl.arange(0, BLOCK_V)
         logits = _load_logits(p_row, p_bias, o_column, n_columns, HAS_BIAS)
-        grad = tl.exp2((logits - lse) * LOG2E) - (o_column == column).to(tl.float32)
+        # Another kernel of cuBLAS may have rounded the forward pass's logits differently.
+        log_p = tl.minimum(logits - largest, 0.0) - log_sum
+        grad = tl.exp2(log_p * LOG2E) - (o_column == column).to(tl.float32)
         # Not a product: the target's column of an ignored token may hold an overflow.
         grad = tl.where(factor != 0.0, grad * factor, 0.0)
         p_block = p_grad + i_n.to(tl.int64) * stride_grad + o_column
@@ -186,14 +194,14 @@ def take_columns(
     targets: Targets,
     state: Tensor,  # [3, N]
     nll: Tensor,  # [N]
-    lse: Tensor,  # [N]
+    lse: Tensor,  # [2, N]
     first_column: int,
     is_last: bool,
 ) -> None:
-    """Takes a block of columns into `state`, or with the last one into `nll` and `lse`."""
+    """Adds a block of columns to `state`; with the last one writes `nll` and `lse`."""
     N, n_columns = logits.shape
     _adaptive_head_lse_kernel[(N,)](
-        logits, logits if bias is None else bias, targets.target, state, nll, lse,
+        logits, logits if bias is None else bias, targets.target, state, nll, *lse,
         first_tokens(targets.sizes), N, sum(targets.sizes), targets.ignore_index,
         first_column, n_columns, logits.stride(0),
         HAS_BIAS=bias is not None, IS_FIRST=first_column == 0, IS_LAST=is_last,
@@ -212,11 +220,12 @@ def to_gradient(
     lse: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> None:
-    """With `lse` and `factor` [n] they are used, else rows are whole and `nll` is written."""
+    """Reads `lse` [2, n] and `factor` [n] if given; else rows are whole, and it writes `nll`."""
     n, n_columns = logits.shape
+    largest, log_sum = (None, None) if lse is None else lse
     _adaptive_head_grad_kernel[(n,)](
         logits, grad, logits if bias is None else bias, targets.target,
-        *(logits if x is None else x for x in (nll, lse, factor)),
+        *(logits if x is None else x for x in (nll, largest, log_sum, factor)),
         first_tokens(targets.sizes), sum(targets.sizes), targets.ignore_index,
         first_column, n_columns, logits.stride(0), grad.stride(0),
         HAS_BIAS=bias is not None, HAS_LSE=lse is not None, N_CLUSTERS=len(targets.sizes),

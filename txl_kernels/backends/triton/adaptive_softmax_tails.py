@@ -1,6 +1,7 @@
 """The tails of the adaptive softmax, forward: each token's log-sum-exp over its own cluster.
 
-No logits reach memory. All tails go in one launch; `docs/mathematics.md` derives the schedule.
+No logits are written to memory. All tails share one launch; `docs/mathematics.md` derives the
+schedule.
 """
 
 from __future__ import annotations
@@ -21,22 +22,21 @@ from txl_kernels.backends.triton.adaptive_configs import (
     tail_config,
 )
 from txl_kernels.backends.triton.adaptive_products import load_block, multiply_rows
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from txl_kernels.backends.triton.adaptive_softmax_head_rows import LOG2E, LOWEST
 
 
 class Tails(NamedTuple):
-    """The tails as their kernels take them, and their tokens' projected rows."""
+    """The tails in the form that their kernels read, and their tokens' projected rows."""
 
     x: Tensor  # [N, max(widths)]: at each sorted position projection · hidden, in hidden's dtype
     weights: tuple[Tensor, ...]  # [sizes[k], widths[k]]
-    biases: tuple[Tensor, ...]  # [sizes[k]]; the weight where there is none
+    biases: tuple[Tensor, ...]  # [sizes[k]]; the weight if there is none
     sizes: tuple[int, ...]
     widths: tuple[int, ...]
     has_bias: tuple[bool, ...]
 
     def options(self, config: TailConfig) -> dict[str, Any]:
-        """The keyword arguments that all kernels over tiles of logits take."""
+        """The keyword arguments that all kernels over tiles of logits have."""
         held = (max(16, triton.next_power_of_2(width)) for width in self.widths)
         return {
             "SIZES": self.sizes,
@@ -74,10 +74,10 @@ def project(hidden: Tensor, tails: list[Cluster], buckets: Buckets) -> Tails:
 def split_columns(
     p_first, SIZES: tl.constexpr, BLOCK_V: tl.constexpr, N_PARTIALS: tl.constexpr, MIN: tl.constexpr
 ):
-    """Columns that one program goes through: a multiple of BLOCK_V, at least MIN.
+    """The number of columns of one program: a multiple of BLOCK_V, at least MIN.
 
-    The logits, shared out over N_PARTIALS rows of partial results: a row then holds about as many
-    logits whatever the tokens are, and all splits of all tokens fit in N_PARTIALS + N rows.
+    All logits divided by N_PARTIALS rows of partial results: each row then stands for about the
+    same number of logits, and all splits of all tokens fit in N_PARTIALS + N rows.
     """
     n_logits = tl.zeros((), tl.int64)
     for k in tl.static_range(len(SIZES)):
@@ -89,12 +89,11 @@ def split_columns(
 
 @triton.jit
 def split_of(i_program, p_first, columns, SIZES: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """What a program owns: a tile of one tail's tokens, and a range of its columns.
+    """The share of a program: a tile of one tail's tokens, and a range of its columns.
 
-    Tiles of tokens vary fastest, so that programs side by side read the same weights. Returns the
-    tail (-1: none, leave), the tile's first position, the position behind the tail's last, the
-    range's first column, and the partial row of position 0 (each position's partial row is as far
-    from it as the position is).
+    Tiles of tokens vary fastest, so that neighbouring programs read the same weights. Returns the
+    tail (-1: none), the tile's first position, the end of the tail's positions, the range's first
+    column, and the partial row of position 0; that of position n is n rows after it.
     """
     tail = -1
     start = 0
@@ -136,7 +135,7 @@ def wide_product(
     BLOCK_RIGHT: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """float32 [left, right] of left · rightᵀ where the width does not fit a tile: in pieces."""
+    """float32 [left, right] of left · rightᵀ, in pieces of a width that does not fit a tile."""
     acc = tl.zeros((BLOCK_LEFT, BLOCK_RIGHT), tl.float32)
     for start in range(0, WIDTH, BLOCK_WIDTH):
         o_d = start + tl.arange(0, BLOCK_WIDTH)
@@ -166,7 +165,7 @@ def _tail_lse_tile(
     BLOCK_WIDTH: tl.constexpr,
 ):
     """Online over a range of columns: the largest logit, Σ exp(logit - largest), the target's."""
-    largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    largest = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     at_target = tl.zeros((BLOCK_ROWS,), tl.float32)
     if WIDTH <= MAX_WIDTH:
@@ -253,7 +252,8 @@ def _adaptive_tails_join_kernel(
     p_order,  # [N]
     p_first,  # [n_tails + 2]
     p_nll,  # [N], token order; holds the head's part
-    p_lse,  # [N], token order
+    p_lse_largest,  # [N], token order
+    p_log_sum,  # [N], token order
     SIZES: tl.constexpr,
     N_PARTIALS: tl.constexpr,
     MIN_COLUMNS: tl.constexpr,
@@ -282,7 +282,7 @@ def _adaptive_tails_join_kernel(
             n_splits = n_here
             stride = n_tokens
         n_before += n_tokens * n_here
-    largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    largest = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     for i_split in range(n_splits):
         o_partial = partial + i_split * stride + o_position
@@ -293,16 +293,17 @@ def _adaptive_tails_join_kernel(
             (new - larger) * LOG2E
         )
         largest = larger
-    lse = largest + tl.log(tl.where(m_row, total, 1.0))
+    log_sum = tl.log(tl.where(m_row, total, 1.0))
     o_token = tl.load(p_order + o_position, mask=m_row, other=0)
-    tl.store(p_lse + o_token, lse, mask=m_row)
+    tl.store(p_lse_largest + o_token, largest, mask=m_row)
+    tl.store(p_log_sum + o_token, log_sum, mask=m_row)
     nll = tl.load(p_nll + o_token, mask=m_row, other=0.0)
     at_target = tl.load(p_at_target + o_position, mask=m_row, other=0.0)
-    tl.store(p_nll + o_token, nll + (lse - at_target), mask=m_row)
+    tl.store(p_nll + o_token, nll + ((largest - at_target) + log_sum), mask=m_row)
 
 
 def n_programs(N: int, sizes: tuple[int, ...], config: TailConfig, split: Splits) -> int:
-    """As many programs as the tokens can ask of a kernel that goes by `split_of`.
+    """The most programs that the tokens of a kernel with `split_of` may need.
 
     Σ tiles_k · splits_k, with tiles_k ≤ n_k / BLOCK_ROWS + 1 and splits_k ≤ sizes_k / columns + 1.
     """
@@ -311,7 +312,7 @@ def n_programs(N: int, sizes: tuple[int, ...], config: TailConfig, split: Splits
 
 
 def add_tails_nll(nll: Tensor, lse: Tensor, tails: Tails, buckets: Buckets) -> None:
-    """Adds to `nll` [N] what the tails' tokens lose in their tail; writes their `lse` [N]."""
+    """Adds the tails' part of the loss to `nll` [N]; writes their tokens' `lse` [2, N]."""
     N, device = nll.shape[0], nll.device
     config, split = tail_config("fwd", device, tails.x.dtype, tails.widths), splits("fwd", device)
     largest, total = nll.new_empty(2, split.N_PARTIALS + N)
@@ -323,6 +324,6 @@ def add_tails_nll(nll: Tensor, lse: Tensor, tails: Tails, buckets: Buckets) -> N
     )  # fmt: skip
     rows = 128
     _adaptive_tails_join_kernel[(n_tiles(N, len(tails.sizes), rows),)](
-        largest, total, at_target, buckets.order, buckets.first, nll, lse,
+        largest, total, at_target, buckets.order, buckets.first, nll, *lse,
         SIZES=tails.sizes, **split._asdict(), BLOCK_V=config.BLOCK_V, BLOCK_ROWS=rows, num_warps=4,
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""The tails of the adaptive softmax, backward: every sum has one owner, who adds it in order.
+"""The tails of the adaptive softmax, backward: one program owns each sum and adds it in order.
 
-Logits are computed again, once for the rows' gradient and once for the weights'.
+Logits are recomputed, once for the rows' gradient and once for the weights'.
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ from torch import Tensor
 
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, n_tiles, tile_of
 from txl_kernels.backends.triton.adaptive_configs import splits, tail_config
-from txl_kernels.backends.triton.adaptive_products import load_block
+from txl_kernels.backends.triton.adaptive_products import dot, load_block, sum_dtype
+from txl_kernels.backends.triton.adaptive_softmax_head_rows import LOG2E
 from txl_kernels.backends.triton.adaptive_softmax_tails import (
-    LOG2E,
     Tails,
     n_programs,
     split_columns,
     split_of,
     wide_product,
 )
+
+
+@triton.jit
+def _softmax(logits, largest, log_sum):
+    """exp(logits) / Σ exp, from the two parts of a log-sum-exp."""
+    # The forward kernel's tiles may have rounded the largest logit differently.
+    return tl.exp2((tl.minimum(logits - largest, 0.0) - log_sum) * LOG2E)
 
 
 @triton.jit
@@ -31,7 +38,8 @@ def _tail_dx_tile(
     o_position,
     m_row,
     target,
-    lse,
+    largest,
+    log_sum,
     factor,
     first_column,
     last_column,
@@ -63,10 +71,10 @@ def _tail_dx_tile(
         if HAS_BIAS:
             b_bias = tl.load(p_bias + o_column, mask=m_column, other=0.0).to(tl.float32)
             logits += b_bias[None, :]
-        dlogits = tl.exp2((logits - lse[:, None]) * LOG2E)
+        dlogits = _softmax(logits, largest[:, None], log_sum[:, None])
         dlogits -= (o_column[None, :] == target[:, None]).to(tl.float32)
         dlogits = tl.where(m_column[None, :], dlogits * factor[:, None], 0.0)
-        dx = tl.dot(dlogits.to(b_weight.dtype), b_weight, dx, input_precision="ieee")
+        dx = dot(dlogits, b_weight, dx)
     return dx
 
 
@@ -78,7 +86,8 @@ def _adaptive_tails_dx_kernel(
     p_order,  # [N]
     p_column,  # [N]
     p_first,  # [n_tails + 2]
-    p_lse,  # [N], token order
+    p_largest,  # [N], token order
+    p_log_sum,  # [N], token order
     p_factor,  # [N], token order, or one number
     p_partial,  # [N_PARTIALS + N, max(WIDTHS)] float32
     stride_x,
@@ -96,10 +105,10 @@ def _adaptive_tails_dx_kernel(
 ):
     """Partial gradient of one tile of a tail's projected rows, over a range of its columns.
 
-    Streams the range in tiles [BLOCK_ROWS, BLOCK_V]: logits again, their gradient, times the
-    weights; the sum is float32 and stays in registers, up to MAX_WIDTH of the width (the second
-    axis of the grid goes over wider ones). Each partial row has one writer and the partials are
-    joined in order, so the result is deterministic.
+    Streams the range in tiles [BLOCK_ROWS, BLOCK_V]: recomputes logits and multiplies their
+    gradient by the weights; the sum is float32 and stays in registers, up to MAX_WIDTH of the width
+    (the second axis of the grid goes over wider ones). Each partial row has one writer and the
+    partials are joined in order, so the result is deterministic.
     """
     columns = split_columns(p_first, SIZES, BLOCK_V, N_PARTIALS, MIN_COLUMNS)
     tail, start, end, first_column, partial = split_of(
@@ -109,7 +118,8 @@ def _adaptive_tails_dx_kernel(
     m_row = o_position < end
     target = tl.load(p_column + o_position, mask=m_row, other=-1)
     o_token = tl.load(p_order + o_position, mask=m_row, other=0)
-    lse = tl.load(p_lse + o_token, mask=m_row, other=0.0)
+    largest = tl.load(p_largest + o_token, mask=m_row, other=0.0)
+    log_sum = tl.load(p_log_sum + o_token, mask=m_row, other=0.0)
     factor = m_row.to(tl.float32)
     if IS_PER_TOKEN:
         factor = tl.load(p_factor + o_token, mask=m_row, other=0.0)
@@ -118,7 +128,7 @@ def _adaptive_tails_dx_kernel(
             o_out = tl.program_id(1) * MAX_WIDTH + tl.arange(0, PADDED[k])
             last_column = tl.minimum(first_column + columns, SIZES[k])
             dx = _tail_dx_tile(
-                p_x, weights[k], biases[k], o_position, m_row, target, lse, factor,
+                p_x, weights[k], biases[k], o_position, m_row, target, largest, log_sum, factor,
                 first_column, last_column, o_out, stride_x, WIDTHS[k], PADDED[k], HAS_BIAS[k],
                 BLOCK_ROWS, BLOCK_V, MAX_WIDTH, BLOCK_WIDTH,
             )  # fmt: skip
@@ -178,7 +188,8 @@ def _tail_dweight_tile(
     p_bias,
     p_order,
     p_column,
-    p_lse,
+    p_largest,
+    p_log_sum,
     p_factor,
     first,
     end,
@@ -208,7 +219,8 @@ def _tail_dweight_tile(
         m_row = o_position < end
         o_token = tl.load(p_order + o_position, mask=m_row, other=0)
         target = tl.load(p_column + o_position, mask=m_row, other=-1)
-        lse = tl.load(p_lse + o_token, mask=m_row, other=0.0)
+        largest = tl.load(p_largest + o_token, mask=m_row, other=0.0)
+        log_sum = tl.load(p_log_sum + o_token, mask=m_row, other=0.0)
         b_x = load_block(p_x, o_position, m_row, o_out, WIDTH, stride_x)
         if WIDTH <= MAX_WIDTH:
             logits = tl.dot(b_weight, tl.trans(b_x), input_precision="ieee")
@@ -219,14 +231,14 @@ def _tail_dweight_tile(
             )  # fmt: skip
         if HAS_BIAS:
             logits += b_bias[:, None]
-        dlogits = tl.exp2((logits - lse[None, :]) * LOG2E)
+        dlogits = _softmax(logits, largest[None, :], log_sum[None, :])
         dlogits -= (o_column[:, None] == target[None, :]).to(tl.float32)
         if IS_PER_TOKEN:
             dlogits *= tl.load(p_factor + o_token, mask=m_row, other=0.0)[None, :]
         dlogits = tl.where(m_row[None, :], dlogits, 0.0)
         if HAS_BIAS:
             dbias += tl.sum(dlogits, 1)
-        dweight = tl.dot(dlogits.to(b_x.dtype), b_x, dweight, input_precision="ieee")
+        dweight = dot(dlogits, b_x, dweight)
     if not IS_PER_TOKEN:
         factor = tl.load(p_factor)
         dweight *= factor
@@ -242,7 +254,8 @@ def _adaptive_tails_dweight_kernel(
     p_order,  # [N]
     p_column,  # [N]
     p_first,  # [n_tails + 2]
-    p_lse,  # [N], token order
+    p_largest,  # [N], token order
+    p_log_sum,  # [N], token order
     p_factor,  # [N], token order, or one number
     dweights,  # like weights
     dbiases,  # like biases
@@ -261,21 +274,21 @@ def _adaptive_tails_dweight_kernel(
     """Gradient of BLOCK_V rows of one tail's weight (up to MAX_WIDTH wide), and of its bias.
 
     The program holds its rows of the weight and goes through the tail's tokens in sorted order,
-    BLOCK_ROWS at a time: logits again, their gradient, times the tokens' rows. It owns what it
-    sums, in float32 registers, so nothing is added by two and the result is deterministic. A tail
-    without tokens gets zeros.
+    BLOCK_ROWS at a time: it recomputes logits and multiplies their gradient by the tokens' rows. It
+    owns its sums, in float32 registers: deterministic. A tail without tokens gets zeros.
     """
     i_tile = tl.program_id(0)
     for k in tl.static_range(len(SIZES)):
         m_tile = (i_tile >= TILES[k]) & (i_tile < TILES[k + 1])
-        if m_tile & (tl.program_id(1) * MAX_WIDTH < WIDTHS[k]):
+        # A tail of width 0 has a bias all the same.
+        if m_tile & (tl.program_id(1) * MAX_WIDTH < max(WIDTHS[k], 1)):
             o_column = (i_tile - TILES[k]) * BLOCK_V + tl.arange(0, BLOCK_V)
             o_out = tl.program_id(1) * MAX_WIDTH + tl.arange(0, PADDED[k])
             first = tl.load(p_first + k + 1)
             end = tl.load(p_first + k + 2)
             dweight, dbias = _tail_dweight_tile(
-                p_x, weights[k], biases[k], p_order, p_column, p_lse, p_factor, first, end,
-                o_column, o_out, stride_x, SIZES[k], WIDTHS[k], PADDED[k], HAS_BIAS[k],
+                p_x, weights[k], biases[k], p_order, p_column, p_largest, p_log_sum, p_factor,
+                first, end, o_column, o_out, stride_x, SIZES[k], WIDTHS[k], PADDED[k], HAS_BIAS[k],
                 IS_PER_TOKEN, BLOCK_ROWS, BLOCK_V, MAX_WIDTH, BLOCK_WIDTH,
             )  # fmt: skip
             m_column = o_column < SIZES[k]
@@ -290,7 +303,10 @@ def _adaptive_tails_dweight_kernel(
 
 
 def tails_dx(tails: Tails, buckets: Buckets, lse: Tensor, factor: Tensor) -> Tensor:
-    """Gradient of the projected rows, times `factor`: per token [N], or one number []."""
+    """Gradient of the projected rows, times `factor`: per token [N], or one number [].
+
+    `lse` is [2, N], in token order.
+    """
     N, widest = tails.x.shape
     config, split = (
         tail_config("dx", lse.device, tails.x.dtype, tails.widths),
@@ -301,10 +317,10 @@ def tails_dx(tails: Tails, buckets: Buckets, lse: Tensor, factor: Tensor) -> Ten
     grid = (n_programs(N, tails.sizes, config, split), triton.cdiv(widest, config.MAX_WIDTH))
     _adaptive_tails_dx_kernel[grid](
         tails.x, tails.weights, tails.biases, buckets.order, buckets.column, buckets.first,
-        lse, factor, partial, tails.x.stride(0),
+        *lse, factor, partial, tails.x.stride(0),
         IS_PER_TOKEN=per_token, **tails.options(config), **split._asdict(),
     )  # fmt: skip
-    dx = torch.empty_like(tails.x)
+    dx = torch.empty_like(tails.x, dtype=sum_dtype(tails.x))
     rows, width = 32, 64
     grid = (n_tiles(N, len(tails.sizes), rows), triton.cdiv(widest, width))
     _adaptive_tails_dx_join_kernel[grid](
@@ -318,28 +334,28 @@ def tails_dx(tails: Tails, buckets: Buckets, lse: Tensor, factor: Tensor) -> Ten
 def write_tails_dweight(
     tails: Tails,
     buckets: Buckets,
-    lse: Tensor,  # [N], token order
+    lse: Tensor,  # [2, N], token order
     factor: Tensor,  # [N], token order, or []
     dweights: list[Tensor | None],
     dbiases: list[Tensor | None],
 ) -> None:
-    """Writes the gradients of the tails' weights and biases, times `factor`; None: not wanted."""
+    """Writes the gradients of the tails' weights and biases, times `factor`, where not None."""
     config = tail_config("dweight", lse.device, tails.x.dtype, tails.widths)
     tiles = [0]
     outs, bias_outs = [], []
     for weight, bias, dweight, dbias, has_bias in zip(
         tails.weights, tails.biases, dweights, dbiases, tails.has_bias, strict=True
     ):
-        wanted = dweight is not None or dbias is not None
-        tiles.append(tiles[-1] + (triton.cdiv(weight.shape[0], config.BLOCK_V) if wanted else 0))
-        outs.append(torch.empty_like(weight) if wanted and dweight is None else dweight)
-        bias_outs.append(torch.empty_like(bias) if wanted and has_bias and dbias is None else dbias)
+        needed = dweight is not None or dbias is not None
+        tiles.append(tiles[-1] + (triton.cdiv(weight.shape[0], config.BLOCK_V) if needed else 0))
+        outs.append(torch.empty_like(weight) if needed and dweight is None else dweight)
+        bias_outs.append(torch.empty_like(bias) if needed and has_bias and dbias is None else dbias)
     if tiles[-1] == 0:
         return
-    grid = (tiles[-1], triton.cdiv(max(tails.widths), config.MAX_WIDTH))
+    grid = (tiles[-1], triton.cdiv(max(*tails.widths, 1), config.MAX_WIDTH))
     _adaptive_tails_dweight_kernel[grid](
         tails.x, tails.weights, tails.biases, buckets.order, buckets.column, buckets.first,
-        lse, factor,
+        *lse, factor,
         tuple(tails.x if out is None else out for out in outs),
         tuple(tails.x if out is None else out for out in bias_outs),
         tails.x.stride(0),

@@ -71,8 +71,8 @@ class Adaptive:
         op = importlib.import_module(f"{_BACKEND}.adaptive_softmax")
         hidden, target, clusters = self._inputs()
         needs_grad = [True] * (1 + len(clusters))
-        _, rest, grads = op.adaptive_loss_fwd(hidden, target, clusters, -100, True, needs_grad)
-        op.adaptive_loss_bwd(rest, rest, grads)
+        loss, grads = op.adaptive_loss_fwd(hidden, target, clusters, -100, True, needs_grad)
+        op.adaptive_loss_bwd(loss, grads)
 
     def nll(self) -> None:
         """`adaptive_nll`, forward and backward."""
