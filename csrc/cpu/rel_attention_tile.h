@@ -93,8 +93,8 @@ inline TileRows tile_rows(const RelAttentionArgs& args, const RelAttentionPlan& 
 
 // A score is a tile's element times a positive factor; a masked one, -inf, stays so. The tile holds
 // products with queries that have the sign of `scale`, its magnitude being the factor. With a
-// softcap the tile holds tanh(scale · product / softcap), and the factor is the softcap. Numbers
-// that are 0 in the accumulation type must not become factors: a scale of 0 makes the products 0.
+// softcap the tile holds tanh(scale · product / softcap), and the factor is the softcap. A scale that
+// is 0 in the accumulation type cannot be a factor; the products are 0 instead.
 template <typename acc_t>
 acc_t query_sign(const RelAttentionArgs& args) {
   const auto scale = static_cast<acc_t>(args.scale);
@@ -102,8 +102,8 @@ acc_t query_sign(const RelAttentionArgs& args) {
 }
 template <typename acc_t>
 acc_t score_factor(const RelAttentionArgs& args) {
-  const auto scale = static_cast<acc_t>(args.scale), softcap = static_cast<acc_t>(args.softcap);
-  if (args.softcap > 0) return std::max(softcap, std::numeric_limits<acc_t>::min());
+  const auto scale = static_cast<acc_t>(args.scale);
+  if (args.softcap > 0) return static_cast<acc_t>(args.softcap);
   return scale == 0 ? 1 : std::abs(scale);
 }
 

@@ -141,9 +141,20 @@ def checked_options(
         "window_right": window_right,
         "chunk": _checked_chunk(chunk),
         "scale": check_number(OP, "scale", q.shape[3] ** -0.5 if scale is None else scale),
-        "softcap": check_number(OP, "softcap", softcap, at_least=0),
+        "softcap": _effective_softcap(check_number(OP, "softcap", softcap, at_least=0), q.dtype),
         "dead_uniform": dead_rows == "uniform",
     }
+
+
+def _effective_softcap(softcap: float, dtype: torch.dtype) -> float:
+    """A softcap that can be divided and multiplied by in the dtype of scores, of the same effect.
+
+    Below 2^-100 every capped score counts as 0. No score approaches 2^100 (2^900 in float64).
+    """
+    if not isinstance(softcap, float) or softcap == 0:  # symbolic, or off
+        return softcap
+    largest = 2.0**900 if dtype == torch.float64 else 2.0**100
+    return max(softcap, 2.0**-100) if softcap <= largest else 0.0
 
 
 def _checked_chunk(chunk: Sequence[int] | None) -> tuple[int, ...]:

@@ -62,12 +62,12 @@ def test_gradients_of_large_scores_are_as_exact_as_those_of_sdpa(spread, backend
     def ours(q, k, v):
         return rel_attention(q, k, v, r, backend=backend)
 
-    exact = with_gradients(
-        scaled_dot_product_attention, [x.double() for x in (q, k, v)], weights
-    )
+    exact = with_gradients(scaled_dot_product_attention, [x.double() for x in (q, k, v)], weights)
     sdpa = with_gradients(scaled_dot_product_attention, (q, k, v), weights)
     results = with_gradients(ours, (q, k, v), weights)
-    for name, result, peer, due in zip(("out", "dq", "dk", "dv"), results, sdpa, exact, strict=True):
+    for name, result, peer, due in zip(
+        ("out", "dq", "dk", "dv"), results, sdpa, exact, strict=True
+    ):
         # A gradient that cancels to 0 has the error of the products that enter it.
         size = max(float(due.abs().max()), float(k.abs().max()) * 2**-20)
         error, peer_error = (float((x.double() - due).abs().max()) / size for x in (result, peer))
@@ -80,7 +80,9 @@ def test_one_dominant_key_gets_the_whole_gradient_of_its_value(scale, backend):
     q = torch.eye(16).expand(1, 2, 16, 16) * 3
     v, r = torch.randn(1, 2, 16, 16, requires_grad=True), torch.zeros(1, 2, 31, 16)
     weights = torch.randn(1, 2, 16, 16)
-    out = rel_attention(q, q * scale, v, r, scale=float(torch.tensor(scale).sign()), backend=backend)
+    out = rel_attention(
+        q, q * scale, v, r, scale=float(torch.tensor(scale).sign()), backend=backend
+    )
     (dv,) = torch.autograd.grad(out, v, weights)
     assert torch.equal(dv, weights)
     assert torch.equal(out, v)
@@ -103,7 +105,8 @@ def test_tiny_factors_average_the_values(softcap, options, dtype, backend):
     out, dq, dk, dv, dr = with_gradients(attend, inputs, weights)
     counts = torch.arange(1, T + 1, dtype=torch.float64)[:, None]
     mean = inputs[2].double().cumsum(2) / counts
-    assert torch.allclose(out.double(), mean, rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
+    assert torch.allclose(out.double(), mean, rtol=tolerance, atol=tolerance)
     assert all(x.isfinite().all() for x in (dv, dq, dk, dr))
     assert float(max(x.abs().max() for x in (dq, dk, dr))) < 1e-30
 
