@@ -71,9 +71,9 @@ def rel_attention_bwd(
     )  # fmt: skip
     inputs = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, None, None)
     dout = near_rows(dout)
-    wanted = [x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)]
+    requested = [x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)]
     dq, dk, dv, _, _, _, dmem_k, dmem_v, _, _ = (
-        None if x is None else x.new_empty(x.shape) for x in wanted
+        None if x is None else x.new_empty(x.shape) for x in requested
     )
     r_w_bias, r_r_bias = arguments.pop("p_r_w_bias"), arguments.pop("p_r_r_bias")
     q = arguments.pop("p_q")
@@ -83,7 +83,7 @@ def rel_attention_bwd(
     arguments["scale"] *= arguments.pop("sign")
     arguments |= {"BLOCK_D": block_size(q.shape[3]), "BLOCK_DV": block_size(v.shape[3])}
     _launch_dkdv(arguments, q, dk, dv, dmem_k, dmem_v)
-    dr, dr_w_bias, dr_r_bias = _launch_dqdr(arguments, q, dq, *wanted[3:6])
+    dr, dr_w_bias, dr_r_bias = _launch_dqdr(arguments, q, dq, *requested[3:6])
     grads = (dq, dk, dv, dr, dr_w_bias, dr_r_bias, dmem_k, dmem_v, None, None)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -96,13 +96,13 @@ def _launch_dkdv(
     dmem_k: Tensor | None,
     dmem_v: Tensor | None,
 ) -> None:
-    """Fills the gradients that are not None; key tiles of which none is wanted are left out."""
+    """Writes the gradients that are not None; skips key tiles of which none is requested."""
     B, H, _, D = q.shape
     Tm, Tk = arguments["Tm"], arguments["Tk"]
     config = dkdv_config(architecture(q.device), D, arguments["DV"], q.dtype)
     memory_tiles = triton.cdiv(Tm, config.BLOCK_K)  # no tile is of memory and segment
-    wants_memory = dmem_k is not None or dmem_v is not None
-    first_tile = 0 if wants_memory else memory_tiles
+    needs_memory = dmem_k is not None or dmem_v is not None
+    first_tile = 0 if needs_memory else memory_tiles
     n_tiles = memory_tiles - first_tile
     if dk is not None or dv is not None:
         n_tiles += triton.cdiv(Tk - Tm, config.BLOCK_K)
@@ -118,6 +118,7 @@ def _launch_dkdv(
             first_tile=first_tile,
             n_tiles=n_tiles,
             **config.options(),
+            enable_fp_fusion=False,  # see `exponents`
         )
 
 
@@ -163,6 +164,7 @@ def _launch_dqdr(
                     first_item=first_item,
                     n_splits=n_programs,
                     **config.options(),
+                    enable_fp_fusion=False,  # see `exponents`
                 )
     dr = None
     if r is not None and copies is not None:

@@ -58,8 +58,7 @@ def _rel_attention_bwd_dkdv_kernel(
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
     p_dout,  # [B, H, Tq, DV]
-    p_lse_high,  # [B, H, padded_rows(Tq)], contiguous, float32: lse in base 2 is high + low
-    p_lse_low,  # the same, or None: 0
+    p_padded_lse,  # [B, H, padded_rows(Tq)], contiguous, float32; infinite without keys
     p_delta,  # the same
     p_dk,  # [B, H, Ts, D], contiguous; None if not requested, as the three below
     p_dv,  # [B, H, Ts, DV]
@@ -104,9 +103,7 @@ def _rel_attention_bwd_dkdv_kernel(
     o_rows = i_bh * padded_rows(Tq)
     p_qu += o_rows * BLOCK_D
     p_qv += o_rows * BLOCK_D
-    p_lse_high += o_rows
-    if p_lse_low is not None:
-        p_lse_low += o_rows
+    p_padded_lse += o_rows
     p_delta += o_rows
     p_k += i_b * s_k_b + i_h * s_k_h
     p_v += i_b * s_v_b + i_h * s_v_h
@@ -147,10 +144,8 @@ def _rel_attention_bwd_dkdv_kernel(
         b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
         b_dout = load_block(p_dout, s_dout_i, begin_i, 0, Tq, o_dv, DV, BLOCK_Q)
         b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-        b_high, b_low, b_delta = tl.load(p_lse_high + o_i), None, tl.load(p_delta + o_i)
-        if p_lse_low is not None:
-            b_low = tl.load(p_lse_low + o_i)
-        b_exponents, b_tanh = exponents(b_scores, scale, softcap, b_high, b_low)
+        b_lse, b_delta = tl.load(p_padded_lse + o_i), tl.load(p_delta + o_i)
+        b_exponents, b_tanh = exponents(b_scores, scale, softcap, b_lse)
         _, all_end = visible_keys(
             begin_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
         )

@@ -81,8 +81,7 @@ def _rel_attention_bwd_dqdr_kernel(
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
     p_dout,  # [B, H, Tq, DV]
-    p_lse_high,  # [B, H, padded_rows(Tq)], contiguous, float32: lse in base 2 is high + low
-    p_lse_low,  # the same, or None: 0
+    p_padded_lse,  # [B, H, padded_rows(Tq)], contiguous, float32; infinite without keys
     p_delta,  # the same
     p_dq,  # [B, H, Tq, D], contiguous; None if not requested, as the three below
     p_dr,  # [1 or B, 1 or H, splits or 1, R, D], contiguous, float32, zeros at first
@@ -144,9 +143,7 @@ def _rel_attention_bwd_dqdr_kernel(
     b_qv = load_padded(p_qv, o_row, BLOCK_Q, BLOCK_D)
     b_dout = load_rows(p_dout + i_b * s_dout_b + i_h * s_dout_h, o_i, s_dout_i, Tq, o_dv, DV)
     o_row += tl.arange(0, BLOCK_Q)
-    b_high, b_low, b_delta = tl.load(p_lse_high + o_row), None, tl.load(p_delta + o_row)
-    if p_lse_low is not None:
-        b_low = tl.load(p_lse_low + o_row)
+    b_lse, b_delta = tl.load(p_padded_lse + o_row), tl.load(p_delta + o_row)
     first, last = key_limits(p_key_start, p_key_lens, i_b, Tk)
     begin, all_end = visible_keys(
         begin_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
@@ -183,7 +180,7 @@ def _rel_attention_bwd_dqdr_kernel(
         )
         b_v = load_block(p_rows, s_row, begin_j, low, high, o_dv, DV, BLOCK_K)
         b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-        b_exponents, b_tanh = exponents(b_scores, scale, softcap, b_high, b_low)
+        b_exponents, b_tanh = exponents(b_scores, scale, softcap, b_lse)
         if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
             seen = visible_tile(
                 begin_i, begin_j, first, last, Tq, Tk, left, right,

@@ -1,4 +1,4 @@
-"""What the backward kernels of `rel_attention` need of every query, prepared once."""
+"""Data of each query that both backward kernels of `rel_attention` read, prepared once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from torch import Tensor
 from txl_kernels.backends.triton.rel_attention_call import strides
 from txl_kernels.backends.triton.rel_attention_config import block_size
 from txl_kernels.backends.triton.rel_attention_tile import (
-    LOG2_E,
     biased_queries,
     load_rows,
     padded_rows,
 )
 
-_ROWS = 32  # of a program
+_ROWS = 32  # queries of a program
 
 
 @triton.jit
@@ -30,10 +29,9 @@ def _rel_attention_bwd_rows_kernel(
     p_r_w_bias,  # [H, D], or None
     p_r_r_bias,  # the same
     p_qu,  # [B, H, padded_rows(Tq), BLOCK_D], contiguous: q + r_w_bias
-    p_qv,  # the same, of r_r_bias, or None where that is no other
-    p_lse_high,  # [B, H, padded_rows(Tq)], contiguous, float32, as the two below
-    p_lse_low,  # or None
-    p_delta,
+    p_qv,  # the same with r_r_bias, or None without biases, where it equals p_qu
+    p_padded_lse,  # [B, H, padded_rows(Tq)], contiguous, float32
+    p_delta,  # the same
     s_dout_b, s_dout_h, s_dout_i,
     s_out_b, s_out_h, s_out_i,
     s_q_b, s_q_h, s_q_i,
@@ -44,12 +42,11 @@ def _rel_attention_bwd_rows_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program: what backward needs of BLOCK_Q queries of one (batch, head), once.
+    """One program: prepares BLOCK_Q queries of one (batch, head).
 
-    delta = Σ_d dout · out, in float32; lse in base 2 as high + low, for rounded to one float32 it
-    would err as much as all else in a float32 probability. A query without keys, and what pads the
-    queries, gets high = ∞. The queries with each head bias, rounded as the products take them, and
-    0 where there is none.
+    Writes delta = Σ_d dout · out, in float32; lse, which is infinite for queries without keys and
+    for padding, so that their probabilities are 0; and the queries with each head bias, rounded to
+    the dtype that the products read, 0 in the padding.
     """
     n_tiles = padded_rows(Tq) // BLOCK_Q
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -63,12 +60,8 @@ def _rel_attention_bwd_rows_kernel(
     o_row = i_bh * padded_rows(Tq) + o_i
     tl.store(p_delta + o_row, tl.sum(b_dout * b_out, 1))
     b_lse = tl.load(p_lse + i_bh * Tq + o_i, mask=o_i < Tq, other=float("-inf"))
-    dead = b_lse == float("-inf")
-    b_lse = tl.where(dead, 0.0, b_lse).to(tl.float64) * LOG2_E
-    b_high = b_lse.to(tl.float32)
-    tl.store(p_lse_high + o_row, tl.where(dead, float("inf"), b_high))
-    if p_lse_low is not None:
-        tl.store(p_lse_low + o_row, (b_lse - b_high.to(tl.float64)).to(tl.float32))
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    tl.store(p_padded_lse + o_row, b_lse)
     b_q = load_rows(p_q + i_b * s_q_b + i_h * s_q_h, o_i, s_q_i, Tq, o_d, D)
     o_tile = o_row[:, None] * BLOCK_D + o_d[None, :]
     b_qu = biased_queries(b_q, p_r_w_bias, i_h, o_d, D, 1.0)
@@ -86,18 +79,11 @@ def prepared_rows(
     out: Tensor,  # [B, H, Tq, Dv]
     lse: Tensor,  # [B, H, Tq]
 ) -> dict[str, Any]:
-    """The arguments of the other backward kernels that are about queries.
-
-    lse's low part is there in float32 alone: probabilities of 16 bits are coarser by far.
-    """
+    """Launches the kernel above; returns the other kernels' arguments that describe queries."""
     B, H, Tq, D = q.shape
     Dv = out.shape[3]
-    low = q.dtype == torch.float32
     n_rows = padded_rows.fn(Tq)
-    rows = {
-        name: lse.new_empty(B, H, n_rows) if wanted else None
-        for name, wanted in (("p_lse_high", True), ("p_lse_low", low), ("p_delta", True))
-    }
+    rows = {name: lse.new_empty(B, H, n_rows) for name in ("p_padded_lse", "p_delta")}
     qu = q.new_empty(B, H, n_rows, block_size(D))
     qv = None if r_w_bias is None and r_r_bias is None else torch.empty_like(qu)
     if lse.numel() > 0:

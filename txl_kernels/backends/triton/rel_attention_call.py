@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ def kernel_arguments(
         right = min(right, window_right)
     chunk_size, chunk_left, chunk_phase = _normal_chunk(chunk, Tq, Tk)
     dropout = dropout_p > 0
+    is_zero = abs(scale) < torch.finfo(torch.float32).tiny
     return {
         "p_q": q,
         "p_k": k,
@@ -104,8 +106,10 @@ def kernel_arguments(
         "chunk_size": chunk_size,
         "chunk_left": chunk_left,
         "chunk_phase": chunk_phase,
-        "scale": abs(scale) or 1.0,  # never 0: sign makes the scores 0, and 0 · inf none
-        "sign": float((scale > 0) - (scale < 0)),
+        # A scale that a GPU takes for 0 would turn masked scores, -inf, into NaN. Its sign, 0, makes
+        # the products 0 instead.
+        "scale": 1.0 if is_zero else abs(scale),
+        "sign": 0.0 if is_zero else math.copysign(1.0, scale),
         "softcap": softcap if softcap > 0 else None,
         "threshold": _as_int32(int(dropout_p * 2**32)) if dropout else None,
         "dropout_scale": 1.0 / (1.0 - dropout_p) if dropout else None,

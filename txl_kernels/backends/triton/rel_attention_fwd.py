@@ -126,9 +126,9 @@ def _rel_attention_fwd_kernel(
     all_begin, end = visible_keys(
         last_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
     )
-    unit = scale * LOG2_E
+    factor = scale
     if softcap is not None:
-        unit = softcap * LOG2_E
+        factor = softcap
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
     b_out = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
@@ -166,11 +166,12 @@ def _rel_attention_fwd_kernel(
             m_seen = mask_tile(p_mask, s_mask_i, s_mask_j, o_i, o_j, Tq, Tk)
             b_scores = tl.where(m_seen, b_scores, float("-inf"))
 
-        # `unit` ≥ 0 turns scores into base 2: one multiply-add with the maximum's subtraction.
-        new_max = tl.maximum(b_max, tl.max(b_scores, 1) * unit)
+        # b_scores and b_max lack `factor` > 0. The difference comes first, so that no exponent is
+        # positive, however a score times `factor` would be rounded.
+        new_max = tl.maximum(b_max, tl.max(b_scores, 1))
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        b_probs = tl.exp2(b_scores * unit - finite_max[:, None])
-        shrink = tl.exp2(b_max - finite_max)
+        b_probs = tl.exp2((b_scores - finite_max[:, None]) * (factor * LOG2_E))
+        shrink = tl.exp2((b_max - finite_max) * (factor * LOG2_E))
         b_sum = b_sum * shrink + tl.sum(b_probs, 1)
         b_max = new_max
         if threshold is not None:
@@ -185,12 +186,12 @@ def _rel_attention_fwd_kernel(
 
     dead = b_sum == 0.0
     b_sum = tl.where(dead, 1.0, b_sum)
-    b_lse = tl.where(dead, float("-inf"), (b_max + tl.log2(b_sum)) * LN_2)
-    factor = 1.0 / b_sum
+    b_lse = tl.where(dead, float("-inf"), b_max * factor + tl.log2(b_sum) * LN_2)
+    b_weight = 1.0 / b_sum
     if dropout_scale is not None:
-        factor *= dropout_scale
+        b_weight *= dropout_scale
     p_row = i_bh.to(tl.int64) * Tq + o_i
     tl.store(p_lse + p_row, b_lse, mask=o_i < Tq)
     inside = (o_i < Tq)[:, None] & (o_dv < DV)[None, :]
     p_tile = p_out + p_row[:, None] * DV + o_dv[None, :]
-    tl.store(p_tile, (b_out * factor[:, None]).to(p_out.dtype.element_ty), mask=inside)
+    tl.store(p_tile, (b_out * b_weight[:, None]).to(p_out.dtype.element_ty), mask=inside)

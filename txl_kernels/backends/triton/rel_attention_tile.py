@@ -267,21 +267,21 @@ def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLU
 
 
 @triton.jit
-def exponents(b_scores, scale, softcap, b_high, b_low):
-    """The exponents of 2 that give the probabilities of a tile [keys, queries], and the tanh.
+def exponents(b_scores, scale, softcap, b_lse):
+    """The binary logarithms of the probabilities and, with a softcap, the tanh of the scores.
 
-    b_scores are products without scale; the tanh is meaningful with a softcap alone. lse in base 2
-    is high + low, where low may be None; high is ∞ for a query without keys.
+    Tiles are [keys, queries]. `b_scores` are products; `b_lse` is in natural units, infinite for a
+    query without keys. Kernels that call this are launched without fusion of products and sums: a
+    score is rounded, as lse was, before lse is subtracted, so that where one key dominates its
+    probability is exactly 1. No exponent is positive, even if forward rounded a score differently.
     """
     b_tanh = b_scores
-    unit = scale * LOG2_E
+    factor = scale
     if softcap is not None:
         b_tanh = tanh(b_scores * (scale / softcap))
-        unit = softcap * LOG2_E
-    b_exponents = b_tanh * unit - b_high[None, :]
-    if b_low is not None:
-        b_exponents -= b_low[None, :]
-    return b_exponents, b_tanh
+        factor = softcap
+    b_exponents = (b_tanh * factor - b_lse[None, :]) * LOG2_E
+    return tl.minimum(b_exponents, 0.0, propagate_nan=tl.PropagateNan.ALL), b_tanh
 
 
 @triton.jit
