@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, patch_environment
 from torch import Tensor
 
 from transformer_xl import checkpoint, evaluation
@@ -210,9 +211,26 @@ class Trainer:
         return self.corpus.batches("valid", batch_size, tgt_len, rows=self._valid_rows)
 
 
+# Engines that accelerate selects by its environment alone; a run here only divides rows (DDP).
+OTHER_ENGINES = dict.fromkeys(
+    (f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")),
+    "false",
+)
+
+
 def join_processes() -> Accelerator:
-    """This process among those of its launcher, on its GPU or, where there is none, the CPU."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    """Return the accelerator of this process: on a GPU if there is one, else on the CPU.
+
+    Precision, gradient accumulation and compilation follow the run's configuration. Therefore
+    accelerate's environment variables and its default configuration file do not change them.
+    """
+    with patch_environment(**OTHER_ENGINES):
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        )
 
 
 def share(name: str, rows: int, index: int, parts: int) -> tuple[int, int]:
