@@ -17,7 +17,7 @@ from rich.console import Console
 
 from transformer_xl.checkpoint import Checkpoint, CheckpointError, open_checkpoint, tidy
 from transformer_xl.config import RunConfig
-from transformer_xl.data import Corpus, Vocabulary, open_corpus
+from transformer_xl.data import Corpus, open_corpus
 from transformer_xl.training.precision import uses_bf16
 from transformer_xl.training.report import Report
 from transformer_xl.training.trainer import Trainer, join_processes
@@ -111,7 +111,7 @@ def _heading(trainer: Trainer) -> str:
 
 
 def _initialise(trainer: Trainer, saved: Checkpoint) -> None:
-    if Vocabulary.load(saved.vocabulary).to_dict() != trainer.corpus.vocab.to_dict():
+    if saved.vocabulary.to_dict() != trainer.corpus.vocab.to_dict():
         raise CheckpointError(
             f"{saved.path} has another vocabulary than {trainer.config.data.name}"
         )

@@ -152,7 +152,8 @@ class Trainer:
         self._batches.load_state_dict(saved.state["data"])
         self._next_batch = iter(self._batches).__next__
         self.schedule.load_state_dict(saved.state["schedule"])
-        self.step, self.best_loss = saved.step, saved.state["best_loss"]
+        best_loss = saved.state["best_loss"]  # None before the first validation
+        self.step, self.best_loss = saved.step, math.inf if best_loss is None else best_loss
         self._loss_steps = saved.state["loss_steps"]
         self._loss_sum.copy_(tensors["loss_sum"])
         self._memories = [_memory_from(tensors, i, self.device) for i in range(chunks)]
@@ -213,7 +214,10 @@ class Trainer:
 
 # Engines that accelerate selects by its environment alone; a run here only divides rows (DDP).
 OTHER_ENGINES = dict.fromkeys(
-    (f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")),
+    (
+        f"ACCELERATE_USE_{name}"
+        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+    ),
     "false",
 )
 
@@ -224,7 +228,7 @@ def join_processes() -> Accelerator:
     Precision, gradient accumulation and compilation follow the run's configuration. Therefore
     accelerate's environment variables and its default configuration file do not change them.
     """
-    with patch_environment(**OTHER_ENGINES):
+    with patch_environment(**{f"ACCELERATE_USE_{name}": "false" for name in OTHER_ENGINES}):
         return Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision="no",
