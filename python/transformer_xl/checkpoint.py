@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,22 @@ class Checkpoint:
         return self.path / VOCABULARY
 
     def load_model(self, model: nn.Module) -> None:
-        """Copy the weights into `model`; CheckpointError where they are of another model."""
+        """Copy the weights into `model`.
+
+        Raises:
+            CheckpointError: weights of another model, or weights that are not finite.
+        """
         tensors = _read_tensors(self.path / MODEL)
         try:
             tensors |= {alias: tensors[name] for alias, name in self.state["aliases"].items()}
         except KeyError as error:
             raise CheckpointError(f"{self.path / MODEL} is damaged: no tensor {error}") from None
         _check_same_model(self.path, tensors, model.state_dict())
+        if (name := first_not_finite(tensors)) is not None:
+            raise CheckpointError(
+                f"{self.path} holds a diverged model: its weight {name} is not finite; "
+                "use an earlier checkpoint"
+            )
         model.load_state_dict(tensors)
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -165,6 +175,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(directory, _read_state(directory / STATE))
 
 
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinity; None if all are finite."""
+    return next((name for name, t in tensors.items() if not bool(t.isfinite().all())), None)
+
+
 def check_model(checkpoint: Checkpoint, expected: ModelConfig) -> None:
     """Raise CheckpointError, naming the fields, if the checkpoint is of another model."""
     theirs, ours = to_dict(checkpoint.config.model), to_dict(expected)
@@ -207,7 +222,7 @@ def _write_shared(
 ) -> None:
     tensors, aliases = _untied(model.state_dict())
     _write_tensors(new / MODEL, tensors)
-    _write_tensors(new / OPTIMIZER, _optimizer_tensors(model, optimizer))
+    _write_tensors(new / OPTIMIZER, optimizer_tensors(model, optimizer))
     vocabulary.save(new / VOCABULARY)
     _flush(new / VOCABULARY)
     heading = {
@@ -236,7 +251,8 @@ def _untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return {name: tensor for name, tensor in tensors.items() if name not in aliases}, aliases
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state of each parameter, by `<parameter name>|<key>`."""
     names = _parameter_names(model, optimizer)
     return {
         f"{names[i]}|{key}": tensor
@@ -308,8 +324,12 @@ def _refuse_pickle(path: Path) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a new safetensors file with the mode that any new file has here."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, path)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # as the umask or the folder's access list sets it
+    safetensors.torch.save_file(contiguous, path)  # replaces the file by one of mode 0600
+    path.chmod(mode)
     _flush(path)
 
 
