@@ -93,6 +93,7 @@ def score(
     max_steps: int = -1,
     source: str = "",
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score one pass of `batches`, every row beginning without memory.
 
@@ -104,10 +105,11 @@ def score(
         max_steps: segments of each stream to score; 0 or less: all.
         source: split, corpus and its own protocol, for the same.
         total: where several processes share the rows, the sum of a tensor over all.
+        before_batch: called before each batch; an exception that it raises ends the scoring.
     """
     started = time.perf_counter()
     with reading(model, lengths):
-        loss, scored = total(_sum_of_losses(model, batches, max_steps)).tolist()
+        loss, scored = total(_sum_of_losses(model, batches, max_steps, before_batch)).tolist()
     protocol = [
         f"batch {batches.batch_size}",
         f"tgt_len {batches.tgt_len}",
@@ -142,12 +144,15 @@ def reading(model: TransformerXL, lengths: Lengths) -> Iterator[None]:
         model.train(was_training)
 
 
-def _sum_of_losses(model: TransformerXL, batches: Batches, max_steps: int) -> Tensor:
+def _sum_of_losses(
+    model: TransformerXL, batches: Batches, max_steps: int, before_batch: Callable[[], None]
+) -> Tensor:
     """Loss in nats summed over the tokens scored, and their number: float64 [2]."""
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     memory: Memory | None = None
     for batch in itertools.islice(batches, max_steps if max_steps > 0 else None):
+        before_batch()
         if memory is not None and batch.reset is not None:
             memory = memory.reset(batch.reset.to(device))
         targets = batch.targets.to(device)
