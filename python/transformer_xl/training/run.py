@@ -13,7 +13,7 @@ from rich.console import Console
 
 from transformer_xl.checkpoint import Checkpoint, CheckpointError, open_checkpoint, tidy
 from transformer_xl.config import RunConfig
-from transformer_xl.data import Corpus, Vocabulary, open_corpus
+from transformer_xl.data import Corpus, open_corpus
 from transformer_xl.training.precision import uses_bf16
 from transformer_xl.training.report import Report
 from transformer_xl.training.stopping import Stopped, StopRequests
@@ -129,7 +129,7 @@ def _check_folder(out: Path, saved: Checkpoint | None) -> None:
     held = {
         name: open_checkpoint(out / name).step for name in (LAST, BEST) if (out / name).exists()
     }
-    if saved is not None and saved.path.parent.resolve() == out.resolve():
+    if saved is not None and saved.run.resolve() == out.resolve():
         resumes_last = saved.path.name == LAST
         held = {name: step for name, step in held.items() if step > saved.step and not resumes_last}
     if held:
@@ -154,7 +154,7 @@ def _heading(trainer: Trainer) -> str:
 
 
 def _initialise(trainer: Trainer, saved: Checkpoint) -> None:
-    if Vocabulary.load(saved.vocabulary).to_dict() != trainer.corpus.vocab.to_dict():
+    if saved.vocabulary.to_dict() != trainer.corpus.vocab.to_dict():
         raise CheckpointError(
             f"{saved.path} has another vocabulary than {trainer.config.data.name}"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, patch_environment
 from torch import Tensor
 
 from transformer_xl import checkpoint, evaluation
@@ -17,8 +18,10 @@ from transformer_xl.checkpoint import Checkpoint, CheckpointError
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Batch, Corpus
 from transformer_xl.evaluation import Batches, Lengths, Score
+from transformer_xl.inference import inference
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
+from transformer_xl.tensor_names import optimizer_tensors
 from transformer_xl.training.precision import autocast
 from transformer_xl.training.schedule import Schedule
 
@@ -185,7 +188,8 @@ class Trainer:
         self._batches.load_state_dict(saved.state["data"])
         self._next_batch = iter(self._batches).__next__
         self.schedule.load_state_dict(saved.state["schedule"])
-        self.step, self.best_loss = saved.step, saved.state["best_loss"]
+        best_loss = saved.state["best_loss"]  # None before the first validation
+        self.step, self.best_loss = saved.step, math.inf if best_loss is None else best_loss
         self.validation_due = saved.state.get("validation_due", False)
         self._loss_steps = saved.state["loss_steps"]
         self._loss_sum.copy_(tensors["loss_sum"])
@@ -231,7 +235,7 @@ class Trainer:
         kinds = {
             "training loss": {"of this process": self._loss_sum},
             "weight": self.model.state_dict(),
-            "optimizer state": checkpoint.optimizer_tensors(self.model, self.optimizer),
+            "optimizer state": optimizer_tensors(self.model, self.optimizer),
         }
         for kind, tensors in kinds.items():
             if (name := checkpoint.first_not_finite(tensors)) is not None:
@@ -248,12 +252,11 @@ class Trainer:
 
         Evaluation mode draws no random numbers, and the resulting memory is not kept.
         """
-        parts, model = self.config.train.batch_chunk, self.config.model
-        lengths = Lengths(model.mem_len, model.clamp_len, model.same_length)
+        parts = self.config.train.batch_chunk
         tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         context = autocast(self.config.train.autocast, self.device)
-        with evaluation.reading(self.model, lengths), context:
+        with inference(self.model), context:
             for i, memory in enumerate(self._memories):
                 begin, end = share("batch_chunk", len(tokens), i, parts)
                 # Not through torch.compile, which would compile once more for evaluation mode.
@@ -295,9 +298,29 @@ class Trainer:
         return self.corpus.batches("valid", batch_size, tgt_len, rows=self._valid_rows)
 
 
+# Engines that accelerate selects by its environment alone; a run here only divides rows (DDP).
+OTHER_ENGINES = dict.fromkeys(
+    (
+        f"ACCELERATE_USE_{name}"
+        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+    ),
+    "false",
+)
+
+
 def join_processes() -> Accelerator:
-    """This process among those of its launcher, on its GPU or, where there is none, the CPU."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    """Return the accelerator of this process: on a GPU if there is one, else on the CPU.
+
+    Precision, gradient accumulation and compilation follow the run's configuration. Therefore
+    accelerate's environment variables and its default configuration file do not change them.
+    """
+    with patch_environment(**{f"ACCELERATE_USE_{name}": "false" for name in OTHER_ENGINES}):
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        )
 
 
 def share(name: str, rows: int, index: int, parts: int) -> tuple[int, int]:
