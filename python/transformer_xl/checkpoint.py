@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,22 @@ class Checkpoint:
         return int(self.state["step"])
 
     def load_model(self, model: nn.Module) -> None:
-        """Copy the weights into `model`; CheckpointError where they are of another model."""
+        """Copy the weights into `model`.
+
+        Raises:
+            CheckpointError: weights of another model, or weights that are not finite.
+        """
         tensors = self._tensors(MODEL)
         try:
             tensors |= {alias: tensors[name] for alias, name in self.state["aliases"].items()}
         except KeyError as error:
             raise CheckpointError(f"{self.path / MODEL} is damaged: no tensor {error}") from None
         _check_same_model(self.path, tensors, model.state_dict())
+        if (name := first_not_finite(tensors)) is not None:
+            raise CheckpointError(
+                f"{self.path} holds a diverged model: its weight {name} is not finite; "
+                "use an earlier checkpoint"
+            )
         model.load_state_dict(tensors)
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -195,6 +205,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def linked(directory: Path) -> Path:
     """The directory that a symbolic link names, which need not exist yet; else the given one."""
     return directory.resolve() if directory.is_symlink() else directory
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinity; None if all are finite."""
+    return next((name for name, t in tensors.items() if not bool(t.isfinite().all())), None)
 
 
 def check_model(checkpoint: Checkpoint, expected: ModelConfig) -> None:
@@ -359,8 +374,12 @@ def _refuse_pickle(path: Path) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a new safetensors file with the mode that any new file has here."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, path)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # as the umask or the folder's access list sets it
+    safetensors.torch.save_file(contiguous, path)  # replaces the file by one of mode 0600
+    path.chmod(mode)
     _flush(path)
 
 

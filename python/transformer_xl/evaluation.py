@@ -94,6 +94,7 @@ def score(
     max_steps: int = -1,
     source: str = "",
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score one pass of `batches`, every row beginning without memory.
 
@@ -106,9 +107,11 @@ def score(
         max_steps: segments of each stream to score; 0 or less: all.
         source: split, corpus and its own protocol, for the same.
         total: where several processes share the rows, the sum of a tensor over all.
+        before_batch: called before each batch; an exception that it raises ends the scoring.
     """
     started = time.perf_counter()
-    loss, scored = total(_sum_of_losses(model, batches, lengths, max_steps)).tolist()
+    sums = _sum_of_losses(model, batches, lengths, max_steps, before_batch)
+    loss, scored = total(sums).tolist()
     protocol = [
         f"batch {batches.batch_size}",
         f"tgt_len {batches.tgt_len}",
@@ -141,13 +144,18 @@ def _reading(model: TransformerXL, lengths: Lengths) -> Iterator[None]:
 
 
 def _sum_of_losses(
-    model: TransformerXL, batches: Batches, lengths: Lengths, max_steps: int
+    model: TransformerXL,
+    batches: Batches,
+    lengths: Lengths,
+    max_steps: int,
+    before_batch: Callable[[], None],
 ) -> Tensor:
     """Return the loss in nats summed over the scored tokens, and their number: float64 [2]."""
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     memory: Memory | None = None
     for batch in itertools.islice(batches, max_steps if max_steps > 0 else None):
+        before_batch()
         if memory is not None and batch.reset is not None:
             memory = memory.reset(batch.reset.to(device))
         targets = batch.targets.to(device)
