@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from transformer_xl.config import ModelConfig, RunConfig, differences, from_dict, to_dict
 from transformer_xl.data import Vocabulary
-from transformer_xl.files import expanded, to_json
+from transformer_xl.data.files import expanded, to_json
 from transformer_xl.model import TransformerXL
-from transformer_xl.tensor_names import optimizer_tensors, parameter_names, untied
+from transformer_xl.nn.tensor_names import optimizer_tensors, parameter_names, untied
 
 FORMAT = "transformer-xl checkpoint"
 FORMAT_VERSION = 1

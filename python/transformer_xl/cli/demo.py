@@ -20,8 +20,8 @@ from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.cli.settings import only_overrides
 from transformer_xl.config import RunConfig, load_preset, override, to_dict
 from transformer_xl.data import Corpus, open_corpus
+from transformer_xl.data.files import expanded, to_json
 from transformer_xl.evaluation import Lengths, Score
-from transformer_xl.files import expanded, to_json
 from transformer_xl.training import Finished, Trainer, join_processes
 from transformer_xl.training.curve import plot_curves
 from transformer_xl.training.precision import autocast, cpu_flags, processor, uses_bf16

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from transformer_xl.checkpoint import CheckpointError
-from transformer_xl.files import locked
+from transformer_xl.data.files import locked
 
 LOCK = ".lock"
 

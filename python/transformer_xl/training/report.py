@@ -20,8 +20,8 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from transformer_xl.data.files import to_json
 from transformer_xl.evaluation import Score
-from transformer_xl.files import to_json
 from transformer_xl.training.curve import Metric, in_metric, plot_curves
 
 LOG = "log.jsonl"

@@ -22,7 +22,7 @@ from transformer_xl.checkpoint import (
 )
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Corpus, open_corpus
-from transformer_xl.files import expanded
+from transformer_xl.data.files import expanded
 from transformer_xl.training import changes
 from transformer_xl.training.precision import uses_bf16
 from transformer_xl.training.processes import agreement, only_run_in

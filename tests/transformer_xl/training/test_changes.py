@@ -11,7 +11,7 @@ from rich.console import Console
 
 from transformer_xl.checkpoint import CheckpointError, open_checkpoint
 from transformer_xl.config import RunConfig, override
-from transformer_xl.files import locked
+from transformer_xl.data.files import locked
 from transformer_xl.training import train
 from transformer_xl.training.processes import LOCK
 
@@ -77,8 +77,8 @@ def test_a_run_in_a_new_folder_begins_with_the_best_checkpoint(
 def test_the_best_checkpoint_of_another_run_is_not_copied(
     config: RunConfig, tmp_path: Path
 ) -> None:
-    for name in ("first", "other"):
-        shown(override(config, {"train.seed": len(name)}), tmp_path / name)
+    for seed, name in enumerate(("first", "other")):
+        shown(override(config, {"train.seed": seed, "train.max_step": 4}), tmp_path / name)
     (tmp_path / "first" / "best").rename(tmp_path / "gone")
     (tmp_path / "other" / "best").rename(tmp_path / "first" / "best")
     shown(config, tmp_path / "second", resume=tmp_path / "first")

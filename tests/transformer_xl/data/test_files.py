@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from transformer_xl.files import expanded, locked, to_json
+from transformer_xl.data.files import expanded, locked, to_json
 
 
 def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
