@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from transformer_xl.inference import inference
 from transformer_xl.model import TransformerXL
+from transformer_xl.nn.inference import inference
 
 
 def generate(

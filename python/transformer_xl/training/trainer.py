@@ -18,10 +18,10 @@ from transformer_xl.checkpoint import Checkpoint, CheckpointError
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Batch, Corpus
 from transformer_xl.evaluation import Batches, Lengths, Score
-from transformer_xl.inference import inference
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
-from transformer_xl.tensor_names import optimizer_tensors
+from transformer_xl.nn.inference import inference
+from transformer_xl.nn.tensor_names import optimizer_tensors
 from transformer_xl.training.precision import autocast
 from transformer_xl.training.schedule import Schedule
 
