@@ -314,7 +314,7 @@ def join_processes() -> Accelerator:
     Precision, gradient accumulation and compilation follow the run's configuration. Therefore
     accelerate's environment variables and its default configuration file do not change them.
     """
-    with patch_environment(**{f"ACCELERATE_USE_{name}": "false" for name in OTHER_ENGINES}):
+    with patch_environment(**OTHER_ENGINES):
         return Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision="no",
