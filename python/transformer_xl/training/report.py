@@ -26,6 +26,8 @@ from transformer_xl.training.curve import Metric, in_metric, plot_curves
 
 LOG = "log.jsonl"
 CURVE = "curve.png"
+# A closed terminal or pipe is no reason to end a run. For a pipe, rich raises SystemExit.
+OUTPUT_LOST = (OSError, SystemExit)
 
 
 class Report:
@@ -72,10 +74,11 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(*OUTPUT_LOST):
             self._progress.stop()
         if self.shown:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # would hide why the run ended
+                self._tensorboard.close()
             curves = {self.out.name: read_log(self.out)}
             if problem := plot_curves(self.out / CURVE, curves, self.metric, str(self.out)):
                 self.say(escape(problem))
@@ -102,7 +105,7 @@ class Report:
     def say(self, text: str) -> None:
         """Print one line of rich's markup, if there is still a terminal or a file to print to."""
         if self.shown:
-            with contextlib.suppress(OSError):  # no reason to end a run
+            with contextlib.suppress(*OUTPUT_LOST):
                 self._console.print(text, markup=True, emoji=False, highlight=False, soft_wrap=True)
 
     def _value(self, loss: float) -> str:
