@@ -1,4 +1,4 @@
-"""`transformer-xl demo`: what memory is worth, shown in minutes on text that is already here."""
+"""`transformer-xl demo`: training with and without memory, compared within minutes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def demo(
         int, typer.Option(help="Most seconds for both trainings; fewer steps if they exceed it.")
     ] = 240,
 ) -> None:
-    """Train with and without memory, compare, and write: everything lands in one folder."""
+    """Train with and without memory, compare both, and write all results into one folder."""
     started = time.perf_counter()
     console = Console(markup=False, emoji=False, highlight=False)
     out = expanded(out)
@@ -101,7 +101,7 @@ def _without_memory(config: RunConfig) -> RunConfig:
 
 
 def _within(config: RunConfig, corpus: Corpus, seconds: float) -> RunConfig:
-    """`config` with as many steps, at most its own, as both trainings can take in `seconds`."""
+    """Return `config` with no more steps than both trainings can take in `seconds`."""
     step_seconds = sum(_step_seconds(run, corpus) for run in (config, _without_memory(config)))
     affordable = max(1, int(seconds / step_seconds))
     if affordable >= config.train.max_step:
@@ -110,8 +110,8 @@ def _within(config: RunConfig, corpus: Corpus, seconds: float) -> RunConfig:
 
 
 def _step_seconds(config: RunConfig, corpus: Corpus) -> float:
-    """The quickest step once the memory is full: a slow moment now tells nothing of the minutes
-    to come."""
+    """Return the duration of the fastest step once the memory is full: a momentary delay does not
+    predict the speed of the training."""
     trainer = Trainer(training.fit_vocabulary(config, corpus), corpus, join_processes())
     warm_up = 4 + config.model.mem_len // config.train.tgt_len
     times = []
@@ -125,7 +125,7 @@ def _step_seconds(config: RunConfig, corpus: Corpus) -> float:
 def _evaluations(
     config: RunConfig, corpus: Corpus, with_memory: LoadedModel, without: LoadedModel
 ) -> dict[str, Score]:
-    """Scores by what was evaluated, on the same tokens in segments of the same length."""
+    """Return the score of each case, on the same tokens in segments of the same length."""
     model, protocol = config.model, config.evaluate
     as_trained = Lengths(model.mem_len, model.clamp_len, model.same_length)
     longer = Lengths(protocol.mem_len, protocol.clamp_len, protocol.same_length)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar, `log.jsonl`, TensorBoard and `curve.png`."""
+"""The output of a run: a progress bar, `log.jsonl`, TensorBoard and `curve.png`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Report:
         self._progress.update(self._task, completed=step)
 
     def trained(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
-        """A training loss, in nats per token over the steps since the last one."""
+        """Show and record the mean training loss since the last call, in nats per token."""
         entry = {"train_loss": loss, "lr": lr, "tokens_per_second": tokens_per_second}
         self._record(step, entry)
         news = f"loss {loss:.3f}  {self._value(loss)}  {tokens_per_second:,.0f} tokens/s"
@@ -97,7 +97,7 @@ class Report:
             self.say(f"step {step:,}/{self.max_step:,}  {news}  lr {lr:.2e}")
 
     def validated(self, step: int, score: Score, best: bool) -> None:
-        """A score on the valid split."""
+        """Show and record a score on the valid split."""
         self._record(step, {"valid_loss": score.loss, "protocol": score.protocol})
         mark = "  [green]best so far[/]" if best else ""
         self.say(f"step {step:,}/{self.max_step:,}  [bold]valid {self._value(score.loss)}[/]{mark}")
@@ -127,7 +127,7 @@ class Report:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The entries of a run's log, a line cut short by a kill left out."""
+    """Return the entries of a run's log without lines that a kill cut short."""
     path = out / LOG
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -139,7 +139,8 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def _cut_log(path: Path, step: int, validation_due: bool) -> None:
-    """Remove the entries after `step`, and its validation if that is due: they come again."""
+    """Remove the entries that the run will write again: those after `step`, and the validation of
+    `step` if it is due."""
     kept = [
         entry
         for entry in read_log(path.parent)

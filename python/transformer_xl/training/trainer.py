@@ -35,7 +35,7 @@ class Trainer:
 
     Args:
         config: the run; its vocab_size must be the corpus's.
-        accelerator: knows the processes and the device.
+        accelerator: the processes and the device.
 
     Attributes:
         step: optimiser steps taken.
@@ -59,7 +59,7 @@ class Trainer:
             "train", train.batch_size, train.tgt_len, rows=rows, loop=True, seed=train.seed
         )
         self._next_batch = iter(self._batches).__next__
-        self._validation_batches()  # raises now what the first validation would raise, after hours
+        self._validation_batches()  # raises here the errors of the first validation, hours later
         protocol = config.evaluate
         corpus.batches(protocol.split, protocol.batch_size, protocol.tgt_len)  # likewise
 
@@ -95,7 +95,7 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """That of the last step taken, or of the first."""
+        """Learning rate of the last step; before any step, of the first."""
         return self.schedule.at(max(1, self.step))
 
     def advance(self) -> None:
@@ -128,11 +128,11 @@ class Trainer:
         return mean
 
     def validate(self, before_batch: Callable[[], None] = lambda: None) -> Score:
-        """Score the valid split, and let the schedule see the loss.
+        """Score the valid split and pass the loss to the schedule.
 
         Args:
-            before_batch: called before each batch; what it raises abandons the validation, which
-                stays due.
+            before_batch: called before each batch; an exception that it raises abandons the
+                validation, which stays due.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -155,7 +155,7 @@ class Trainer:
         return score
 
     def save(self, directory: Path) -> None:
-        """Write everything that going on bit for bit needs.
+        """Write everything that a bit-identical continuation needs.
 
         Raises:
             FloatingPointError: training cannot go on from here, because a loss, a weight or the
@@ -176,7 +176,12 @@ class Trainer:
         )
 
     def restore(self, saved: Checkpoint) -> None:
-        """Go on where `save` was called; CheckpointError or ValueError if that was another run."""
+        """Continue where `save` was called.
+
+        Raises:
+            CheckpointError, ValueError: the checkpoint has another model, corpus, batch size or
+                number of processes, or it is damaged.
+        """
         checkpoint.check_model(saved, self.config.model)
         if saved.state["corpus"] != self.corpus.fingerprint:
             raise CheckpointError(f"{saved.path} was trained on another corpus; resume on the same")
@@ -346,10 +351,11 @@ def check_run(config: RunConfig, world_size: int) -> None:
 
 
 def validation_lengths(config: RunConfig) -> tuple[int, Lengths]:
-    """tgt_len and the model's lengths in validation: training's reach in shorter segments.
+    """Return tgt_len and the model's lengths in validation.
 
-    The memory takes up what the segment gives away, as in the original. A model trained without
-    memory is validated in segments of its own tgt_len: it has no other way to the same reach.
+    Segments may be shorter than in training. The memory is longer by as many tokens, as in the
+    original, so that the last token of a segment reaches equally far. A model trained without
+    memory is validated in segments of the training's tgt_len.
 
     Raises:
         ValueError: eval_tgt_len leaves no memory, which the model's same_length needs.
