@@ -1,4 +1,4 @@
-"""What a run tells about a checkpoint that it begins with: the fields that differ from it."""
+"""Lines that a run prints about the checkpoint that it begins with: the fields that differ."""
 
 from __future__ import annotations
 

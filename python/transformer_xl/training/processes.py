@@ -1,4 +1,4 @@
-"""What the processes of one run agree on, and the lock that keeps other runs out of its folder."""
+"""Agreement between the processes of a run, and the lock on its folder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LOCK = ".lock"
 def agreement(accelerator: Accelerator) -> Callable[[bool], bool]:
     """Return a function of one bool that returns whether it was True in any process.
 
-    All processes must call it equally often. It communicates on the CPU and therefore does not wait
-    for work on a GPU, so that it can be called at every step.
+    All processes must call that function equally often. It communicates on the CPU and does not
+    wait for work on a GPU, so that a run can call it at every step.
     """
     if accelerator.num_processes == 1:
         return lambda value: value

@@ -130,7 +130,7 @@ def _prepared(
     corpus = open_corpus(config.data)
     config = fit_vocabulary(config, corpus)
     if begun is not None:
-        check_model(begun, config.model, ADJUSTABLE | INITIAL)
+        check_model(begun, config.model, ADJUSTABLE | INITIAL | {"vocab_size"})
     trainer = Trainer(config, corpus, accelerator)
     if saved is not None:
         trainer.restore(saved)
@@ -144,7 +144,8 @@ def _prepared(
 
 
 def fit_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
-    """`config` for the vocabulary at hand: presets name the size of their published corpus's."""
+    """`config` with the size of the corpus's vocabulary; a preset has that of its published
+    corpus."""
     model = dataclasses.replace(config.model, vocab_size=len(corpus.vocab))
     return dataclasses.replace(config, model=model)
 
@@ -183,7 +184,7 @@ def _copy_best(saved: Checkpoint, out: Path) -> None:
 
 
 def _heading(trainer: Trainer) -> str:
-    """What is trained, on what."""
+    """One line: the size of the model, the processes and the corpus."""
     config, accelerator = trainer.config, trainer.accelerator
     n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     bf16 = uses_bf16(config.train.autocast, trainer.device)
