@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from transformer_xl import evaluation, training
+from transformer_xl.checkpoint import CheckpointError
 from transformer_xl.cli.generate import written
 from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.cli.settings import only_overrides
@@ -30,6 +31,7 @@ from transformer_xl.training.report import read_log
 from transformer_xl.training.stopping import Stopped
 
 MEMORY, NO_MEMORY = "memory", "no_memory"  # folders of the two runs
+RESULTS = "results.json"
 PROBE_STEPS = 12
 SAMPLE_CHARACTERS = 500
 
@@ -57,7 +59,7 @@ def demo(
     with only_run_in(out, accelerator, agreement(accelerator)):
         results = _compare(config, corpus, out, seconds, console)
     results["seconds"] = time.perf_counter() - started
-    (out / "results.json").write_text(to_json(results, indent=1) + "\n", encoding="utf-8")
+    (out / RESULTS).write_text(to_json(results, indent=1) + "\n", encoding="utf-8")
     console.print(f"Everything is in {out}, after {results['seconds']:.0f} s.", soft_wrap=True)
 
 
@@ -65,9 +67,8 @@ def _compare(
     config: RunConfig, corpus: Corpus, out: Path, seconds: float, console: Console
 ) -> dict[str, Any]:
     """Train both models into `out` and evaluate them; returns the results for JSON."""
-    for name in (MEMORY, NO_MEMORY):
-        shutil.rmtree(out / name, ignore_errors=True)
     config = _within(config, corpus, seconds)
+    _remove_earlier_demo(out)
     finished = {}
     for name, run in ((MEMORY, config), (NO_MEMORY, _without_memory(config))):
         mem_len = run.model.mem_len
@@ -94,6 +95,24 @@ def _compare(
         "training": {name: dataclasses.asdict(run) for name, run in finished.items()},
         "evaluations": {name: score.as_dict() for name, score in scores.items()},
     }
+
+
+def _remove_earlier_demo(out: Path) -> None:
+    """Remove the runs of an earlier demo, and mark `out` as the folder of a demo by its results.
+
+    Raises:
+        CheckpointError: the runs are not those of a demo.
+    """
+    results = out / RESULTS
+    for run in (out / MEMORY, out / NO_MEMORY):
+        if run.exists() and not results.exists():
+            raise CheckpointError(
+                f"{run} exists, and without {results} it is not the result of a demo; choose "
+                "another folder with --out"
+            )
+    results.write_text("{}\n", encoding="utf-8")
+    for run in (out / MEMORY, out / NO_MEMORY):
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def _without_memory(config: RunConfig) -> RunConfig:

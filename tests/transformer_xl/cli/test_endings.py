@@ -107,6 +107,16 @@ def test_a_stopped_training_ends_the_demo(
     assert not (tmp_path / "run" / "no_memory").exists()
 
 
+def test_a_demo_removes_no_runs_but_its_own(tmp_path: Path, data: list[str]) -> None:
+    mine = tmp_path / "run" / "memory" / "last" / "state.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    done = run("demo", *SMALL, *data, "--out", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "is not the result of a demo" in " ".join(done.stderr.split())
+    assert mine.exists()
+
+
 def test_a_picture_that_fails_does_not_end_the_demo(
     tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
