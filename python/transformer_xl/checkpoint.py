@@ -29,9 +29,14 @@ from torch import Tensor, nn
 
 from transformer_xl.config import ModelConfig, RunConfig, differences, from_dict, to_dict
 from transformer_xl.data import Vocabulary
-from transformer_xl.data.files import expanded, to_json
+from transformer_xl.data.files import expanded, linked, to_json
 from transformer_xl.model import TransformerXL
-from transformer_xl.nn.tensor_names import optimizer_tensors, parameter_names, untied
+from transformer_xl.nn.tensor_names import (
+    optimizer_tensors,
+    parameter_names,
+    shape_difference,
+    untied,
+)
 
 FORMAT = "transformer-xl checkpoint"
 FORMAT_VERSION = 1
@@ -94,7 +99,8 @@ class Checkpoint:
             tensors |= {alias: tensors[name] for alias, name in self.state["aliases"].items()}
         except KeyError as error:
             raise CheckpointError(f"{self.path / MODEL} is damaged: no tensor {error}") from None
-        _check_same_model(self.path, tensors, model.state_dict())
+        if difference := shape_difference(tensors, model.state_dict()):
+            raise CheckpointError(f"{self.path} is of another model: {difference}")
         if isinstance(model, TransformerXL):
             check_model(self, model.config, ADJUSTABLE | INITIAL)
         if (name := first_not_finite(tensors)) is not None:
@@ -212,11 +218,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return _open(*_found(path))
 
 
-def linked(directory: Path) -> Path:
-    """The directory that a symbolic link names, which need not exist yet; else the given one."""
-    return directory.resolve() if directory.is_symlink() else directory
-
-
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or an infinity; None if all are finite."""
     return next((name for name, t in tensors.items() if not bool(t.isfinite().all())), None)
@@ -332,19 +333,6 @@ def _write_readable(new: Path, vocabulary: Vocabulary, state: Mapping[str, Any])
     _flush(new / VOCABULARY)
     (new / STATE).write_text(to_json(dict(state), indent=1) + "\n", encoding="utf-8")
     _flush(new / STATE)
-
-
-def _check_same_model(path: Path, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    if missing := ours.keys() - theirs.keys():
-        raise CheckpointError(f"{path} is of another model: it has no {min(missing)!r}")
-    if extra := theirs.keys() - ours.keys():
-        raise CheckpointError(f"{path} is of another model: {min(extra)!r} is not in this one")
-    for name, tensor in ours.items():
-        if theirs[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{path} is of another model: {name} is {list(theirs[name].shape)} there, "
-                f"{list(tensor.shape)} here"
-            )
 
 
 def _read_state(path: Path) -> dict[str, Any]:

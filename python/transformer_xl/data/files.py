@@ -26,6 +26,11 @@ def expanded(path: str | Path) -> Path:
         raise ValueError(f"{path}: {error}") from error
 
 
+def linked(directory: Path) -> Path:
+    """The directory that a symbolic link names, which need not exist yet; else the given one."""
+    return directory.resolve() if directory.is_symlink() else directory
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Return `value` as JSON text; NaN and infinities, which JSON does not have, become null."""
     return json.dumps(_with_nulls(value), indent=indent, allow_nan=False)

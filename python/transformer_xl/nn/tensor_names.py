@@ -36,3 +36,15 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     """Names of the optimizer's parameters, in its own order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def shape_difference(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str | None:
+    """The first difference in names or shapes between a checkpoint's tensors and a model's."""
+    if missing := ours.keys() - theirs.keys():
+        return f"it has no {min(missing)!r}"
+    if extra := theirs.keys() - ours.keys():
+        return f"{min(extra)!r} is not in this one"
+    for name, tensor in ours.items():
+        if theirs[name].shape != tensor.shape:
+            return f"{name} is {list(theirs[name].shape)} there, {list(tensor.shape)} here"
+    return None
