@@ -12,7 +12,7 @@ import torch
 from txl_kernels._register import register
 from txl_kernels.backends import cuda_device, native, triton
 from txl_kernels.errors import BackendUnavailableError
-from txl_kernels.transforms import kernel_refusal
+from txl_kernels.transforms import is_jit_tracing, kernel_refusal
 
 BACKENDS = ("reference", "native", "triton")
 OPS = (
@@ -113,7 +113,7 @@ def resolve(
         raise ValueError(f"{op}: backend must be one of {names}; got {backend!r}")
     device_type = torch.device(device).type
     candidates = _AUTO.get(device_type, ("reference",)) if backend == "auto" else (backend,)
-    if backend == "auto" and torch.jit.is_tracing():  # a kernel's lengths would be constants
+    if backend == "auto" and is_jit_tracing():  # a kernel's lengths would be constants
         candidates = ("reference",)
     reason = None
     for name in candidates:

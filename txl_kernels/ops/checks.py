@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txl_kernels.transforms import inside_transform
+from txl_kernels.transforms import inside_transform, is_jit_tracing
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -57,7 +57,7 @@ def check_broadcastable(op: str, name: str, tensor: Tensor, due: Sequence[int]) 
 
 def is_traced_size(value: object) -> bool:
     """Whether `torch.jit.trace` runs and the value is a tensor: it counts sizes in tensors."""
-    return torch.jit.is_tracing() and isinstance(value, Tensor)
+    return is_jit_tracing() and isinstance(value, Tensor)
 
 
 def fixed_if_traced(value: Any) -> Any:

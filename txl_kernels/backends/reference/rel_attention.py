@@ -56,7 +56,8 @@ def rel_attention(
     Tq, Tk = q.shape[2], keys.shape[2]
 
     content = _plus_head_bias(q, r_w_bias, work) @ keys.transpose(-1, -2)
-    position = _plus_head_bias(q if q_pos is None else q_pos, r_r_bias, work) @ r.to(work).transpose(-1, -2)
+    queries = _plus_head_bias(q if q_pos is None else q_pos, r_r_bias, work)
+    position = queries @ r.to(work).transpose(-1, -2)
     scores = scale * (content + rel_shift(position, Tk, offset, clamp=clamp))  # [B, H, Tq, Tk]
     if bias is not None:
         scores = scores + bias.to(work)
