@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +162,16 @@ def test_exporting_to_onnx_names_the_reference(backend, native, monkeypatch):
     with pytest.raises(BackendUnavailableError, match=r'ONNX has no native .* backend="reference"'):
         Attention(backend)(q, k, v, r)
     Attention("reference")(q, k, v, r)
+
+
+def test_the_documented_export_to_onnx_runs(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    page = Path(__file__).parents[3] / "docs" / "backends.md"
+    example = page.read_text(encoding="utf-8").split("**Export to ONNX.**")[1]
+    monkeypatch.chdir(tmp_path)
+    exec(example.split("```python\n")[1].split("```")[0], {})
+    assert (tmp_path / "attention.onnx").exists()
 
 
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "legacy"])
