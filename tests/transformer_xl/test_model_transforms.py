@@ -80,6 +80,20 @@ def test_per_row_gradients_of_the_attention_s_weights() -> None:
         torch.testing.assert_close(per_row[name][1], weight.grad)
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_gradient_of_the_model_by_torch_func(gradient_checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    options = {"gradient_checkpointing": gradient_checkpointing}
+    model = TransformerXL(dataclasses.replace(SMALL, **options)).eval()
+
+    def loss(bias: Tensor) -> Tensor:
+        return functional_call(model, {"r_w_bias": bias}, (TOKENS, None, TOKENS)).loss
+
+    actual = grad(loss)(model.r_w_bias.detach())
+    (due,) = torch.autograd.grad(model(TOKENS, None, TOKENS).loss, model.r_w_bias)
+    torch.testing.assert_close(actual, due)
+
+
 def test_trains_and_generates_while_another_device_is_the_default(model: TransformerXL) -> None:
     with torch.device("meta"):
         first = model(TOKENS, None, TOKENS)
@@ -90,7 +104,7 @@ def test_trains_and_generates_while_another_device_is_the_default(model: Transfo
 
 
 def test_batches_stay_on_the_cpu_while_another_device_is_the_default() -> None:
-    tokens = np.array([0, *range(1, 9), 0, *range(9, 17), 0], dtype=np.uint16)
+    tokens = np.array([0, *range(1, 9), 0, 0, *range(9, 17), 0], dtype=np.uint16)
     with torch.device("meta"):
         ordered = next(iter(OrderedBatches(tokens, batch_size=2, tgt_len=3)))
         sentences = next(iter(ShuffledSentenceBatches(tokens, 0, 1, 3, seed=0)))
