@@ -1,4 +1,4 @@
-"""The native backend's door: whether `txl_kernels._C` may be loaded here, and loading it."""
+"""The native backend: whether `txl_kernels._C` can be loaded here, and its loading."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _device_type(args: Sequence[Any]) -> str:
 def unavailable_reason() -> str | None:
     """None where the native kernels are loaded and ready, else one sentence that says why not.
 
-    The build record beside `_C` is judged before anything is loaded. Never raises.
+    Reads the build record next to `_C` before it loads anything. Never raises.
     """
     reason = _refusal(PACKAGE_DIR, torch.__version__)
     if reason is not None:
@@ -134,7 +134,7 @@ def _refusal(package_dir: Path, torch_version: str) -> str | None:
 
 
 def _no_record(package_dir: Path) -> str:
-    """Why there is no build record: an installed package hidden behind a checkout, or no build."""
+    """Why there is no build record: a checkout hides the installed package, or no build ran."""
     for distribution in importlib.metadata.distributions(name="transformer-xl"):
         installed = Path(str(distribution.locate_file("txl_kernels")))
         if (installed / RECORD_NAME).exists() and installed.resolve() != package_dir:
