@@ -39,7 +39,8 @@ def generate(
         temperature: divides the log-probabilities; 0 takes the most probable token, as does a
             temperature too small for the precision.
         top_k: draw from the k most probable tokens only.
-        top_p: draw from the smallest set of tokens whose probabilities sum to at least p, in (0, 1].
+        top_p: draw from the smallest set of tokens whose probabilities sum to at least p, in
+            (0, 1].
         seed: seed of a new generator; the same seed writes the same text.
         generator: generator to use instead, on the model's device.
         segment_len: tokens of the prompt read at a time.

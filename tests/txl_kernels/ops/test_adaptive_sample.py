@@ -16,7 +16,7 @@ N_DRAWS = 20_000
 
 @pytest.fixture(params=["whole", "pieces"])
 def weights(request, monkeypatch):
-    """An adaptive softmax; whole, or in pieces of 4 tokens, 99 sorted rows and at most 2 of top_k."""
+    """An adaptive softmax, whole or in pieces of 4 tokens and of 99 sorted rows."""
     if request.param == "pieces":
         monkeypatch.setattr(adaptive_softmax, "_MIN_COLUMNS", 4)
         monkeypatch.setattr(reference, "_SORTED_LOGITS", 99 * V)
