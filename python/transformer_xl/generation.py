@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from transformer_xl.inference import inference
 from transformer_xl.model import TransformerXL
 
 SEEDS = range(-(1 << 63), 1 << 64)  # as torch.Generator accepts them
@@ -29,8 +30,8 @@ def generate(
     """Continue `prompt` by `n_tokens`, each yielded as soon as it is drawn.
 
     The prompt is read in segments, then every token alone with the memory of the tokens before it;
-    under `same_length` that gives the probabilities of one long pass. The model is in evaluation
-    mode while it writes.
+    under `same_length` that gives the probabilities of one long pass. Every module is in evaluation
+    mode during a forward pass and in its own mode otherwise.
 
     Args:
         model: the language model.
@@ -74,7 +75,6 @@ def generate(
     return _write(model, prompt, segment_len, n_tokens, draw)
 
 
-@torch.no_grad()
 def _write(
     model: TransformerXL,
     prompt: Tensor,
@@ -82,20 +82,18 @@ def _write(
     n_tokens: int,
     draw: Callable[[Tensor], Tensor],
 ) -> Iterator[Tensor]:
-    was_training = model.training
-    model.eval()
-    try:
-        memory = None
-        for begin in range(0, prompt.shape[1], segment_len):
+    memory = None
+    for begin in range(0, prompt.shape[1], segment_len):
+        with inference(model):
             output = model(prompt[:, begin : begin + segment_len], memory)
-            memory = output.memory
-        for left in range(n_tokens, 0, -1):
+        memory = output.memory
+    for left in range(n_tokens, 0, -1):
+        with torch.no_grad():
             token = draw(output.hidden[:, -1])
-            yield token
-            if left > 1:
+        yield token
+        if left > 1:
+            with inference(model):
                 output = model(token[:, None], output.memory)
-    finally:
-        model.train(was_training)
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

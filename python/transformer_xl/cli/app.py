@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import typer
@@ -15,25 +16,37 @@ from transformer_xl.cli.doctor import doctor
 from transformer_xl.cli.evaluate import evaluate
 from transformer_xl.cli.generate import generate
 from transformer_xl.cli.train import train
+from transformer_xl.training.stopping import Stopped, StopRequests
 from txl_kernels import BackendUnavailableError
 
-# What a person can mend; anything else is ours, and keeps its traceback.
+# Errors that users can correct; any other is a defect of this package and keeps its traceback.
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, BackendUnavailableError)
 
 
 class Commands(TyperGroup):
-    """Commands whose expected errors are one sentence and exit status 2."""
+    """Commands that end with one sentence and an exit status where they cannot go on.
+
+    The status is 1 for a run that diverged, 2 for other expected errors, and 128 + N, as in a
+    shell, for a command that signal N stopped.
+    """
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command chosen."""
+        """Run the chosen command."""
         try:
-            return super().invoke(ctx)
+            with StopRequests() as stops, stops.at_once():
+                return super().invoke(ctx)
+        except Stopped as stopped:
+            _print_error(str(stopped))
+            raise typer.Exit(128 + (stopped.number or signal.SIGINT)) from stopped
         except EXPECTED as error:
             if ctx.params.get("traceback"):
                 raise
-            message = f"[bold red]error[/] {escape(str(error))}"
-            Console(stderr=True, soft_wrap=True).print(message, highlight=False)
-            raise typer.Exit(2) from error
+            _print_error(f"[bold red]error[/] {escape(str(error))}")
+            raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
+
+
+def _print_error(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(message, highlight=False)
 
 
 app = typer.Typer(
@@ -49,7 +62,7 @@ app = typer.Typer(
 def options(
     traceback: bool = typer.Option(False, "--traceback", help="Show where an error came from."),
 ) -> None:
-    """Options of every command; `Commands` reads them."""
+    """Options of every command, which `Commands` reads."""
 
 
 for command in (train, evaluate, generate, doctor, demo):

@@ -26,6 +26,7 @@ from transformer_xl.training import Finished, Trainer, join_processes
 from transformer_xl.training.curve import plot_curves
 from transformer_xl.training.precision import autocast, cpu_flags, processor, uses_bf16
 from transformer_xl.training.report import read_log
+from transformer_xl.training.stopping import Stopped
 
 MEMORY, NO_MEMORY = "memory", "no_memory"  # folders of the two runs
 PROBE_STEPS = 12
@@ -58,13 +59,16 @@ def demo(
         mem_len = run.model.mem_len
         console.rule(f"training with mem_len {mem_len}: {run.train.max_step:,} steps")
         finished[name] = training.train(run, out / name, console=console)
+        if finished[name].stopped:
+            raise Stopped(None)  # one training alone compares nothing
     with_memory = LoadedModel.open(out / MEMORY / "best", default_device())
     without = LoadedModel.open(out / NO_MEMORY / "best", default_device())
 
     console.rule("evaluation")
     scores = _evaluations(config, corpus, with_memory, without)
     _show(console, scores, corpus.metric)
-    _draw(out, config, corpus.metric)
+    if problem := _draw(out, config, corpus.metric):
+        console.print(problem, markup=False, highlight=False)
     console.rule(f"{SAMPLE_CHARACTERS} characters")
     _write_sample(out / "sample.txt", with_memory, config, console)
     results = {
@@ -143,13 +147,14 @@ def _show(console: Console, scores: dict[str, Score], metric: str) -> None:
         console.print(f"[dim]{name}: {score.protocol}[/]", highlight=False)
 
 
-def _draw(out: Path, config: RunConfig, metric: str) -> None:
+def _draw(out: Path, config: RunConfig, metric: str) -> str | None:
+    """Draw both runs; returns why that failed, as `plot_curves`."""
     runs = {
         f"with memory (mem_len {config.model.mem_len})": read_log(out / MEMORY),
         "without memory (mem_len 0)": read_log(out / NO_MEMORY),
     }
     title = f"The same Transformer-XL on {config.data.name}, segments of {config.train.tgt_len}"
-    plot_curves(out / "curve.png", runs, metric, title)
+    return plot_curves(out / "curve.png", runs, metric, title)
 
 
 def _write_sample(path: Path, loaded: LoadedModel, config: RunConfig, console: Console) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,16 +21,10 @@ from rich.progress import (
 from torch.utils.tensorboard import SummaryWriter
 
 from transformer_xl.evaluation import Score
-from transformer_xl.training.curve import plot_curves
+from transformer_xl.training.curve import Metric, in_metric, plot_curves
 
 LOG = "log.jsonl"
 CURVE = "curve.png"
-Metric = str  # "bpc" or "ppl"
-
-
-def in_metric(loss: float, metric: Metric) -> float:
-    """A loss in nats per token as bits per character or as perplexity."""
-    return loss / math.log(2) if metric == "bpc" else math.exp(min(loss, 700.0))
 
 
 class Report:
@@ -37,7 +32,8 @@ class Report:
 
     Args:
         metric: "bpc" or "ppl".
-        step, max_step: where the run begins and ends; later entries of an earlier log go.
+        step, max_step: where the run begins and ends; later entries of an earlier log are removed.
+        validation_due: whether the validation of `step` is still due; entries of it are removed.
         tokens_per_step: targets of one step.
         console: where to show it; a bar if that is a terminal, else a line for each entry.
         shown: False in all processes but the main one, which then neither show nor write.
@@ -52,6 +48,7 @@ class Report:
         max_step: int,
         tokens_per_step: int,
         console: Console,
+        validation_due: bool = False,
         shown: bool = True,
     ) -> None:
         self.out, self.metric, self.shown = out, metric, shown
@@ -61,7 +58,7 @@ class Report:
         self._task = self._progress.add_task("", total=max_step, completed=step, news="")
         if shown:
             out.mkdir(parents=True, exist_ok=True)
-            _cut_log(out / LOG, step)
+            _cut_log(out / LOG, step, validation_due)
             self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> Report:
@@ -74,12 +71,13 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._progress.stop()
         if self.shown:
             self._tensorboard.close()
-            plot_curves(
-                self.out / CURVE, {self.out.name: read_log(self.out)}, self.metric, str(self.out)
-            )
+            curves = {self.out.name: read_log(self.out)}
+            if problem := plot_curves(self.out / CURVE, curves, self.metric, str(self.out)):
+                self.say(escape(problem))
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -101,9 +99,10 @@ class Report:
         self.say(f"step {step:,}/{self.max_step:,}  [bold]valid {self._value(score.loss)}[/]{mark}")
 
     def say(self, text: str) -> None:
-        """One line for the person."""
+        """Print one line, if there is still a terminal or a file to print to."""
         if self.shown:
-            self._console.print(text, highlight=False)
+            with contextlib.suppress(OSError):  # no reason to end a run
+                self._console.print(text, highlight=False)
 
     def _value(self, loss: float) -> str:
         return f"{self.metric} {in_metric(loss, self.metric):.{3 if self.metric == 'bpc' else 2}f}"
@@ -135,9 +134,14 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Keep the entries up to `step`: what came after them will be trained again."""
-    kept = [entry for entry in read_log(path.parent) if entry["step"] <= step]
+def _cut_log(path: Path, step: int, validation_due: bool) -> None:
+    """Remove the entries after `step`, and its validation if that is due: they come again."""
+    kept = [
+        entry
+        for entry in read_log(path.parent)
+        if entry["step"] < step
+        or (entry["step"] == step and not (validation_due and "valid_loss" in entry))
+    ]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
 

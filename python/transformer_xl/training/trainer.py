@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, patch_environment
 from torch import Tensor
 
 from transformer_xl import checkpoint, evaluation
@@ -16,8 +18,10 @@ from transformer_xl.checkpoint import Checkpoint, CheckpointError
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Batch, Corpus
 from transformer_xl.evaluation import Batches, Lengths, Score
+from transformer_xl.inference import inference
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
+from transformer_xl.tensor_names import optimizer_tensors
 from transformer_xl.training.precision import autocast
 from transformer_xl.training.schedule import Schedule
 
@@ -36,9 +40,11 @@ class Trainer:
     Attributes:
         step: optimiser steps taken.
         best_loss: the lowest validation loss so far, in nats.
+        validation_due: whether the validation that belongs to `step` has not been done yet.
 
     Raises:
-        ValueError: more processes or chunks than rows, a corpus shorter than one segment.
+        ValueError: whatever training, its validations or the configuration's `evaluate` section
+            would raise later: `check_run`, a split shorter than one segment.
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus, accelerator: Accelerator) -> None:
@@ -46,14 +52,16 @@ class Trainer:
         self.config, self.corpus, self.accelerator = config, corpus, accelerator
         self.device = accelerator.device
         rank, world_size = accelerator.process_index, accelerator.num_processes
+        check_run(config, world_size)
         rows = share("batch_size", train.batch_size, rank, world_size)
-        share("batch_chunk", rows[1] - rows[0], 0, train.batch_chunk)
         self._valid_rows = share("eval_batch_size", train.eval_batch_size, rank, world_size)
         self._batches = corpus.batches(
             "train", train.batch_size, train.tgt_len, rows=rows, loop=True, seed=train.seed
         )
         self._next_batch = iter(self._batches).__next__
-        self._validation_batches()  # raises now what the first validation would, after hours
+        self._validation_batches()  # raises now what the first validation would raise, after hours
+        protocol = config.evaluate
+        corpus.batches(protocol.split, protocol.batch_size, protocol.tgt_len)  # likewise
 
         torch.manual_seed(train.seed)
         self.model = TransformerXL(config.model, backend=train.backend)
@@ -73,8 +81,10 @@ class Trainer:
         self.model.train()
 
         self._memories: list[Memory | None] = [None] * train.batch_chunk
+        self._last_batch: Batch | None = None
         self.step = 0
         self.best_loss = math.inf
+        self.validation_due = False
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_steps = 0
 
@@ -90,26 +100,43 @@ class Trainer:
 
     def advance(self) -> None:
         """Take one optimiser step on the next segment of every row."""
+        train = self.config.train
         self.step += 1
+        self.validation_due = self.step == train.max_step or self.step % train.eval_interval == 0
+        self._last_batch = self._next_batch()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self._loss_sum += self._accumulate(self._next_batch())
+        self._loss_sum += self._accumulate(self._last_batch)
         self._loss_steps += 1
-        if self.config.train.clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        if train.clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def mean_loss(self) -> float:
-        """Loss in nats per token since this was last asked, over all processes."""
+        """Loss in nats per token since the last call, over all processes.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
         total: Tensor = self.accelerator.reduce(self._loss_sum, reduction="sum")
         mean = total.item() / self._loss_steps
+        if not math.isfinite(mean):
+            raise self._diverged(f"the training loss is {mean}")
         self._loss_sum.zero_()
         self._loss_steps = 0
         return mean
 
-    def validate(self) -> Score:
-        """Score the valid split, and let the schedule see the loss."""
+    def validate(self, before_batch: Callable[[], None] = lambda: None) -> Score:
+        """Score the valid split, and let the schedule see the loss.
+
+        Args:
+            before_batch: called before each batch; what it raises abandons the validation, which
+                stays due.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
         with autocast(self.config.train.autocast, self.device):
             score = evaluation.score(
                 self.model,
@@ -119,12 +146,22 @@ class Trainer:
                 max_steps=self.config.train.max_eval_steps,
                 source=f"valid split of {self.corpus.protocol}",
                 total=lambda sums: self.accelerator.reduce(sums, reduction="sum"),
+                before_batch=before_batch,
             )
+        if not math.isfinite(score.loss):
+            raise self._diverged(f"the validation loss is {score.loss}")
         self.schedule.observe(score.loss)
+        self.validation_due = False
         return score
 
     def save(self, directory: Path) -> None:
-        """Write everything that going on bit for bit needs."""
+        """Write everything that going on bit for bit needs.
+
+        Raises:
+            FloatingPointError: training cannot go on from here, because a loss, a weight or the
+                optimizer's state is not finite; nothing is written.
+        """
+        self._check_finite()
         checkpoint.save(
             directory,
             model=self.model,
@@ -151,7 +188,9 @@ class Trainer:
         self._batches.load_state_dict(saved.state["data"])
         self._next_batch = iter(self._batches).__next__
         self.schedule.load_state_dict(saved.state["schedule"])
-        self.step, self.best_loss = saved.step, saved.state["best_loss"]
+        best_loss = saved.state["best_loss"]  # None before the first validation
+        self.step, self.best_loss = saved.step, math.inf if best_loss is None else best_loss
+        self.validation_due = saved.state.get("validation_due", False)
         self._loss_steps = saved.state["loss_steps"]
         self._loss_sum.copy_(tensors["loss_sum"])
         self._memories = [_memory_from(tensors, i, self.device) for i in range(chunks)]
@@ -184,6 +223,54 @@ class Trainer:
             loss += part.detach()
         return loss
 
+    def _check_finite(self) -> None:
+        """Raise FloatingPointError, in every process, if any process finds a reason."""
+        reason = self._not_finite()
+        found = torch.tensor(float(reason is not None), device=self.device)
+        if self.accelerator.reduce(found, reduction="sum").item() > 0:
+            raise self._diverged(reason or "another process cannot go on")
+
+    def _not_finite(self) -> str | None:
+        """Why training cannot go on from here, if so."""
+        kinds = {
+            "training loss": {"of this process": self._loss_sum},
+            "weight": self.model.state_dict(),
+            "optimizer state": optimizer_tensors(self.model, self.optimizer),
+        }
+        for kind, tensors in kinds.items():
+            if (name := checkpoint.first_not_finite(tensors)) is not None:
+                return f"the {kind} {name} is not finite"
+        if self._last_batch is not None:
+            loss = self._loss_again(self._last_batch).item()
+            if not math.isfinite(loss):
+                return f"the loss of the last batch with the new weights is {loss}"
+        return None
+
+    def _loss_again(self, batch: Batch) -> Tensor:
+        """The sum of the chunks' losses, in nats per token, with the weights and the memory that
+        the next step would start from.
+
+        Evaluation mode draws no random numbers, and the resulting memory is not kept.
+        """
+        parts = self.config.train.batch_chunk
+        tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        context = autocast(self.config.train.autocast, self.device)
+        with inference(self.model), context:
+            for i, memory in enumerate(self._memories):
+                begin, end = share("batch_chunk", len(tokens), i, parts)
+                # Not through torch.compile, which would compile once more for evaluation mode.
+                output = self.model.forward(tokens[begin:end], memory, targets[begin:end])
+                assert output.loss is not None  # targets were given
+                loss += output.loss
+        return loss
+
+    def _diverged(self, reason: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{reason} at step {self.step:,}: the run diverged; try a lower train.lr, a longer "
+            "train.warmup_step or a smaller train.clip, from the last checkpoint or from the start"
+        )
+
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
@@ -191,6 +278,7 @@ class Trainer:
             "data": self._batches.state_dict(),
             "corpus": self.corpus.fingerprint,
             "best_loss": self.best_loss,
+            "validation_due": self.validation_due,
             "loss_steps": self._loss_steps,
             "batch_chunk": self.config.train.batch_chunk,
         }
@@ -210,9 +298,29 @@ class Trainer:
         return self.corpus.batches("valid", batch_size, tgt_len, rows=self._valid_rows)
 
 
+# Engines that accelerate selects by its environment alone; a run here only divides rows (DDP).
+OTHER_ENGINES = dict.fromkeys(
+    (
+        f"ACCELERATE_USE_{name}"
+        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+    ),
+    "false",
+)
+
+
 def join_processes() -> Accelerator:
-    """This process among those of its launcher, on its GPU or, where there is none, the CPU."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    """Return the accelerator of this process: on a GPU if there is one, else on the CPU.
+
+    Precision, gradient accumulation and compilation follow the run's configuration. Therefore
+    accelerate's environment variables and its default configuration file do not change them.
+    """
+    with patch_environment(**{f"ACCELERATE_USE_{name}": "false" for name in OTHER_ENGINES}):
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        )
 
 
 def share(name: str, rows: int, index: int, parts: int) -> tuple[int, int]:
@@ -227,15 +335,33 @@ def share(name: str, rows: int, index: int, parts: int) -> tuple[int, int]:
     return index * rows // parts, (index + 1) * rows // parts
 
 
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Raise ValueError for a run that must fail on every corpus: too few rows for its processes and
+    chunks, lengths that its validation cannot have."""
+    train = config.train
+    start, stop = share("batch_size", train.batch_size, 0, world_size)  # the smallest share
+    share("batch_chunk", stop - start, 0, train.batch_chunk)
+    share("eval_batch_size", train.eval_batch_size, 0, world_size)
+    validation_lengths(config)
+
+
 def validation_lengths(config: RunConfig) -> tuple[int, Lengths]:
     """tgt_len and the model's lengths in validation: training's reach in shorter segments.
 
     The memory takes up what the segment gives away, as in the original. A model trained without
     memory is validated in segments of its own tgt_len: it has no other way to the same reach.
+
+    Raises:
+        ValueError: eval_tgt_len leaves no memory, which the model's same_length needs.
     """
     train, model = config.train, config.model
     tgt_len = train.eval_tgt_len if model.mem_len else train.tgt_len
     mem_len = max(0, model.mem_len + train.tgt_len - tgt_len)
+    if model.same_length and mem_len == 0:
+        raise ValueError(
+            f"train.eval_tgt_len: expected fewer than {model.mem_len + train.tgt_len} tokens "
+            f"(mem_len + tgt_len), which leaves model.same_length a memory, got {tgt_len}"
+        )
     return tgt_len, Lengths(mem_len, model.clamp_len, model.same_length)
 
 
