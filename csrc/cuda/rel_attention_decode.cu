@@ -34,14 +34,14 @@ void plan_rows(const DecodeArgs& args, DecodePlan& plan) {
   if (rule.causal) nearest = std::min<int64_t>(nearest, 0);
   if (rule.window_right < kOpen) nearest = std::min(nearest, rule.window_right);
   if (rule.window_left < kOpen) farthest = std::max(farthest, -rule.window_left);
-  const int64_t to_row = Tk - Tq + args.offset;
+  // Any offset is valid; beyond these limits every pair is outside r, on the same side.
+  const int64_t offset = std::clamp(args.offset, -Tk, R + Tq), to_row = Tk - Tq + offset;
   int64_t begin = farthest + to_row, end = nearest + to_row + 1;
   if (args.clamp)
     begin = std::clamp<int64_t>(begin, 0, R - 1), end = std::clamp<int64_t>(end, 1, R);
   begin = std::clamp<int64_t>(begin, 0, R), end = std::clamp(end, begin, R);
   plan.row_begin = static_cast<int>(begin), plan.n_rows = static_cast<int>(end - begin);
-  // Any offset is taken; beyond these every pair is outside r, on the same side.
-  plan.shift = static_cast<int>(std::clamp(args.offset, -Tk, R + Tq) - begin);
+  plan.shift = static_cast<int>(offset - begin);
 }
 
 bool on_16_bytes(const Tensor4& x, int64_t element_bytes) {

@@ -122,7 +122,7 @@ const char* rel_shift_cuda(int64_t element_bytes, ShiftArgs args, void* stream) 
   using namespace txl::cuda;
   const int64_t blocks = (args.n + kWarps - 1) / kWarps;
   if (blocks == 0) return nullptr;
-  // Any offset is taken; beyond these all of the result is zeros.
+  // Any offset is valid; beyond these limits the whole result is zero.
   const int64_t farthest = args.n_src + args.n_dst + args.Tq;
   args.base = std::clamp(args.base, -farthest, farthest);
   auto run = [&](auto element) {

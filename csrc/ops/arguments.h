@@ -1,4 +1,4 @@
-// From a schema's arguments to what kernels take, for the glue of every device.
+// From a schema's arguments to the arguments of kernels, for the bindings of every device.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -38,6 +38,12 @@ inline at::Tensor last_dim_contiguous(const at::Tensor& x) {
 inline Tensor4 view4(const at::Tensor& x) {
   auto stride = [&](int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };
   return {x.data_ptr(), stride(0), stride(1), x.stride(2)};
+}
+
+// The offset of `r`, or the closest one at which every pair of a query and a key reads the same row
+// or, as at `offset`, a row outside of `r` on the same side. Sums with it do not overflow.
+inline int64_t near_offset(int64_t offset, int64_t Tq, int64_t Tk, int64_t R) {
+  return std::clamp(offset, -Tk, R + Tq);
 }
 
 inline KeyRule key_rule(bool causal, std::optional<int64_t> window_left,

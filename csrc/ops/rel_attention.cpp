@@ -61,7 +61,7 @@ struct Call {
       args.mask = {mask.data_ptr(), mask.stride(0), mask.stride(1), mask.stride(2)};
       args.mask_stride_key = mask.stride(3);
     }
-    args.offset = offset, args.clamp = clamp;
+    args.offset = near_offset(offset, args.Tq, args.Tk(), args.R), args.clamp = clamp;
     args.rule = key_rule(causal, window_left, window_right, chunk);
     args.scale = scale, args.softcap = softcap, args.dropout_p = dropout_p;
     if (dropout_p > 0)

@@ -1,4 +1,4 @@
-// torch ring of rel_shift on the CPU.
+// ATen bindings of rel_shift on the CPU.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -28,13 +28,15 @@ Tensor shift(const Tensor& src, int64_t columns, RelShiftArgs args, Kernel kerne
 
 Tensor rel_shift_fwd(const Tensor& x, int64_t n_keys, int64_t offset) {
   RelShiftArgs args{};
-  args.R = x.size(-1), args.n_keys = n_keys, args.offset = offset;
+  args.R = x.size(-1), args.n_keys = n_keys;
+  args.offset = near_offset(offset, x.size(-2), args.n_keys, args.R);
   return shift(x.contiguous(), n_keys, args, rel_shift_kernels(scalar_of("rel_shift", "x", x)).fwd);
 }
 
 Tensor rel_shift_bwd(const Tensor& dout, int64_t n_rows, int64_t offset) {
   RelShiftArgs args{};
-  args.R = n_rows, args.n_keys = dout.size(-1), args.offset = offset;
+  args.R = n_rows, args.n_keys = dout.size(-1);
+  args.offset = near_offset(offset, dout.size(-2), args.n_keys, args.R);
   return shift(dout.contiguous(), n_rows, args,
                rel_shift_kernels(scalar_of("rel_shift", "dout", dout)).bwd);
 }

@@ -1,4 +1,4 @@
-// torch ring of rel_shift on CUDA.
+// ATen bindings of rel_shift on CUDA.
 #include "txl/rel_shift_cuda.h"
 
 #include <torch/library.h>
@@ -14,7 +14,7 @@ using at::Tensor;
 // A result like `src_` with `columns` in its last dimension; `step` and `base` are ShiftArgs'.
 Tensor shift(const char* argument, const Tensor& src_, int64_t columns, int64_t step,
              int64_t base) {
-  scalar_of("rel_shift", argument, src_);  // refuses what is no floating dtype of ours
+  scalar_of("rel_shift", argument, src_);  // raises for unsupported dtypes
   const DeviceCall call(src_);
   const Tensor src = src_.contiguous();
   auto sizes = src.sizes().vec();
@@ -34,7 +34,8 @@ Tensor rel_shift_fwd(const Tensor& x, int64_t n_keys, int64_t offset) {
 }
 
 Tensor rel_shift_bwd(const Tensor& dout, int64_t n_rows, int64_t offset) {
-  return shift("dout", dout, n_rows, 1, -offset);
+  return shift("dout", dout, n_rows, 1,
+               -near_offset(offset, dout.size(-2), dout.size(-1), n_rows));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: `resolve` answers with a backend, or says why none does."""
+"""The choice of an implementation: `resolve` returns a backend, or the reason why none runs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from txl_kernels import _flop_formulas
 from txl_kernels._register import register
 from txl_kernels.backends import cuda_device, native, triton
+from txl_kernels.backends.fallback import warn_of_fallback
 from txl_kernels.errors import BackendUnavailableError
 
 BACKENDS = ("reference", "native", "triton")
@@ -23,7 +26,7 @@ OPS = (
     "adaptive_sample",
     "adaptive_embedding",
 )
-_AUTO = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+_AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}  # then the reference
 
 _FLOAT_TO_16_BIT = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT = (*_FLOAT_TO_16_BIT, torch.float64)
@@ -31,17 +34,17 @@ _DENSE_ARGUMENTS = ("q_pos", "bias", "dead_rows='uniform'")
 
 
 class Serves(NamedTuple):
-    """What one backend takes of one op. Tq and head sizes: the largest; None: no limit."""
+    """The calls of one op that one backend supports; None: no limit."""
 
     dtypes: Collection[torch.dtype]
-    head_size: int | None = None
-    Tq: int | None = None
+    head_size: int | None = None  # the largest
+    Tq: int | None = None  # the most queries
     gradients: bool = True
-    lacks: Collection[str] = ()  # optional arguments, in the words of `resolve`'s `uses`
+    lacks: Collection[str] = ()  # unsupported arguments, in the words of `resolve`'s `uses`
 
 
-# (backend, op) or, where devices differ, (backend, op, device type), which goes before.
-# The reference takes every call and is not listed.
+# (backend, op) or, where devices differ, (backend, op, device type), which has precedence.
+# The reference supports every call and is not listed.
 _SERVES: dict[tuple[str, ...], Serves] = {
     ("native", "rel_attention"): Serves(_FLOAT, head_size=256, lacks=_DENSE_ARGUMENTS),
     ("native", "rel_attention", "cuda"): Serves(
@@ -64,11 +67,16 @@ _SERVES: dict[tuple[str, ...], Serves] = {
 
 register("txl_native")
 register("txl_triton")
+_flop_formulas.register("txl_native", "txl_triton")
 triton.register_kernels()
 
 
 class Resolution(NamedTuple):
-    """The backend that runs a call; or None and one sentence that says why."""
+    """The backend that runs a call, and one sentence where it is not the preferred one.
+
+    `backend` is None where no backend runs the call, and `reason` then says why. Where "auto"
+    chooses the reference, `reason` says why the preferred backends do not run the call.
+    """
 
     backend: str | None
     reason: str | None
@@ -79,26 +87,30 @@ def resolve(
     *,
     backend: str = "auto",
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
     Tq: int = 1,
     D: int = 64,
     Dv: int | None = None,
     needs_grad: bool = False,
     uses: Collection[str] = (),
 ) -> Resolution:
-    """Says which backend serves a call, or why none does. Only "auto" chooses.
+    """Returns the backend that runs a call, or the reason why none does. Only "auto" chooses.
 
-    The ops themselves, `transformer-xl doctor` and the skip reasons of tests all ask here.
+    The ops, `transformer-xl doctor` and the skip reasons of tests all call this function.
 
     Args:
         op: name of a public op, such as "rel_attention".
         backend: "auto", "reference", "native" or "triton".
         device, dtype: of the tensors.
         Tq: queries (for the adaptive ops: tokens).
-        D, Dv: head size of keys and of values (None: the same); of `rel_attention` alone.
+        D, Dv: head size of keys and of values (None: the same); for `rel_attention` only.
         needs_grad: whether a backward pass will follow.
-        uses: the optional arguments that not every backend takes and that this call gives:
-            "q_pos", "bias", "dead_rows='uniform'", "dropout_p".
+        uses: the arguments of this call that not every backend supports: "q_pos", "bias",
+            "dead_rows='uniform'", "dropout_p".
+
+    Returns:
+        The backend and the reason: with "auto", why the answer is the reference; with a named
+        backend, why it does not run the call (`backend` is then None).
 
     Raises:
         ValueError: no such op or backend.
@@ -109,29 +121,42 @@ def resolve(
         names = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"{op}: backend must be one of {names}; got {backend!r}")
     device_type = torch.device(device).type
-    candidates = _AUTO.get(device_type, ("reference",)) if backend == "auto" else (backend,)
-    reason = None
-    for name in candidates:
+    reasons = []
+    for name in _AUTO.get(device_type, ()) if backend == "auto" else (backend,):
         reason = _refusal(name, op, device_type, dtype, Tq, max(D, Dv or D), needs_grad, uses)
         if reason is None:
             return Resolution(name, None)
-    return Resolution(None, reason)
+        reasons.append(reason)
+    if backend != "auto":
+        return Resolution(None, reasons[0])
+    no_kernels = f"the kernels run on {' and '.join(_AUTO)} devices, not on {device_type}"
+    return Resolution("reference", "; ".join(reasons) or no_kernels)
 
 
-def choose(op: str, **call: Any) -> str:
-    """`resolve`'s backend, from the same arguments.
+def choose(
+    op: str, *tensors: Tensor, dtype: torch.dtype, n_scores: int = 0, **call: Any
+) -> str:
+    """The backend that `resolve` returns for a call of a public op; warns of a costly fallback.
+
+    Args:
+        tensors: tensors of the call, by which a traced call is recognised.
+        n_scores: attention scores that the reference stores.
+        dtype, call: the arguments of `resolve`.
 
     Raises:
-        BackendUnavailableError: with `resolve`'s sentence, where there is none.
+        BackendUnavailableError: with `resolve`'s sentence, where no backend runs the call.
     """
-    name, reason = resolve(op, **call)
+    name, reason = resolve(op, dtype=dtype, **call)
     if name is None:
         raise BackendUnavailableError(f"{op}: {reason}")
+    if reason is not None:
+        score_bytes = n_scores * (8 if dtype == torch.float64 else 4)
+        warn_of_fallback(op, reason, score_bytes, tensors)
     return name
 
 
 def operators(backend: str) -> Any:
-    """The namespace of a backend that `choose` gave, "reference" excepted: `torch.ops.txl_…`."""
+    """The operators of "native" or "triton": the namespace `torch.ops.txl_…`."""
     return getattr(torch.ops, f"txl_{backend}")
 
 
@@ -145,13 +170,13 @@ def _refusal(
     needs_grad: bool,
     uses: Collection[str],
 ) -> str | None:
-    """Why backend `name` does not serve this call, or None where it does."""
+    """Why backend `name` does not run this call, or None where it does."""
     if name == "reference":
         return None
     serves = _SERVES.get((name, op, device_type)) or _SERVES.get((name, op))
     if serves is None:
         return f"this package has no {name} backend for {op}"
-    reason: str | None = _door_refusal(name, op, device_type, dtype)
+    reason: str | None = _unavailable_reason(name, op, device_type, dtype)
     if reason is not None:
         return reason
     if dtype not in serves.dtypes:
@@ -168,7 +193,7 @@ def _refusal(
     return None
 
 
-def _door_refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _unavailable_reason(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run `op` on this kind of device at all, or None."""
     if name == "triton":
         return triton.unavailable_reason(device_type, dtype)
@@ -180,13 +205,13 @@ def _door_refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> s
     return cuda_device.unavailable_reason() if device_type == "cuda" else None
 
 
-# What `torch.compiler.assume_constant_result` does; that would import torch._dynamo, in seconds,
-# and with it Triton.
-_door_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# `torch.compiler.assume_constant_result` sets this attribute too, but it imports torch._dynamo,
+# which takes seconds, and with it Triton.
+_unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _has_kernel(operator: str, device_type: str) -> bool:
-    """Asked once the library is loaded: costs 7 µs, a seventh of a small call."""
+    """Cached, as it costs 7 µs, a seventh of a small call; called after the library is loaded."""
     key = torch._C._dispatch_key_for_device(device_type)
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +43,15 @@ def unavailable_reason() -> str | None:
         return f"txl_kernels._C in {PACKAGE_DIR} does not load: {error}"
     no_products: str | None = library.gemm_unavailable_reason()
     return no_products
+
+
+def build_command() -> str:
+    """The command that builds the kernels for this Python and its torch."""
+    checkout = PACKAGE_DIR.parent
+    source = checkout if (checkout / "setup.py").exists() else "."
+    python = shlex.quote(sys.executable)
+    options = "--force-reinstall --no-deps --no-cache-dir"
+    return f"{python} -m pip install {options} {shlex.quote(str(source))}"
 
 
 def no_kernel_reason(op: str, device_type: str) -> str:

@@ -73,12 +73,14 @@ def adaptive_embedding(
     tables = [cast(table, lower) for table in tables]
     projections = [cast(projection, lower) for projection in projections]
     n_tokens = _check_tables(tokens, tables, projections, cutoffs)
-    check_number(OP, "scale", scale)
+    scale = check_number(OP, "scale", scale)
     check_flag(OP, "sparse", sparse)
     if sparse and torch.compiler.is_compiling():
         raise ValueError(f"{OP}: sparse gradients exist in eager mode only, not under a compiler")
     chosen = choose(
         OP,
+        tokens,
+        *tables,
         backend=backend,
         device=tokens.device,
         dtype=tables[0].dtype,

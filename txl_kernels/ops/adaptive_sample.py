@@ -60,11 +60,11 @@ def adaptive_sample(
 
     Precision: as `adaptive_nll`. The host waits for the device.
     """
-    check_number(OP, "temperature", temperature, at_least=0)
+    temperature = check_number(OP, "temperature", temperature, at_least=0)
     if top_k is not None:
-        check_int(OP, "top_k", top_k, at_least=1)
+        top_k = check_int(OP, "top_k", top_k, at_least=1)
     if top_p is not None:
-        check_number(OP, "top_p", top_p)
+        top_p = check_number(OP, "top_p", top_p)
         if not 0 < top_p <= 1:
             raise ValueError(f"{OP}: top_p must be in (0, 1], got {top_p}")
     hidden, head, clusters = checked_clusters(

@@ -70,7 +70,8 @@ def adaptive_nll(
     hidden, head, clusters = checked_clusters(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
-    _check_target(op, target, hidden, ignore_index)
+    _check_target(op, target, hidden)
+    ignore_index = check_int(op, "ignore_index", ignore_index)
     chosen = choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device):
         if chosen == "reference":
@@ -109,7 +110,8 @@ def adaptive_loss(
     hidden, head, clusters = checked_clusters(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
-    _check_target(op, target, hidden, ignore_index)
+    _check_target(op, target, hidden)
+    ignore_index = check_int(op, "ignore_index", ignore_index)
     chosen = choose_backend(op, backend, hidden, head, clusters)
     with outside_autocast(hidden.device):
         if chosen == "reference":
@@ -175,7 +177,7 @@ def adaptive_topk(
     hidden, head, clusters = checked_clusters(
         op, hidden, Cluster(head_proj, head_weight, head_bias), tails, cutoffs
     )
-    check_int(op, "k", k, at_least=1)
+    k = check_int(op, "k", k, at_least=1)
     if k > n_tokens_of(head, clusters):
         raise ValueError(f"{op}: k must be at most V = {n_tokens_of(head, clusters)}, got {k}")
     with torch.no_grad():
@@ -184,11 +186,10 @@ def adaptive_topk(
         return reference.topk(hidden, head, clusters, k)
 
 
-def _check_target(op: str, target: Tensor, hidden: Tensor, ignore_index: int) -> None:
+def _check_target(op: str, target: Tensor, hidden: Tensor) -> None:
     check_tensor(op, "target", target)
     check_given(op, {"target": target}, (torch.int64,), hidden.device)
     check_shape(op, "target", target, (hidden.shape[0],))
-    check_int(op, "ignore_index", ignore_index)
 
 
 def choose_backend(
@@ -198,6 +199,7 @@ def choose_backend(
     weights = [tensor for cluster in (head, *tails) for tensor in cluster]
     return choose(
         op,
+        hidden,
         backend=backend,
         device=hidden.device,
         dtype=hidden.dtype,

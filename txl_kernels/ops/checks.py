@@ -1,81 +1,152 @@
-"""Checks shared by the public ops. Each error names the op, the argument, what was due and came."""
+"""Checks shared by the public ops.
+
+Each error names the op, the argument, the expected and the actual value.
+"""
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 from collections.abc import Mapping, Sequence
+from typing import Any, SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INT64 = torch.iinfo(torch.int64)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Raises TypeError unless the tensor has one of these dtypes."""
     if tensor.dtype not in allowed:
-        due = " or ".join(str(dtype) for dtype in dict.fromkeys(allowed))
-        raise TypeError(f"{op}: {name} must be {due}, got {tensor.dtype}")
+        expected = " or ".join(str(dtype) for dtype in dict.fromkeys(allowed))
+        raise TypeError(f"{op}: {name} must be {expected}, got {tensor.dtype}")
 
 
 def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises ValueError unless the tensor is on this device."""
     if tensor.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
 
 
 def check_shape(
-    op: str, name: str, tensor: Tensor, due: Sequence[int | str], *, or_one: Sequence[int] = ()
+    op: str, name: str, tensor: Tensor, expected: Sequence[int | str], *, or_one: Sequence[int] = ()
 ) -> None:
-    """`due` holds one size per dimension; a string is a free size's name.
+    """Raises ValueError unless the tensor has the expected size in each dimension.
 
-    The dimensions in `or_one` may also be 1.
+    A string stands for any size, which it names in the message. The dimensions in `or_one` may
+    also be 1.
     """
     shape = tensor.shape
-    fits = len(shape) == len(due)
-    for axis, size in enumerate(due if fits else ()):
+    fits = len(shape) == len(expected)
+    for axis, size in enumerate(expected if fits else ()):
         if not (isinstance(size, str) or shape[axis] == size):
             fits = fits and axis in or_one and shape[axis] == 1
     if not fits:
-        words = [f"1 or {size}" if axis in or_one else str(size) for axis, size in enumerate(due)]
-        raise ValueError(f"{op}: {name} must have shape [{', '.join(words)}], got {list(shape)}")
+        sizes = [
+            f"1 or {size}" if axis in or_one else str(size) for axis, size in enumerate(expected)
+        ]
+        raise ValueError(f"{op}: {name} must have shape [{', '.join(sizes)}], got {list(shape)}")
 
 
-def check_broadcastable(op: str, name: str, tensor: Tensor, due: Sequence[int]) -> None:
+def check_broadcastable(op: str, name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    """Raises ValueError unless the tensor broadcasts to the expected shape."""
     shape = tensor.shape
-    if len(shape) <= len(due) and all(
-        size in (1, full) for size, full in zip(reversed(shape), reversed(due), strict=False)
+    if len(shape) <= len(expected) and all(
+        size in (1, full) for size, full in zip(reversed(shape), reversed(expected), strict=False)
     ):
         return
-    raise ValueError(f"{op}: {name} must broadcast to {list(due)}, got {list(shape)}")
+    raise ValueError(f"{op}: {name} must broadcast to {list(expected)}, got {list(shape)}")
 
 
-def check_int(op: str, name: str, value: object, *, at_least: int | None = None) -> None:
-    """Takes Python's integers and the symbolic ones of `torch.export`, but no bool."""
+def check_int(op: str, name: str, value: object, *, at_least: int | None = None) -> int:
+    """Returns `value` as a Python integer; a symbolic integer stays symbolic.
+
+    Every type with `__index__` is accepted, such as NumPy's integers, except bool and tensors.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below `at_least`, or outside the range of int64.
+    """
+    number: Any = value
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-    if at_least is not None and value < at_least:
+        if not _is_index(value):
+            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+        number = operator.index(value)
+    if at_least is not None and number < at_least:
+        raise ValueError(f"{op}: {name} must be at least {at_least}, got {number}")
+    if not (_may_be_symbolic(number) or _INT64.min <= number <= _INT64.max):
+        raise ValueError(f"{op}: {name} must be a 64-bit integer, got {number}")
+    checked: int = number
+    return checked
+
+
+def _is_index(value: Any) -> TypeGuard[SupportsIndex]:
+    """Whether `value` stands for an integer without being one.
+
+    Sizes are tensors while `torch.jit` traces; other tensors are refused.
+    """
+    if isinstance(value, Tensor):
+        return torch.jit.is_tracing() and value.dtype == torch.int64 and value.ndim == 0
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def check_number(op: str, name: str, value: object, *, at_least: float | None = None) -> float:
+    """Returns `value` as a Python float; a symbolic number stays symbolic.
+
+    Every `numbers.Real` is accepted, such as NumPy's numbers, except bool.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: below `at_least`, NaN, or too large for a float.
+    """
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    number: Any = value
+    if not _may_be_symbolic(value):
+        try:
+            number = float(number)
+        except OverflowError:
+            number = math.inf
+        if not -math.inf < number < math.inf:
+            raise ValueError(f"{op}: {name} must be finite, got {value}")
+    if at_least is not None and number < at_least:
         raise ValueError(f"{op}: {name} must be at least {at_least}, got {value}")
+    checked: float = number
+    return checked
+
+
+def _may_be_symbolic(number: object) -> bool:
+    """Whether `number` may be computed from a length that `torch.export` leaves open.
+
+    Comparing such a number with the limits of a type would limit the length. Strict export shows
+    symbolic numbers as plain ones.
+    """
+    if isinstance(number, (torch.SymInt, torch.SymFloat)):
+        return True
+    return torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
 
 
 def check_flag(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
-def check_number(op: str, name: str, value: object, *, at_least: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{op}: {name} must be at least {at_least}, got {value}")
-
-
 def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of these words."""
     if value not in allowed:
-        due = " or ".join(repr(word) for word in allowed)
-        raise ValueError(f"{op}: {name} must be {due}, got {value!r}")
+        expected = " or ".join(repr(word) for word in allowed)
+        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
 
 
 def check_given(
@@ -84,7 +155,10 @@ def check_given(
     dtypes: Sequence[torch.dtype],
     device: torch.device,
 ) -> None:
-    """Every tensor that is given has one of these dtypes and stands on this device."""
+    """Raises TypeError or ValueError unless all tensors have one of these dtypes and this device.
+
+    None stands for a tensor that is not given.
+    """
     for name, tensor in tensors.items():
         if tensor is not None:
             check_tensor(op, name, tensor)

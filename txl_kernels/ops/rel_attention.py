@@ -12,10 +12,10 @@ from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.ops import autocast
 from txl_kernels.ops.checks import check_tensor, needs_grad
 from txl_kernels.ops.rel_attention_checks import (
-    check_dropout,
     check_keys,
-    check_options,
     check_tensors,
+    checked_dropout,
+    checked_options,
 )
 
 
@@ -105,8 +105,8 @@ def rel_attention(
     )
     Tk = check_tensors(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos)
     check_keys(q, Tk, key_start, key_lens, mask, bias)
-    check_options(offset, clamp, causal, window, chunk, scale, softcap, dead_rows)
-    check_dropout(q, dropout_p, dropout_seed)
+    options = checked_options(q, offset, clamp, causal, window, chunk, scale, softcap, dead_rows)
+    dropout_p = checked_dropout(q, dropout_p, dropout_seed)
     uses = [name for name, tensor in (("q_pos", q_pos), ("bias", bias)) if tensor is not None]
     if dead_rows == "uniform":
         uses.append("dead_rows='uniform'")
@@ -114,6 +114,8 @@ def rel_attention(
         uses.append("dropout_p")
     chosen = choose(
         "rel_attention",
+        q,
+        n_scores=q.shape[:3].numel() * Tk,
         backend=backend,
         device=q.device,
         dtype=q.dtype,
@@ -125,7 +127,6 @@ def rel_attention(
     )
     if dropout_p > 0 and dropout_seed is None:
         dropout_seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=q.device)
-    window_left, window_right = window or (None, None)
     call: dict[str, Any] = {
         "r_w_bias": r_w_bias,
         "r_r_bias": r_r_bias,
@@ -137,16 +138,8 @@ def rel_attention(
         "mask": mask,
         "bias": bias,
         "dropout_seed": dropout_seed,
-        "offset": q.shape[2] - 1 if offset is None else offset,
-        "clamp": clamp,
-        "causal": causal,
-        "window_left": window_left,
-        "window_right": window_right,
-        "chunk": () if chunk is None else (*chunk, 0)[:3],
-        "scale": q.shape[3] ** -0.5 if scale is None else scale,
-        "softcap": softcap,
         "dropout_p": dropout_p,
-        "dead_uniform": dead_rows == "uniform",
+        **options,
     }
     with autocast.outside_autocast(q.device):
         if chosen == "reference":

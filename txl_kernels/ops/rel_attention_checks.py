@@ -1,8 +1,9 @@
-"""What `rel_attention` demands of its arguments, one clear error each."""
+"""Checks of the arguments of `rel_attention`, with one clear error each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ def check_tensors(
     """Queries, keys, values, positions and their biases. Returns Tk.
 
     Raises:
-        TypeError: not a tensor, or of another dtype than due.
-        ValueError: of another shape or on another device than due.
+        TypeError: not a tensor, or of the wrong dtype.
+        ValueError: of the wrong shape or on the wrong device.
     """
     check_dtype(OP, "q", q, FLOATING)
     for name, tensor in (("k", k), ("v", v), ("r", r)):
@@ -88,11 +89,11 @@ def check_keys(
     mask: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    """The tensors that speak about single keys.
+    """The tensors that mask or bias keys.
 
     Raises:
-        TypeError: not a tensor, or of another dtype than due.
-        ValueError: of another shape or on another device than due.
+        TypeError: not a tensor, or of the wrong dtype.
+        ValueError: of the wrong shape or on the wrong device.
     """
     lengths = {"key_start": key_start, "key_lens": key_lens}
     check_given(OP, lengths, (torch.int32, torch.int64), q.device)
@@ -108,7 +109,8 @@ def check_keys(
             check_broadcastable(OP, name, dense, (*q.shape[:3], Tk))
 
 
-def check_options(
+def checked_options(
+    q: Tensor,
     offset: int | None,
     clamp: bool,
     causal: bool,
@@ -117,38 +119,59 @@ def check_options(
     scale: float | None,
     softcap: float,
     dead_rows: str,
-) -> None:
-    """Types and ranges of the numbers.
+) -> dict[str, Any]:
+    """The options that are not tensors, by their names in the operator's schema.
 
     Raises:
-        TypeError: of another type than due.
+        TypeError: of the wrong type.
         ValueError: out of range, or clamp without offset.
     """
     check_flag(OP, "clamp", clamp)
     check_flag(OP, "causal", causal)
-    if offset is not None:
-        check_int(OP, "offset", offset)
-    elif clamp:
+    if clamp and offset is None:
         raise ValueError(f"{OP}: clamp=True needs an explicit offset, got offset=None")
-    if window is not None:
-        _check_length("window", window, (2,), "(left, right)")
-        for name, side in zip(("window's left", "window's right"), window, strict=True):
-            if side is not None:
-                check_int(OP, name, side, at_least=0)
-    if chunk is not None:
-        _check_length("chunk", chunk, (2, 3), "(size, left) or (size, left, phase)")
-        check_int(OP, "chunk's size", chunk[0], at_least=1)
-        check_int(OP, "chunk's left", chunk[1], at_least=0)
-        check_int(OP, "chunk's phase", chunk[-1])
-    if scale is not None:
-        check_number(OP, "scale", scale)
-    check_number(OP, "softcap", softcap, at_least=0)
+    window_left, window_right = _checked_window(window)
     check_choice(OP, "dead_rows", dead_rows, ("zero", "uniform"))
+    return {
+        "offset": check_int(OP, "offset", q.shape[2] - 1 if offset is None else offset),
+        "clamp": clamp,
+        "causal": causal,
+        "window_left": window_left,
+        "window_right": window_right,
+        "chunk": _checked_chunk(chunk),
+        "scale": check_number(OP, "scale", q.shape[3] ** -0.5 if scale is None else scale),
+        "softcap": check_number(OP, "softcap", softcap, at_least=0),
+        "dead_uniform": dead_rows == "uniform",
+    }
 
 
-def check_dropout(q: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> None:
-    """Raises TypeError and ValueError as the other checks do."""
-    check_number(OP, "dropout_p", dropout_p)
+def _checked_window(window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    _check_length("window", window, (2,), "(left, right)")
+    left, right = (
+        None if side is None else check_int(OP, name, side, at_least=0)
+        for name, side in zip(("window's left", "window's right"), window, strict=True)
+    )
+    return left, right
+
+
+def _checked_chunk(chunk: Sequence[int] | None) -> tuple[int, ...]:
+    """(size, left, phase), or () without chunks."""
+    if chunk is None:
+        return ()
+    _check_length("chunk", chunk, (2, 3), "(size, left) or (size, left, phase)")
+    size, left, phase = (*chunk, 0)[:3]
+    return (
+        check_int(OP, "chunk's size", size, at_least=1),
+        check_int(OP, "chunk's left", left, at_least=0),
+        check_int(OP, "chunk's phase", phase),
+    )
+
+
+def checked_dropout(q: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> float:
+    """Returns `dropout_p`. Raises TypeError and ValueError as the other checks do."""
+    dropout_p = check_number(OP, "dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{OP}: dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_seed is not None:
@@ -156,8 +179,9 @@ def check_dropout(q: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> N
         if dropout_seed.numel() != 1:
             shape = list(dropout_seed.shape)
             raise ValueError(f"{OP}: dropout_seed must have one element, got shape {shape}")
+    return dropout_p
 
 
-def _check_length(name: str, value: object, due: tuple[int, ...], form: str) -> None:
-    if not isinstance(value, (tuple, list)) or len(value) not in due:
+def _check_length(name: str, value: object, lengths: tuple[int, ...], form: str) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) not in lengths:
         raise ValueError(f"{OP}: {name} must be {form}, got {value!r}")

@@ -19,15 +19,15 @@ def rel_shift(
     Args:
         x: [..., Tq, R]; float32, bfloat16, float16 or float64; any strides.
         n_keys: columns of the result, default R.
-        offset: column of x read at j = i, default Tq - 1.
+        offset: column of x that is read where j = i, default Tq - 1; any int64.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
         [..., Tq, n_keys], x's dtype; 0 where x has no such column.
 
     Raises:
-        ValueError, TypeError: an argument of wrong shape, range or type.
-        BackendUnavailableError: the named backend is missing.
+        ValueError, TypeError: an argument has the wrong shape, range or type.
+        BackendUnavailableError: the named backend is not available.
 
     Precision: values are copied; the gradient sums nothing, each element is read at most once.
 
@@ -38,14 +38,10 @@ def rel_shift(
     if x.ndim < 2 or x.shape[-1] < 1:
         raise ValueError(f"{OP}: x must have shape [..., Tq, R] with R ≥ 1, got {list(x.shape)}")
     Tq, R = x.shape[-2:]
-    if n_keys is not None:
-        check_int(OP, "n_keys", n_keys, at_least=0)
-    if offset is not None:
-        check_int(OP, "offset", offset)
-    n_keys = R if n_keys is None else n_keys
-    offset = Tq - 1 if offset is None else offset
+    n_keys = check_int(OP, "n_keys", R if n_keys is None else n_keys, at_least=0)
+    offset = check_int(OP, "offset", Tq - 1 if offset is None else offset)
     chosen = choose(
-        OP, backend=backend, device=x.device, dtype=x.dtype, Tq=Tq, needs_grad=needs_grad(x)
+        OP, x, backend=backend, device=x.device, dtype=x.dtype, Tq=Tq, needs_grad=needs_grad(x)
     )
     if chosen == "reference":
         return reference.rel_shift(x, n_keys, offset)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.backends.reference.philox import dropout_keep
-from txl_kernels.backends.reference.rel_shift import rel_shift
+from txl_kernels.backends.reference.rel_shift import rel_shift, within_reach
 
 
 def rel_attention(
@@ -107,12 +107,12 @@ def _allowed_keys(
     if causal:
         conditions.append(j <= p)
     if window_left is not None:
-        conditions.append(j >= p - window_left)
+        conditions.append(j >= p - within_reach(window_left))
     if window_right is not None:
-        conditions.append(j <= p + window_right)
+        conditions.append(j <= p + within_reach(window_right))
     if chunk:
         size, left_chunks, phase = chunk
-        behind = (p + phase) // size - (j + phase) // size  # in chunks, true floors
+        behind = _chunk_of(p, size, phase) - _chunk_of(j, size, phase)
         conditions.append((behind >= 0) & (behind <= left_chunks))
     if key_start is not None:
         conditions.append(j >= key_start[:, None, None, None])
@@ -126,3 +126,8 @@ def _allowed_keys(
     for condition in conditions[1:]:
         allowed = allowed & condition
     return allowed
+
+
+def _chunk_of(position: Tensor, size: int, phase: int) -> Tensor:
+    """⌊(position + phase) / size⌋ - ⌊phase / size⌋, without sums that could overflow."""
+    return position // size + (position % size >= size - phase % size)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_FAR = 2**62  # farther than any two positions; sums with positions still fit an int64
+
 
 def rel_shift(x: Tensor, n_keys: int, offset: int, *, clamp: bool = False) -> Tensor:
     """out[..., i, j] = x[..., i, j - i + offset]: [..., Tq, R] -> [..., Tq, n_keys].
@@ -12,9 +14,20 @@ def rel_shift(x: Tensor, n_keys: int, offset: int, *, clamp: bool = False) -> Te
     Rows outside [0, R) read as 0, or as the nearest row with `clamp`.
     """
     Tq, R = x.shape[-2:]
+    offset = within_reach(offset)
     i = torch.arange(Tq, device=x.device)[:, None]
     j = torch.arange(n_keys, device=x.device)
     m = j - i + offset  # [Tq, n_keys]
     inside = m.clamp(0, R - 1)
     shifted = x.gather(-1, inside.expand(*x.shape[:-1], n_keys))
     return shifted if clamp else shifted.masked_fill(m != inside, 0.0)
+
+
+def within_reach(n: int) -> int:
+    """The integer closest to `n` whose sums with positions of queries and keys do not overflow.
+
+    It compares with every distance between positions as `n` does.
+    """
+    if isinstance(n, int):  # torch 2.11's compiler has no sym_min of known numbers
+        return max(-_FAR, min(n, _FAR))
+    return torch.sym_max(-_FAR, torch.sym_min(n, _FAR))

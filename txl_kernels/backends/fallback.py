@@ -1,0 +1,55 @@
+"""Warnings of calls that "auto" gives to the reference although that costs much time or memory."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from txl_kernels.backends import native
+
+_MANY_BYTES = 256 * 2**20
+_warned: set[str] = set()  # reasons
+
+
+def warn_of_fallback(op: str, reason: str, score_bytes: int, tensors: Sequence[Tensor]) -> None:
+    """Warns, once per process and reason, that the reference runs a call and why.
+
+    Calls of any size count where the kernels are not built or do not load; other calls only where
+    the reference stores more than 256 MiB of attention scores. Traced calls never count.
+
+    Args:
+        op: the public op.
+        reason: why the preferred backends do not run the call.
+        score_bytes: attention scores that the reference stores, in bytes.
+        tensors: tensors of the call.
+    """
+    if _is_traced(tensors):
+        return
+    not_built = native.unavailable_reason()
+    if not_built is not None and not_built in reason:
+        text = f"{reason}. This command builds the kernels: {native.build_command()}"
+    elif score_bytes > _MANY_BYTES:
+        text = f"it stores {score_bytes // 2**20} MiB of scores, because {reason}"
+    else:
+        return
+    kind = re.sub(r"\d+", "", reason)  # another size is not another reason
+    if kind not in _warned:
+        _warned.add(kind)
+        message = f"{op} runs on the plain PyTorch reference: {text}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _is_traced(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch records or compiles the call instead of computing it."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if any(tensor.is_meta for tensor in tensors):
+        return True
+    keys = torch._C._TorchDispatchModeKey
+    return torch._C._get_dispatch_mode(keys.PROXY) is not None or (
+        torch._guards.detect_fake_mode(tensors) is not None
+    )
