@@ -40,23 +40,27 @@ def _with_nulls(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, timeout: float = -1) -> Iterator[None]:
-    """Hold the lock file `path`, which is there only while it is held or if its holder was killed.
+def locked(path: Path, *, timeout: float = -1) -> Iterator[bool]:
+    """Hold the lock file `path`, which exists while it is held and after its holder was killed.
 
-    The lock ends with its process, however that ends, and can be taken again by the same thread.
+    The system releases the lock when its process ends, however it ends.
 
     Args:
-        path: of the lock file; its folder is made.
+        path: the lock file; its folder is created if necessary.
         timeout: seconds to wait for another holder; negative: without limit.
 
+    Yields:
+        True if the lock was acquired here, False if this thread held it already.
+
     Raises:
-        TimeoutError: another process or thread held the lock for all that time.
+        TimeoutError: another process or thread held the lock during all of these seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, is_singleton=True)
     with lock.acquire(timeout=timeout):
+        acquired = lock.lock_counter == 1
         try:
-            yield
+            yield acquired
         finally:
-            if lock.lock_counter == 1:
+            if acquired:
                 path.unlink(missing_ok=True)

@@ -140,23 +140,23 @@ def test_a_file_that_is_not_needed_may_be_damaged(run: Path) -> None:
 def test_opening_meets_a_replacement_at_any_moment(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One save happens before, between and after the steps of opening."""
-    for name in ("_found", "_read_state", "_open_tensors"):
-        save(run / "last", 1)
+    """One save happens after each of the steps of opening."""
+
+    def then_save(step: Callable[..., object]) -> Callable[..., object]:
         pending = [2]
 
-        def replaced(
-            *arguments: Path,
-            step: Callable[..., object] = getattr(checkpoint, name),
-            pending: list[int] = pending,
-        ) -> object:
+        def wrapped(*arguments: Path) -> object:
             found = step(*arguments)
             if pending:
                 save(run / "last", pending.pop())
             return found
 
+        return wrapped
+
+    for name in ("_found", "_read_state", "_open_tensors"):
+        save(run / "last", 1)
         with monkeypatch.context() as patched:
-            patched.setattr(checkpoint, name, replaced)
+            patched.setattr(checkpoint, name, then_save(getattr(checkpoint, name)))
             assert steps(run) == {2}
 
 

@@ -18,17 +18,27 @@ from transformer_xl.data.datasets import (
     find_protocol,
     nearest,
 )
-from transformer_xl.data.encoding import RECORD, VOCABULARY, encode
+from transformer_xl.data.encoding import (
+    RECORD,
+    VOCABULARY,
+    encode,
+    lock_file,
+    remove_unfinished,
+)
 from transformer_xl.data.record import Recipe, Record
 from transformer_xl.data.sentence_batches import ShuffledSentenceBatches
-from transformer_xl.data.sources import SPLITS, find_piece
+from transformer_xl.data.sources import SPLITS, Splits, find_piece
 from transformer_xl.data.token_file import TokenArray, damaged, file_sha256
 from transformer_xl.data.vocabularies import Vocabulary, WordVocabulary
+from transformer_xl.files import expanded, locked
 
 
 def open_corpus(config: DataConfig) -> Corpus:
     """The corpus that `config` names, encoded at the first call and reused while its files are the
     same.
+
+    Of several processes one encodes and the others wait, for as long as it runs. If it is killed,
+    the next one encodes instead.
 
     Raises:
         ValueError: an unknown data set or protocol (with the nearest name), an empty file, text
@@ -48,14 +58,16 @@ def open_corpus(config: DataConfig) -> Corpus:
         raise FileNotFoundError(
             f"data set {config.name}: {error}; get it: {dataset.source}"
         ) from error
-    tokenizer_file = None if config.tokenizer_file is None else Path(config.tokenizer_file)
+    tokenizer_file = None if config.tokenizer_file is None else expanded(config.tokenizer_file)
     recipe = Recipe(
         config.name, protocol_name, protocol, level, config.bpe_size, tokenizer_file, word_list
     )
     folder = _folder(config, recipe, path)
-    record = Record.load(folder / RECORD) if (folder / RECORD).exists() else None
-    if record is None or not record.describes(recipe, splits):
-        record = encode(recipe, splits, folder)
+    record = _record(folder, recipe, splits)
+    if record is None:
+        remove_unfinished(folder.parent)
+        with locked(lock_file(folder)):
+            record = _record(folder, recipe, splits) or encode(recipe, splits, folder)
     return Corpus(folder, recipe, record)
 
 
@@ -138,6 +150,15 @@ class Corpus:
         )
 
 
+def _record(folder: Path, recipe: Recipe, splits: Splits) -> Record | None:
+    """The record of a folder that holds these splits encoded by this recipe; else None."""
+    try:
+        record = Record.load(folder / RECORD)
+    except FileNotFoundError:
+        return None
+    return record if record.describes(recipe, splits) else None
+
+
 def _level(config: DataConfig, dataset: Dataset, protocol: Protocol) -> Level:
     """What a token is, after raising for a tokenizer that does not fit."""
     level = protocol.level if config.tokenizer == "dataset" else config.tokenizer
@@ -146,7 +167,7 @@ def _level(config: DataConfig, dataset: Dataset, protocol: Protocol) -> Level:
     if config.tokenizer_file is not None:
         if level != "bpe":
             raise ValueError(f"tokenizer_file: expected tokenizer 'bpe' with it, got {level!r}")
-        if not Path(config.tokenizer_file).is_file():
+        if not expanded(config.tokenizer_file).is_file():
             raise FileNotFoundError(f"tokenizer_file: there is no file {config.tokenizer_file}")
     return level
 
@@ -154,7 +175,7 @@ def _level(config: DataConfig, dataset: Dataset, protocol: Protocol) -> Level:
 def _place(config: DataConfig) -> Path:
     """Where the data set lies: the given path, else this Python's library or the set's folder."""
     if config.path is not None:
-        return Path(config.path)
+        return expanded(config.path)
     if config.name == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
     return Path("data", config.name)
@@ -162,7 +183,8 @@ def _place(config: DataConfig) -> Path:
 
 def _folder(config: DataConfig, recipe: Recipe, path: Path) -> Path:
     """The folder of the encoded files: one for each path and recipe."""
-    told = [str(path.resolve()), recipe.key(), config.tokenizer_file]
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    tokenizer_file = None if recipe.tokenizer_file is None else str(recipe.tokenizer_file)
+    key = [str(path.resolve()), recipe.key(), tokenizer_file]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     name = f"{recipe.dataset}-{recipe.protocol_name}-{recipe.level}-{digest[:12]}"
-    return Path(config.cache_dir) / name
+    return expanded(config.cache_dir) / name

@@ -3,10 +3,10 @@ stream, and write a record of what was read and written."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from transformer_xl.data.record import Recipe, Record, SourceFile
@@ -21,9 +21,11 @@ from transformer_xl.data.vocabularies import (
     WordVocabulary,
 )
 from transformer_xl.data.vocabularies.word import END_OF_LINE
+from transformer_xl.files import locked
 
 RECORD = "record.json"
 VOCABULARY = "vocabulary.json"
+UNIQUE = 32  # hexadecimal digits that end the name of an unfinished folder
 
 
 def encode(recipe: Recipe, splits: Splits, folder: Path) -> Record:
@@ -46,6 +48,26 @@ def encode(recipe: Recipe, splits: Splits, folder: Path) -> Record:
         record = Record(recipe.key(), sources, file_sha256(made / VOCABULARY), written)
         record.save(made / RECORD)
     return record
+
+
+def lock_file(folder: Path) -> Path:
+    """The lock that the process that encodes into `folder` holds."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def remove_unfinished(cache: Path) -> None:
+    """Remove the folders that killed processes left unfinished in the folder `cache`.
+
+    A process that still encodes into its folder holds the lock, and its folder stays.
+    """
+    for unfinished in cache.glob(f".*-{'[0-9a-f]' * UNIQUE}"):
+        name = unfinished.name[1 : -UNIQUE - 1]
+        with (
+            contextlib.suppress(TimeoutError),
+            locked(lock_file(cache / name), timeout=0) as acquired,
+        ):
+            if acquired:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def build_vocabulary(recipe: Recipe, splits: Splits) -> Vocabulary:
@@ -86,11 +108,12 @@ def _ids(vocabulary: Vocabulary, pieces: Sequence[Piece]) -> Iterator[TokenArray
             raise UnknownSymbolError(f"{piece}: {error}") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _written_at_once(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when the block ends without an error.
+    """An empty folder that is renamed to `folder` when the block ends without an error.
 
-    Where another process puts its own there at the same moment, that one stays: both are whole.
+    If another process renamed its own folder to `folder` meanwhile, that one stays: both are
+    complete.
     """
     made = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     made.mkdir(parents=True)
