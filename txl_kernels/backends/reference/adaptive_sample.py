@@ -44,7 +44,7 @@ def sample(
         return _draw_by_piece(hidden, head, tails, temperature, generator)
     n_tokens = head.weight.shape[0] - len(tails) + sum(tail.weight.shape[0] for tail in tails)
     drawn = []
-    for rows in hidden.split(max(1, _SORTED_LOGITS // n_tokens)):
+    for rows in torch.split(hidden, max(1, _SORTED_LOGITS // n_tokens)):
         log_probs, tokens = log_prob(rows, head, tails).sort(1, descending=True)
         column, score = draw_sorted(log_probs[:, :top_k], temperature, top_k, top_p, generator)
         drawn.append((tokens.gather(1, column[:, None])[:, 0], score))
