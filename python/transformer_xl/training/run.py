@@ -11,7 +11,13 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from transformer_xl.checkpoint import Checkpoint, CheckpointError, open_checkpoint, tidy
+from transformer_xl.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_tokenizer,
+    open_checkpoint,
+    tidy,
+)
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Corpus, open_corpus
 from transformer_xl.training.precision import uses_bf16
@@ -55,7 +61,7 @@ def train(
 
     Args:
         resume: a checkpoint to go on from, bit for bit.
-        init_from: a checkpoint whose weights alone to begin with.
+        init_from: a checkpoint whose weights and vocabulary to begin with.
 
     Raises:
         CheckpointError: a checkpoint that does not fit, or `out` holds another run or later steps.
@@ -105,13 +111,16 @@ def _prepared(
     saved = None if resume is None else open_checkpoint(resume)
     _check_folder(out, saved)
     check_run(config, accelerator.num_processes)
-    with accelerator.main_process_first():  # which encodes the corpus; the others find it encoded
-        corpus = open_corpus(config.data)
+    begun = None if init_from is None else open_checkpoint(init_from)
+    source = saved or begun
+    if source is not None:
+        check_tokenizer(source.path, source.vocabulary, config.data.tokenizer)
+    corpus = open_corpus(config.data, None if source is None else source.vocabulary)
     trainer = Trainer(fit_vocabulary(config, corpus), corpus, accelerator)
     if saved is not None:
         trainer.restore(saved)
-    elif init_from is not None:
-        _initialise(trainer, open_checkpoint(init_from))
+    elif begun is not None:
+        begun.load_model(trainer.model)
     return trainer
 
 
@@ -149,16 +158,8 @@ def _heading(trainer: Trainer) -> str:
     place = f"{accelerator.num_processes} x {trainer.device.type}"
     return (
         f"{n_parameters:,} parameters on {place}{', bf16 autocast' if bf16 else ''}; "
-        f"{len(trainer.corpus.split('train')):,} tokens of {trainer.corpus.protocol}"
+        f"{len(trainer.corpus.split('train')):,} tokens of the {trainer.corpus.source('train')}"
     )
-
-
-def _initialise(trainer: Trainer, saved: Checkpoint) -> None:
-    if saved.vocabulary.to_dict() != trainer.corpus.vocab.to_dict():
-        raise CheckpointError(
-            f"{saved.path} has another vocabulary than {trainer.config.data.name}"
-        )
-    saved.load_model(trainer.model)
 
 
 def _loop(trainer: Trainer, report: Report, stops: StopRequests) -> Finished:
