@@ -1,4 +1,4 @@
-"""The record beside the token files of a folder: the files that were read, the recipe, and the files
+"""The record beside the token files of a folder: the recipe, the files that were read and the files
 that were written. It tells whether the token files are still valid."""
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream, read_text, split_lines, whole_lines
 from transformer_xl.data.token_file import TokenArray
-from transformer_xl.data.vocabularies.base import Vocabulary
+from transformer_xl.data.vocabularies.base import UnknownSymbolError, Vocabulary
 
 # GPT-2's rule for the pieces of text that no subword crosses (letters, digits, other characters,
 # white space), with at most 256 characters to a piece: learning takes a time that is proportional
@@ -43,6 +43,11 @@ class SubwordVocabulary(Vocabulary):
         model = json.loads(tokenizer.to_str())["model"]
         symbol = model.get("unk_token")
         self.unknown_id = model.get("unk_id") if symbol is None else tokenizer.token_to_id(symbol)
+        # A BPE without `<unk>` and without all bytes leaves unknown characters out.
+        bytewise = model.get("byte_fallback") or not any(
+            tokenizer.token_to_id(byte) is None for byte in pre_tokenizers.ByteLevel.alphabet()
+        )
+        self._drops = model["type"] == "BPE" and self.unknown_id is None and not bytewise
 
     @classmethod
     def learn(cls, pieces: Iterable[Piece], vocab_size: int) -> SubwordVocabulary:
@@ -82,20 +87,33 @@ class SubwordVocabulary(Vocabulary):
 
     def lookup(self, text: str) -> tuple[TokenArray, int]:
         lines = split_lines(text)
-        encodings = self._tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+        encodings = self._encodings(lines)
         parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
-        n_unknown = 0 if self.unknown_id is None else int((ids == self.unknown_id).sum())
+        if self._drops:
+            n_unknown = sum(len(_dropped(*pair)) for pair in zip(lines, encodings, strict=True))
+        else:
+            n_unknown = int((ids == (-1 if self.unknown_id is None else self.unknown_id)).sum())
         return ids, n_unknown
 
     def unknown(self, text: str) -> list[str]:
         found: dict[str, None] = {}
-        for line in split_lines(text):
-            encoding = self._tokenizer.encode(line, add_special_tokens=False)
-            for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-                if token == self.unknown_id:
-                    found[repr(line[start:stop])] = None
+        lines = split_lines(text)
+        for line, encoding in zip(lines, self._encodings(lines, offsets=True), strict=True):
+            spans = zip(encoding.ids, encoding.offsets, strict=True)
+            unknown = [line[slice(*span)] for token, span in spans if token == self.unknown_id]
+            found |= dict.fromkeys(map(repr, _dropped(line, encoding) if self._drops else unknown))
         return list(found)
+
+    def _encodings(self, lines: list[str], offsets: bool = False) -> list[Encoding]:
+        encode = self._tokenizer.encode_batch_fast  # without offsets
+        if offsets or self._drops:
+            encode = self._tokenizer.encode_batch
+        try:
+            encodings: list[Encoding] = encode(lines, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise UnknownSymbolError(f"the tokenizer cannot encode the text: {error}") from error
+        return encodings
 
     def decode(self, ids: ArrayLike) -> str:
         tokens = self.checked(ids).tolist()
@@ -107,3 +125,11 @@ class SubwordVocabulary(Vocabulary):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SubwordVocabulary:
         return cls(Tokenizer.from_str(json.dumps(values["tokenizer"])))
+
+
+def _dropped(line: str, encoding: Encoding) -> list[str]:
+    """The characters of a line that no token covers, white space apart."""
+    covered = np.zeros(len(line), dtype=bool)
+    for start, stop in encoding.offsets:
+        covered[start:stop] = True
+    return [line[at] for at in np.flatnonzero(~covered) if not line[at].isspace()]
