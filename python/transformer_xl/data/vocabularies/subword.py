@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,34 +86,36 @@ class SubwordVocabulary(Vocabulary):
         return self._size
 
     def lookup(self, text: str) -> tuple[TokenArray, int]:
-        lines = split_lines(text)
-        encodings = self._encodings(lines)
+        encodings = self._encodings(self._tokenizer.encode_batch_fast, text)
         parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
-        if self._drops:
-            n_unknown = sum(len(_dropped(*pair)) for pair in zip(lines, encodings, strict=True))
-        else:
-            n_unknown = int((ids == (-1 if self.unknown_id is None else self.unknown_id)).sum())
-        return ids, n_unknown
+        if self.unknown_id is not None:
+            return ids, int((ids == self.unknown_id).sum())
+        return ids, sum(text.count(character) for character in self._dropped(text))
 
     def unknown(self, text: str) -> list[str]:
-        found: dict[str, None] = {}
-        lines = split_lines(text)
-        for line, encoding in zip(lines, self._encodings(lines, offsets=True), strict=True):
+        found = self._dropped(text)
+        encodings = self._encodings(self._tokenizer.encode_batch, text)  # with offsets
+        for line, encoding in zip(split_lines(text), encodings, strict=True):
             spans = zip(encoding.ids, encoding.offsets, strict=True)
-            unknown = [line[slice(*span)] for token, span in spans if token == self.unknown_id]
-            found |= dict.fromkeys(map(repr, _dropped(line, encoding) if self._drops else unknown))
-        return list(found)
+            found += [line[slice(*span)] for token, span in spans if token == self.unknown_id]
+        return [repr(symbol) for symbol in dict.fromkeys(found)]
 
-    def _encodings(self, lines: list[str], offsets: bool = False) -> list[Encoding]:
-        encode = self._tokenizer.encode_batch_fast  # without offsets
-        if offsets or self._drops:
-            encode = self._tokenizer.encode_batch
+    def _encodings(self, encode_batch: Callable[..., list[Encoding]], text: str) -> list[Encoding]:
+        """One encoding of each line."""
         try:
-            encodings: list[Encoding] = encode(lines, add_special_tokens=False)
+            return encode_batch(split_lines(text), add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise UnknownSymbolError(f"the tokenizer cannot encode the text: {error}") from error
-        return encodings
+
+    def _dropped(self, text: str) -> list[str]:
+        """The characters, each once, that the tokenizer leaves out without a word."""
+        return [
+            character
+            for character in (dict.fromkeys(text) if self._drops else ())
+            if not character.isspace()
+            and not self._tokenizer.encode(character, add_special_tokens=False).ids
+        ]
 
     def decode(self, ids: ArrayLike) -> str:
         tokens = self.checked(ids).tolist()
@@ -125,11 +127,3 @@ class SubwordVocabulary(Vocabulary):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SubwordVocabulary:
         return cls(Tokenizer.from_str(json.dumps(values["tokenizer"])))
-
-
-def _dropped(line: str, encoding: Encoding) -> list[str]:
-    """The characters of a line that no token covers, white space apart."""
-    covered = np.zeros(len(line), dtype=bool)
-    for start, stop in encoding.offsets:
-        covered[start:stop] = True
-    return [line[at] for at in np.flatnonzero(~covered) if not line[at].isspace()]
