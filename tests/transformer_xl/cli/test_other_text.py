@@ -24,7 +24,7 @@ def run(*arguments: object) -> Result:
 @pytest.fixture
 def trained(tiny_config: RunConfig, tmp_path: Path) -> Path:
     config = override(
-        tiny_config, {"data.tokenizer": "word", "train.max_step": 2, "model.vocab_size": 13}
+        tiny_config, {"data.tokenizer": "word", "train.max_step": 2, "model.vocab_size": 12}
     )
     training.train(config, tmp_path / "words")
     return tmp_path / "words"
@@ -40,7 +40,7 @@ def test_evaluate_counts_unknown_words(trained: Path, other: list[str]) -> None:
     result = run("evaluate", trained, *other)
     assert result.exit_code == 0, result.output
     shown = " ".join(result.stdout.split())
-    assert "V = 13 (a checkpoint's vocabulary), 40 unknown words read as <unk>" in shown
+    assert "V = 12 (a checkpoint's vocabulary), 40 unknown words read as <unk>" in shown
     assert "unknown" not in run("evaluate", trained).stdout
 
 
