@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from transformer_xl.config import ModelConfig, RunConfig, from_dict, to_dict
+from transformer_xl.config import ModelConfig, RunConfig, differences, from_dict, to_dict
 from transformer_xl.data import Vocabulary
-from transformer_xl.files import expanded, to_json
-from transformer_xl.tensor_names import optimizer_tensors, parameter_names, untied
+from transformer_xl.data.files import expanded, to_json
+from transformer_xl.model import TransformerXL
+from transformer_xl.nn.tensor_names import optimizer_tensors, parameter_names, untied
 
 FORMAT = "transformer-xl checkpoint"
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 VOCABULARY = "vocab.json"
+# Fields of a model that may change while its weights keep their meaning.
+ADJUSTABLE = frozenset(
+    {"mem_len", "clamp_len", "same_length", "dropout", "dropatt", "sample_softmax"}
+    | {"gradient_checkpointing"}
+)
+# Fields that determine the first weights alone.
+INITIAL = frozenset({"init", "init_range", "init_std", "proj_init_std"})
 # While a run saves a small model every few ms, about one opening in ten meets a replacement.
 OPENINGS = 10
 
@@ -87,6 +95,8 @@ class Checkpoint:
         except KeyError as error:
             raise CheckpointError(f"{self.path / MODEL} is damaged: no tensor {error}") from None
         _check_same_model(self.path, tensors, model.state_dict())
+        if isinstance(model, TransformerXL):
+            check_model(self, model.config, ADJUSTABLE | INITIAL)
         if (name := first_not_finite(tensors)) is not None:
             raise CheckpointError(
                 f"{self.path} holds a diverged model: its weight {name} is not finite; "
@@ -212,10 +222,16 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, t in tensors.items() if not bool(t.isfinite().all())), None)
 
 
-def check_model(checkpoint: Checkpoint, expected: ModelConfig) -> None:
-    """Raise CheckpointError, naming the fields, if the checkpoint is of another model."""
-    theirs, ours = to_dict(checkpoint.config.model), to_dict(expected)
-    differing = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k]]
+def check_model(
+    checkpoint: Checkpoint, expected: ModelConfig, may_differ: Collection[str] = ()
+) -> None:
+    """Raise CheckpointError, naming the fields, if the checkpoint is of another model than
+    `expected`; the fields `may_differ` are not compared."""
+    differing = [
+        f"{name} {theirs} there, {ours} here"
+        for name, (theirs, ours) in differences(checkpoint.config.model, expected).items()
+        if name not in may_differ
+    ]
     if differing:
         raise CheckpointError(f"{checkpoint.path} is of another model: {'; '.join(differing)}")
 

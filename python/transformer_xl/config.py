@@ -266,6 +266,20 @@ def override(config: RunConfig, changes: Mapping[str, object]) -> RunConfig:
     return from_dict(sections)
 
 
+def differences(first: Any, second: Any) -> dict[str, tuple[Any, Any]]:
+    """Both values of each field in which two configurations, or two sections, differ, by dotted
+    name."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(first):
+        name = field.name
+        before, after = getattr(first, name), getattr(second, name)
+        if dataclasses.is_dataclass(before):
+            found |= {f"{name}.{k}": pair for k, pair in differences(before, after).items()}
+        elif before != after:
+            found[name] = (before, after)
+    return found
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration, or one section of it, as plain dicts, lists and scalars (JSON, YAML)."""
     return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}

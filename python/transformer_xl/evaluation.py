@@ -15,9 +15,9 @@ from torch import Tensor
 
 from transformer_xl.data import OrderedBatches, ShuffledSentenceBatches
 from transformer_xl.data.token_file import TokenArray
-from transformer_xl.inference import inference
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
+from transformer_xl.nn.inference import inference
 
 Batches = OrderedBatches | ShuffledSentenceBatches
 

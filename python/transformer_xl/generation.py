@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from transformer_xl.inference import inference
 from transformer_xl.model import TransformerXL
+from transformer_xl.nn.inference import inference
 
 SEEDS = range(-(1 << 63), 1 << 64)  # as torch.Generator accepts them
 

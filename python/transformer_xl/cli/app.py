@@ -60,7 +60,7 @@ class Commands(TyperGroup):
 
 
 def _print_error(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(message, highlight=False)
+    Console(stderr=True, soft_wrap=True, emoji=False).print(message, highlight=False)
 
 
 app = typer.Typer(

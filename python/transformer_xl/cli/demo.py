@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import shutil
 import time
@@ -22,10 +21,12 @@ from transformer_xl.cli.settings import only_overrides
 from transformer_xl.config import RunConfig, load_preset, override, to_dict
 from transformer_xl.data import Corpus, open_corpus
 from transformer_xl.data.corpus import EVALUATE_FIELDS
+from transformer_xl.data.files import expanded, to_json
 from transformer_xl.evaluation import Lengths, Score
 from transformer_xl.training import Finished, Trainer, join_processes
 from transformer_xl.training.curve import plot_curves
 from transformer_xl.training.precision import autocast, cpu_flags, processor, uses_bf16
+from transformer_xl.training.processes import agreement, only_run_in
 from transformer_xl.training.report import read_log
 from transformer_xl.training.stopping import Stopped
 
@@ -48,10 +49,23 @@ def demo(
 ) -> None:
     """Train with and without memory, compare, and write: everything lands in one folder."""
     started = time.perf_counter()
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
+    out = expanded(out)
     config = only_overrides(load_preset("demo"), arguments or [])
     corpus = open_corpus(config.data)
-    console.print(corpus.summary(), highlight=False)
+    console.print(corpus.summary())
+    accelerator = join_processes()
+    with only_run_in(out, accelerator, agreement(accelerator)):
+        results = _compare(config, corpus, out, seconds, console)
+    results["seconds"] = time.perf_counter() - started
+    (out / "results.json").write_text(to_json(results, indent=1) + "\n", encoding="utf-8")
+    console.print(f"Everything is in {out}, after {results['seconds']:.0f} s.", soft_wrap=True)
+
+
+def _compare(
+    config: RunConfig, corpus: Corpus, out: Path, seconds: float, console: Console
+) -> dict[str, Any]:
+    """Train both models into `out` and evaluate them; returns the results for JSON."""
     for name in (MEMORY, NO_MEMORY):
         shutil.rmtree(out / name, ignore_errors=True)
     config = _within(config, corpus, seconds)
@@ -69,21 +83,18 @@ def demo(
     scores = _evaluations(config, corpus, with_memory, without)
     _show(console, scores, corpus.metric)
     if problem := _draw(out, config, corpus.metric):
-        console.print(problem, markup=False, highlight=False)
+        console.print(problem)
     console.rule(f"{SAMPLE_CHARACTERS} characters")
     _write_sample(out / "sample.txt", with_memory, config, console)
-    results = {
+    console.print(f"\n{_in_words(scores, finished, corpus.metric)}")
+    return {
         "corpus": {"summary": corpus.summary(), "sha256": corpus.fingerprint},
         "config": to_dict(config),
         "parameters": sum(p.numel() for p in with_memory.model.parameters()),
         "machine": _machine(config, with_memory.device),
         "training": {name: dataclasses.asdict(run) for name, run in finished.items()},
         "evaluations": {name: score.as_dict() for name, score in scores.items()},
-        "seconds": time.perf_counter() - started,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    console.print(f"\n{_in_words(scores, finished, corpus.metric)}", highlight=False)
-    console.print(f"Everything is in {out}, after {results['seconds']:.0f} s.", highlight=False)
 
 
 def _without_memory(config: RunConfig) -> RunConfig:
@@ -147,7 +158,7 @@ def _show(console: Console, scores: dict[str, Score], metric: str) -> None:
         table.add_row(name, f"{getattr(score, metric):.3f}", f"{score.tokens_per_second:,.0f}")
     console.print(table)
     for name, score in scores.items():
-        console.print(f"[dim]{name}: {score.protocol}[/]", highlight=False)
+        console.print(f"{name}: {score.protocol}", style="dim")
 
 
 def _draw(out: Path, config: RunConfig, metric: str) -> str | None:
@@ -167,7 +178,7 @@ def _write_sample(path: Path, loaded: LoadedModel, config: RunConfig, console: C
     )
     for piece in pieces:
         text += piece
-        console.out(piece, end="", highlight=False)
+        console.out(piece, end="")
     console.out()
     path.write_text(text + "\n", encoding="utf-8")
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from transformer_xl import evaluation
@@ -84,7 +85,7 @@ def evaluate(
             max_steps=protocol.max_eval_steps,
             source=corpus.source(protocol.split),
         )
-    show(Console(), score, corpus.metric)
+    show(Console(emoji=False), score, corpus.metric)
 
 
 def _refuse_options(arguments: Sequence[str], options: Sequence[str]) -> None:
@@ -108,5 +109,5 @@ def show(console: Console, score: Score, metric: str) -> None:
     table.add_row("loss", f"{score.loss:.4f} nats per token")
     table.add_row("tokens", f"{score.n_tokens:,} in {score.seconds:.1f} s")
     table.add_row("speed", f"{score.tokens_per_second:,.0f} tokens/s")
-    table.add_row("protocol", score.protocol)
+    table.add_row("protocol", escape(score.protocol))
     console.print(table)

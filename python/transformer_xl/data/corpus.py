@@ -27,12 +27,12 @@ from transformer_xl.data.encoding import (
     lock_file,
     remove_unfinished,
 )
+from transformer_xl.data.files import expanded, locked
 from transformer_xl.data.record import Recipe, Record
 from transformer_xl.data.sentence_batches import ShuffledSentenceBatches
 from transformer_xl.data.sources import SPLITS, Piece, Splits, find_piece
 from transformer_xl.data.token_file import TokenArray, damaged, file_sha256
 from transformer_xl.data.vocabularies import Vocabulary, WordVocabulary
-from transformer_xl.files import expanded, locked
 
 EVALUATE_FIELDS = ("evaluate.batch_size", "evaluate.tgt_len")
 

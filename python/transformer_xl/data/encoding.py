@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from transformer_xl.data.files import locked
 from transformer_xl.data.record import Recipe, Record, SourceFile
 from transformer_xl.data.sources import SPLITS, Piece, Splits
 from transformer_xl.data.token_file import TokenArray, TokenFile, file_sha256, token_type
@@ -20,7 +21,6 @@ from transformer_xl.data.vocabularies import (
     WordVocabulary,
 )
 from transformer_xl.data.vocabularies.word import END_OF_LINE
-from transformer_xl.files import locked
 
 RECORD = "record.json"
 VOCABULARY = "vocabulary.json"

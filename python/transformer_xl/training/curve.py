@@ -54,7 +54,8 @@ def _draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: Metric, title
             values = [in_metric(e[f"{kind}_loss"], metric) for e in points]
             axes.plot(tokens, values, color=f"C{i}", label=f"{name}, {kind}", **style)
             validated += values if kind == "valid" else []
-    if len(validated) > 1:  # the first steps, far above, would flatten the rest
+    if len(validated) > 1 and max(validated) > 0:
+        # Without limits the losses of the first steps would flatten the rest of the curves.
         axes.set_ylim(min(validated) * 0.9, max(validated) * 1.1)
     if metric == "ppl":
         axes.set_yscale("log")

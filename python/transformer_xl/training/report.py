@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from transformer_xl.data.files import to_json
 from transformer_xl.evaluation import Score
 from transformer_xl.training.curve import Metric, in_metric, plot_curves
 
@@ -99,10 +100,11 @@ class Report:
         self.say(f"step {step:,}/{self.max_step:,}  [bold]valid {self._value(score.loss)}[/]{mark}")
 
     def say(self, text: str) -> None:
-        """Print one line, if there is still a terminal or a file to print to."""
+        """Print one line of rich's markup, if there is still a terminal or a file to print to."""
         if self.shown:
-            with contextlib.suppress(OSError):  # no reason to end a run
-                self._console.print(text, highlight=False)
+            # No reason to end a run. rich raises SystemExit for a closed pipe (`| head`).
+            with contextlib.suppress(OSError, SystemExit):
+                self._console.print(text, markup=True, emoji=False, highlight=False, soft_wrap=True)
 
     def _value(self, loss: float) -> str:
         return f"{self.metric} {in_metric(loss, self.metric):.{3 if self.metric == 'bpc' else 2}f}"
@@ -112,7 +114,7 @@ class Report:
             return
         heading = {"step": step, "tokens": step * self._tokens_per_step}
         with (self.out / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(heading | entry) + "\n")
+            log.write(to_json(heading | entry) + "\n")
         for name, value in entry.items():
             if isinstance(value, float):
                 self._tensorboard.add_scalar(name, value, step)
@@ -142,7 +144,7 @@ def _cut_log(path: Path, step: int, validation_due: bool) -> None:
         if entry["step"] < step
         or (entry["step"] == step and not (validation_due and "valid_loss" in entry))
     ]
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    path.write_text("".join(to_json(entry) + "\n" for entry in kept), encoding="utf-8")
 
 
 def _bar(console: Console, *, disable: bool) -> Progress:

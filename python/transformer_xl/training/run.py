@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 
 from transformer_xl.checkpoint import (
+    ADJUSTABLE,
+    INITIAL,
+    STATE,
     Checkpoint,
     CheckpointError,
+    check_model,
     check_tokenizer,
     open_checkpoint,
     tidy,
 )
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Corpus, open_corpus
+from transformer_xl.data.files import expanded
+from transformer_xl.training import changes
 from transformer_xl.training.precision import uses_bf16
+from transformer_xl.training.processes import agreement, only_run_in
 from transformer_xl.training.report import Report
 from transformer_xl.training.stopping import Stopped, StopRequests
 from transformer_xl.training.trainer import Trainer, check_run, join_processes
@@ -70,10 +76,14 @@ def train(
         ValueError, FileNotFoundError: an error in the configuration or the data.
         Stopped: a signal arrived before the first step.
     """
+    out = expanded(out)
     accelerator = join_processes()
-    with StopRequests(functools.partial(_agreed, accelerator)) as stops:
+    any_process = agreement(accelerator)
+    with StopRequests(any_process) as stops, only_run_in(out, accelerator, any_process):
         with stops.at_once():
-            trainer = _prepared(config, out, accelerator, resume=resume, init_from=init_from)
+            trainer, changed = _prepared(
+                config, out, accelerator, resume=resume, init_from=init_from
+            )
             report = Report(
                 out,
                 metric=trainer.corpus.metric,
@@ -85,7 +95,8 @@ def train(
                 shown=accelerator.is_main_process,
             )
         with report:
-            report.say(_heading(trainer))
+            for line in (_heading(trainer), *changed):
+                report.say(escape(line))
             if trainer.step >= config.train.max_step:
                 report.say(
                     f"step {trainer.step:,} is the last already: raise train.max_step to go on"
@@ -102,8 +113,13 @@ def _prepared(
     *,
     resume: Path | None,
     init_from: Path | None,
-) -> Trainer:
-    """Everything that can be checked, checked, and the trainer before its first step."""
+) -> tuple[Trainer, list[str]]:
+    """Check everything that can be checked before the first step.
+
+    Returns:
+        The trainer before its first step, and lines that tell how it differs from the checkpoint
+        that it begins with.
+    """
     if accelerator.is_main_process:
         tidy(out / LAST)
         tidy(out / BEST)
@@ -116,12 +132,19 @@ def _prepared(
     if source is not None:
         check_tokenizer(source.path, source.vocabulary, config.data.tokenizer)
     corpus = open_corpus(config.data, None if source is None else source.vocabulary)
-    trainer = Trainer(fit_vocabulary(config, corpus), corpus, accelerator)
+    config = fit_vocabulary(config, corpus)
+    if begun is not None:
+        check_model(begun, config.model, ADJUSTABLE | INITIAL)
+    trainer = Trainer(config, corpus, accelerator)
     if saved is not None:
         trainer.restore(saved)
-    elif begun is not None:
+        if accelerator.is_main_process:
+            _copy_best(saved, out)
+        return trainer, changes.since(saved, config, trainer.schedule)
+    if begun is not None:
         begun.load_model(trainer.model)
-    return trainer
+        return trainer, changes.from_weights(begun, config)
+    return trainer, []
 
 
 def fit_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
@@ -136,7 +159,9 @@ def _check_folder(out: Path, saved: Checkpoint | None) -> None:
     A run continues the checkpoint that it resumes, and earlier ones in the same folder.
     """
     held = {
-        name: open_checkpoint(out / name).step for name in (LAST, BEST) if (out / name).exists()
+        name: open_checkpoint(out / name).step
+        for name in (LAST, BEST)
+        if (out / name).is_file() or any((out / name).glob("*"))  # an empty folder is free
     }
     if saved is not None and saved.run.resolve() == out.resolve():
         resumes_last = saved.path.name == LAST
@@ -148,6 +173,17 @@ def _check_folder(out: Path, saved: Checkpoint | None) -> None:
             f"{out} holds a run already ({steps}){resumed}; resume {out}, or choose another folder "
             "with --out"
         )
+
+
+def _copy_best(saved: Checkpoint, out: Path) -> None:
+    """Copy the best checkpoint of the resumed run into another folder, where the run may never
+    improve on it."""
+    best = saved.run / BEST
+    if saved.run.resolve() == out.resolve() or not (best / STATE).exists():
+        return
+    found = open_checkpoint(best)
+    if found.state["best_loss"] == saved.state["best_loss"]:  # else it is another run's
+        found.copy(out / BEST)
 
 
 def _heading(trainer: Trainer) -> str:
@@ -181,15 +217,15 @@ def _loop(trainer: Trainer, report: Report, stops: StopRequests) -> Finished:
             speed = (step - logged_step) * trainer.tokens_per_step / (seconds - logged_seconds)
             logged_step, logged_seconds = step, seconds
             report.trained(step, loss, trainer.learning_rate, speed)
-        if log or trainer.accelerator.num_processes == 1:
-            stop = stops.poll()
+        stop = stops.poll()
         if trainer.validation_due or stop or step % config.checkpoint_interval == 0:
             trainer.save(report.out / LAST)
         if trainer.validation_due and not stop:
             stop = _stopped_validation(trainer, report, stops)
     stopped = stop and (trainer.validation_due or trainer.step < config.max_step)
     if stopped:
-        report.say(f"stopped after step {trainer.step:,}; [bold]--resume {report.out}[/] goes on")
+        resume = f"[bold]--resume {escape(str(report.out))}[/]"
+        report.say(f"stopped after step {trainer.step:,}; {resume} goes on")
     trained = (trainer.step - first_step) * trainer.tokens_per_step
     speed = trained / max(seconds, 1e-9)
     return Finished(trainer.step, seconds, speed, trainer.best_loss, stopped)
@@ -210,11 +246,3 @@ def _stopped_validation(trainer: Trainer, report: Report, stops: StopRequests) -
     if trainer.step == trainer.config.train.max_step:
         trainer.save(report.out / LAST)  # the validation is no longer due
     return False
-
-
-def _agreed(accelerator: Accelerator, stop: bool) -> bool:
-    """Whether any process was requested to stop: all must take the same steps."""
-    if accelerator.num_processes == 1:
-        return stop
-    flag = torch.tensor(float(stop), device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum").item() > 0)

@@ -19,10 +19,10 @@ from transformer_xl.config import RunConfig
 from transformer_xl.data import Batch, Corpus
 from transformer_xl.data.corpus import EVALUATE_FIELDS
 from transformer_xl.evaluation import Batches, Lengths, Score
-from transformer_xl.inference import inference
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
-from transformer_xl.tensor_names import optimizer_tensors
+from transformer_xl.nn.inference import inference
+from transformer_xl.nn.tensor_names import optimizer_tensors
 from transformer_xl.training.precision import autocast
 from transformer_xl.training.schedule import Schedule
 
@@ -327,7 +327,7 @@ def join_processes() -> Accelerator:
     Precision, gradient accumulation and compilation follow the run's configuration. Therefore
     accelerate's environment variables and its default configuration file do not change them.
     """
-    with patch_environment(**{f"ACCELERATE_USE_{name}": "false" for name in OTHER_ENGINES}):
+    with patch_environment(**OTHER_ENGINES):
         return Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision="no",

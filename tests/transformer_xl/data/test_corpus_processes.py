@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from transformer_xl.data import Corpus, corpus, encoding
-from transformer_xl.files import locked
+from transformer_xl.data.files import locked
 
 Opened = Callable[..., Corpus]
 

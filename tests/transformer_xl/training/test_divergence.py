@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable], None]]:
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable], None]:
     """Call a function with the trainer right after a step of any run."""
 
     def install(step: int, function: Callable[[Trainer], object]) -> None:
@@ -45,7 +45,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable
 
         monkeypatch.setattr(Trainer, "advance", advanced)
 
-    yield install
+    return install
 
 
 def spoil_weight(of: Trainer, value: float = math.nan) -> None:
@@ -164,7 +164,7 @@ def test_weights_that_are_not_finite_are_not_loaded(
     monkeypatch.setattr(Trainer, "_check_finite", lambda self: None)
     diverged.save(tmp_path / "last")
     saved = open_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a diverged model: its weight .* not finite"):
+    with pytest.raises(CheckpointError, match="holds a diverged model: its weight"):
         saved.load_model(TransformerXL(saved.config.model))
     with pytest.raises(CheckpointError, match="diverged"):
         train(tiny_config, tmp_path, resume=tmp_path)

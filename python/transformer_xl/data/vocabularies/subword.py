@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from transformer_xl.data.interruptible import interruptible
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream, read_text, split_lines, whole_lines
 from transformer_xl.data.token_file import TokenArray
@@ -70,7 +71,9 @@ class SubwordVocabulary(Vocabulary):
             vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
         )
         texts = (text for piece in pieces for text in whole_lines(decode_stream(piece)))
-        tokenizer.train_from_iterator(map(split_lines, texts), trainer)
+        interruptible(
+            lambda lines: tokenizer.train_from_iterator(lines, trainer), map(split_lines, texts)
+        )
         return cls(tokenizer)
 
     @classmethod

@@ -12,8 +12,8 @@ from transformer_xl.config import RunConfig
 from transformer_xl.data import OrderedBatches
 from transformer_xl.evaluation import Lengths, evaluate, score
 from transformer_xl.generation import generate
-from transformer_xl.inference import inference
 from transformer_xl.model import TransformerXL
+from transformer_xl.nn.inference import inference
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 131).astype(np.uint8)
 PROMPT = torch.tensor([[1, 2, 3]])
