@@ -7,6 +7,7 @@ every token is counted in the head and in a tail of mean cost.
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -100,7 +101,9 @@ def _pairs(q: Shape, k: Shape, mem_k: Shape | None) -> int:
     return 2 * q[0] * q[1] * q[2] * Tk
 
 
-def _adaptive_nll_fwd(hidden: Shape, target: Shape, clusters: Sequence[Shape], *_: Any, **__: Any) -> int:
+def _adaptive_nll_fwd(
+    hidden: Shape, target: Shape, clusters: Sequence[Shape], *_: Any, **__: Any
+) -> int:
     return _softmax(hidden, clusters, [False] * (1 + len(clusters)))
 
 
@@ -170,7 +173,7 @@ def _adaptive_embedding_bwd(
 def _projections(tokens: Shape, projections: Sequence[Shape], products: Sequence[int]) -> int:
     """Products of every token with the projection of a cluster of mean cost."""
     total = sum(_size(x) * n for x, n in zip(projections, products, strict=True) if x[0] > 0)
-    return 2 * torch.Size(tokens).numel() * total // len(projections)
+    return 2 * math.prod(tokens) * total // len(projections)
 
 
 def _size(matrix: Shape) -> int:

@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: skipping a backend with `resolve`'s own sentence."""
+"""Fixtures of the tests of the kernels: skips with `resolve`'s sentence, and exact arithmetic."""
 
 from __future__ import annotations
 
@@ -21,3 +21,26 @@ def require_backend():
             pytest.skip(reason)
 
     return require
+
+
+@pytest.fixture
+def exact_mask():
+    """The keys that queries attend to by window and chunk, in Python's exact integers."""
+
+    def allowed(i, j, Tq, Tk, causal, window, chunk):
+        p = i + Tk - Tq
+        left, right = window
+        seen = not causal or j <= p
+        seen = seen and (left is None or j >= p - left) and (right is None or j <= p + right)
+        if chunk:
+            size, n_left, phase = (*chunk, 0)[:3]
+            seen = seen and 0 <= (p + phase) // size - (j + phase) // size <= n_left
+        return seen
+
+    def mask(Tq, Tk, *, causal=False, window=(None, None), chunk=()):
+        rows = [
+            [allowed(i, j, Tq, Tk, causal, window, chunk) for j in range(Tk)] for i in range(Tq)
+        ]
+        return torch.tensor(rows)
+
+    return mask

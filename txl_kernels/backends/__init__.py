@@ -133,9 +133,7 @@ def resolve(
     return Resolution("reference", "; ".join(reasons) or no_kernels)
 
 
-def choose(
-    op: str, *tensors: Tensor, dtype: torch.dtype, n_scores: int = 0, **call: Any
-) -> str:
+def choose(op: str, *tensors: Tensor, dtype: torch.dtype, n_scores: int = 0, **call: Any) -> str:
     """The backend that `resolve` returns for a call of a public op; warns of a costly fallback.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the adaptive ops demand of their arguments, one clear error each."""
+"""Checks of the arguments of the adaptive ops, with one clear error each."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def checked_clusters(
     """`hidden`, the head and the tails, under autocast in its dtype.
 
     Raises:
-        TypeError: not a tensor, or of another dtype than due.
-        ValueError: shapes, devices, cutoffs and tails that do not fit each other.
+        TypeError: not a tensor, or of the wrong dtype.
+        ValueError: shapes, devices, cutoffs and tails that do not match.
     """
     check_tensor(op, "hidden", hidden)
     lower = autocast_dtype(hidden.device)
@@ -71,25 +71,24 @@ def _check_cluster(op: str, names: Sequence[str], hidden: Tensor, cluster: Clust
 
 
 def check_cutoffs(op: str, cutoffs: Sequence[int], sizes: Sequence[int]) -> None:
-    """`sizes` are the tokens of the first cluster and of each further one.
+    """Compares the cutoffs with `sizes`, the number of tokens in each cluster.
 
     Raises:
         TypeError, ValueError: cutoffs are not the first tokens of all clusters but the first.
     """
     if not isinstance(cutoffs, (tuple, list)):
         raise TypeError(f"{op}: cutoffs must be a sequence of integers, got {cutoffs!r}")
-    for cutoff in cutoffs:
-        check_int(op, "every cutoff", cutoff)
-    due, first = [], 0
+    given = [check_int(op, "every cutoff", cutoff) for cutoff in cutoffs]
+    expected, first = [], 0
     for size in sizes:
         if size < 1:
             raise ValueError(f"{op}: every cluster must hold a token, got sizes {list(sizes)}")
         first += size
-        due.append(first)
-    if list(cutoffs) != due[:-1]:
+        expected.append(first)
+    if given != expected[:-1]:
         raise ValueError(
-            f"{op}: cutoffs must be {due[:-1]}, the first token of each tail by the shapes of the "
-            f"weights, got {list(cutoffs)}"
+            f"{op}: cutoffs must be {expected[:-1]}, the first token of each tail according to the "
+            f"shapes of the weights, got {given}"
         )
 
 
@@ -98,11 +97,11 @@ def check_tokens(
 ) -> None:
     """Every token is in [0, n_tokens) or `ignore_index`.
 
-    Eager on the CPU that is an IndexError; elsewhere, and under `torch.compile`, an assertion on
-    the device, which costs no synchronisation.
+    In eager mode on the CPU a wrong token raises; on other devices and under `torch.compile` an
+    assertion runs on the device, without synchronisation.
 
     Raises:
-        IndexError: with the first token out of range.
+        IndexError: names the first token out of range.
     """
     wrong = (tokens < 0) | (tokens >= n_tokens)
     if ignore_index is not None:

@@ -9,7 +9,7 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsIndex, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def check_broadcastable(op: str, name: str, tensor: Tensor, expected: Sequence[i
 
 
 def check_int(op: str, name: str, value: object, *, at_least: int | None = None) -> int:
-    """Returns `value` as a Python integer; a symbolic integer stays symbolic.
+    """Returns `value` as a Python integer; a traced or symbolic one stays as it is.
 
     Every type with `__index__` is accepted, such as NumPy's integers, except bool and tensors.
 
@@ -78,30 +78,21 @@ def check_int(op: str, name: str, value: object, *, at_least: int | None = None)
         ValueError: below `at_least`, or outside the range of int64.
     """
     number: Any = value
+    if _is_traced_size(value):
+        return number  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        if not _is_index(value):
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
             raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
         number = operator.index(value)
     if at_least is not None and number < at_least:
         raise ValueError(f"{op}: {name} must be at least {at_least}, got {number}")
     if not (_may_be_symbolic(number) or _INT64.min <= number <= _INT64.max):
         raise ValueError(f"{op}: {name} must be a 64-bit integer, got {number}")
-    checked: int = number
-    return checked
-
-
-def _is_index(value: Any) -> TypeGuard[SupportsIndex]:
-    """Whether `value` stands for an integer without being one.
-
-    Sizes are tensors while `torch.jit` traces; other tensors are refused.
-    """
-    if isinstance(value, Tensor):
-        return torch.jit.is_tracing() and value.dtype == torch.int64 and value.ndim == 0
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    return number  # type: ignore[no-any-return]
 
 
 def check_number(op: str, name: str, value: object, *, at_least: float | None = None) -> float:
-    """Returns `value` as a Python float; a symbolic number stays symbolic.
+    """Returns `value` as a Python float; a traced or symbolic number stays as it is.
 
     Every `numbers.Real` is accepted, such as NumPy's numbers, except bool.
 
@@ -109,9 +100,11 @@ def check_number(op: str, name: str, value: object, *, at_least: float | None = 
         TypeError: not a number.
         ValueError: below `at_least`, NaN, or too large for a float.
     """
+    number: Any = value
+    if _is_traced_size(value):
+        return number  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    number: Any = value
     if not _may_be_symbolic(value):
         try:
             number = float(number)
@@ -121,8 +114,12 @@ def check_number(op: str, name: str, value: object, *, at_least: float | None = 
             raise ValueError(f"{op}: {name} must be finite, got {value}")
     if at_least is not None and number < at_least:
         raise ValueError(f"{op}: {name} must be at least {at_least}, got {value}")
-    checked: float = number
-    return checked
+    return number  # type: ignore[no-any-return]
+
+
+def _is_traced_size(value: object) -> bool:
+    """Whether `value` is computed from a size while `torch.jit` traces: it is a tensor then."""
+    return torch.jit.is_tracing() and isinstance(value, Tensor) and value.ndim == 0
 
 
 def _may_be_symbolic(number: object) -> bool:

@@ -115,7 +115,7 @@ def rel_attention(
     chosen = choose(
         "rel_attention",
         q,
-        n_scores=q.shape[:3].numel() * Tk,
+        n_scores=q.shape[0] * q.shape[1] * q.shape[2] * Tk,
         backend=backend,
         device=q.device,
         dtype=q.dtype,

@@ -14,6 +14,7 @@ from torch.nn.modules.adaptive import _ASMoutput
 
 from transformer_xl.nn.adaptive_softmax import Options, Reduction, Tail
 from txl_kernels import adaptive_log_prob, adaptive_loss, adaptive_nll, adaptive_topk
+from txl_kernels.ops.checks import check_int
 
 
 class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
@@ -50,7 +51,8 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
         super().__init__(in_features, n_classes, cutoffs, div_value, head_bias, device, dtype)
-        self.ignore_index, self.reduction, self.backend = ignore_index, reduction, backend
+        self.ignore_index = check_int(type(self).__name__, "ignore_index", ignore_index)
+        self.reduction, self.backend = reduction, backend
 
     @classmethod
     def from_module(

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from transformer_xl.nn.embedding import has_projection
+from transformer_xl.nn.embedding import checked_cutoffs, checked_sizes, has_projection
 from transformer_xl.nn.sampled_softmax import LogUniformSampler, sampled_nll
 from txl_kernels import (
     adaptive_log_prob,
@@ -19,6 +19,7 @@ from txl_kernels import (
     adaptive_sample,
     adaptive_topk,
 )
+from txl_kernels.ops.checks import check_int
 
 Reduction = Literal["mean", "sum", "none"]
 IGNORED = -100  # the target that is not scored
@@ -65,6 +66,12 @@ class AdaptiveSoftmax(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        op = type(self).__name__
+        vocab_size, d_embed, d_proj, div_val = checked_sizes(
+            op, vocab_size=vocab_size, d_embed=d_embed, d_proj=d_proj, div_val=div_val
+        )
+        cutoffs = checked_cutoffs(op, cutoffs)
+        n_sample = check_int(op, "n_sample", n_sample)
         if n_sample < 0 or (n_sample > 0 and cutoffs):
             raise ValueError(
                 f"n_sample: expected 0 or, without cutoffs, more, got {n_sample} "

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from transformer_xl.nn.position import RelativePositions, SinusoidalPositions, Window
 from txl_kernels import rel_attention
+from txl_kernels.ops.checks import check_int, check_number
 
 
 class KeyValueCache(NamedTuple):
@@ -65,11 +66,13 @@ class RelativeMultiHeadAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        op = type(self).__name__
+        n_head, d_head = check_int(op, "n_head", n_head), check_int(op, "d_head", d_head)
         for name, size in (("n_head", n_head), ("d_head", d_head)):
             if size <= 0:
                 raise ValueError(f"{name}: expected a positive integer, got {size}")
         self.n_head, self.d_head = n_head, d_head
-        self.dropatt = dropatt
+        self.dropatt = check_number(op, "dropatt", dropatt, at_least=0)
         self.backend = backend
         self.pos_emb = SinusoidalPositions(
             d_model, causal=causal, window=window, clamp_len=clamp_len
@@ -141,6 +144,7 @@ class RelativeMultiHeadAttention(nn.Module):
         Raises:
             ValueError: `x` of another shape, a negative `cache_len`.
         """
+        cache_len = check_int(f"{type(self).__name__}.stream", "cache_len", cache_len)
         if cache_len < 0:
             raise ValueError(f"cache_len: expected 0 or more tokens, got {cache_len}")
         self._check("x", x, batch=None if cache is None else cache.k.shape[0])

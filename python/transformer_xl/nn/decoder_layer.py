@@ -8,6 +8,7 @@ from transformer_xl.nn.attention import RelativeMultiHeadAttention
 from transformer_xl.nn.dropout import Dropout
 from transformer_xl.nn.feed_forward import PositionwiseFeedForward
 from transformer_xl.nn.position import RelativePositions
+from txl_kernels.ops.checks import check_int, check_number
 
 
 class DecoderLayer(nn.Module):
@@ -41,6 +42,9 @@ class DecoderLayer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        op = type(self).__name__
+        d_model = check_int(op, "d_model", d_model, at_least=1)
+        layer_norm_epsilon = check_number(op, "layer_norm_epsilon", layer_norm_epsilon, at_least=0)
         self.pre_lnorm = pre_lnorm
         self.dec_attn = RelativeMultiHeadAttention(
             d_model, n_head, d_head, dropatt=dropatt, untie_r=untie_r, backend=backend

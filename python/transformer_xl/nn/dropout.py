@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from txl_kernels.ops.checks import check_number
+
 
 class Dropout(nn.Dropout):
     """`nn.Dropout` that draws four elements' bits at once on a CPU.
@@ -14,6 +16,9 @@ class Dropout(nn.Dropout):
     of this model; four 16-bit fields of one 64-bit number take a quarter of the time. The
     probability is rounded to a multiple of 2^-16, and what is kept is divided by the share kept.
     """
+
+    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
+        super().__init__(check_number(type(self).__name__, "p", p), inplace)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape and floating dtype, to the same."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
 
 from txl_kernels import adaptive_embedding
+from txl_kernels.ops.checks import check_int
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -41,6 +44,11 @@ class AdaptiveEmbedding(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        op = type(self).__name__
+        vocab_size, d_embed, d_proj, div_val = checked_sizes(
+            op, vocab_size=vocab_size, d_embed=d_embed, d_proj=d_proj, div_val=div_val
+        )
+        cutoffs = checked_cutoffs(op, cutoffs)
         self.cutoffs = cutoffs if div_val > 1 else ()
         self.scale = d_proj**0.5
         self.sparse = sparse
@@ -68,6 +76,16 @@ class AdaptiveEmbedding(nn.Module):
             sparse=self.sparse,
             backend=self.backend,
         )
+
+
+def checked_sizes(op: str, **sizes: int) -> Iterator[int]:
+    """The sizes as Python integers of at least 1; TypeError and ValueError name a wrong one."""
+    return (check_int(op, name, size, at_least=1) for name, size in sizes.items())
+
+
+def checked_cutoffs(op: str, cutoffs: Iterable[int]) -> tuple[int, ...]:
+    """The cutoffs as Python integers; TypeError and ValueError where one is none."""
+    return tuple(check_int(op, "every cutoff", cutoff) for cutoff in cutoffs)
 
 
 def has_projection(width: int, d_proj: int, div_val: int, proj_same_dim: bool) -> bool:

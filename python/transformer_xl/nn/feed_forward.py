@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from transformer_xl.nn.dropout import Dropout
+from txl_kernels.ops.checks import check_int
 
 
 class PositionwiseFeedForward(nn.Module):
@@ -19,6 +20,9 @@ class PositionwiseFeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_inner: int, dropout: float = 0.0) -> None:
         super().__init__()
+        op = type(self).__name__
+        d_model = check_int(op, "d_model", d_model, at_least=1)
+        d_inner = check_int(op, "d_inner", d_inner, at_least=1)
         self.CoreNet = nn.Sequential(
             nn.Linear(d_model, d_inner),
             nn.ReLU(inplace=True),

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from txl_kernels.ops.checks import check_int
+
 Window = tuple[int | None, int | None]
 
 
@@ -51,12 +53,14 @@ class SinusoidalPositions(nn.Module):
         clamp_len: int = -1,
     ) -> None:
         super().__init__()
+        op = type(self).__name__
+        d_model = check_int(op, "d_model", d_model)
         if d_model <= 0 or d_model % 2:
             raise ValueError(f"d_model: expected a positive even number, got {d_model}")
         self.d_model = d_model
         self.causal = causal
         self.window = window
-        self.clamp_len = clamp_len
+        self.clamp_len = check_int(op, "clamp_len", clamp_len)
 
     def forward(
         self, n_queries: int, n_keys: int, *, dtype: torch.dtype, device: torch.device

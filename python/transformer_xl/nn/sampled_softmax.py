@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from txl_kernels.ops.checks import check_int
+
 
 class LogUniformSampler:
     """Tokens sorted by falling frequency, drawn with P(k) = log((k + 2) / (k + 1)) / log(V + 1).
@@ -18,6 +20,7 @@ class LogUniformSampler:
     """
 
     def __init__(self, vocab_size: int) -> None:
+        vocab_size = check_int("LogUniformSampler", "vocab_size", vocab_size)
         if vocab_size < 1:
             raise ValueError(f"vocab_size: expected at least 1, got {vocab_size}")
         self.vocab_size = vocab_size
@@ -86,6 +89,9 @@ class SampledSoftmax(nn.Module):
 
     def __init__(self, vocab_size: int, d: int, n_sample: int) -> None:
         super().__init__()
+        op = type(self).__name__
+        vocab_size, d = check_int(op, "vocab_size", vocab_size), check_int(op, "d", d, at_least=1)
+        n_sample = check_int(op, "n_sample", n_sample)
         if n_sample < 1:
             raise ValueError(f"n_sample: expected at least 1, got {n_sample}")
         self.sampler, self.n_sample = LogUniformSampler(vocab_size), n_sample

@@ -26,8 +26,7 @@ def rel_shift(x: Tensor, n_keys: int, offset: int, *, clamp: bool = False) -> Te
 def within_reach(n: int) -> int:
     """The integer closest to `n` whose sums with positions of queries and keys do not overflow.
 
-    It compares with every distance between positions as `n` does.
+    Distances between positions compare with it as with `n`. Symbolic integers of `torch.export`
+    and tensors that `torch.jit` traces come from lengths: no sum with them overflows.
     """
-    if isinstance(n, int):  # torch 2.11's compiler has no sym_min of known numbers
-        return max(-_FAR, min(n, _FAR))
-    return torch.sym_max(-_FAR, torch.sym_min(n, _FAR))
+    return n if isinstance(n, (torch.SymInt, Tensor)) else max(-_FAR, min(n, _FAR))
