@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from transformer_xl.data.sources import Piece
 
-MAX_LINE = 1 << 22  # characters after which a line may be cut at a space
+MAX_LINE = 1 << 22  # characters after which a line may be cut
 HEAD_BYTES = 16  # enough to recognise a kind of file
 KINDS = {
     rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32",
@@ -63,14 +63,17 @@ def read_text(piece: Piece) -> str:
 
 
 def whole_lines(texts: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that end with a line; one above MAX_LINE may be cut after a space."""
+    """The same text in pieces that end with a line.
+
+    A line above MAX_LINE may be cut, after its last space so far if it has one.
+    """
     pending = ""
     for text in texts:
         pending += text
         # A "\r" at the end of what was read so far may be the first half of "\r\n".
         cut = max(pending.rfind("\n"), pending.rfind("\r", 0, -1)) + 1
         if cut == 0 and len(pending) > MAX_LINE:
-            cut = pending.rfind(" ") + 1
+            cut = pending.rfind(" ") + 1 or len(pending) - pending.endswith("\r")
         if cut:
             yield pending[:cut]
             pending = pending[cut:]

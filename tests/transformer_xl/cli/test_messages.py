@@ -101,5 +101,5 @@ def test_too_few_sentences_are_named_by_split_and_field(tmp_path: Path) -> None:
     (tmp_path / "1b_word_vocab.txt").write_text("<S>\n<UNK>\na\nb\n")
     config = DataConfig(name="lm1b", path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     corpus = open_corpus(config)
-    with pytest.raises(ValueError, match=r"train split of lm1b: tokens: 99 sentences.*lower a or b"):
+    with pytest.raises(ValueError, match=r"train split of lm1b: .*99 sentences.*lower a or b"):
         corpus.batches("train", 99, 16, seed=1, fields=("a", "b"))

@@ -94,14 +94,15 @@ class Vocabulary(ABC):
             raise UnknownSymbolError(f"{piece}: {error}")
 
     def _refusal(self, lines: Iterable[str], n_unknown: int) -> UnknownSymbolError:
-        number, first = next(
-            (number, found[0])
-            for number, line in enumerate(lines, 1)
-            if (found := self.unknown(line))
-        )
+        """The error for `n_unknown` unknown symbols in these lines."""
+        noun, number = self.symbol, 1
+        for line in lines:
+            if found := self.unknown(line):
+                break
+            number += line.endswith(("\n", "\r"))  # a very long line comes in parts
         return UnknownSymbolError(
-            f"{self.symbol} {first} is not in the vocabulary of {len(self)} {self.symbol}s, which "
-            f"has no <unk> (line {number:,}; {n_unknown:,} unknown {self.symbol}s in all)"
+            f"{noun} {found[0]} is not in the vocabulary of {len(self)} {noun}s, which has no <unk> "
+            f"(line {number:,}; {n_unknown:,} unknown {noun}s in all)"
         )
 
     def _texts(self, piece: Piece) -> Iterator[str]:
