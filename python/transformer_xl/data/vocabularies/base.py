@@ -101,8 +101,8 @@ class Vocabulary(ABC):
                 break
             number += line.endswith(("\n", "\r"))  # a very long line comes in parts
         return UnknownSymbolError(
-            f"{noun} {found[0]} is not in the vocabulary of {len(self)} {noun}s, which has no <unk> "
-            f"(line {number:,}; {n_unknown:,} unknown {noun}s in all)"
+            f"{noun} {found[0]} is not in the vocabulary of {len(self)} {noun}s, which has no "
+            f"<unk> (line {number:,}; {n_unknown:,} unknown {noun}s in all)"
         )
 
     def _texts(self, piece: Piece) -> Iterator[str]:
