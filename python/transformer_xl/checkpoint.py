@@ -237,6 +237,16 @@ def check_model(
         raise CheckpointError(f"{checkpoint.path} is of another model: {'; '.join(differing)}")
 
 
+def check_tokenizer(path: Path, vocabulary: Vocabulary, tokenizer: str) -> None:
+    """Raise CheckpointError if `data.tokenizer` requests another kind of token than the vocabulary
+    of the checkpoint at `path`, which reads every text."""
+    if tokenizer not in ("dataset", vocabulary.kind):
+        raise CheckpointError(
+            f"{path} has another vocabulary: data.tokenizer: expected 'dataset' or "
+            f"{vocabulary.kind!r}, got {tokenizer!r}"
+        )
+
+
 def tidy(directory: Path) -> None:
     """Remove the unfinished files of a killed `save`, and rename the previous checkpoint back to
     `directory` if it was moved away."""

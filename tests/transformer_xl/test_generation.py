@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -111,6 +112,10 @@ def test_first_tokens_follow_the_models_probabilities(model: TransformerXL) -> N
     [
         ({"n_tokens": -1}, "n_tokens: expected 0 or more, got -1"),
         ({"temperature": -0.1}, "temperature: expected 0 or more, got -0.1"),
+        ({"temperature": math.nan}, "temperature: expected a finite number, got nan"),
+        ({"temperature": math.inf}, "temperature: expected a finite number, got inf"),
+        ({"top_p": math.nan}, r"top_p: expected None or a probability in \(0, 1\], got nan"),
+        ({"seed": 1 << 64}, "seed: expected an integer in"),
         ({"top_k": 0}, "top_k: expected None or at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p: expected None or a probability in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, "top_p: expected"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+from importlib import metadata
 from typing import Any
 
 import typer
@@ -27,8 +29,18 @@ class Commands(TyperGroup):
     """Commands that end with one sentence and an exit status where they cannot go on.
 
     The status is 1 for a run that diverged, 2 for other expected errors, and 128 + N, as in a
-    shell, for a command that signal N stopped.
+    shell, for a command that signal N stopped. A closed pipe (`| head`) is no error: the status is
+    0.
     """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line."""
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:  # typer and rich both raise it for a closed pipe
+            if isinstance(end.__context__, BrokenPipeError):
+                sys.exit(0)
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
@@ -38,6 +50,8 @@ class Commands(TyperGroup):
         except Stopped as stopped:
             _print_error(str(stopped))
             raise typer.Exit(128 + (stopped.number or signal.SIGINT)) from stopped
+        except BrokenPipeError:
+            raise
         except EXPECTED as error:
             if ctx.params.get("traceback"):
                 raise
@@ -58,9 +72,18 @@ app = typer.Typer(
 )
 
 
+def _show_version(requested: bool) -> None:
+    if requested:
+        print(f"transformer-xl {metadata.version('transformer-xl')}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     traceback: bool = typer.Option(False, "--traceback", help="Show where an error came from."),
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     """Options of every command, which `Commands` reads."""
 

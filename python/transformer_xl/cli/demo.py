@@ -21,6 +21,7 @@ from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.cli.settings import only_overrides
 from transformer_xl.config import RunConfig, load_preset, override, to_dict
 from transformer_xl.data import Corpus, open_corpus
+from transformer_xl.data.corpus import EVALUATE_FIELDS
 from transformer_xl.data.files import expanded, to_json
 from transformer_xl.evaluation import Lengths, Score
 from transformer_xl.training import Finished, Trainer, join_processes
@@ -159,11 +160,13 @@ def _evaluations(
         with autocast(config.train.autocast, loaded.device):
             scores[name] = evaluation.score(
                 loaded.model,
-                corpus.batches(protocol.split, protocol.batch_size, protocol.tgt_len),
+                corpus.batches(
+                    protocol.split, protocol.batch_size, protocol.tgt_len, fields=EVALUATE_FIELDS
+                ),
                 lengths,
                 len(corpus.split(protocol.split)),
                 max_steps=protocol.max_eval_steps,
-                source=f"{protocol.split} split of {corpus.protocol}",
+                source=corpus.source(protocol.split),
             )
     return scores
 
@@ -190,7 +193,7 @@ def _draw(out: Path, config: RunConfig, metric: str) -> str | None:
 def _write_sample(path: Path, loaded: LoadedModel, config: RunConfig, console: Console) -> None:
     text = ""
     pieces = written(
-        loaded, "\n", SAMPLE_CHARACTERS, temperature=0.8, top_k=None, top_p=None, seed=1
+        loaded, None, SAMPLE_CHARACTERS, temperature=0.8, top_k=None, top_p=None, seed=1
     )
     for piece in pieces:
         text += piece

@@ -11,6 +11,7 @@ import typer
 from transformer_xl import training
 from transformer_xl.checkpoint import ADJUSTABLE, INITIAL, check_model, open_checkpoint
 from transformer_xl.cli.settings import from_preset, only_overrides, split_arguments
+from transformer_xl.config import preset_names
 
 
 def train(
@@ -18,7 +19,8 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[PRESET] [FIELD=VALUE]...",
-            help="A preset, and fields to change: `demo train.lr=1e-3 model.n_layer=2`.",
+            help="A preset, and fields to change: `demo train.lr=1e-3 model.n_layer=2`. Presets: "
+            f"{', '.join(preset_names())}.",
             show_default=False,
         ),
     ] = None,

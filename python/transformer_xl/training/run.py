@@ -17,6 +17,7 @@ from transformer_xl.checkpoint import (
     Checkpoint,
     CheckpointError,
     check_model,
+    check_tokenizer,
     open_checkpoint,
     tidy,
 )
@@ -66,7 +67,7 @@ def train(
 
     Args:
         resume: a checkpoint to go on from, bit for bit.
-        init_from: a checkpoint whose weights alone to begin with.
+        init_from: a checkpoint whose weights and vocabulary to begin with.
 
     Raises:
         CheckpointError: a checkpoint that does not fit, or `out` holds another run or later steps.
@@ -127,7 +128,10 @@ def _prepared(
     _check_folder(out, saved)
     check_run(config, accelerator.num_processes)
     begun = None if init_from is None else open_checkpoint(init_from)
-    corpus = open_corpus(config.data)
+    source = saved or begun
+    if source is not None:
+        check_tokenizer(source.path, source.vocabulary, config.data.tokenizer)
+    corpus = open_corpus(config.data, None if source is None else source.vocabulary)
     config = fit_vocabulary(config, corpus)
     if begun is not None:
         check_model(begun, config.model, ADJUSTABLE | INITIAL | {"vocab_size"})
@@ -138,7 +142,7 @@ def _prepared(
             _copy_best(saved, out)
         return trainer, changes.since(saved, config, trainer.schedule)
     if begun is not None:
-        _initialise(trainer, begun)
+        begun.load_model(trainer.model)
         return trainer, changes.from_weights(begun, config)
     return trainer, []
 
@@ -191,16 +195,8 @@ def _heading(trainer: Trainer) -> str:
     place = f"{accelerator.num_processes} x {trainer.device.type}"
     return (
         f"{n_parameters:,} parameters on {place}{', bf16 autocast' if bf16 else ''}; "
-        f"{len(trainer.corpus.split('train')):,} tokens of {trainer.corpus.protocol}"
+        f"{len(trainer.corpus.split('train')):,} tokens of the {trainer.corpus.source('train')}"
     )
-
-
-def _initialise(trainer: Trainer, saved: Checkpoint) -> None:
-    if saved.vocabulary.to_dict() != trainer.corpus.vocab.to_dict():
-        raise CheckpointError(
-            f"{saved.path} has another vocabulary than {trainer.config.data.name}"
-        )
-    saved.load_model(trainer.model)
 
 
 def _loop(trainer: Trainer, report: Report, stops: StopRequests) -> Finished:

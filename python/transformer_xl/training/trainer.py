@@ -17,6 +17,7 @@ from transformer_xl import checkpoint, evaluation
 from transformer_xl.checkpoint import Checkpoint, CheckpointError
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Batch, Corpus
+from transformer_xl.data.corpus import EVALUATE_FIELDS
 from transformer_xl.evaluation import Batches, Lengths, Score
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
@@ -56,12 +57,20 @@ class Trainer:
         rows = share("batch_size", train.batch_size, rank, world_size)
         self._valid_rows = share("eval_batch_size", train.eval_batch_size, rank, world_size)
         self._batches = corpus.batches(
-            "train", train.batch_size, train.tgt_len, rows=rows, loop=True, seed=train.seed
+            "train",
+            train.batch_size,
+            train.tgt_len,
+            rows=rows,
+            loop=True,
+            seed=train.seed,
+            fields=("train.batch_size", "train.tgt_len"),
         )
         self._next_batch = iter(self._batches).__next__
         self._validation_batches()  # raises here the errors of the first validation, hours later
         protocol = config.evaluate
-        corpus.batches(protocol.split, protocol.batch_size, protocol.tgt_len)  # likewise
+        corpus.batches(  # likewise
+            protocol.split, protocol.batch_size, protocol.tgt_len, fields=EVALUATE_FIELDS
+        )
 
         torch.manual_seed(train.seed)
         self.model = TransformerXL(config.model, backend=train.backend)
@@ -144,7 +153,7 @@ class Trainer:
                 validation_lengths(self.config)[1],
                 len(self.corpus.split("valid")),
                 max_steps=self.config.train.max_eval_steps,
-                source=f"valid split of {self.corpus.protocol}",
+                source=self.corpus.source("valid"),
                 total=lambda sums: self.accelerator.reduce(sums, reduction="sum"),
                 before_batch=before_batch,
             )
@@ -300,7 +309,11 @@ class Trainer:
     def _validation_batches(self) -> Batches:
         tgt_len, _ = validation_lengths(self.config)
         batch_size = self.config.train.eval_batch_size
-        return self.corpus.batches("valid", batch_size, tgt_len, rows=self._valid_rows)
+        length = "train.eval_tgt_len" if self.config.model.mem_len else "train.tgt_len"
+        fields = ("train.eval_batch_size", length)
+        return self.corpus.batches(
+            "valid", batch_size, tgt_len, rows=self._valid_rows, fields=fields
+        )
 
 
 # Engines that accelerate selects by its environment alone; a run here only divides rows (DDP).

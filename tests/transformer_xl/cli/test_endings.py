@@ -64,11 +64,11 @@ def test_weights_that_are_not_finite_are_neither_scored_nor_sampled(
 
 def stop_encoding(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     def endless(self: ByteVocabulary, piece: object) -> object:
-        yield self.encode_array("the first words")
+        yield self.lookup("the first words")
         signal.raise_signal(number)
         pytest.fail("encoding went on")
 
-    monkeypatch.setattr(ByteVocabulary, "encode_stream", endless)
+    monkeypatch.setattr(ByteVocabulary, "lookup_stream", endless)
 
 
 @pytest.mark.parametrize(

@@ -169,11 +169,11 @@ def test_a_signal_during_encoding_stops_at_once(
     tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     def endless(self: ByteVocabulary, piece: object) -> object:
-        yield self.encode_array("the first words")
+        yield self.lookup("the first words")
         signal.raise_signal(number)
         pytest.fail("encoding went on")
 
-    monkeypatch.setattr(ByteVocabulary, "encode_stream", endless)
+    monkeypatch.setattr(ByteVocabulary, "lookup_stream", endless)
     cache = tmp_path / "cache"
     with pytest.raises(Stopped, match=number.name):
         train(override(config, {"data.cache_dir": str(cache)}), tmp_path / "out")
