@@ -223,7 +223,11 @@ def test_sparse_gradients_inside_a_transform_raise():
         )
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 3}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0.0}],
+    ids=str,
+)
 def test_sampling_under_vmap_draws_likely_tokens(options):
     hidden = 50 * torch.eye(6).expand(2, 6, 6)  # each row of the head wins one row of hidden
 
@@ -234,11 +238,3 @@ def test_sampling_under_vmap_draws_likely_tokens(options):
     drawn = vmap(draw, randomness="different")(hidden)
     assert torch.equal(drawn[:, :5], torch.arange(5).expand(2, 5))
     assert bool((drawn[:, 5] >= 5).all())
-
-
-def test_sampling_by_mass_under_vmap_says_what_it_needs():
-    with pytest.raises(ValueError, match=r"adaptive_sample: top_p needs top_k inside torch\.vmap"):
-        vmap(
-            lambda x: txl_kernels.adaptive_sample(x, torch.eye(6), [], cutoffs=(), top_p=0.5),
-            randomness="different",
-        )(torch.randn(2, 3, 6))
