@@ -198,7 +198,7 @@ def test_ordinary_text_has_the_pieces_of_byte_level_bpe(learned: SubwordVocabula
         (WordVocabulary(WORDS), "\n"),
         (WordVocabulary(["<S>", "a"]), ""),
     ],
-    ids=str,
+    ids=["bytes", "counted_bytes", "letters", "no_text", "chars", "dna", "words", "sentences"],
 )
 def test_every_vocabulary_can_begin_a_text(vocabulary: Vocabulary, first: str) -> None:
     tokens = vocabulary.first_tokens()
