@@ -14,19 +14,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import platform
-import shutil
-import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from transformer_xl.checkpoint_files import (
+    CheckpointError,
+    flush,
+    open_tensors,
+    previous,
+    refuse_pickle,
+    replace,
+    tidy,
+    write_tensors,
+    written_beside,
+)
 from transformer_xl.config import ModelConfig, RunConfig, differences, from_dict, to_dict
 from transformer_xl.data import Vocabulary
 from transformer_xl.data.files import expanded, linked, to_json
@@ -37,6 +44,8 @@ from transformer_xl.nn.tensor_names import (
     shape_difference,
     untied,
 )
+
+__all__ = ["Checkpoint", "CheckpointError", "check_model", "open_checkpoint", "save", "tidy"]
 
 FORMAT = "transformer-xl checkpoint"
 FORMAT_VERSION = 1
@@ -51,10 +60,6 @@ ADJUSTABLE = frozenset(
 INITIAL = frozenset({"init", "init_range", "init_std", "proj_init_std"})
 # While a run saves a small model every few ms, about one opening in ten meets a replacement.
 OPENINGS = 10
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, of another kind, or that could not be saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +142,13 @@ class Checkpoint:
     def copy(self, directory: Path) -> None:
         """Write the same checkpoint to `directory`; raises CheckpointError as `save` does."""
         directory = linked(directory)
-        with _written_beside(directory) as new:
+        with written_beside(directory) as new:
             tidy(directory)
             new.mkdir(parents=True)
             for name in self.files:
-                _write_tensors(new / name, self._tensors(name))
+                write_tensors(new / name, self._tensors(name))
             _write_readable(new, self.vocabulary, self.state)
-            _replace(new, directory)
+            replace(new, directory)
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file in memory of their own, aligned as any other tensor: then products
@@ -189,17 +194,17 @@ def save(
         CheckpointError: the disk is full or the place not writable; the last checkpoint stays.
     """
     directory = linked(directory)
-    with _written_beside(directory) as new:
+    with written_beside(directory) as new:
         if rank == 0:
             tidy(directory)
             new.mkdir(parents=True)
         wait()
-        _write_tensors(new / _rank_file(rank), rank_tensors)
+        write_tensors(new / _rank_file(rank), rank_tensors)
         if rank == 0:
             _write_shared(new, model, optimizer, vocabulary, config, state, world_size)
         wait()
         if rank == 0:
-            _replace(new, directory)
+            replace(new, directory)
         wait()
 
 
@@ -247,51 +252,28 @@ def check_tokenizer(path: Path, vocabulary: Vocabulary, tokenizer: str) -> None:
         )
 
 
-def tidy(directory: Path) -> None:
-    """Remove the unfinished files of a killed `save`, and rename the previous checkpoint back to
-    `directory` if it was moved away."""
-    directory = linked(directory)
-    shutil.rmtree(_new(directory), ignore_errors=True)
-    previous = _previous(directory)
-    if previous.exists() and not directory.exists():
-        previous.rename(directory)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _written_beside(directory: Path) -> Iterator[Path]:
-    """The path of the unfinished checkpoint, which is removed if writing it fails."""
-    new = _new(directory)
-    try:
-        yield new
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        kept = f"; the last checkpoint, {directory}, stays" if directory.exists() else ""
-        raise CheckpointError(f"checkpoint not saved: {error}{kept}") from error
-
-
 def _found(path: Path) -> tuple[Path, Path]:
     """The directory of the checkpoint that `path` means, and the folder of its run."""
     if path.is_file():
-        _refuse_pickle(path)
+        refuse_pickle(path)
         raise CheckpointError(f"{path} is a file; expected a checkpoint directory with {STATE}")
     parent = path.parent if path.name not in ("", "..") else path.resolve().parent
     for at, run in ((path, parent), (path / "last", path)):
-        for directory in (at, _previous(linked(at))):
+        for directory in (at, previous(linked(at))):
             if (directory / STATE).exists():
                 return directory, run
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a checkpoint directory")
     for file in sorted(path.iterdir()):
         if file.is_file():
-            _refuse_pickle(file)
+            refuse_pickle(file)
     raise CheckpointError(f"{path} is no checkpoint: it has no {STATE}")
 
 
 def _open(directory: Path, run: Path) -> Checkpoint:
     """Open every file of a checkpoint; CheckpointError if it was replaced meanwhile."""
     state = _read_state(directory / STATE)
-    files = {path.name: _open_tensors(path) for path in directory.glob("*.safetensors")}
+    files = {path.name: open_tensors(path) for path in directory.glob("*.safetensors")}
     try:
         vocabulary = Vocabulary.load(directory / VOCABULARY)
     except ValueError as error:
@@ -299,20 +281,6 @@ def _open(directory: Path, run: Path) -> Checkpoint:
     if _read_state(directory / STATE) != state:
         raise CheckpointError(f"{directory} is replaced more often than it can be opened")
     return Checkpoint(directory, run, state, vocabulary, files)
-
-
-def _replace(new: Path, directory: Path) -> None:
-    """Rename the complete, flushed directory `new` to `directory`.
-
-    A directory that is not empty cannot be renamed over: between the two renames the previous
-    checkpoint is whole under its other name, where `open_checkpoint` and `tidy` look for it.
-    """
-    _flush(new)
-    if directory.exists():
-        directory.rename(_previous(directory))
-    new.rename(directory)
-    _flush(directory.parent)
-    shutil.rmtree(_previous(directory), ignore_errors=True)
 
 
 def _write_shared(
@@ -325,8 +293,8 @@ def _write_shared(
     world_size: int,
 ) -> None:
     tensors, aliases = untied(model.state_dict())
-    _write_tensors(new / MODEL, tensors)
-    _write_tensors(new / OPTIMIZER, optimizer_tensors(model, optimizer))
+    write_tensors(new / MODEL, tensors)
+    write_tensors(new / OPTIMIZER, optimizer_tensors(model, optimizer))
     heading = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -340,16 +308,16 @@ def _write_shared(
 
 def _write_readable(new: Path, vocabulary: Vocabulary, state: Mapping[str, Any]) -> None:
     vocabulary.save(new / VOCABULARY)
-    _flush(new / VOCABULARY)
+    flush(new / VOCABULARY)
     (new / STATE).write_text(to_json(dict(state), indent=1) + "\n", encoding="utf-8")
-    _flush(new / STATE)
+    flush(new / STATE)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        _refuse_pickle(path)
+        refuse_pickle(path)
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is of another format; expected {FORMAT!r}")
@@ -361,57 +329,6 @@ def _read_state(path: Path) -> dict[str, Any]:
     if missing := [name for name in needed if name not in state]:
         raise CheckpointError(f"{path} is damaged: it has no {missing[0]!r}")
     return state
-
-
-def _open_tensors(path: Path) -> safe_open | CheckpointError:
-    """Map a file of tensors; an error is returned, since not every reader needs every file."""
-    try:
-        _refuse_pickle(path)
-        return safe_open(path, framework="pt")
-    except CheckpointError as error:
-        return error
-    except SafetensorError as error:
-        return CheckpointError(f"{path} is damaged: {error}")
-
-
-def _refuse_pickle(path: Path) -> None:
-    """CheckpointError if the file is a pickle, or a zip archive as torch.save writes it."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    # A safetensors file is the length of its header in 8 bytes, then the header's brace.
-    pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    if start[:4] == b"PK\x03\x04" or (pickled and start[8:] != b"{"):
-        raise CheckpointError(
-            f"{path} is a pickle, which is never loaded here (it can run any code); "
-            "expected a checkpoint directory of safetensors"
-        )
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a new safetensors file with the mode that any new file has here."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)  # as the umask or the folder's access list sets it
-    safetensors.torch.save_file(contiguous, path)  # replaces the file by one of mode 0600
-    path.chmod(mode)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Have a file's, or a directory's, contents on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _new(directory: Path) -> Path:
-    return directory.parent / f"{directory.name}.new"
-
-
-def _previous(directory: Path) -> Path:
-    return directory.parent / f"{directory.name}.previous"
 
 
 def _rank_file(rank: int) -> str:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from transformer_xl import checkpoint
+from transformer_xl import checkpoint, checkpoint_files
 from transformer_xl.checkpoint import CheckpointError, open_checkpoint
 from transformer_xl.config import ModelConfig, RunConfig, override
 from transformer_xl.data.vocabularies import ByteVocabulary
@@ -191,7 +191,7 @@ def test_a_header_as_long_as_a_pickles_mark_is_no_pickle(tmp_path: Path) -> None
     path = tmp_path / "file.safetensors"
     for padding in range(400, 700):  # header lengths around 0x0280, a pickle's first two bytes
         save_file({"weight": torch.zeros(1)}, path, {"padding": "x" * padding})
-        checkpoint._refuse_pickle(path)
+        checkpoint_files.refuse_pickle(path)
         if path.read_bytes()[:2] == b"\x80\x02":
             return
     pytest.fail("no header length began like a pickle")
@@ -228,14 +228,15 @@ def test_another_number_of_processes(saved: Path) -> None:
 def test_full_disk_keeps_the_last_checkpoint(
     saved: Path, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    flush = checkpoint._flush
+    flush = checkpoint_files.flush
 
     def full(path: Path) -> None:
         if path.name == file:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         flush(path)
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    for module in (checkpoint, checkpoint_files):
+        monkeypatch.setattr(module, "flush", full)
     with pytest.raises(CheckpointError, match=r"No space left on device; the last.*last, stays"):
         write(saved, tiny_config, step=8)
     assert open_checkpoint(saved).step == 7

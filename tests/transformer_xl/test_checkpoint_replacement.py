@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from transformer_xl import checkpoint
+from transformer_xl import checkpoint, checkpoint_files
 from transformer_xl.checkpoint import CheckpointError, open_checkpoint
 from transformer_xl.config import DataConfig, ModelConfig, RunConfig
 from transformer_xl.data.vocabularies import ByteVocabulary
@@ -85,7 +85,7 @@ def test_a_failed_save_through_a_link_keeps_the_last_checkpoint(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_flush", full)
+        patched.setattr(checkpoint_files, "flush", full)
         with pytest.raises(CheckpointError, match="No space left on device; the last checkpoint"):
             save(run / "last", 2)
     assert steps(run) == {1}
@@ -153,7 +153,7 @@ def test_opening_meets_a_replacement_at_any_moment(
 
         return wrapped
 
-    for name in ("_found", "_read_state", "_open_tensors"):
+    for name in ("_found", "_read_state", "open_tensors"):
         save(run / "last", 1)
         with monkeypatch.context() as patched:
             patched.setattr(checkpoint, name, then_save(getattr(checkpoint, name)))

@@ -1,0 +1,110 @@
+"""Files of a checkpoint: tensors, and a directory that is replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from transformer_xl.data.files import linked
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, of another kind, or that could not be saved."""
+
+
+@contextlib.contextmanager
+def written_beside(directory: Path) -> Iterator[Path]:
+    """The path of the unfinished checkpoint, which is removed if writing it fails."""
+    new = unfinished(directory)
+    try:
+        yield new
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        kept = f"; the last checkpoint, {directory}, stays" if directory.exists() else ""
+        raise CheckpointError(f"checkpoint not saved: {error}{kept}") from error
+
+
+def replace(new: Path, directory: Path) -> None:
+    """Rename the complete, flushed directory `new` to `directory`.
+
+    A directory that is not empty cannot be renamed over: between the two renames the previous
+    checkpoint is whole under its other name, where `open_checkpoint` and `tidy` look for it.
+    """
+    flush(new)
+    if directory.exists():
+        directory.rename(previous(directory))
+    new.rename(directory)
+    flush(directory.parent)
+    shutil.rmtree(previous(directory), ignore_errors=True)
+
+
+def tidy(directory: Path) -> None:
+    """Remove the unfinished files of a killed `save`, and rename the previous checkpoint back to
+    `directory` if it was moved away."""
+    directory = linked(directory)
+    shutil.rmtree(unfinished(directory), ignore_errors=True)
+    old = previous(directory)
+    if old.exists() and not directory.exists():
+        old.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def previous(directory: Path) -> Path:
+    """The name of the previous checkpoint between the two renames of `replace`."""
+    return directory.parent / f"{directory.name}.previous"
+
+
+def unfinished(directory: Path) -> Path:
+    """The name of a checkpoint that is being written."""
+    return directory.parent / f"{directory.name}.new"
+
+
+def open_tensors(path: Path) -> safe_open | CheckpointError:
+    """Map a file of tensors; an error is returned, since not every reader needs every file."""
+    try:
+        refuse_pickle(path)
+        return safe_open(path, framework="pt")
+    except CheckpointError as error:
+        return error
+    except SafetensorError as error:
+        return CheckpointError(f"{path} is damaged: {error}")
+
+
+def refuse_pickle(path: Path) -> None:
+    """CheckpointError if the file is a pickle, or a zip archive as torch.save writes it."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    # A safetensors file is the length of its header in 8 bytes, then the header's brace.
+    pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    if start[:4] == b"PK\x03\x04" or (pickled and start[8:] != b"{"):
+        raise CheckpointError(
+            f"{path} is a pickle, which is never loaded here (it can run any code); "
+            "expected a checkpoint directory of safetensors"
+        )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a new safetensors file with the mode that any new file has here."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # as the umask or the folder's access list sets it
+    safetensors.torch.save_file(contiguous, path)  # replaces the file by one of mode 0600
+    path.chmod(mode)
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """Have a file's, or a directory's, contents on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
