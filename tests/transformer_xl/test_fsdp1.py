@@ -23,9 +23,7 @@ def one_process() -> Any:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of deprecation, and that one process shards nothing
 @pytest.mark.parametrize("use_orig_params", [True, False])
-def test_it_trains_as_the_model_alone(
-    one_process: None, div_val: int, use_orig_params: bool
-) -> None:
+def test_it_trains_as_the_model_alone(one_process: None, use_orig_params: bool) -> None:
     sizes = {"n_layer": 1, "d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 8, "mem_len": 4}
     config = ModelConfig(
         vocab_size=30, cutoffs=(10, 20), div_val=2, dropout=0.0, init_std=0.3, **sizes
