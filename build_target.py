@@ -101,9 +101,9 @@ def _pythons_on_path() -> list[str]:
 
 
 def _creator() -> str | None:
-    """The interpreter that created this environment, as pyvenv.cfg names it since Python 3.11."""
+    """The interpreter that runs `build`: it created this environment (Python 3.11 records that)."""
     config = Path(sys.prefix) / "pyvenv.cfg"
-    if not config.is_file():
+    if not (config.parent.name.startswith("build-env-") and config.is_file()):
         return None
     command = re.search(r"^command = (.+) -m venv ", config.read_text("utf-8"), re.MULTILINE)
     return command and command[1]

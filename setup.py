@@ -1,7 +1,7 @@
 """Drives CMake, which owns every source and flag of the native part (CMakeLists.txt).
 
-`CMAKE_ARGS` in the environment is passed to CMake, as in `CMAKE_ARGS=-DTXL_WERROR=ON pip install .`;
-`MAX_JOBS` and `CMAKE_BUILD_PARALLEL_LEVEL` limit the number of compilers that run at a time.
+Environment variables: `CMAKE_ARGS`, as in `CMAKE_ARGS=-DTXL_WERROR=ON pip install .`, holds further
+options of CMake; `MAX_JOBS` and `CMAKE_BUILD_PARALLEL_LEVEL` limit the number of compiler processes.
 """
 
 from __future__ import annotations

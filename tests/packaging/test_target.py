@@ -1,4 +1,4 @@
-"""The build finds the environment that the package is installed into, whichever installer runs it."""
+"""The build finds the environment that the package is installed into, under each installer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def environment(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(autouse=True)
 def build_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installer's own environment, without torch, as uv and build make it."""
-    prefix = tmp_path / "build environment"
+    prefix = tmp_path / "build-env-0"
     (prefix / "bin").mkdir(parents=True)
     monkeypatch.setattr(sys, "executable", str(prefix / "bin" / "python"))
     monkeypatch.setattr(sys, "prefix", str(prefix))
@@ -85,11 +85,14 @@ def test_a_python_on_path_is_found_by_each_name(environment, monkeypatch, name):
     assert build_target.find_target(None) == of(target, name)
 
 
-def test_the_creator_of_the_build_environment_is_found(environment, build_environment):
+def test_the_interpreter_that_runs_build_is_found(environment, build_environment, monkeypatch):
     target = environment("not activated")
     config = f"home = /usr/bin\ncommand = {target}/bin/python -m venv {build_environment}\n"
     (build_environment / "pyvenv.cfg").write_text(config)
     assert build_target.find_target(None) == of(target)
+    users_own = build_environment.rename(build_environment.with_name("env"))
+    monkeypatch.setattr(sys, "prefix", str(users_own))
+    assert build_target.find_target(None) == NOWHERE
 
 
 def test_the_environment_in_the_checkout_is_found(environment):
@@ -191,4 +194,3 @@ def test_a_real_interpreter_answers_and_the_current_folder_is_not_its_environmen
     (tmp_path / "torch").rename(isolated / "torch")
     monkeypatch.setenv("PYTHONPATH", str(isolated))
     assert build_target._ask(python) == (ABI, None)
-

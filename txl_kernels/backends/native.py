@@ -183,7 +183,7 @@ def _refusal(package_dir: Path, torch_version: str) -> str | None:
 
 
 def _no_record(package_dir: Path) -> str:
-    """Why there is no build record: a checkout hides the installed package, or nothing was built."""
+    """Why there is no record: a checkout hides the installed package, or nothing was built."""
     for distribution in importlib.metadata.distributions(name="transformer-xl"):
         installed = _folder_of(distribution)
         if (installed / RECORD_NAME).exists() and installed != package_dir:
