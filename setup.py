@@ -1,7 +1,8 @@
 """Drives CMake, which owns every source and flag of the native part (CMakeLists.txt).
 
-Environment variables: `CMAKE_ARGS`, as in `CMAKE_ARGS=-DTXL_WERROR=ON pip install .`, holds further
-options of CMake; `MAX_JOBS` and `CMAKE_BUILD_PARALLEL_LEVEL` limit the number of compiler processes.
+Environment variables: `CMAKE_ARGS`, as in `CMAKE_ARGS=-DTXL_WERROR=ON pip install .`, adds
+options of CMake; `MAX_JOBS` and `CMAKE_BUILD_PARALLEL_LEVEL` limit how many compilers run at a
+time.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from txl_kernels.errors import BackendUnavailableError

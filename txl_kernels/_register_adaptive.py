@@ -1,10 +1,11 @@
 """Schema, fake and autograd of the adaptive ops, once for all namespaces that implement them.
 
-`clusters` holds three tensors per cluster, the head first: projection, weight, bias, an empty
-tensor standing for an absent one. Gradients come in the same order behind hidden's, and one that is
-not wanted is an empty tensor too. `needs_grad` has a flag for each, and for the native ops one more
-where `is_one_table`: the gradients of the tails' weights are then one tensor in the first's place,
-whose first rows are room for the head's words.
+`clusters` holds three tensors per cluster, the head first: projection, weight, bias. An absent one
+is an empty tensor. Gradients have the same order after the gradient of `hidden`; one that was not
+requested is an empty tensor too. `needs_grad` has a flag for each. The native ops accept one more
+flag where `is_one_table` is true: the gradients of the weights of all tails are then one tensor, at
+the place of the first, and the rows before them are free for the shortlist (the most frequent
+tokens).
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _register_nll(namespace: str) -> None:
         call = (hidden, target, clusters, ctx.ignore_index, lse, needs_grad)
         dhidden, dclusters = operator(dnll, *call)
         grads = _apart([dhidden, *dclusters], needs_grad, [x.shape for x in clusters])
-        dhidden, *dclusters = _wanted(grads, needs_grad)
+        dhidden, *dclusters = _requested(grads, needs_grad)
         return dhidden, None, dclusters, None
 
     torch.library.register_fake(fwd, fake_fwd)
@@ -115,7 +116,7 @@ def _register_loss(namespace: str) -> None:
         ctx.dtypes = [x.dtype for x in (inputs[0], *inputs[2])]
         _, ctx.grads = output
         ctx.mark_non_differentiable(*ctx.grads)
-        ctx.set_materialize_grads(False)  # or backward gets zeros as large as all gradients
+        ctx.set_materialize_grads(False)  # else torch passes zeros as large as all gradients
 
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         if ctx.grads is None:
@@ -136,7 +137,7 @@ def _register_loss(namespace: str) -> None:
         if torch.is_grad_enabled():
             leaves = (grad.requires_grad_() for grad in grads)
             grads = _NoSecondDerivative.apply(*leaves)  # type: ignore[no-untyped-call]
-        dhidden, *dclusters = _wanted(grads, ctx.needs_grad)
+        dhidden, *dclusters = _requested(grads, ctx.needs_grad)
         return dhidden, None, dclusters, None, None, None
 
     torch.library.register_fake(fwd, fake_fwd)
@@ -146,7 +147,7 @@ def _register_loss(namespace: str) -> None:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Hands gradients through; who differentiates them gets an error, not a silent zero."""
+    """The identity on gradients; differentiating it is an error instead of a silent zero."""
 
     @staticmethod
     def forward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -158,11 +159,11 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _register_embedding(namespace: str) -> None:
-    """Dense gradients of tables, or with `sparse` those of the rows that tokens name.
+    """Dense gradients of tables, or with `sparse` those of the rows that tokens index.
 
-    Then row n of table k's gradient, [N, d_k] or shorter, belongs to table row rows[k, n]: the
-    distinct rows in ascending order, -1 behind the last, where gradients are 0 if there are any.
-    Else `rows` is empty.
+    With `sparse`, row n of the gradient of table k, [N, d_k] or shorter, is the gradient of table
+    row rows[k, n]. `rows` holds the distinct rows in ascending order and -1 after the last; the
+    gradients there are 0. Without `sparse`, `rows` is empty.
     """
     fwd, bwd = f"{namespace}::adaptive_embedding_fwd", f"{namespace}::adaptive_embedding_bwd"
     torch.library.define(fwd, f"({_EMBEDDING}) -> Tensor")
@@ -207,8 +208,8 @@ def _register_embedding(namespace: str) -> None:
         call = (tokens, tables, projections, ctx.scale, ctx.sparse, needs_grad)
         rows, dtables, dprojections = operator(dout, *call)
         dtables, dprojections = (
-            _wanted(dtables, needs_grad[:n]),
-            _wanted(dprojections, needs_grad[n:]),
+            _requested(dtables, needs_grad[:n]),
+            _requested(dprojections, needs_grad[n:]),
         )
         if ctx.sparse:
             dtables = [
@@ -227,7 +228,7 @@ def _register_embedding(namespace: str) -> None:
 
 
 def _sparse_rows(index: Tensor, values: Tensor, table: Tensor) -> Tensor:
-    """The rows that tokens named, as a gradient of the table; the host may read how many."""
+    """The sparse gradient of a table; where the number of rows is open, the host reads it."""
     n = len(values)
     if n == len(index):
         n = int((index >= 0).sum())
@@ -237,7 +238,7 @@ def _sparse_rows(index: Tensor, values: Tensor, table: Tensor) -> Tensor:
 
 
 def _fake_rows(namespace: str, N: int) -> Any:
-    """The native backend knows how many rows are named; a device fills up to N."""
+    """The native backend returns as many rows as tokens index; a CUDA kernel always returns N."""
     return torch.library.get_ctx().new_dynamic_size() if namespace == "txl_native" else N
 
 
@@ -251,9 +252,9 @@ def _embedding_width(tables: Sequence[Tensor], projections: Sequence[Tensor]) ->
 
 
 def is_one_table(clusters: Sequence[Tensor], needs_grad: Sequence[bool]) -> bool:
-    """Whether the tails' weights are all wanted and lie one behind the other, as rows of a table.
+    """Whether all tail weights need a gradient and are adjacent in memory, as rows of one table.
 
-    Only outside a compiler, whose tensors have no memory yet.
+    False under a compiler and inside `torch.vmap`, whose tensors have no memory of their own.
     """
     weights = clusters[4::3]
     if torch.compiler.is_compiling() or inside_transform("vmap"):
@@ -274,7 +275,7 @@ def is_one_table(clusters: Sequence[Tensor], needs_grad: Sequence[bool]) -> bool
 def _apart(
     grads: Sequence[Tensor], needs_grad: Sequence[bool], shapes: Sequence[torch.Size]
 ) -> list[Tensor]:
-    """The gradients of tails that came as one table, as its rows."""
+    """Splits gradients of tails that are one table into those of each tail."""
     grads = list(grads)
     if len(needs_grad) > len(grads):
         n_rows = [shape[0] for shape in shapes[4::3]]
@@ -289,14 +290,14 @@ def _fake_grads(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Te
         for x, needed in zip(inputs, needs_grad, strict=False)
     ]
     if len(needs_grad) > len(grads):
-        words = inputs[2].shape[0] - len(grads[5::3])
-        n_rows = words + sum(len(x) for x in grads[5::3])
+        n_shortlist = inputs[2].shape[0] - len(grads[5::3])
+        n_rows = n_shortlist + sum(len(x) for x in grads[5::3])
         grads[5::3] = [x.new_empty(0) for x in grads[5::3]]
         grads[5] = inputs[5].new_empty(n_rows, inputs[5].shape[1])
     return grads
 
 
-def _wanted(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+def _requested(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
     return [grad if needed else None for grad, needed in zip(grads, needs_grad, strict=False)]
 
 

@@ -1,4 +1,4 @@
-"""Which of torch's function transforms a call runs inside."""
+"""Which of torch's transforms and tracers a call runs inside."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def inside_transform(*kinds: str) -> bool:
 # The same mark as `torch.compiler.assume_constant_result` sets, without importing torch._dynamo:
 # the compiler opens the transforms that it traces, and recompiles where others are open.
 inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_jit_tracing() -> bool:
+    """Whether `torch.jit.trace` records this call. Sizes are tensors of no dimension there."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -11,27 +11,46 @@ Nothing here is ever unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from transformer_xl.config import ModelConfig, RunConfig, from_dict, to_dict
+from transformer_xl.config import ModelConfig, RunConfig, differences, from_dict, to_dict
 from transformer_xl.data import Vocabulary
+from transformer_xl.data.files import expanded, linked, to_json
+from transformer_xl.model import TransformerXL
+from transformer_xl.nn.tensor_names import (
+    optimizer_tensors,
+    parameter_names,
+    shape_difference,
+    untied,
+)
 
 FORMAT = "transformer-xl checkpoint"
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 VOCABULARY = "vocab.json"
+# Fields of a model that may change while its weights keep their meaning.
+ADJUSTABLE = frozenset(
+    {"mem_len", "clamp_len", "same_length", "dropout", "dropatt", "sample_softmax"}
+    | {"gradient_checkpointing"}
+)
+# Fields that determine the first weights alone.
+INITIAL = frozenset({"init", "init_range", "init_std", "proj_init_std"})
+# While a run saves a small model every few ms, about one opening in ten meets a replacement.
+OPENINGS = 10
 
 
 class CheckpointError(ValueError):
@@ -40,14 +59,24 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk, its state read, its tensors not yet.
+    """An open checkpoint: its state has been read, its tensors are read when they are needed.
 
-    path: the directory.
-    state: what `state.json` holds; beside the entries named above, everything given to `save`.
+    Its files stay open, so that all of them are of one step even if the run that writes it
+    replaces it meanwhile.
+
+    Args:
+        path: the directory.
+        run: the folder of the run that it belongs to.
+        state: the content of `state.json`: the entries named above and everything given to `save`.
+        vocabulary: the vocabulary of its model.
+        files: its open tensor files by name; for a damaged one the error that reading it raises.
     """
 
     path: Path
+    run: Path
     state: Mapping[str, Any]
+    vocabulary: Vocabulary
+    files: Mapping[str, safe_open | CheckpointError]
 
     @property
     def config(self) -> RunConfig:
@@ -59,28 +88,35 @@ class Checkpoint:
         """Optimiser steps taken."""
         return int(self.state["step"])
 
-    @property
-    def vocabulary(self) -> Path:
-        """The JSON file of its vocabulary."""
-        return self.path / VOCABULARY
-
     def load_model(self, model: nn.Module) -> None:
-        """Copy the weights into `model`; CheckpointError where they are of another model."""
-        tensors = _read_tensors(self.path / MODEL)
+        """Copy the weights into `model`.
+
+        Raises:
+            CheckpointError: weights of another model, or weights that are not finite.
+        """
+        tensors = self._tensors(MODEL)
         try:
             tensors |= {alias: tensors[name] for alias, name in self.state["aliases"].items()}
         except KeyError as error:
             raise CheckpointError(f"{self.path / MODEL} is damaged: no tensor {error}") from None
-        _check_same_model(self.path, tensors, model.state_dict())
+        if difference := shape_difference(tensors, model.state_dict()):
+            raise CheckpointError(f"{self.path} is of another model: {difference}")
+        if isinstance(model, TransformerXL):
+            check_model(self, model.config, ADJUSTABLE | INITIAL)
+        if (name := first_not_finite(tensors)) is not None:
+            raise CheckpointError(
+                f"{self.path} holds a diverged model: its weight {name} is not finite; "
+                "use an earlier checkpoint"
+            )
         model.load_state_dict(tensors)
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Restore the optimizer's state of each of `model`'s parameters."""
         per_name: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in _read_tensors(self.path / OPTIMIZER).items():
+        for key, tensor in self._tensors(OPTIMIZER).items():
             name, _, entry = key.partition("|")
             per_name.setdefault(name, {})[entry] = tensor
-        names = _parameter_names(model, optimizer)
+        names = parameter_names(model, optimizer)
         if unknown := set(per_name) - set(names):
             raise CheckpointError(
                 f"{self.path}: optimizer state of {min(unknown)!r}: no such weight"
@@ -96,7 +132,32 @@ class Checkpoint:
                 f"{self.path} was written by {saved} processes and is resumed by {world_size}: "
                 "memory and random numbers belong to each; start as many again"
             )
-        return _read_tensors(self.path / _rank_file(rank))
+        return self._tensors(_rank_file(rank))
+
+    def copy(self, directory: Path) -> None:
+        """Write the same checkpoint to `directory`; raises CheckpointError as `save` does."""
+        directory = linked(directory)
+        with _written_beside(directory) as new:
+            tidy(directory)
+            new.mkdir(parents=True)
+            for name in self.files:
+                _write_tensors(new / name, self._tensors(name))
+            _write_readable(new, self.vocabulary, self.state)
+            _replace(new, directory)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file in memory of their own, aligned as any other tensor: then products
+        of the same numbers have the same bits before saving and after loading."""
+        file: Any = self.files.get(name)  # safe_open has no types
+        if file is None:
+            raise CheckpointError(f"{self.path} is damaged: it has no {name}")
+        if isinstance(file, CheckpointError):
+            raise file
+        names = file.keys()
+        try:
+            return {key: file.get_tensor(key).clone() for key in names}
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path / name} is damaged: {error}") from error
 
 
 def save(
@@ -112,21 +173,23 @@ def save(
     world_size: int = 1,
     wait: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a checkpoint beside `directory` and put it in its place.
+    """Write a checkpoint beside `directory` and rename it to `directory`.
 
-    A kill or a full disk at any moment leaves the previous checkpoint whole. All processes call
-    this together; process 0 writes what they share.
+    A kill or a full disk at any moment leaves the previous checkpoint whole. A symbolic link stays:
+    the directory that it names is replaced. All processes call this together; process 0 writes the
+    files that they share.
 
     Args:
-        state: JSON values: at least "step"; returned by `Checkpoint.state`.
-        rank_tensors: what this process alone has.
+        state: values for JSON, at least "step"; `Checkpoint.state` returns them, with None for
+            numbers that are not finite.
+        rank_tensors: tensors of this process alone.
         wait: a barrier between the processes.
 
     Raises:
         CheckpointError: the disk is full or the place not writable; the last checkpoint stays.
     """
-    new = directory.with_name(directory.name + ".new")
-    try:
+    directory = linked(directory)
+    with _written_beside(directory) as new:
         if rank == 0:
             tidy(directory)
             new.mkdir(parents=True)
@@ -138,52 +201,108 @@ def save(
         if rank == 0:
             _replace(new, directory)
         wait()
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        kept = f"; the last checkpoint, {directory}, stays" if directory.exists() else ""
-        raise CheckpointError(f"checkpoint not saved: {error}{kept}") from error
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Find and check a checkpoint: the directory itself, or a run's, whose `last` is then meant.
+    """Find, open and check a checkpoint: the directory `path` itself or, in a run's folder, `last`.
+
+    A leading `~` is the home directory. A checkpoint that a run replaces meanwhile is opened again.
 
     Raises:
-        CheckpointError: nothing there, a pickle, another format or a damaged one.
+        CheckpointError: there is no checkpoint, it is a pickle, of another format or damaged.
     """
-    if path.is_file():
-        _refuse_pickle(path)
-        raise CheckpointError(f"{path} is a file; expected a checkpoint directory with {STATE}")
-    candidates = (path, _previous(path), path / "last", _previous(path / "last"))
-    directory = next((at for at in candidates if (at / STATE).exists()), None)
-    if directory is None:
-        if not path.exists():
-            raise CheckpointError(f"{path} does not exist; expected a checkpoint directory")
-        for file in sorted(path.iterdir()):
-            if file.is_file():
-                _refuse_pickle(file)
-        raise CheckpointError(f"{path} is no checkpoint: it has no {STATE}")
-    return Checkpoint(directory, _read_state(directory / STATE))
+    path = expanded(path)
+    for _ in range(OPENINGS - 1):
+        with contextlib.suppress(CheckpointError, FileNotFoundError):
+            return _open(*_found(path))
+    return _open(*_found(path))
 
 
-def check_model(checkpoint: Checkpoint, expected: ModelConfig) -> None:
-    """Raise CheckpointError, naming the fields, if the checkpoint is of another model."""
-    theirs, ours = to_dict(checkpoint.config.model), to_dict(expected)
-    differing = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k]]
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinity; None if all are finite."""
+    return next((name for name, t in tensors.items() if not bool(t.isfinite().all())), None)
+
+
+def check_model(
+    checkpoint: Checkpoint, expected: ModelConfig, may_differ: Collection[str] = ()
+) -> None:
+    """Raise CheckpointError, naming the fields, if the checkpoint is of another model than
+    `expected`; the fields `may_differ` are not compared."""
+    differing = [
+        f"{name} {theirs} there, {ours} here"
+        for name, (theirs, ours) in differences(checkpoint.config.model, expected).items()
+        if name not in may_differ
+    ]
     if differing:
         raise CheckpointError(f"{checkpoint.path} is of another model: {'; '.join(differing)}")
 
 
+def check_tokenizer(path: Path, vocabulary: Vocabulary, tokenizer: str) -> None:
+    """Raise CheckpointError if `data.tokenizer` requests another kind of token than the vocabulary
+    of the checkpoint at `path`, which reads every text."""
+    if tokenizer not in ("dataset", vocabulary.kind):
+        raise CheckpointError(
+            f"{path} has another vocabulary: data.tokenizer: expected 'dataset' or "
+            f"{vocabulary.kind!r}, got {tokenizer!r}"
+        )
+
+
 def tidy(directory: Path) -> None:
-    """Remove what a killed `save` left beside `directory`, putting back what it had moved away."""
-    shutil.rmtree(directory.with_name(directory.name + ".new"), ignore_errors=True)
+    """Remove the unfinished files of a killed `save`, and rename the previous checkpoint back to
+    `directory` if it was moved away."""
+    directory = linked(directory)
+    shutil.rmtree(_new(directory), ignore_errors=True)
     previous = _previous(directory)
     if previous.exists() and not directory.exists():
         previous.rename(directory)
     shutil.rmtree(previous, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _written_beside(directory: Path) -> Iterator[Path]:
+    """The path of the unfinished checkpoint, which is removed if writing it fails."""
+    new = _new(directory)
+    try:
+        yield new
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        kept = f"; the last checkpoint, {directory}, stays" if directory.exists() else ""
+        raise CheckpointError(f"checkpoint not saved: {error}{kept}") from error
+
+
+def _found(path: Path) -> tuple[Path, Path]:
+    """The directory of the checkpoint that `path` means, and the folder of its run."""
+    if path.is_file():
+        _refuse_pickle(path)
+        raise CheckpointError(f"{path} is a file; expected a checkpoint directory with {STATE}")
+    parent = path.parent if path.name not in ("", "..") else path.resolve().parent
+    for at, run in ((path, parent), (path / "last", path)):
+        for directory in (at, _previous(linked(at))):
+            if (directory / STATE).exists():
+                return directory, run
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a checkpoint directory")
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            _refuse_pickle(file)
+    raise CheckpointError(f"{path} is no checkpoint: it has no {STATE}")
+
+
+def _open(directory: Path, run: Path) -> Checkpoint:
+    """Open every file of a checkpoint; CheckpointError if it was replaced meanwhile."""
+    state = _read_state(directory / STATE)
+    files = {path.name: _open_tensors(path) for path in directory.glob("*.safetensors")}
+    try:
+        vocabulary = Vocabulary.load(directory / VOCABULARY)
+    except ValueError as error:
+        raise CheckpointError(f"{directory} is damaged: {error}") from error
+    if _read_state(directory / STATE) != state:
+        raise CheckpointError(f"{directory} is replaced more often than it can be opened")
+    return Checkpoint(directory, run, state, vocabulary, files)
+
+
 def _replace(new: Path, directory: Path) -> None:
-    """Put the whole, flushed directory `new` in the place of `directory`.
+    """Rename the complete, flushed directory `new` to `directory`.
 
     A directory that is not empty cannot be renamed over: between the two renames the previous
     checkpoint is whole under its other name, where `open_checkpoint` and `tidy` look for it.
@@ -205,11 +324,9 @@ def _write_shared(
     state: Mapping[str, Any],
     world_size: int,
 ) -> None:
-    tensors, aliases = _untied(model.state_dict())
+    tensors, aliases = untied(model.state_dict())
     _write_tensors(new / MODEL, tensors)
-    _write_tensors(new / OPTIMIZER, _optimizer_tensors(model, optimizer))
-    vocabulary.save(new / VOCABULARY)
-    _flush(new / VOCABULARY)
+    _write_tensors(new / OPTIMIZER, optimizer_tensors(model, optimizer))
     heading = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -218,50 +335,14 @@ def _write_shared(
         "config": to_dict(config),
         "aliases": aliases,
     }
-    text = json.dumps(heading | dict(state), indent=1)
-    (new / STATE).write_text(text + "\n", encoding="utf-8")
+    _write_readable(new, vocabulary, heading | dict(state))
+
+
+def _write_readable(new: Path, vocabulary: Vocabulary, state: Mapping[str, Any]) -> None:
+    vocabulary.save(new / VOCABULARY)
+    _flush(new / VOCABULARY)
+    (new / STATE).write_text(to_json(dict(state), indent=1) + "\n", encoding="utf-8")
     _flush(new / STATE)
-
-
-def _untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor under its first name, and the other names it goes by."""
-    first: dict[tuple[Any, ...], str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and place in first:
-            aliases[name] = first[place]
-        else:
-            first[place] = name
-    return {name: tensor for name, tensor in tensors.items() if name not in aliases}, aliases
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = _parameter_names(model, optimizer)
-    return {
-        f"{names[i]}|{key}": tensor
-        for i, entries in optimizer.state_dict()["state"].items()
-        for key, tensor in entries.items()
-    }
-
-
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the optimizer's parameters, in its own order."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
-def _check_same_model(path: Path, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    if missing := ours.keys() - theirs.keys():
-        raise CheckpointError(f"{path} is of another model: it has no {min(missing)!r}")
-    if extra := theirs.keys() - ours.keys():
-        raise CheckpointError(f"{path} is of another model: {min(extra)!r} is not in this one")
-    for name, tensor in ours.items():
-        if theirs[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{path} is of another model: {name} is {list(theirs[name].shape)} there, "
-                f"{list(tensor.shape)} here"
-            )
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -282,16 +363,15 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The file's tensors in memory of their own, aligned like any other tensor's: products of the
-    same numbers then give the same bits before and after."""
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} is damaged: it has no {path.name}")
-    _refuse_pickle(path)
+def _open_tensors(path: Path) -> safe_open | CheckpointError:
+    """Map a file of tensors; an error is returned, since not every reader needs every file."""
     try:
-        return {name: t.clone() for name, t in safetensors.torch.load_file(path).items()}
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        _refuse_pickle(path)
+        return safe_open(path, framework="pt")
+    except CheckpointError as error:
+        return error
+    except SafetensorError as error:
+        return CheckpointError(f"{path} is damaged: {error}")
 
 
 def _refuse_pickle(path: Path) -> None:
@@ -308,8 +388,12 @@ def _refuse_pickle(path: Path) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a new safetensors file with the mode that any new file has here."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, path)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # as the umask or the folder's access list sets it
+    safetensors.torch.save_file(contiguous, path)  # replaces the file by one of mode 0600
+    path.chmod(mode)
     _flush(path)
 
 
@@ -322,8 +406,12 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _new(directory: Path) -> Path:
+    return directory.parent / f"{directory.name}.new"
+
+
 def _previous(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".previous")
+    return directory.parent / f"{directory.name}.previous"
 
 
 def _rank_file(rank: int) -> str:

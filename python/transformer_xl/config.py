@@ -225,7 +225,10 @@ def check_lengths(mem_len: int, same_length: bool) -> None:
     if mem_len < 0:
         raise ValueError(f"mem_len: expected 0 or more tokens, got {mem_len}")
     if same_length and mem_len == 0:
-        raise ValueError("same_length: expected mem_len > 0 (it counts the keys seen), got 0")
+        raise ValueError(
+            "same_length: expected mem_len > 0 (it counts the keys seen), got 0; turn it off with "
+            "same_length=false, or --no-same-length of evaluate"
+        )
 
 
 def preset_names() -> list[str]:
@@ -251,11 +254,30 @@ def override(config: RunConfig, changes: Mapping[str, object]) -> RunConfig:
     """
     sections = to_dict(config)
     for dotted, value in changes.items():
-        section, _, name = dotted.partition(".")
+        section, dot, name = dotted.partition(".")
+        holders = [f"{each}.{section}" for each, fields in sections.items() if section in fields]
+        if not dot and holders:
+            raise ValueError(
+                f"unknown field {dotted!r}: expected SECTION.FIELD, such as {' or '.join(holders)}"
+            )
         _check_name("section", section, sections)
         _check_name(f"field of {section}", name, sections[section])
         sections[section][name] = value
     return from_dict(sections)
+
+
+def differences(first: Any, second: Any) -> dict[str, tuple[Any, Any]]:
+    """Both values of each field in which two configurations, or two sections, differ, by dotted
+    name."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(first):
+        name = field.name
+        before, after = getattr(first, name), getattr(second, name)
+        if dataclasses.is_dataclass(before):
+            found |= {f"{name}.{k}": pair for k, pair in differences(before, after).items()}
+        elif before != after:
+            found[name] = (before, after)
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:

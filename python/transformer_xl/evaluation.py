@@ -17,6 +17,7 @@ from transformer_xl.data import OrderedBatches, ShuffledSentenceBatches
 from transformer_xl.data.token_file import TokenArray
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
+from transformer_xl.nn.inference import inference
 from txl_kernels.ops.autocast import autocast_dtype
 
 Batches = OrderedBatches | ShuffledSentenceBatches
@@ -94,21 +95,24 @@ def score(
     max_steps: int = -1,
     source: str = "",
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score one pass of `batches`, every row beginning without memory.
 
-    The model reads with the lengths given, whatever it was trained with, and has its own back
-    afterwards. Runs under the caller's autocast.
+    During each forward pass the model has the given lengths, whatever it was trained with, and
+    every module is in evaluation mode; otherwise the model's lengths and the modules' modes are
+    their own. Runs under the caller's autocast.
 
     Args:
         n_tokens: tokens that the batches were cut from, for the protocol.
         max_steps: segments of each stream to score; 0 or less: all.
         source: split, corpus and its own protocol, for the same.
         total: where several processes share the rows, the sum of a tensor over all.
+        before_batch: called before each batch; an exception that it raises ends the scoring.
     """
     started = time.perf_counter()
-    with reading(model, lengths):
-        loss, scored = total(_sum_of_losses(model, batches, max_steps)).tolist()
+    sums = _sum_of_losses(model, batches, lengths, max_steps, before_batch)
+    loss, scored = total(sums).tolist()
     protocol = [
         f"batch {batches.batch_size}",
         f"tgt_len {batches.tgt_len}",
@@ -129,30 +133,35 @@ def score(
 
 
 @contextlib.contextmanager
-def reading(model: TransformerXL, lengths: Lengths) -> Iterator[None]:
-    """`model` in eval mode, without gradients and with these lengths, for a while."""
-    was_training = model.training
+def _reading(model: TransformerXL, lengths: Lengths) -> Iterator[None]:
+    """Set `model` to these lengths and to inference, for one forward pass."""
     own = Lengths(model.mem_len, model.clamp_len, model.same_length)
-    model.eval()
     model.set_lengths(**lengths._asdict())
     try:
-        with torch.no_grad():
+        with inference(model):
             yield
     finally:
         model.set_lengths(**own._asdict())
-        model.train(was_training)
 
 
-def _sum_of_losses(model: TransformerXL, batches: Batches, max_steps: int) -> Tensor:
-    """Loss in nats summed over the tokens scored, and their number: float64 [2]."""
+def _sum_of_losses(
+    model: TransformerXL,
+    batches: Batches,
+    lengths: Lengths,
+    max_steps: int,
+    before_batch: Callable[[], None],
+) -> Tensor:
+    """Return the loss in nats summed over the scored tokens, and their number: float64 [2]."""
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     memory: Memory | None = None
     for batch in itertools.islice(batches, max_steps if max_steps > 0 else None):
+        before_batch()
         if memory is not None and batch.reset is not None:
             memory = memory.reset(batch.reset.to(device))
         targets = batch.targets.to(device)
-        output = model(batch.tokens.to(device), memory, targets, reduction="sum")
+        with _reading(model, lengths):
+            output = model(batch.tokens.to(device), memory, targets, reduction="sum")
         memory = output.memory
         sums += torch.stack([output.loss.double(), (targets >= 0).sum().double()])
     return sums

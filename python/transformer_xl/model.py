@@ -13,6 +13,7 @@ from transformer_xl.memory import Memory
 from transformer_xl.nn import AdaptiveEmbedding, AdaptiveSoftmax, DecoderLayer, SinusoidalPositions
 from transformer_xl.nn.adaptive_softmax import Reduction
 from transformer_xl.nn.dropout import Dropout
+from txl_kernels.transforms import inside_transform
 
 
 class Output(NamedTuple):
@@ -185,7 +186,8 @@ class TransformerXL(nn.Module):
         return self.pos_emb.clamp_len
 
     def _run(self, layer: nn.Module, *arguments: object) -> Tensor:
-        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+        recomputes = self.config.gradient_checkpointing and torch.is_grad_enabled()
+        if recomputes and not inside_transform("vmap", "grad", "jvp"):
             out: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
         else:
             out = layer(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -76,11 +77,11 @@ def test_memory_stays_within_mem_len(model: TransformerXL) -> None:
     assert lengths == [2, 4, 5, 5] + [5] * 7
 
 
-def test_tokens_stream_and_the_mode_comes_back(model: TransformerXL) -> None:
+def test_tokens_stream_and_the_mode_stays(model: TransformerXL) -> None:
     model.train()
     stream = generate(model, PROMPT, 1_000_000, seed=0)
     next(stream)
-    assert not model.training
+    assert model.training
     stream.close()
     assert model.training
 
@@ -111,6 +112,10 @@ def test_first_tokens_follow_the_models_probabilities(model: TransformerXL) -> N
     [
         ({"n_tokens": -1}, "n_tokens: expected 0 or more, got -1"),
         ({"temperature": -0.1}, "temperature: expected 0 or more, got -0.1"),
+        ({"temperature": math.nan}, "temperature: expected a finite number, got nan"),
+        ({"temperature": math.inf}, "temperature: expected a finite number, got inf"),
+        ({"top_p": math.nan}, r"top_p: expected None or a probability in \(0, 1\], got nan"),
+        ({"seed": 1 << 64}, "seed: expected an integer in"),
         ({"top_k": 0}, "top_k: expected None or at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p: expected None or a probability in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, "top_p: expected"),

@@ -15,7 +15,7 @@ from txl_kernels._register import register
 from txl_kernels.backends import cuda_device, native, triton
 from txl_kernels.backends.fallback import warn_of_fallback
 from txl_kernels.errors import BackendUnavailableError
-from txl_kernels.transforms import kernel_refusal
+from txl_kernels.transforms import is_jit_tracing, kernel_refusal
 
 BACKENDS = ("reference", "native", "triton")
 OPS = (
@@ -124,7 +124,7 @@ def resolve(
         names = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"{op}: backend must be one of {names}; got {backend!r}")
     device_type = torch.device(device).type
-    if backend == "auto" and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if backend == "auto" and is_jit_tracing():
         return Resolution("reference", "torch.jit.trace would make constants of a kernel's lengths")
     reasons = []
     for name in _AUTO.get(device_type, ()) if backend == "auto" else (backend,):

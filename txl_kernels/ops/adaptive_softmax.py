@@ -23,6 +23,7 @@ from txl_kernels.ops.adaptive_checks import check_tokens, checked_clusters
 from txl_kernels.ops.autocast import outside_autocast
 from txl_kernels.ops.checks import check_choice, check_given, check_int, check_shape, check_tensor
 from txl_kernels.ops.checks import needs_grad as any_needs_grad
+from txl_kernels.transforms import is_jit_tracing
 
 Tail = tuple[Tensor | None, Tensor, Tensor | None]
 
@@ -119,7 +120,7 @@ def adaptive_loss(
             check_tokens(op, "target", target, n_tokens_of(head, clusters), ignore_index)
             return reference.loss(hidden, target, head, clusters, ignore_index, reduction)
         flat = _flat(hidden, head, clusters)
-        if torch.jit.is_tracing():  # it records no list of flags
+        if is_jit_tracing():  # it records no list of flags
             nll, _lse = operators(chosen).adaptive_nll_fwd(hidden, target, flat, ignore_index)
             return reference.reduced(nll, target, ignore_index, reduction)
         members = [x for cluster in (head, *clusters) for x in cluster]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txl_kernels.transforms import inside_transform
+from txl_kernels.transforms import inside_transform, is_jit_tracing
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INT64 = torch.iinfo(torch.int64)
@@ -149,8 +149,7 @@ def is_traced_size(value: object) -> bool:
     """Whether `value` is computed from a size while `torch.jit` traces: it is a tensor then."""
     if not isinstance(value, Tensor) or value.ndim > 0:
         return False
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing
+    return is_jit_tracing()
 
 
 def _may_be_symbolic(number: object) -> bool:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 # What the extra [lm] brings beside torch, by the names under which it is imported.
 NEEDED = (
     "accelerate",
+    "filelock",
     "matplotlib",
     "numpy",
     "rich",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from importlib import metadata
 from typing import Any
 
 import typer
@@ -15,25 +18,49 @@ from transformer_xl.cli.doctor import doctor
 from transformer_xl.cli.evaluate import evaluate
 from transformer_xl.cli.generate import generate
 from transformer_xl.cli.train import train
+from transformer_xl.training.stopping import Stopped, StopRequests
 from txl_kernels import BackendUnavailableError
 
-# What a person can mend; anything else is ours, and keeps its traceback.
+# Errors that users can correct; any other is a defect of this package and keeps its traceback.
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, BackendUnavailableError)
 
 
 class Commands(TyperGroup):
-    """Commands whose expected errors are one sentence and exit status 2."""
+    """Commands that end with one sentence and an exit status where they cannot go on.
+
+    The status is 1 for a run that diverged, 2 for other expected errors, and 128 + N, as in a
+    shell, for a command that signal N stopped. A closed pipe (`| head`) is no error: the status is
+    0.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line."""
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:  # typer and rich both raise it for a closed pipe
+            if isinstance(end.__context__, BrokenPipeError):
+                sys.exit(0)
+            raise
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command chosen."""
+        """Run the chosen command."""
         try:
-            return super().invoke(ctx)
+            with StopRequests() as stops, stops.at_once():
+                return super().invoke(ctx)
+        except Stopped as stopped:
+            _print_error(str(stopped))
+            raise typer.Exit(128 + (stopped.number or signal.SIGINT)) from stopped
+        except BrokenPipeError:
+            raise
         except EXPECTED as error:
             if ctx.params.get("traceback"):
                 raise
-            message = f"[bold red]error[/] {escape(str(error))}"
-            Console(stderr=True, soft_wrap=True).print(message, highlight=False)
-            raise typer.Exit(2) from error
+            _print_error(f"[bold red]error[/] {escape(str(error))}")
+            raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
+
+
+def _print_error(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, emoji=False).print(message, highlight=False)
 
 
 app = typer.Typer(
@@ -45,11 +72,20 @@ app = typer.Typer(
 )
 
 
+def _show_version(requested: bool) -> None:
+    if requested:
+        print(f"transformer-xl {metadata.version('transformer-xl')}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     traceback: bool = typer.Option(False, "--traceback", help="Show where an error came from."),
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
-    """Options of every command; `Commands` reads them."""
+    """Options of every command, which `Commands` reads."""
 
 
 for command in (train, evaluate, generate, doctor, demo):

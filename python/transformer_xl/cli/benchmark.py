@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from transformer_xl.data.files import expanded, to_json
 from txl_kernels import BackendUnavailableError
 from txl_kernels.testing.aot import tune as tuning
 from txl_kernels.testing.aot.shipped_attention import Attention
@@ -63,17 +63,17 @@ def tune(
     by = "by the static model, nothing was measured"
     if not model:
         found, by = tuning.measure(table, attention, found), torch.cuda.get_device_name()
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     console.print(_drawn(f"{table}, {dtype}, D = {head_size}, sm_{target}", found))
     best = found[0] if found and not found[0].failures else None
     row = tuning.row(table, attention, target, best)
-    console.print(f"Row for rel_attention_config.py, {by}:", row, sep="\n", highlight=False)
+    console.print(f"Row for rel_attention_config.py, {by}:", row, sep="\n")
     if write and best is not None:
         tuning.write(table, attention, target, best, tuning.source())
-        console.print(f"Written: {tuning.source()}", highlight=False)
+        console.print(f"Written: {tuning.source()}", soft_wrap=True)
     if out is not None:
         document = {"by": by, "candidates": [each.record for each in found]}
-        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        expanded(out).write_text(to_json(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _architecture() -> int:

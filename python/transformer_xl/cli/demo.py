@@ -1,9 +1,8 @@
-"""`transformer-xl demo`: what memory is worth, shown in minutes on text that is already here."""
+"""`transformer-xl demo`: training with and without memory, compared within minutes."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import shutil
 import time
@@ -16,18 +15,24 @@ from rich.console import Console
 from rich.table import Table
 
 from transformer_xl import evaluation, training
+from transformer_xl.checkpoint import CheckpointError
 from transformer_xl.cli.generate import written
 from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.cli.settings import only_overrides
 from transformer_xl.config import RunConfig, load_preset, override, to_dict
 from transformer_xl.data import Corpus, open_corpus
+from transformer_xl.data.corpus import EVALUATE_FIELDS
+from transformer_xl.data.files import expanded, to_json
 from transformer_xl.evaluation import Lengths, Score
 from transformer_xl.training import Finished, Trainer, join_processes
 from transformer_xl.training.curve import plot_curves
 from transformer_xl.training.precision import autocast, cpu_flags, processor, uses_bf16
+from transformer_xl.training.processes import agreement, only_run_in
 from transformer_xl.training.report import read_log
+from transformer_xl.training.stopping import Stopped
 
 MEMORY, NO_MEMORY = "memory", "no_memory"  # folders of the two runs
+RESULTS = "results.json"
 PROBE_STEPS = 12
 SAMPLE_CHARACTERS = 500
 
@@ -44,41 +49,71 @@ def demo(
         int, typer.Option(help="Most seconds for both trainings; fewer steps if they exceed it.")
     ] = 240,
 ) -> None:
-    """Train with and without memory, compare, and write: everything lands in one folder."""
+    """Train with and without memory, compare both, and write all results into one folder."""
     started = time.perf_counter()
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
+    out = expanded(out)
     config = only_overrides(load_preset("demo"), arguments or [])
     corpus = open_corpus(config.data)
-    console.print(corpus.summary(), highlight=False)
-    for name in (MEMORY, NO_MEMORY):
-        shutil.rmtree(out / name, ignore_errors=True)
+    console.print(corpus.summary())
+    accelerator = join_processes()
+    with only_run_in(out, accelerator, agreement(accelerator)):
+        results = _compare(config, corpus, out, seconds, console)
+    results["seconds"] = time.perf_counter() - started
+    (out / RESULTS).write_text(to_json(results, indent=1) + "\n", encoding="utf-8")
+    console.print(f"Everything is in {out}, after {results['seconds']:.0f} s.", soft_wrap=True)
+
+
+def _compare(
+    config: RunConfig, corpus: Corpus, out: Path, seconds: float, console: Console
+) -> dict[str, Any]:
+    """Train both models into `out` and evaluate them; returns the results for JSON."""
     config = _within(config, corpus, seconds)
+    _remove_earlier_demo(out)
     finished = {}
     for name, run in ((MEMORY, config), (NO_MEMORY, _without_memory(config))):
         mem_len = run.model.mem_len
         console.rule(f"training with mem_len {mem_len}: {run.train.max_step:,} steps")
         finished[name] = training.train(run, out / name, console=console)
+        if finished[name].stopped:
+            raise Stopped(None)  # one training alone compares nothing
     with_memory = LoadedModel.open(out / MEMORY / "best", default_device())
     without = LoadedModel.open(out / NO_MEMORY / "best", default_device())
 
     console.rule("evaluation")
     scores = _evaluations(config, corpus, with_memory, without)
     _show(console, scores, corpus.metric)
-    _draw(out, config, corpus.metric)
+    if problem := _draw(out, config, corpus.metric):
+        console.print(problem)
     console.rule(f"{SAMPLE_CHARACTERS} characters")
     _write_sample(out / "sample.txt", with_memory, config, console)
-    results = {
+    console.print(f"\n{_in_words(scores, finished, corpus.metric)}")
+    return {
         "corpus": {"summary": corpus.summary(), "sha256": corpus.fingerprint},
         "config": to_dict(config),
         "parameters": sum(p.numel() for p in with_memory.model.parameters()),
         "machine": _machine(config, with_memory.device),
         "training": {name: dataclasses.asdict(run) for name, run in finished.items()},
         "evaluations": {name: score.as_dict() for name, score in scores.items()},
-        "seconds": time.perf_counter() - started,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    console.print(f"\n{_in_words(scores, finished, corpus.metric)}", highlight=False)
-    console.print(f"Everything is in {out}, after {results['seconds']:.0f} s.", highlight=False)
+
+
+def _remove_earlier_demo(out: Path) -> None:
+    """Remove the runs of an earlier demo, and mark `out` as the folder of a demo by its results.
+
+    Raises:
+        CheckpointError: the runs are not those of a demo.
+    """
+    results = out / RESULTS
+    for run in (out / MEMORY, out / NO_MEMORY):
+        if run.exists() and not results.exists():
+            raise CheckpointError(
+                f"{run} exists, and without {results} it is not the result of a demo; choose "
+                "another folder with --out"
+            )
+    results.write_text("{}\n", encoding="utf-8")
+    for run in (out / MEMORY, out / NO_MEMORY):
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def _without_memory(config: RunConfig) -> RunConfig:
@@ -86,7 +121,7 @@ def _without_memory(config: RunConfig) -> RunConfig:
 
 
 def _within(config: RunConfig, corpus: Corpus, seconds: float) -> RunConfig:
-    """`config` with as many steps, at most its own, as both trainings can take in `seconds`."""
+    """Return `config` with no more steps than both trainings can take in `seconds`."""
     step_seconds = sum(_step_seconds(run, corpus) for run in (config, _without_memory(config)))
     affordable = max(1, int(seconds / step_seconds))
     if affordable >= config.train.max_step:
@@ -95,8 +130,8 @@ def _within(config: RunConfig, corpus: Corpus, seconds: float) -> RunConfig:
 
 
 def _step_seconds(config: RunConfig, corpus: Corpus) -> float:
-    """The quickest step once the memory is full: a slow moment now tells nothing of the minutes
-    to come."""
+    """Return the duration of the fastest step once the memory is full: a momentary delay does not
+    predict the speed of the training."""
     trainer = Trainer(training.fit_vocabulary(config, corpus), corpus, join_processes())
     warm_up = 4 + config.model.mem_len // config.train.tgt_len
     times = []
@@ -110,7 +145,7 @@ def _step_seconds(config: RunConfig, corpus: Corpus) -> float:
 def _evaluations(
     config: RunConfig, corpus: Corpus, with_memory: LoadedModel, without: LoadedModel
 ) -> dict[str, Score]:
-    """Scores by what was evaluated, on the same tokens in segments of the same length."""
+    """Return the score of each case, on the same tokens in segments of the same length."""
     model, protocol = config.model, config.evaluate
     as_trained = Lengths(model.mem_len, model.clamp_len, model.same_length)
     longer = Lengths(protocol.mem_len, protocol.clamp_len, protocol.same_length)
@@ -125,11 +160,13 @@ def _evaluations(
         with autocast(config.train.autocast, loaded.device):
             scores[name] = evaluation.score(
                 loaded.model,
-                corpus.batches(protocol.split, protocol.batch_size, protocol.tgt_len),
+                corpus.batches(
+                    protocol.split, protocol.batch_size, protocol.tgt_len, fields=EVALUATE_FIELDS
+                ),
                 lengths,
                 len(corpus.split(protocol.split)),
                 max_steps=protocol.max_eval_steps,
-                source=f"{protocol.split} split of {corpus.protocol}",
+                source=corpus.source(protocol.split),
             )
     return scores
 
@@ -140,26 +177,27 @@ def _show(console: Console, scores: dict[str, Score], metric: str) -> None:
         table.add_row(name, f"{getattr(score, metric):.3f}", f"{score.tokens_per_second:,.0f}")
     console.print(table)
     for name, score in scores.items():
-        console.print(f"[dim]{name}: {score.protocol}[/]", highlight=False)
+        console.print(f"{name}: {score.protocol}", style="dim")
 
 
-def _draw(out: Path, config: RunConfig, metric: str) -> None:
+def _draw(out: Path, config: RunConfig, metric: str) -> str | None:
+    """Draw both runs; returns why that failed, as `plot_curves`."""
     runs = {
         f"with memory (mem_len {config.model.mem_len})": read_log(out / MEMORY),
         "without memory (mem_len 0)": read_log(out / NO_MEMORY),
     }
     title = f"The same Transformer-XL on {config.data.name}, segments of {config.train.tgt_len}"
-    plot_curves(out / "curve.png", runs, metric, title)
+    return plot_curves(out / "curve.png", runs, metric, title)
 
 
 def _write_sample(path: Path, loaded: LoadedModel, config: RunConfig, console: Console) -> None:
     text = ""
     pieces = written(
-        loaded, "\n", SAMPLE_CHARACTERS, temperature=0.8, top_k=None, top_p=None, seed=1
+        loaded, None, SAMPLE_CHARACTERS, temperature=0.8, top_k=None, top_p=None, seed=1
     )
     for piece in pieces:
         text += piece
-        console.out(piece, end="", highlight=False)
+        console.out(piece, end="")
     console.out()
     path.write_text(text + "\n", encoding="utf-8")
 

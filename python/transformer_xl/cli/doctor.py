@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from transformer_xl.training.precision import cpu_flags, processor, uses_bf16
@@ -23,8 +24,13 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf
 
 
 def doctor() -> None:
+<<<<<<< HEAD
     """Show which backend each op would use here, why not the others, and the installed versions."""
     console = Console()
+=======
+    """Say which backend each op would use here and why not the others, and what is installed."""
+    console = Console(emoji=False)
+>>>>>>> main
     console.print(_machine())
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
@@ -38,7 +44,7 @@ def _machine() -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name in PACKAGES:
         module = importlib.import_module(name)
-        table.add_row(name, f"imported from {Path(str(module.__file__)).parent}")
+        table.add_row(name, escape(f"imported from {Path(str(module.__file__)).parent}"))
     table.add_row("python", platform.python_version())
     for name in LIBRARIES:
         table.add_row(name, _version(name) + (_triton_note() if name == "triton" else ""))
@@ -69,7 +75,7 @@ def _backends(device: str) -> Table:
         rows.setdefault((used, "\n".join(refused)), []).append(op)
     table = Table("op", "used", "why not the others", title=f"backends on {device}, float32")
     for answers, ops in rows.items():
-        table.add_row("\n".join(ops), *answers)
+        table.add_row("\n".join(ops), *map(escape, answers))
     return table
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from transformer_xl import evaluation
-from transformer_xl.checkpoint import CheckpointError
+from transformer_xl.checkpoint import check_tokenizer
 from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.cli.settings import only_overrides
 from transformer_xl.config import EvaluateConfig, section_from_dict
 from transformer_xl.data import open_corpus
+from transformer_xl.data.corpus import EVALUATE_FIELDS
 from transformer_xl.evaluation import Lengths, Score
 from transformer_xl.training.precision import Autocast, autocast
 
@@ -54,8 +57,6 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a checkpoint. What is not given is as in the configuration it was trained with."""
-    loaded = LoadedModel.open(checkpoint, default_device())
-    config = only_overrides(loaded.config, arguments or [])
     given = {
         "split": split,
         "batch_size": batch_size,
@@ -64,23 +65,39 @@ def evaluate(
         "clamp_len": clamp_len,
         "same_length": same_length,
     }
+    _refuse_options(arguments or [], (*given, "precision"))
+    loaded = LoadedModel.open(checkpoint, default_device())
+    config = only_overrides(loaded.config, arguments or [])
     changes = {name: value for name, value in given.items() if value is not None}
     protocol = section_from_dict(
         EvaluateConfig, dataclasses.asdict(config.evaluate) | changes, "evaluate"
     )
-    corpus = open_corpus(config.data)
-    if corpus.vocab.to_dict() != loaded.vocabulary.to_dict():
-        raise CheckpointError(f"{checkpoint} has another vocabulary than {config.data.name}")
+    check_tokenizer(checkpoint, loaded.vocabulary, config.data.tokenizer)
+    corpus = open_corpus(config.data, loaded.vocabulary)
     with autocast(precision or config.train.autocast, loaded.device):
         score = evaluation.score(
             loaded.model,
-            corpus.batches(protocol.split, protocol.batch_size, protocol.tgt_len),
+            corpus.batches(
+                protocol.split, protocol.batch_size, protocol.tgt_len, fields=EVALUATE_FIELDS
+            ),
             Lengths(protocol.mem_len, protocol.clamp_len, protocol.same_length),
             len(corpus.split(protocol.split)),
             max_steps=protocol.max_eval_steps,
-            source=f"{protocol.split} split of {corpus.protocol}",
+            source=corpus.source(protocol.split),
         )
-    show(Console(), score, corpus.metric)
+    show(Console(emoji=False), score, corpus.metric)
+
+
+def _refuse_options(arguments: Sequence[str], options: Sequence[str]) -> None:
+    """Raise ValueError for an option that is given as FIELD=VALUE without its section."""
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in options:
+            option = f"--{name.replace('_', '-')}"
+            given = f"{option} {value}"
+            if value in ("true", "false"):
+                given = option if value == "true" else option.replace("--", "--no-")
+            raise ValueError(f"{argument}: this is an option of evaluate; write {given}")
 
 
 def show(console: Console, score: Score, metric: str) -> None:
@@ -92,5 +109,5 @@ def show(console: Console, score: Score, metric: str) -> None:
     table.add_row("loss", f"{score.loss:.4f} nats per token")
     table.add_row("tokens", f"{score.n_tokens:,} in {score.seconds:.1f} s")
     table.add_row("speed", f"{score.tokens_per_second:,.0f} tokens/s")
-    table.add_row("protocol", score.protocol)
+    table.add_row("protocol", escape(score.protocol))
     console.print(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -12,34 +14,46 @@ import typer
 from transformer_xl import generation
 from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.data import Vocabulary
+from transformer_xl.data.vocabularies import UnknownSymbolError
 
-WINDOW = 64  # tokens decoded again with each new one, for what joins them
+WINDOW = 64  # tokens decoded again with each new one, as the text of a token depends on them
 
 
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run.", show_default=False)],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.", show_default=False)] = "\n",
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Text to continue; the end of a line if not given.", show_default=False),
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens to write.")] = 500,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 takes the most probable token.")
+    ] = 1.0,
     top_k: Annotated[
-        int | None, typer.Option(help="Draw from the k likeliest tokens.", show_default=False)
+        int | None,
+        typer.Option(help="Draw from the K most probable tokens only.", show_default=False),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Draw from the likeliest tokens of this much mass.", show_default=False),
+        typer.Option(
+            help="Nucleus sampling: keep the smallest set of tokens whose cumulative probability "
+            "is at least P.",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="The same seed writes the same text.", show_default=False)
     ] = None,
     mem_len: Annotated[
-        int | None, typer.Option(help="Tokens remembered; as trained if not given.")
+        int | None,
+        typer.Option(help="Memory length in tokens; as trained if not given.", show_default=False),
     ] = None,
 ) -> None:
     """Write text, token by token as it is drawn."""
     loaded = LoadedModel.open(checkpoint, default_device())
     loaded.model.set_lengths(mem_len=mem_len)
-    print(prompt, end="", flush=True)
-    for piece in written(
+    vocabulary = loaded.vocabulary
+    pieces = written(
         loaded,
         prompt,
         length,
@@ -47,14 +61,20 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-    ):
-        print(piece, end="", flush=True)
-    print()
+    )
+    if prompt is None:
+        prompt = vocabulary.decode(vocabulary.first_tokens())
+    elif unknown := vocabulary.unknown(prompt):
+        message = f"unknown {vocabulary.symbol}s of the prompt, read as <unk>: {', '.join(unknown)}"
+        print(message, file=sys.stderr)
+    for text in itertools.chain([prompt], pieces):
+        print(text, end="", flush=True)
+    print(flush=True)
 
 
 def written(
     loaded: LoadedModel,
-    prompt: str,
+    prompt: str | None,
     length: int,
     *,
     temperature: float,
@@ -62,8 +82,17 @@ def written(
     top_p: float | None,
     seed: int | None,
 ) -> Iterator[str]:
-    """Pieces of the text that goes on from `prompt`, as soon as they are sure."""
-    ids = loaded.vocabulary.encode(prompt)
+    """Pieces of the text that continues `prompt`, each as soon as further tokens cannot change it.
+
+    Without a prompt the text begins with the vocabulary's `first_tokens`.
+
+    Raises ValueError for an option or a prompt that does not fit, before anything is drawn.
+    """
+    vocabulary = loaded.vocabulary
+    try:
+        ids = vocabulary.first_tokens() if prompt is None else vocabulary.encode(prompt)
+    except UnknownSymbolError as error:
+        raise ValueError(f"prompt: {error}") from error
     if not ids:
         raise ValueError("prompt: expected at least one token, got none")
     tokens = generation.generate(
@@ -75,13 +104,16 @@ def written(
         top_p=top_p,
         seed=seed,
     )
-    return decoded(loaded.vocabulary, ids, (int(token) for token in tokens))
+    return decoded(vocabulary, ids, (int(token) for token in tokens))
 
 
 def decoded(vocabulary: Vocabulary, before: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text that each token adds; a character of several tokens comes with its last."""
+    """The text that each token adds; a character of several tokens comes with its last.
+
+    A character that is not complete at the end is U+FFFD.
+    """
     ids = before[-WINDOW:]
-    shown = vocabulary.decode(ids)
+    text = shown = vocabulary.decode(ids)
     for token in tokens:
         ids.append(token)
         text = vocabulary.decode(ids)
@@ -89,4 +121,6 @@ def decoded(vocabulary: Vocabulary, before: list[int], tokens: Iterable[int]) ->
             continue
         yield text[len(shown) :]
         ids = ids[-WINDOW:]
-        shown = vocabulary.decode(ids)
+        text = shown = vocabulary.decode(ids)
+    if text != shown:
+        yield text[len(shown) :]

@@ -28,8 +28,7 @@ class LoadedModel:
         saved = open_checkpoint(path)
         model = TransformerXL(saved.config.model)
         saved.load_model(model)
-        vocabulary = Vocabulary.load(saved.vocabulary)
-        return cls(model.to(device).eval(), vocabulary, saved.config, device)
+        return cls(model.to(device).eval(), saved.vocabulary, saved.config, device)
 
 
 def default_device() -> torch.device:

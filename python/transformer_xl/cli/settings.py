@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from transformer_xl.config import RunConfig, load_preset, override, preset_names
+from transformer_xl.config import ModelConfig, RunConfig, load_preset, override, preset_names
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
@@ -26,9 +27,11 @@ def only_overrides(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     return override(config, changes)
 
 
-def from_preset(arguments: Sequence[str]) -> RunConfig:
-    """The preset named, with FIELD=VALUE arguments applied."""
+def from_preset(arguments: Sequence[str], model: ModelConfig | None = None) -> RunConfig:
+    """The named preset, its model section replaced by `model` if given, with FIELD=VALUE arguments
+    applied."""
     preset, changes = split_arguments(arguments)
     if preset is None:
         raise ValueError(f"name a preset: {', '.join(preset_names())}")
-    return override(load_preset(preset), changes)
+    config = load_preset(preset)
+    return override(config if model is None else replace(config, model=model), changes)

@@ -9,8 +9,9 @@ import torch
 import typer
 
 from transformer_xl import training
-from transformer_xl.checkpoint import open_checkpoint
+from transformer_xl.checkpoint import ADJUSTABLE, INITIAL, check_model, open_checkpoint
 from transformer_xl.cli.settings import from_preset, only_overrides, split_arguments
+from transformer_xl.config import preset_names
 
 
 def train(
@@ -18,7 +19,8 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[PRESET] [FIELD=VALUE]...",
-            help="A preset, and fields to change: `demo train.lr=1e-3 model.n_layer=2`.",
+            help="A preset, and fields to change: `demo train.lr=1e-3 model.n_layer=2`. Presets: "
+            f"{', '.join(preset_names())}.",
             show_default=False,
         ),
     ] = None,
@@ -28,12 +30,12 @@ def train(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="A run or checkpoint to go on from, exactly.", show_default=False),
+        typer.Option(help="A run or checkpoint to continue exactly.", show_default=False),
     ] = None,
     init_from: Annotated[
         Path | None,
         typer.Option(
-            help="A run or checkpoint whose weights to begin with (fine-tuning).",
+            help="A run or checkpoint whose weights and model section to begin with (fine-tuning).",
             show_default=False,
         ),
     ] = None,
@@ -46,12 +48,15 @@ def train(
         torch.use_deterministic_algorithms(True)
     given = arguments or []
     if resume is None:
-        config = from_preset(given)
+        begun = None if init_from is None else open_checkpoint(init_from)
+        config = from_preset(given, None if begun is None else begun.config.model)
+        if begun is not None:
+            check_model(begun, config.model, ADJUSTABLE | INITIAL)
         folder = out or Path("runs", str(split_arguments(given)[0]))
     else:
         if init_from is not None:
             raise ValueError("--resume and --init-from exclude each other")
         saved = open_checkpoint(resume)
         config = only_overrides(saved.config, given)
-        folder = out or saved.path.parent
+        folder = out or saved.run
     training.train(config, folder, resume=resume, init_from=init_from)

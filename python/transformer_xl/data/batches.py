@@ -17,13 +17,17 @@ class Batch(NamedTuple):
     """One segment of every row.
 
     tokens: int64 `[rows, T]`.
-    targets: int64 `[rows, T]`, the token after each; -100 where nothing is to be predicted.
+    targets: int64 `[rows, T]`, the token after each; -100 for a position that is not scored.
     reset: bool `[rows]`, True where the row's memory must be emptied first; None: no row's.
     """
 
     tokens: Tensor
     targets: Tensor
     reset: Tensor | None
+
+
+class TooShortError(ValueError):
+    """A text that does not fill one batch."""
 
 
 class OrderedBatches:
@@ -33,8 +37,8 @@ class OrderedBatches:
     stream's first token is context only, so n - 1 tokens of it are scored. The last segment
     of a pass is shorter where tgt_len does not divide n - 1. Every pass begins with all rows reset.
 
-    Iterating goes on where the last iteration, or a loaded state, stopped; after a whole pass the
-    next one starts at the beginning.
+    Iterating continues after the last batch that was read, or at a loaded state; after a whole pass
+    the next one starts at the beginning.
 
     Args:
         tokens: token ids, one-dimensional, of any unsigned type (a memory map is read lazily).
@@ -44,8 +48,8 @@ class OrderedBatches:
         loop: begin again at the end instead of stopping.
 
     Raises:
-        ValueError: sizes that are not positive, rows outside the batch, or streams shorter than one
-            segment.
+        ValueError: sizes that are not positive, or rows outside the batch.
+        TooShortError: streams shorter than one segment.
 
     Source: Dai et al. 2019, section 3.2; the original's LMOrderedIterator.
     """
@@ -63,7 +67,7 @@ class OrderedBatches:
         self.batch_size, self.tgt_len, self.loop = batch_size, tgt_len, loop
         self._stream_len = len(tokens) // batch_size
         if self._stream_len <= tgt_len:
-            raise ValueError(
+            raise TooShortError(
                 f"tokens: {len(tokens):,} tokens in {batch_size} streams are {self._stream_len:,} "
                 f"a stream, shorter than one segment (tgt_len + 1 = {tgt_len + 1:,})"
             )
@@ -97,7 +101,7 @@ class OrderedBatches:
                 return
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch starts, for JSON: the same for every process of a run."""
+        """The position of the next batch, for JSON: the same for every process of a run."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -106,13 +110,13 @@ class OrderedBatches:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; ValueError if that was of other streams."""
+        """Continue at a position of `state_dict`; ValueError if it is of other streams."""
         check_state(state, batch_size=self.batch_size, stream_len=self._stream_len)
         self._epoch, self._position = state["epoch"], state["position"]
 
 
 def check_sizes(batch_size: int, tgt_len: int, rows: tuple[int, int] | None) -> tuple[int, int]:
-    """The rows meant, after raising ValueError for sizes or rows that make no batch."""
+    """The (start, stop) of the rows, after raising ValueError for sizes or rows of no batch."""
     if batch_size < 1:
         raise ValueError(f"batch_size: expected a positive integer, got {batch_size}")
     if tgt_len < 1:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from transformer_xl.config import DataConfig
-from transformer_xl.data.batches import OrderedBatches
+from transformer_xl.data.batches import OrderedBatches, TooShortError
 from transformer_xl.data.datasets import (
     Dataset,
     Level,
@@ -18,44 +20,52 @@ from transformer_xl.data.datasets import (
     find_protocol,
     nearest,
 )
-from transformer_xl.data.encoding import RECORD, VOCABULARY, encode
+from transformer_xl.data.encoding import (
+    RECORD,
+    VOCABULARY,
+    encode,
+    lock_file,
+    remove_unfinished,
+)
+from transformer_xl.data.files import expanded, locked
 from transformer_xl.data.record import Recipe, Record
 from transformer_xl.data.sentence_batches import ShuffledSentenceBatches
-from transformer_xl.data.sources import SPLITS, find_piece
+from transformer_xl.data.sources import SPLITS, Piece, Splits, find_piece
 from transformer_xl.data.token_file import TokenArray, damaged, file_sha256
 from transformer_xl.data.vocabularies import Vocabulary, WordVocabulary
 
+EVALUATE_FIELDS = ("evaluate.batch_size", "evaluate.tgt_len")
 
-def open_corpus(config: DataConfig) -> Corpus:
+
+def open_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpus:
     """The corpus that `config` names, encoded at the first call and reused while its files are the
     same.
 
+    Of several processes one encodes and the others wait, for as long as it runs. If it is killed,
+    the next one encodes instead.
+
+    Args:
+        vocabulary: read the text with this vocabulary, a checkpoint's, instead of making one.
+            `tokenizer`, `bpe_size` and `tokenizer_file` are then ignored.
+
     Raises:
         ValueError: an unknown data set or protocol (with the nearest name), an empty file, text
-            that is not UTF-8 (with the byte offset), a symbol outside a closed vocabulary, a token
-            file that is damaged.
-        FileNotFoundError: files that are not there, with the names that were looked for and where
-            to get them.
+            that is not UTF-8 (with the byte offset), unknown symbols for a vocabulary without
+            `<unk>` (with the first of them, its line and their number), a token file that is
+            damaged.
+        FileNotFoundError: missing files, with the names that were looked for and where to get them.
     """
-    dataset = find_dataset(config.name)
-    protocol_name, protocol = find_protocol(dataset, config.protocol)
-    level = _level(config, dataset, protocol)
-    path = _place(config)
-    try:
-        splits = dataset.locate(path)
-        word_list = find_piece(path, [dataset.word_list]) if dataset.word_list else None
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"data set {config.name}: {error}; get it: {dataset.source}"
-        ) from error
-    tokenizer_file = None if config.tokenizer_file is None else Path(config.tokenizer_file)
-    recipe = Recipe(
-        config.name, protocol_name, protocol, level, config.bpe_size, tokenizer_file, word_list
-    )
+    recipe, path, splits = _located(config, vocabulary)
     folder = _folder(config, recipe, path)
-    record = Record.load(folder / RECORD) if (folder / RECORD).exists() else None
-    if record is None or not record.describes(recipe, splits):
-        record = encode(recipe, splits, folder)
+    record = _record(folder, recipe, splits)
+    if vocabulary is not None and (record is None or record.vocabulary_sha256 != vocabulary.sha256):
+        recipe = replace(recipe, tokenizer_file=None, word_list=None, vocabulary=vocabulary)
+        folder = _folder(config, recipe, path)
+        record = _record(folder, recipe, splits)
+    if record is None:
+        remove_unfinished(folder.parent)
+        with locked(lock_file(folder)):
+            record = _record(folder, recipe, splits) or encode(recipe, splits, folder)
     return Corpus(folder, recipe, record)
 
 
@@ -65,14 +75,13 @@ class Corpus:
     Attributes:
         vocab: its vocabulary.
         metric: "bpc" (bits per byte or character) or "ppl" (perplexity per word or subword).
-        protocol: what was read and how, in one line, to stand beside every score.
-        fingerprint: hex SHA-256 of the vocabulary and the tokens; where the files lay does not
-            matter.
+        protocol: the data set, its protocol and the size of the vocabulary, in one line.
+        fingerprint: hex SHA-256 of the vocabulary and the tokens, wherever the files are.
         shuffled: whether training reads sentences in random order.
-        folder: where the token files lie.
+        folder: the folder of the token files.
 
     Raises:
-        ValueError: a file of the folder is not what was written there.
+        ValueError: a file of the folder is not the one that was written.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, record: Record) -> None:
@@ -101,29 +110,54 @@ class Corpus:
         rows: tuple[int, int] | None = None,
         loop: bool = False,
         seed: int | None = None,
+        fields: tuple[str, str] = ("batch_size", "tgt_len"),
     ) -> OrderedBatches | ShuffledSentenceBatches:
-        """The split as the protocol has it read: sentences where they are shuffled (in the order of
-        `seed`; None keeps the file's, and then scores every token), else contiguous streams."""
+        """The batches of a split by its protocol: of sentences if it shuffles them, else of
+        contiguous streams.
+
+        Args:
+            batch_size, tgt_len, rows, loop: as for `OrderedBatches`.
+            seed: of the order of sentences; None keeps the file's order and scores every token.
+            fields: names of batch_size and tgt_len in the configuration, for messages.
+
+        Raises:
+            ValueError: an unknown split, or one that is too short for these sizes.
+        """
         tokens = self.split(split)
-        if not self.shuffled:
-            return OrderedBatches(tokens, batch_size, tgt_len, rows=rows, loop=loop)
-        assert isinstance(self.vocab, WordVocabulary)
-        return ShuffledSentenceBatches(
-            tokens,
-            self.vocab.boundary,
-            batch_size,
-            tgt_len,
-            seed=seed,
-            rows=rows,
-            loop=loop,
-            partial="pad" if seed is None else "drop",
-        )
+        try:
+            if not self.shuffled:
+                return OrderedBatches(tokens, batch_size, tgt_len, rows=rows, loop=loop)
+            assert isinstance(self.vocab, WordVocabulary)
+            return ShuffledSentenceBatches(
+                tokens,
+                self.vocab.boundary,
+                batch_size,
+                tgt_len,
+                seed=seed,
+                rows=rows,
+                loop=loop,
+                partial="pad" if seed is None else "drop",
+            )
+        except TooShortError as error:
+            raise ValueError(
+                f"{split} split of {self._recipe.dataset}: {error}; "
+                f"lower {fields[0]} or {fields[1]}, or use more text"
+            ) from error
 
     @property
     def protocol(self) -> str:
         recipe = self._recipe
         meaning = recipe.protocol.meaning if recipe.as_protocol else f"{recipe.level} tokens"
-        return f"{recipe.dataset} ({recipe.protocol_name}: {meaning}), V = {len(self.vocab):,}"
+        given = " (a checkpoint's vocabulary)" if recipe.vocabulary else ""
+        return (
+            f"{recipe.dataset} ({recipe.protocol_name}: {meaning}), V = {len(self.vocab):,}{given}"
+        )
+
+    def source(self, split: str) -> str:
+        """The split and the protocol in one line, with the number of unknown symbols, if any."""
+        n_unknown = self._record.n_unknown[split]
+        counted = f", {n_unknown:,} unknown {self.vocab.symbol}s read as <unk>" if n_unknown else ""
+        return f"{split} split of {self.protocol}{counted}"
 
     def summary(self) -> str:
         """What was read: protocol, size in bytes, tokens of each split, hash; for people."""
@@ -138,15 +172,51 @@ class Corpus:
         )
 
 
-def _level(config: DataConfig, dataset: Dataset, protocol: Protocol) -> Level:
-    """What a token is, after raising for a tokenizer that does not fit."""
+def _record(folder: Path, recipe: Recipe, splits: Splits) -> Record | None:
+    """The record of a folder that holds these splits encoded by this recipe; else None."""
+    try:
+        record = Record.load(folder / RECORD)
+    except FileNotFoundError:
+        return None
+    return record if record.describes(recipe, splits) else None
+
+
+def _located(config: DataConfig, vocabulary: Vocabulary | None) -> tuple[Recipe, Path, Splits]:
+    """The data set's own recipe (at the level of a given vocabulary), its place and its splits."""
+    dataset = find_dataset(config.name)
+    protocol_name, protocol = find_protocol(dataset, config.protocol)
+    level = _level(config, dataset, protocol, vocabulary)
+    path = _place(config)
+    word_list: Piece | None = None
+    try:
+        splits = dataset.locate(path)
+        if dataset.word_list is not None:
+            with contextlib.suppress(*(() if vocabulary is None else (FileNotFoundError,))):
+                word_list = find_piece(path, [dataset.word_list])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"data set {config.name}: {error}; get it: {dataset.source}"
+        ) from error
+    tokenizer_file = None if config.tokenizer_file is None else expanded(config.tokenizer_file)
+    recipe = Recipe(
+        config.name, protocol_name, protocol, level, config.bpe_size, tokenizer_file, word_list
+    )
+    return recipe, path, splits
+
+
+def _level(
+    config: DataConfig, dataset: Dataset, protocol: Protocol, vocabulary: Vocabulary | None
+) -> Level:
+    """The kind of token, after raising for a tokenizer that does not fit."""
     level = protocol.level if config.tokenizer == "dataset" else config.tokenizer
+    if vocabulary is not None:
+        level = cast(Level, vocabulary.kind)
     if dataset.word_list is not None and level != protocol.level:
         raise ValueError(f"tokenizer: {config.name} is read as {protocol.level}s, got {level!r}")
-    if config.tokenizer_file is not None:
+    if config.tokenizer_file is not None and vocabulary is None:
         if level != "bpe":
             raise ValueError(f"tokenizer_file: expected tokenizer 'bpe' with it, got {level!r}")
-        if not Path(config.tokenizer_file).is_file():
+        if not expanded(config.tokenizer_file).is_file():
             raise FileNotFoundError(f"tokenizer_file: there is no file {config.tokenizer_file}")
     return level
 
@@ -154,7 +224,7 @@ def _level(config: DataConfig, dataset: Dataset, protocol: Protocol) -> Level:
 def _place(config: DataConfig) -> Path:
     """Where the data set lies: the given path, else this Python's library or the set's folder."""
     if config.path is not None:
-        return Path(config.path)
+        return expanded(config.path)
     if config.name == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
     return Path("data", config.name)
@@ -162,7 +232,8 @@ def _place(config: DataConfig) -> Path:
 
 def _folder(config: DataConfig, recipe: Recipe, path: Path) -> Path:
     """The folder of the encoded files: one for each path and recipe."""
-    told = [str(path.resolve()), recipe.key(), config.tokenizer_file]
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    tokenizer_file = None if recipe.tokenizer_file is None else str(recipe.tokenizer_file)
+    key = [str(path.resolve()), recipe.key(), tokenizer_file]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     name = f"{recipe.dataset}-{recipe.protocol_name}-{recipe.level}-{digest[:12]}"
-    return Path(config.cache_dir) / name
+    return expanded(config.cache_dir) / name

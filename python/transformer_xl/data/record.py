@@ -1,5 +1,5 @@
-"""The record beside the token files of a folder: what was read, by which recipe, and what was
-written, so that it is known whether the files are still good."""
+"""The record beside the token files of a folder: the recipe, the files that were read and the files
+that were written. It tells whether the token files are still valid."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 from transformer_xl.data.datasets import Level, Protocol
 from transformer_xl.data.sources import SPLITS, Piece, Splits
 from transformer_xl.data.token_file import TokenFile, damaged, file_sha256
+from transformer_xl.data.vocabularies import Vocabulary
 
-FORMAT = 1  # of the folder; raise it when the same files would be encoded otherwise
+FORMAT = 2  # of the folder; raise it when the same files would be encoded otherwise
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to encode, and how.
+    """The data set to encode, and how.
 
     Args:
         dataset, protocol_name, protocol: as the data set names them.
@@ -26,6 +27,7 @@ class Recipe:
         bpe_size: subwords to learn.
         tokenizer_file: a tokenizer.json to use instead of learning.
         word_list: a file that lists the words instead of counting.
+        vocabulary: a vocabulary of another corpus to use instead of making one.
     """
 
     dataset: str
@@ -35,10 +37,11 @@ class Recipe:
     bpe_size: int
     tokenizer_file: Path | None
     word_list: Piece | None
+    vocabulary: Vocabulary | None = None
 
     @property
     def open(self) -> bool:
-        """Whether symbols that were not counted get a token."""
+        """Whether the vocabulary has a token for symbols that were not counted."""
         return self.protocol.open or not self.as_protocol
 
     @property
@@ -48,7 +51,7 @@ class Recipe:
 
     @property
     def as_protocol(self) -> bool:
-        """Whether tokens are what the protocol says, not another level's."""
+        """Whether tokens are of the protocol's level."""
         return self.level == self.protocol.level
 
     def files(self, splits: Splits) -> list[Path]:
@@ -59,14 +62,15 @@ class Recipe:
         return list(dict.fromkeys(files))
 
     def key(self) -> dict[str, Any]:
-        """What tells this recipe from another one over the same files, for JSON."""
-        learned = self.level == "bpe" and self.tokenizer_file is None
+        """The values in which this recipe differs from another over the same files, for JSON."""
+        learned = self.level == "bpe" and not (self.tokenizer_file or self.vocabulary)
         return {
             "format": FORMAT,
             "dataset": self.dataset,
             "protocol": self.protocol_name,
             "level": self.level,
             "bpe_size": self.bpe_size if learned else None,
+            "vocabulary": self.vocabulary.sha256 if self.vocabulary else None,
         }
 
 
@@ -96,17 +100,20 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Record:
-    """What lies beside the token files of a folder, as JSON: the recipe, what was read, what was
-    written."""
+    """The recipe of a folder of token files, the files that were read, and those written, as JSON.
+
+    n_unknown: by split, the tokens that stand for symbols that the vocabulary does not have.
+    """
 
     recipe: Mapping[str, Any]
     sources: Sequence[SourceFile]
     vocabulary_sha256: str
     splits: Mapping[str, TokenFile]
+    n_unknown: Mapping[str, int]
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read what `save` wrote; ValueError if it is something else."""
+        """Read a file that `save` wrote; ValueError if it is another."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls(
@@ -114,6 +121,7 @@ class Record:
                 [SourceFile(**source) for source in values["sources"]],
                 values["vocabulary_sha256"],
                 {split: TokenFile(**file) for split, file in values["splits"].items()},
+                values["n_unknown"],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(path, repr(error)) from error
@@ -123,7 +131,7 @@ class Record:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     def describes(self, recipe: Recipe, splits: Splits) -> bool:
-        """Whether encoding the splits by this recipe would give what lies here."""
+        """Whether encoding the splits by this recipe would give the files of this record."""
         files = [str(path) for path in recipe.files(splits)]
         if self.recipe != recipe.key() or [source.path for source in self.sources] != files:
             return False

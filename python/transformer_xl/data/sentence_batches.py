@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transformer_xl.data.batches import Batch, check_sizes, check_state
+from transformer_xl.data.batches import Batch, TooShortError, check_sizes, check_state
 from transformer_xl.data.token_file import TokenArray
 
 SCAN_TOKENS = 1 << 24
@@ -34,8 +34,8 @@ class ShuffledSentenceBatches:
             token is scored once.
 
     Raises:
-        ValueError: as `OrderedBatches`; tokens that are no such sentences; sentences too few to
-            fill one batch when the partial one is dropped.
+        ValueError: as `OrderedBatches`, or tokens that are no such sentences.
+        TooShortError: sentences too few to fill one batch, if the partial one is dropped.
 
     Memory: two int64 for each sentence (30 M sentences: 480 MB).
     Source: the original's LMShuffledIterator.
@@ -60,7 +60,7 @@ class ShuffledSentenceBatches:
         self._edges = sentence_edges(tokens, boundary)  # [n_sentences + 1]
         self._start_pass(0)
         if self._next_batch() is None:
-            raise ValueError(
+            raise TooShortError(
                 f"tokens: {self.n_sentences:,} sentences, {self.n_tokens:,} targets, do not fill "
                 f"one batch ({batch_size} rows of tgt_len {tgt_len})"
             )

@@ -1,25 +1,37 @@
-"""Where the bytes of a corpus lie: files, members of archives, and ranges of either."""
+"""Where the bytes of a corpus are: files, members of archives, and ranges of either."""
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
-from transformer_xl.data.archives import is_archive, members, open_member
+from transformer_xl.data.archives import (
+    ARCHIVES,
+    COMPRESSED,
+    UNSUPPORTED,
+    check_kind,
+    is_archive,
+    members,
+    open_unpacked,
+    size_of,
+    stem,
+)
 from transformer_xl.data.token_file import READ_BYTES
 
 SPLITS = ("train", "valid", "test")
 ALIGN_BYTES = 1 << 16  # how far a cut in a plain file may move to reach the end of a line
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # members of an archive that are no text of the user's
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [start, stop) of a file, or of a member of a .zip or .tgz; None is its end.
+    """Bytes [start, stop) of a file, or of a member of an archive; None is its end.
 
-    `rewrite` is what is done to the bytes before anything else.
+    A file or member named .gz or .bz2 is decompressed; `start` and `stop` count bytes after that.
+    `rewrite` is applied to the bytes before anything else.
     """
 
     path: Path
@@ -33,9 +45,9 @@ class Piece:
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes, in chunks of READ_BYTES."""
-        with self._open() as file:
+        with open_unpacked(self.path, self.member) as file:
             file.seek(self.start)
-            left = self.size
+            left = sys.maxsize if self.stop is None else self.stop - self.start
             while left > 0 and (data := file.read(min(left, READ_BYTES))):
                 left -= len(data)
                 yield self.rewrite(data) if self.rewrite else data
@@ -43,33 +55,30 @@ class Piece:
     @property
     def size(self) -> int:
         """Number of bytes."""
-        return (self._whole() if self.stop is None else self.stop) - self.start
-
-    def _whole(self) -> int:
-        return members(self.path)[self.member] if self.member else self.path.stat().st_size
-
-    def _open(self) -> AbstractContextManager[IO[bytes]]:
-        return open_member(self.path, self.member) if self.member else self.path.open("rb")
+        stop = size_of(self.path, self.member) if self.stop is None else self.stop
+        return stop - self.start
 
 
 Splits = Mapping[str, Sequence[Piece]]
 
 
 def find_piece(path: Path, names: Sequence[str]) -> Piece:
-    """The file that one of `names` names in a folder, in an archive, or in an archive in a folder.
+    """The file with one of `names` in a folder, in an archive, or in an archive in a folder.
 
-    The first name that fits is taken; in an archive it is the end of a member's path.
+    The first name that is found is used, with .gz or .bz2 after it or not. In an archive it is the
+    end of a member's path.
 
     Raises:
-        FileNotFoundError: none is there; the names are listed.
-        ValueError: several archives in the folder hold one.
+        FileNotFoundError: there is none; the names are listed.
+        ValueError: several archives in the folder hold one, or the archive cannot be read.
     """
     if path.is_dir():
-        for name in names:
-            if (path / name).is_file():
-                return Piece(path / name)
-        archives = sorted(file for file in path.iterdir() if is_archive(file))
+        for file in (path / name for name in _with_endings(names)):
+            if file.is_file():
+                return Piece(file)
+        archives = sorted(file for file in path.iterdir() if is_archive(file) and file.is_file())
     elif path.is_file():
+        check_kind(path)
         archives = [path] if is_archive(path) else []
     else:
         raise FileNotFoundError(f"{path}: there is no such file or folder")
@@ -82,7 +91,8 @@ def find_piece(path: Path, names: Sequence[str]) -> Piece:
 
 
 def find_file(path: Path, names: Sequence[str]) -> Piece:
-    """The file `path` itself, whatever its name, or where `find_piece` finds it."""
+    """The file `path` itself, whatever its name, or else the result of `find_piece`."""
+    check_kind(path)
     if path.is_file() and not is_archive(path):
         return Piece(path)
     return find_piece(path, names)
@@ -104,40 +114,70 @@ def one_file(piece: Piece, sizes: Sequence[int]) -> Splits:
             f"{piece}: expected {sum(sizes):,} bytes, found {piece.size:,}; as plain text it can "
             "be read under the name 'text'"
         )
-    return _cut(piece, [sizes[0], sizes[0] + sizes[1]])
+    return _cut(piece, [sizes[0], sizes[0] + sizes[1]], sum(sizes))
 
 
 def plain_text(path: Path) -> Splits:
-    """A folder with train, valid and test files, or one file cut 90/5/5 where lines end."""
-    if path.is_dir():
-        return three_files(path, ["{}.txt", "{}", "wiki.{}.tokens"])
-    piece = find_file(path, [path.stem, f"{path.stem}.txt"])
-    return _cut(piece, [_line_end(piece, piece.size * percent // 100) for percent in (90, 95)])
+    """A folder or archive with train, valid and test files, or one text cut 90/5/5 at line ends.
+
+    The one text is a file, or the file in an archive that has the archive's name or is alone there.
+    """
+    if path.is_file():
+        piece = _only_text(path) if is_archive(path) else find_file(path, [])
+        if piece is not None:
+            size = piece.size
+            cuts = [_line_end(piece, size * percent // 100, size) for percent in (90, 95)]
+            return _cut(piece, cuts, size)
+    return three_files(path, ["{}.txt", "{}", "wiki.{}.tokens"])
 
 
-def _cut(piece: Piece, cuts: Sequence[int]) -> Splits:
-    edges = [0, *cuts, piece.size]
+def _only_text(archive: Path) -> Piece | None:
+    """The file in an archive that has its name or is alone in it; None if there is no such file."""
+    named = _find_member(archive, [stem(archive), f"{stem(archive)}.txt"])
+    files = [name for name in members(archive) if not HIDDEN.search(name)]
+    if named is None and len(files) == 1:
+        return _member(archive, files[0])
+    return named
+
+
+def _cut(piece: Piece, cuts: Sequence[int], size: int) -> Splits:
+    """The piece's bytes as train, valid and test, cut at two offsets."""
+    edges = [0, *cuts, size]
     return {
         split: [replace(piece, start=start, stop=stop)]
         for split, start, stop in zip(SPLITS, edges, edges[1:], strict=False)
     }
 
 
-def _line_end(piece: Piece, at: int) -> int:
+def _line_end(piece: Piece, at: int, size: int) -> int:
     """The first end of a line from `at` on; failing that of a word, then of a UTF-8 character."""
-    before = max(at - 1, 0)  # a cut right after a line stays
-    near = replace(piece, start=before, stop=min(at + ALIGN_BYTES, piece.size))
-    after = b"".join(near.chunks())
-    for separator in (b"\n", b" "):
-        found = after.find(separator)
-        if found >= 0:
-            return before + found + 1
-    rest = after[at - before :]
+    before = max(at - 2, 0)  # a cut right after a line stays, after both bytes of its end
+    near = b"".join(replace(piece, start=before, stop=min(at + ALIGN_BYTES, size)).chunks())
+    for separator in (rb"\r\n|[\r\n]", rb" "):
+        for found in re.finditer(separator, near):
+            if before + found.end() >= at:
+                return before + found.end()
+    rest = near[at - before :]
     return at + next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), len(rest))
+
+
+def _with_endings(names: Sequence[str]) -> list[str]:
+    return [name + ending for name in names for ending in ("", *COMPRESSED)]
 
 
 def _find_member(archive: Path, names: Sequence[str]) -> Piece | None:
     held = members(archive)
-    fitting = (member for name in names for member in held if f"/{member}".endswith(f"/{name}"))
+    fitting = (
+        member
+        for name in _with_endings(names)
+        for member in held
+        if f"/{member}".endswith(f"/{name}")
+    )
     member = next(fitting, None)
-    return None if member is None else Piece(archive, member)
+    return None if member is None else _member(archive, member)
+
+
+def _member(archive: Path, name: str) -> Piece:
+    if Path(name).name.lower().endswith((*ARCHIVES, *UNSUPPORTED)):
+        raise ValueError(f"{archive}:{name}: an archive in an archive cannot be read: unpack it")
+    return Piece(archive, name)

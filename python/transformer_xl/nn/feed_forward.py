@@ -13,7 +13,7 @@ class PositionwiseFeedForward(nn.Module):
 
     Args:
         d_model, d_inner: width of `x` and of the hidden layer.
-        dropout: probability, twice.
+        dropout: probability, after each of the two products.
 
     Source: Vaswani et al. 2017, section 3.3.
     """

@@ -41,8 +41,8 @@ def weight_and_bias(
 
     The adaptive kernels read the weights and never call the layer. Weights of
     `torch.nn.utils.prune`, `weight_norm`, `spectral_norm` and parametrisations are computed anew,
-    quantised ones are dequantised. Backward hooks on the layer are not called, because the kernels
-    do not compute the gradient of its output.
+    quantised ones are dequantised. Backward hooks on the layer and global hooks are not called:
+    the kernels compute neither the output of the layer nor its gradient.
 
     Args:
         owner: the module that uses the layer, for messages.

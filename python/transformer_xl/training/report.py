@@ -1,14 +1,15 @@
-"""What a person sees of a run: a live bar, `log.jsonl`, TensorBoard and `curve.png`."""
+"""The output of a run: a progress bar, `log.jsonl`, TensorBoard and `curve.png`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,17 +20,14 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from transformer_xl.data.files import to_json
 from transformer_xl.evaluation import Score
-from transformer_xl.training.curve import plot_curves
+from transformer_xl.training.curve import Metric, in_metric, plot_curves
 
 LOG = "log.jsonl"
 CURVE = "curve.png"
-Metric = str  # "bpc" or "ppl"
-
-
-def in_metric(loss: float, metric: Metric) -> float:
-    """A loss in nats per token as bits per character or as perplexity."""
-    return loss / math.log(2) if metric == "bpc" else math.exp(min(loss, 700.0))
+# A closed terminal or pipe is no reason to end a run. For a pipe, rich raises SystemExit.
+OUTPUT_LOST = (OSError, SystemExit)
 
 
 class Report:
@@ -37,7 +35,8 @@ class Report:
 
     Args:
         metric: "bpc" or "ppl".
-        step, max_step: where the run begins and ends; later entries of an earlier log go.
+        step, max_step: where the run begins and ends; later entries of an earlier log are removed.
+        validation_due: whether the validation of `step` is still due; entries of it are removed.
         tokens_per_step: targets of one step.
         console: where to show it; a bar if that is a terminal, else a line for each entry.
         shown: False in all processes but the main one, which then neither show nor write.
@@ -52,6 +51,7 @@ class Report:
         max_step: int,
         tokens_per_step: int,
         console: Console,
+        validation_due: bool = False,
         shown: bool = True,
     ) -> None:
         self.out, self.metric, self.shown = out, metric, shown
@@ -61,7 +61,7 @@ class Report:
         self._task = self._progress.add_task("", total=max_step, completed=step, news="")
         if shown:
             out.mkdir(parents=True, exist_ok=True)
-            _cut_log(out / LOG, step)
+            _cut_log(out / LOG, step, validation_due)
             self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> Report:
@@ -74,19 +74,21 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        with contextlib.suppress(*OUTPUT_LOST):
+            self._progress.stop()
         if self.shown:
-            self._tensorboard.close()
-            plot_curves(
-                self.out / CURVE, {self.out.name: read_log(self.out)}, self.metric, str(self.out)
-            )
+            with contextlib.suppress(OSError):  # would hide why the run ended
+                self._tensorboard.close()
+            curves = {self.out.name: read_log(self.out)}
+            if problem := plot_curves(self.out / CURVE, curves, self.metric, str(self.out)):
+                self.say(escape(problem))
 
     def advance(self, step: int) -> None:
         """Move the bar."""
         self._progress.update(self._task, completed=step)
 
     def trained(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
-        """A training loss, in nats per token over the steps since the last one."""
+        """Show and record the mean training loss since the last call, in nats per token."""
         entry = {"train_loss": loss, "lr": lr, "tokens_per_second": tokens_per_second}
         self._record(step, entry)
         news = f"loss {loss:.3f}  {self._value(loss)}  {tokens_per_second:,.0f} tokens/s"
@@ -95,15 +97,16 @@ class Report:
             self.say(f"step {step:,}/{self.max_step:,}  {news}  lr {lr:.2e}")
 
     def validated(self, step: int, score: Score, best: bool) -> None:
-        """A score on the valid split."""
+        """Show and record a score on the valid split."""
         self._record(step, {"valid_loss": score.loss, "protocol": score.protocol})
         mark = "  [green]best so far[/]" if best else ""
         self.say(f"step {step:,}/{self.max_step:,}  [bold]valid {self._value(score.loss)}[/]{mark}")
 
     def say(self, text: str) -> None:
-        """One line for the person."""
+        """Print one line of rich's markup, if there is still a terminal or a file to print to."""
         if self.shown:
-            self._console.print(text, highlight=False)
+            with contextlib.suppress(*OUTPUT_LOST):
+                self._console.print(text, markup=True, emoji=False, highlight=False, soft_wrap=True)
 
     def _value(self, loss: float) -> str:
         return f"{self.metric} {in_metric(loss, self.metric):.{3 if self.metric == 'bpc' else 2}f}"
@@ -113,7 +116,7 @@ class Report:
             return
         heading = {"step": step, "tokens": step * self._tokens_per_step}
         with (self.out / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(heading | entry) + "\n")
+            log.write(to_json(heading | entry) + "\n")
         for name, value in entry.items():
             if isinstance(value, float):
                 self._tensorboard.add_scalar(name, value, step)
@@ -124,7 +127,7 @@ class Report:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The entries of a run's log, a line cut short by a kill left out."""
+    """Return the entries of a run's log without lines that a kill cut short."""
     path = out / LOG
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -135,10 +138,16 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Keep the entries up to `step`: what came after them will be trained again."""
-    kept = [entry for entry in read_log(path.parent) if entry["step"] <= step]
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+def _cut_log(path: Path, step: int, validation_due: bool) -> None:
+    """Remove the entries that the run will write again: those after `step`, and the validation of
+    `step` if it is due."""
+    kept = [
+        entry
+        for entry in read_log(path.parent)
+        if entry["step"] < step
+        or (entry["step"] == step and not (validation_due and "valid_loss" in entry))
+    ]
+    path.write_text("".join(to_json(entry) + "\n" for entry in kept), encoding="utf-8")
 
 
 def _bar(console: Console, *, disable: bool) -> Progress:

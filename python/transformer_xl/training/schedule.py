@@ -48,7 +48,7 @@ class Schedule:
         return config.lr
 
     def observe(self, valid_loss: float) -> None:
-        """Take note of a validation: only "dev_perf" follows it."""
+        """Record a validation loss in nats; only "dev_perf" depends on it."""
         if valid_loss < self._best:
             self._best, self._not_better = valid_loss, 0
             return
@@ -58,10 +58,11 @@ class Schedule:
             self._not_better = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What `observe` has gathered, for JSON."""
+        """The results of the validations so far, for JSON; "best" is infinite before the first."""
         return {"best": self._best, "not_better": self._not_better, "decays": self._decays}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self._best, self._not_better = state["best"], state["not_better"]
+        """Go on from a `state_dict`; JSON holds null for an infinite "best"."""
+        self._best = math.inf if state["best"] is None else state["best"]
+        self._not_better = state["not_better"]
         self._decays = state["decays"]

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, patch_environment
 from torch import Tensor
 
 from transformer_xl import checkpoint, evaluation
 from transformer_xl.checkpoint import Checkpoint, CheckpointError
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Batch, Corpus
+from transformer_xl.data.corpus import EVALUATE_FIELDS
 from transformer_xl.evaluation import Batches, Lengths, Score
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
+from transformer_xl.nn.inference import inference
+from transformer_xl.nn.tensor_names import optimizer_tensors
 from transformer_xl.training.precision import autocast
 from transformer_xl.training.schedule import Schedule
 
@@ -31,14 +36,16 @@ class Trainer:
 
     Args:
         config: the run; its vocab_size must be the corpus's.
-        accelerator: knows the processes and the device.
+        accelerator: the processes and the device.
 
     Attributes:
         step: optimiser steps taken.
         best_loss: the lowest validation loss so far, in nats.
+        validation_due: whether the validation that belongs to `step` has not been done yet.
 
     Raises:
-        ValueError: more processes or chunks than rows, a corpus shorter than one segment.
+        ValueError: whatever training, its validations or the configuration's `evaluate` section
+            would raise later: `check_run`, a split shorter than one segment.
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus, accelerator: Accelerator) -> None:
@@ -46,14 +53,24 @@ class Trainer:
         self.config, self.corpus, self.accelerator = config, corpus, accelerator
         self.device = accelerator.device
         rank, world_size = accelerator.process_index, accelerator.num_processes
+        check_run(config, world_size)
         rows = share("batch_size", train.batch_size, rank, world_size)
-        share("batch_chunk", rows[1] - rows[0], 0, train.batch_chunk)
         self._valid_rows = share("eval_batch_size", train.eval_batch_size, rank, world_size)
         self._batches = corpus.batches(
-            "train", train.batch_size, train.tgt_len, rows=rows, loop=True, seed=train.seed
+            "train",
+            train.batch_size,
+            train.tgt_len,
+            rows=rows,
+            loop=True,
+            seed=train.seed,
+            fields=("train.batch_size", "train.tgt_len"),
         )
         self._next_batch = iter(self._batches).__next__
-        self._validation_batches()  # raises now what the first validation would, after hours
+        self._validation_batches()  # raises here the errors of the first validation, hours later
+        protocol = config.evaluate
+        corpus.batches(  # likewise
+            protocol.split, protocol.batch_size, protocol.tgt_len, fields=EVALUATE_FIELDS
+        )
 
         torch.manual_seed(train.seed)
         self.model = TransformerXL(config.model, backend=train.backend)
@@ -73,8 +90,10 @@ class Trainer:
         self.model.train()
 
         self._memories: list[Memory | None] = [None] * train.batch_chunk
+        self._last_batch: Batch | None = None
         self.step = 0
         self.best_loss = math.inf
+        self.validation_due = False
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_steps = 0
 
@@ -85,31 +104,48 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """That of the last step taken, or of the first."""
+        """Learning rate of the last step; before any step, of the first."""
         return self.schedule.at(max(1, self.step))
 
     def advance(self) -> None:
         """Take one optimiser step on the next segment of every row."""
+        train = self.config.train
         self.step += 1
+        self.validation_due = self.step == train.max_step or self.step % train.eval_interval == 0
+        self._last_batch = self._next_batch()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self._loss_sum += self._accumulate(self._next_batch())
+        self._loss_sum += self._accumulate(self._last_batch)
         self._loss_steps += 1
-        if self.config.train.clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        if train.clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def mean_loss(self) -> float:
-        """Loss in nats per token since this was last asked, over all processes."""
+        """Loss in nats per token since the last call, over all processes.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
         total: Tensor = self.accelerator.reduce(self._loss_sum, reduction="sum")
         mean = total.item() / self._loss_steps
+        if not math.isfinite(mean):
+            raise self._diverged(f"the training loss is {mean}")
         self._loss_sum.zero_()
         self._loss_steps = 0
         return mean
 
-    def validate(self) -> Score:
-        """Score the valid split, and let the schedule see the loss."""
+    def validate(self, before_batch: Callable[[], None] = lambda: None) -> Score:
+        """Score the valid split and pass the loss to the schedule.
+
+        Args:
+            before_batch: called before each batch; an exception that it raises abandons the
+                validation, which stays due.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
         with autocast(self.config.train.autocast, self.device):
             score = evaluation.score(
                 self.model,
@@ -117,14 +153,24 @@ class Trainer:
                 validation_lengths(self.config)[1],
                 len(self.corpus.split("valid")),
                 max_steps=self.config.train.max_eval_steps,
-                source=f"valid split of {self.corpus.protocol}",
+                source=self.corpus.source("valid"),
                 total=lambda sums: self.accelerator.reduce(sums, reduction="sum"),
+                before_batch=before_batch,
             )
+        if not math.isfinite(score.loss):
+            raise self._diverged(f"the validation loss is {score.loss}")
         self.schedule.observe(score.loss)
+        self.validation_due = False
         return score
 
     def save(self, directory: Path) -> None:
-        """Write everything that going on bit for bit needs."""
+        """Write everything that a bit-identical continuation needs.
+
+        Raises:
+            FloatingPointError: training cannot go on from here, because a loss, a weight or the
+                optimizer's state is not finite; nothing is written.
+        """
+        self._check_finite()
         checkpoint.save(
             directory,
             model=self.model,
@@ -139,7 +185,12 @@ class Trainer:
         )
 
     def restore(self, saved: Checkpoint) -> None:
-        """Go on where `save` was called; CheckpointError or ValueError if that was another run."""
+        """Continue where `save` was called.
+
+        Raises:
+            CheckpointError, ValueError: the checkpoint has another model, corpus, batch size or
+                number of processes, or it is damaged.
+        """
         checkpoint.check_model(saved, self.config.model)
         if saved.state["corpus"] != self.corpus.fingerprint:
             raise CheckpointError(f"{saved.path} was trained on another corpus; resume on the same")
@@ -151,7 +202,9 @@ class Trainer:
         self._batches.load_state_dict(saved.state["data"])
         self._next_batch = iter(self._batches).__next__
         self.schedule.load_state_dict(saved.state["schedule"])
-        self.step, self.best_loss = saved.step, saved.state["best_loss"]
+        best_loss = saved.state["best_loss"]  # None before the first validation
+        self.step, self.best_loss = saved.step, math.inf if best_loss is None else best_loss
+        self.validation_due = saved.state.get("validation_due", False)
         self._loss_steps = saved.state["loss_steps"]
         self._loss_sum.copy_(tensors["loss_sum"])
         self._memories = [_memory_from(tensors, i, self.device) for i in range(chunks)]
@@ -184,6 +237,54 @@ class Trainer:
             loss += part.detach()
         return loss
 
+    def _check_finite(self) -> None:
+        """Raise FloatingPointError, in every process, if any process finds a reason."""
+        reason = self._not_finite()
+        found = torch.tensor(float(reason is not None), device=self.device)
+        if self.accelerator.reduce(found, reduction="sum").item() > 0:
+            raise self._diverged(reason or "another process cannot go on")
+
+    def _not_finite(self) -> str | None:
+        """Why training cannot go on from here, if so."""
+        kinds = {
+            "training loss": {"of this process": self._loss_sum},
+            "weight": self.model.state_dict(),
+            "optimizer state": optimizer_tensors(self.model, self.optimizer),
+        }
+        for kind, tensors in kinds.items():
+            if (name := checkpoint.first_not_finite(tensors)) is not None:
+                return f"the {kind} {name} is not finite"
+        if self._last_batch is not None:
+            loss = self._loss_again(self._last_batch).item()
+            if not math.isfinite(loss):
+                return f"the loss of the last batch with the new weights is {loss}"
+        return None
+
+    def _loss_again(self, batch: Batch) -> Tensor:
+        """The sum of the chunks' losses, in nats per token, with the weights and the memory that
+        the next step would start from.
+
+        Evaluation mode draws no random numbers, and the resulting memory is not kept.
+        """
+        parts = self.config.train.batch_chunk
+        tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        context = autocast(self.config.train.autocast, self.device)
+        with inference(self.model), context:
+            for i, memory in enumerate(self._memories):
+                begin, end = share("batch_chunk", len(tokens), i, parts)
+                # Not through torch.compile, which would compile once more for evaluation mode.
+                output = self.model.forward(tokens[begin:end], memory, targets[begin:end])
+                assert output.loss is not None  # targets were given
+                loss += output.loss
+        return loss
+
+    def _diverged(self, reason: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{reason} at step {self.step:,}: the run diverged; try a lower train.lr, a longer "
+            "train.warmup_step or a smaller train.clip, from the last checkpoint or from the start"
+        )
+
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
@@ -191,6 +292,7 @@ class Trainer:
             "data": self._batches.state_dict(),
             "corpus": self.corpus.fingerprint,
             "best_loss": self.best_loss,
+            "validation_due": self.validation_due,
             "loss_steps": self._loss_steps,
             "batch_chunk": self.config.train.batch_chunk,
         }
@@ -207,12 +309,36 @@ class Trainer:
     def _validation_batches(self) -> Batches:
         tgt_len, _ = validation_lengths(self.config)
         batch_size = self.config.train.eval_batch_size
-        return self.corpus.batches("valid", batch_size, tgt_len, rows=self._valid_rows)
+        length = "train.eval_tgt_len" if self.config.model.mem_len else "train.tgt_len"
+        fields = ("train.eval_batch_size", length)
+        return self.corpus.batches(
+            "valid", batch_size, tgt_len, rows=self._valid_rows, fields=fields
+        )
+
+
+# Engines that accelerate selects by its environment alone; a run here only divides rows (DDP).
+OTHER_ENGINES = dict.fromkeys(
+    (
+        f"ACCELERATE_USE_{name}"
+        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+    ),
+    "false",
+)
 
 
 def join_processes() -> Accelerator:
-    """This process among those of its launcher, on its GPU or, where there is none, the CPU."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    """Return the accelerator of this process: on a GPU if there is one, else on the CPU.
+
+    Precision, gradient accumulation and compilation follow the run's configuration. Therefore
+    accelerate's environment variables and its default configuration file do not change them.
+    """
+    with patch_environment(**OTHER_ENGINES):
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        )
 
 
 def share(name: str, rows: int, index: int, parts: int) -> tuple[int, int]:
@@ -227,15 +353,34 @@ def share(name: str, rows: int, index: int, parts: int) -> tuple[int, int]:
     return index * rows // parts, (index + 1) * rows // parts
 
 
-def validation_lengths(config: RunConfig) -> tuple[int, Lengths]:
-    """tgt_len and the model's lengths in validation: training's reach in shorter segments.
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Raise ValueError for a run that must fail on every corpus: too few rows for its processes and
+    chunks, lengths that its validation cannot have."""
+    train = config.train
+    start, stop = share("batch_size", train.batch_size, 0, world_size)  # the smallest share
+    share("batch_chunk", stop - start, 0, train.batch_chunk)
+    share("eval_batch_size", train.eval_batch_size, 0, world_size)
+    validation_lengths(config)
 
-    The memory takes up what the segment gives away, as in the original. A model trained without
-    memory is validated in segments of its own tgt_len: it has no other way to the same reach.
+
+def validation_lengths(config: RunConfig) -> tuple[int, Lengths]:
+    """Return tgt_len and the model's lengths in validation.
+
+    Segments may be shorter than in training. The memory is longer by as many tokens, as in the
+    original, so that the last token of a segment reaches equally far. A model trained without
+    memory is validated in segments of the training's tgt_len.
+
+    Raises:
+        ValueError: eval_tgt_len leaves no memory, which the model's same_length needs.
     """
     train, model = config.train, config.model
     tgt_len = train.eval_tgt_len if model.mem_len else train.tgt_len
     mem_len = max(0, model.mem_len + train.tgt_len - tgt_len)
+    if model.same_length and mem_len == 0:
+        raise ValueError(
+            f"train.eval_tgt_len: expected fewer than {model.mem_len + train.tgt_len} tokens "
+            f"(mem_len + tgt_len), which leaves model.same_length a memory, got {tgt_len}"
+        )
     return tgt_len, Lengths(mem_len, model.clamp_len, model.same_length)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from transformer_xl.cli.app import app
 from transformer_xl.config import load_preset
+from transformer_xl.data import datasets
 
 SMALL = (
     *("model.n_layer=1", "model.d_model=16", "model.n_head=2", "model.d_head=8"),
@@ -50,3 +52,16 @@ def test_demo_takes_fewer_steps_on_a_slow_machine(tmp_path: Path, text_file: Pat
     assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
     results = json.loads((out / "results.json").read_text())
     assert {run["step"] for run in results["training"].values()} == {1}
+
+
+@pytest.mark.slow
+def test_demo_reads_a_vocabulary_without_a_newline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "WIKI8_BYTES", (48_000, 8_000, 8_000))
+    (tmp_path / "text8").write_text("a memory of the segment " * 2_666 + "a memory of the s"[:16])
+    data = ("data.name=text8", f"data.path={tmp_path}", f"data.cache_dir={tmp_path}/cache")
+    out = tmp_path / "demo"
+    done = CliRunner().invoke(app, ["demo", *SMALL, *data, "--out", str(out), "--seconds", "0"])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    assert (out / "sample.txt").read_text().startswith(" ")

@@ -25,6 +25,12 @@ def test_a_very_long_line_is_cut_at_a_space(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(whole_lines(["abc de", "f gh", "i\n"])) == ["abc ", "def ", "ghi\n"]
 
 
+def test_a_very_long_line_without_spaces_is_not_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MAX_LINE", 5)
+    assert list(whole_lines(["ACGT"] * 5)) == ["ACGTACGT", "ACGTACGT", "ACGT"]
+    assert list(whole_lines(["ACGTAC\r", "\nG"])) == ["ACGTAC", "\r\n", "G"]
+
+
 @pytest.mark.parametrize("read_bytes", [1, 2, 3, 5, 1 << 20])
 @pytest.mark.parametrize("start", [0, 3])
 @pytest.mark.parametrize(

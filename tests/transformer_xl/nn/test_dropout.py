@@ -44,3 +44,25 @@ def test_a_seed_gives_a_mask_and_evaluation_gives_the_input() -> None:
     assert drop.eval()(x) is x
     assert torch.equal(Dropout(0.0)(x), x)
     assert Dropout(1.0)(x).eq(0).all()
+
+
+def test_another_default_device_changes_nothing() -> None:
+    x = torch.ones(4, 33)
+    with torch.device("meta"):
+        out = Dropout(0.3)(x)
+    assert out.device == x.device
+    assert 0 < int((out == 0).sum()) < out.numel()
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_controls_the_masks(randomness) -> None:
+    out = torch.vmap(Dropout(0.5), randomness=randomness)(torch.ones(2, 1000))
+    assert out.unique().tolist() == [0.0, 2.0]
+    assert torch.equal(out[0], out[1]) == (randomness == "same")
+
+
+def test_gradients_of_torch_func_go_where_the_output_came_from() -> None:
+    x, drop = torch.ones(1000), Dropout(0.25)
+    grads, out = torch.func.grad_and_value(lambda y: drop(y).sum())(x)
+    torch.testing.assert_close(grads.sum(), out)
+    assert grads.unique().numel() == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import random
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from transformer_xl.checkpoint import CheckpointError
+from transformer_xl.checkpoint import CheckpointError, open_checkpoint
 from transformer_xl.config import RunConfig, override
 from transformer_xl.training import train
 from transformer_xl.training.report import read_log
@@ -79,6 +80,24 @@ def test_interrupt_stops_after_the_step_with_a_checkpoint(
     assert "stopped after step" in shown
     assert "--resume" in shown
     assert (tmp_path / "run" / "last" / "state.json").exists()
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_stops_the_run_with_a_checkpoint(
+    tmp_path: Path, tiny_config: RunConfig, train_arguments: Arguments
+) -> None:
+    """The kernel sends SIGHUP, and every later output to the terminal fails."""
+    config = override(tiny_config, {"train.max_step": 5000, "train.checkpoint_interval": 5000})
+    arguments = [*MAIN, *train_arguments(config, tmp_path / "run")]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(arguments[0], arguments)
+    while not read_log(tmp_path / "run"):
+        os.read(terminal, 1 << 16)
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    saved = open_checkpoint(tmp_path / "run")
+    assert read_log(tmp_path / "run")[-1]["step"] == saved.step < 5000
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path, tiny_config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Draws from the adaptive softmax follow its probabilities, whatever pieces they are sought in."""
+"""Draws from the adaptive softmax follow its probabilities, in whatever pieces it is read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from txl_kernels import adaptive_log_prob, adaptive_sample
 from txl_kernels.backends.reference import adaptive_sample as reference
 from txl_kernels.backends.reference import adaptive_softmax
+from txl_kernels.ops import adaptive_sample as op
 
 V, CUTOFFS, D = 60, (10, 25), 6
 N_DRAWS = 20_000
@@ -15,9 +16,11 @@ N_DRAWS = 20_000
 
 @pytest.fixture(params=["whole", "pieces"])
 def weights(request, monkeypatch):
-    """An adaptive softmax; its vocabulary in one piece per cluster, or in pieces of 4 tokens."""
+    """An adaptive softmax, whole or in pieces of 4 tokens and of 99 sorted rows."""
     if request.param == "pieces":
         monkeypatch.setattr(adaptive_softmax, "_MIN_COLUMNS", 4)
+        monkeypatch.setattr(reference, "_SORTED_LOGITS", 99 * V)
+        monkeypatch.setattr(op, "MERGED_TOKENS", 2)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -28,7 +31,7 @@ def weights(request, monkeypatch):
     return {**head, "tails": tails, "cutoffs": CUTOFFS}
 
 
-def due_probs(weights, hidden, temperature=1.0, top_k=None, top_p=None):
+def expected_probs(weights, hidden, temperature=1.0, top_k=None, top_p=None):
     """All probabilities [V] of one row, filtered by sorting them."""
     log_probs = adaptive_log_prob(hidden, **weights)[0].double()
     logits, order = log_probs.sort(descending=True)
@@ -50,6 +53,7 @@ def due_probs(weights, hidden, temperature=1.0, top_k=None, top_p=None):
         {"top_p": 0.8, "temperature": 1.5},
         {"top_k": 5},
         {"top_k": 5, "top_p": 0.6, "temperature": 2.0},
+        {"top_k": 2, "temperature": 0.5},
         {"top_k": 1000, "top_p": 1.0},
     ],
     ids=str,
@@ -60,13 +64,15 @@ def test_draws_follow_the_probabilities(weights, options):
     drawn = adaptive_sample(
         hidden.expand(N_DRAWS, D), **weights, **options, generator=generator
     ).bincount(minlength=V)
-    due = due_probs(weights, hidden, **options)
-    assert not drawn[due == 0].any()
-    deviation = (drawn - N_DRAWS * due) / (N_DRAWS * due * (1 - due)).sqrt().clamp(min=1.0)
+    expected = expected_probs(weights, hidden, **options)
+    assert not drawn[expected == 0].any()
+    deviation = (drawn - N_DRAWS * expected) / (N_DRAWS * expected * (1 - expected)).sqrt().clamp(
+        min=1.0
+    )
     assert deviation.abs().max() < 4.5  # standard deviations, over at most 60 tokens
 
 
-def test_temperature_0_takes_the_likeliest(weights):
+def test_temperature_0_takes_the_most_probable_token(weights):
     hidden = torch.randn(50, D)
     tokens = adaptive_sample(hidden, **weights, temperature=0)
     assert torch.equal(tokens, adaptive_log_prob(hidden, **weights).argmax(1))
@@ -94,7 +100,7 @@ def test_rows_are_drawn_apart(weights):
     for row, own in zip(hidden, drawn.chunk(2), strict=True):
         shares = own.bincount(minlength=V) / len(own)
         torch.testing.assert_close(
-            shares, due_probs(weights, row[None]).float(), rtol=0, atol=0.025
+            shares, expected_probs(weights, row[None]).float(), rtol=0, atol=0.025
         )
 
 
@@ -111,31 +117,6 @@ def test_low_precision_and_autocast(weights):
         tokens = adaptive_sample(hidden, **weights, top_p=0.9)
     assert tokens.dtype == torch.int64
     assert ((tokens >= 0) & (tokens < V)).all()
-
-
-def test_what_a_pass_finds_is_the_distribution(weights):
-    """`draw` hands on log-probabilities and the sum at the temperature; `mass_before` orders."""
-    hidden = torch.randn(3, D, dtype=torch.float64)
-    weights = {k: _double(v) for k, v in weights.items()}
-    head = adaptive_softmax.Cluster(
-        weights["head_proj"], weights["head_weight"], weights["head_bias"]
-    )
-    tails = [adaptive_softmax.Cluster(*tail) for tail in weights["tails"]]
-    drawn = reference.draw(hidden, head, tails, 0.5, 4, None)
-    log_probs = adaptive_log_prob(hidden, **weights)
-    torch.testing.assert_close(drawn.log_probs, log_probs.gather(1, drawn.tokens))
-    torch.testing.assert_close(drawn.total, (log_probs / 0.5).logsumexp(1))
-    probs = (log_probs / 0.5).softmax(1)
-    likelier = log_probs[:, None] > drawn.log_probs[:, :, None] + 1e-12
-    torch.testing.assert_close(
-        reference.mass_before(hidden, head, tails, 0.5, drawn), (probs[:, None] * likelier).sum(2)
-    )
-
-
-def _double(value):
-    if isinstance(value, torch.Tensor):
-        return value.double()
-    return [tuple(map(_double, tail)) for tail in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize(

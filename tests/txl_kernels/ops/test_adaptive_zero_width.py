@@ -45,7 +45,7 @@ def _with_gradients(function, tensors, backend):
     return [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize(("N", "d", "widths", "projected", "biased"), CASES, ids=str)
 def test_losses_and_gradients(backend, N, d, widths, projected, biased, reduction):
     target = torch.arange(N) * 3

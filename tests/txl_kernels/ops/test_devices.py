@@ -44,7 +44,10 @@ def _calls(device: str, backend: str):
             lambda: ops.adaptive_embedding(target, [head], [None], **named),
             (5, 6),
         ),
-        "adaptive_log_prob": (lambda: ops.adaptive_log_prob(hidden, head, tails, **softmax), (5, 15)),
+        "adaptive_log_prob": (
+            lambda: ops.adaptive_log_prob(hidden, head, tails, **softmax),
+            (5, 15),
+        ),
         "adaptive_topk": (lambda: ops.adaptive_topk(hidden, head, tails, 3, **softmax)[0], (5, 3)),
         "adaptive_sample": (lambda: ops.adaptive_sample(hidden, head, tails, **softmax), (5,)),
         "adaptive_sample by mass": (

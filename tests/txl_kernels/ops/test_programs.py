@@ -5,14 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import txl_kernels
-from txl_kernels import BackendUnavailableError, adaptive_embedding, adaptive_loss, adaptive_nll
-from txl_kernels import rel_attention, rel_shift
+from txl_kernels import (
+    BackendUnavailableError,
+    adaptive_embedding,
+    adaptive_loss,
+    adaptive_nll,
+    rel_attention,
+    rel_shift,
+)
 
 RUN_ELSEWHERE = """
 import sys, torch, txl_kernels
@@ -152,9 +159,19 @@ def test_exporting_to_onnx_names_the_reference(backend, native, monkeypatch):
 
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     q, k, v, r, _ = _inputs()
-    with pytest.raises(BackendUnavailableError, match='ONNX has no native .* backend="reference"'):
+    with pytest.raises(BackendUnavailableError, match=r'ONNX has no native .* backend="reference"'):
         Attention(backend)(q, k, v, r)
     Attention("reference")(q, k, v, r)
+
+
+def test_the_documented_export_to_onnx_runs(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    page = Path(__file__).parents[3] / "docs" / "backends.md"
+    example = page.read_text(encoding="utf-8").split("**Export to ONNX.**")[1]
+    monkeypatch.chdir(tmp_path)
+    exec(example.split("```python\n")[1].split("```")[0], {})
+    assert (tmp_path / "attention.onnx").exists()
 
 
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "legacy"])
@@ -169,5 +186,6 @@ def test_onnx_gives_the_same(dynamo, native, tmp_path):
     names = [argument.name for argument in session.get_inputs()]
     (out,) = session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))
     torch.testing.assert_close(torch.from_numpy(out), module(*inputs))
+    refused = Attention("auto" if dynamo else "native")  # a trace with "auto" has no kernels
     with pytest.raises(Exception, match='backend="reference"'):
-        torch.onnx.export(Attention("auto"), inputs, path, dynamo=dynamo, verbose=False)
+        torch.onnx.export(refused, inputs, path, dynamo=dynamo, verbose=False)

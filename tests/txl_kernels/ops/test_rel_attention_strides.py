@@ -107,9 +107,7 @@ def test_the_stride_of_a_single_key_does_not_matter(dtype, row_stride, require_b
     require_backend("rel_attention", "native", dtype=dtype, needs_grad=True)
     torch.manual_seed(2)
     inputs = {name: torch.randn(B, H, 1, D, dtype=dtype) for name in ("k", "v", "mem_k", "mem_v")}
-    inputs = {
-        name: x.as_strided(x.shape, (H * D, D, row_stride, 1)) for name, x in inputs.items()
-    }
+    inputs = {name: x.as_strided(x.shape, (H * D, D, row_stride, 1)) for name, x in inputs.items()}
     inputs["q"], inputs["r"] = (torch.randn(B, H, n, D, dtype=dtype) for n in (5, 6))
     assert_layouts_do_not_matter(inputs, "native")
 

@@ -69,7 +69,8 @@ def rel_attention(
             bias = bias.masked_fill(absent[:, None, None, :], 0.0)
 
     content = _plus_head_bias(q, r_w_bias) @ keys.transpose(-1, -2)
-    position = _plus_head_bias(q if q_pos is None else q_pos, r_r_bias) @ r.transpose(-1, -2)
+    queries = _plus_head_bias(q if q_pos is None else q_pos, r_r_bias)
+    position = queries @ r.transpose(-1, -2)
     scores = scale * (content + rel_shift(position, Tk, offset, clamp=clamp))  # [B, H, Tq, Tk]
     if bias is not None:
         scores = scores + bias

@@ -106,7 +106,7 @@ def kernel_arguments(
         "chunk_size": chunk_size,
         "chunk_left": chunk_left,
         "chunk_phase": chunk_phase,
-        # A scale that a GPU takes for 0 would turn masked scores, -inf, into NaN. Its sign, 0, makes
+        # A scale that a GPU rounds to 0 would turn masked scores, -inf, into NaN. A sign of 0 makes
         # the products 0 instead.
         "scale": 1.0 if is_zero else abs(scale),
         "sign": 0.0 if is_zero else math.copysign(1.0, scale),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from transformer_xl.data.sources import Piece
+from transformer_xl.data.text import decode_stream, read_text, split_lines, whole_lines
 from transformer_xl.data.token_file import TokenArray
 
 
@@ -20,37 +23,106 @@ class UnknownSymbolError(ValueError):
 
 
 class Vocabulary(ABC):
-    """Numbers 0 … V - 1 for the symbols of a text. `len(vocabulary)` is V, `kind` the level."""
+    """Numbers 0 … V - 1 for the symbols of a text. `len(vocabulary)` is V.
+
+    A symbol that the vocabulary does not have is unknown. It becomes `<unk>` if the vocabulary has
+    that symbol, and is an error otherwise.
+
+    Attributes:
+        kind: the level, "byte", "char", "word" or "bpe".
+        symbol: the noun for one symbol in messages.
+        unknown_id: the token of unknown symbols, or None.
+    """
 
     kind: ClassVar[str]
+    symbol: ClassVar[str]
+    unknown_id: int | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; UnknownSymbolError for a symbol that is not in the vocabulary."""
+        """Token ids of a text; UnknownSymbolError for an unknown symbol without `<unk>`."""
         ids: list[int] = self.encode_array(text).tolist()
         return ids
 
-    @abstractmethod
     def encode_array(self, text: str) -> TokenArray:
         """As `encode`, as an array."""
+        ids, n_unknown = self.lookup(text)
+        if n_unknown and self.unknown_id is None:
+            raise self._refusal(split_lines(text), n_unknown)
+        return ids
+
+    def encode_stream(self, piece: Piece) -> Iterator[TokenArray]:
+        """Token ids of a piece of a corpus, chunk by chunk, in memory that does not grow with it.
+
+        Raises ValueError with the file and the byte offset if text is expected and the bytes are
+        not UTF-8, and at its end UnknownSymbolError for unknown symbols without `<unk>`.
+        """
+        n_unknown = 0
+        for ids, n_more in self.lookup_stream(piece):
+            n_unknown += n_more
+            yield ids
+        self.check_unknown(piece, n_unknown)
+
+    @abstractmethod
+    def lookup(self, text: str) -> tuple[TokenArray, int]:
+        """Token ids of a text, and how many of its symbols are unknown.
+
+        Unknown symbols have the id `unknown_id`, or any id if that is None.
+        """
+
+    def lookup_stream(self, piece: Piece) -> Iterator[tuple[TokenArray, int]]:
+        """As `lookup`, for a piece of a corpus, chunk by chunk."""
+        return map(self.lookup, self._texts(piece))
+
+    @abstractmethod
+    def unknown(self, text: str) -> list[str]:
+        """The unknown symbols of a text, each once, in order of first appearance."""
+
+    def check_unknown(self, piece: Piece, n_unknown: int) -> None:
+        """Raise UnknownSymbolError for unknown symbols without `<unk>`.
+
+        Args:
+            piece: where the first of them is; its line is counted from the start of the file.
+            n_unknown: how many there are, for the message.
+        """
+        if n_unknown and self.unknown_id is None:
+            texts = self._texts(replace(piece, start=0, stop=None))
+            lines = (line for text in texts for line in split_lines(text))
+            error = self._refusal(lines, n_unknown)
+            raise UnknownSymbolError(f"{piece}: {error}")
+
+    def _refusal(self, lines: Iterable[str], n_unknown: int) -> UnknownSymbolError:
+        """The error for `n_unknown` unknown symbols in these lines."""
+        noun, number = self.symbol, 1
+        for line in lines:
+            if found := self.unknown(line):
+                break
+            number += line.endswith(("\n", "\r"))  # a very long line comes in parts
+        return UnknownSymbolError(
+            f"{noun} {found[0]} is not in the vocabulary of {len(self)} {noun}s, which has no "
+            f"<unk> (line {number:,}; {n_unknown:,} unknown {noun}s in all)"
+        )
+
+    def _texts(self, piece: Piece) -> Iterator[str]:
+        """The text of a piece, in chunks that end with a line."""
+        return whole_lines(decode_stream(piece))
+
+    def first_tokens(self) -> list[int]:
+        """Tokens to begin a text with: the end of a line, or a space, or else any one token."""
+        for text in ("\n", " ", *(self.decode([token]) for token in range(len(self)))):
+            if text and not self.unknown(text) and (ids := self.encode(text)):
+                return ids
+        return [0]
 
     @abstractmethod
     def decode(self, ids: ArrayLike) -> str:
         """Text of token ids, a sequence or one-dimensional array; IndexError for one outside V."""
 
     @abstractmethod
-    def encode_stream(self, piece: Piece) -> Iterator[TokenArray]:
-        """Token ids of a piece of a corpus, chunk by chunk, in memory that does not grow with it.
-
-        Raises ValueError with the file and the byte offset where text is asked for and the bytes
-        are not UTF-8, UnknownSymbolError for a symbol that is not in the vocabulary.
-        """
-
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Everything `from_dict` needs, for JSON."""
+        """Everything that `from_dict` needs, for JSON."""
 
     @classmethod
     @abstractmethod
@@ -59,14 +131,22 @@ class Vocabulary(ABC):
 
     def save(self, path: Path) -> None:
         """Write the vocabulary as JSON."""
-        values = {"kind": self.kind, **self.to_dict()}
-        path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        path.write_bytes(self._json())
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the file that `save` writes."""
+        return hashlib.sha256(self._json()).hexdigest()
+
+    def _json(self) -> bytes:
+        return json.dumps({"kind": self.kind, **self.to_dict()}, ensure_ascii=False).encode()
 
     @staticmethod
     def load(path: Path) -> Vocabulary:
-        """Read what `save` wrote, whichever kind it is; ValueError if it is no vocabulary."""
+        """Read a file that `save` wrote, of any kind; ValueError if it is no vocabulary."""
+        text = read_text(Piece(path))
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(text)
             kinds = {cls.kind: cls for cls in Vocabulary.__subclasses__()}
             return kinds[values.pop("kind")].from_dict(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,7 +1,8 @@
-"""Bytes as tokens: any file, no text needed."""
+"""Bytes as tokens: of any file, as it is; it need not be text."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from transformer_xl.data.sources import Piece
+from transformer_xl.data.text import whole_lines
 from transformer_xl.data.token_file import TokenArray
-from transformer_xl.data.vocabularies.base import UnknownSymbolError, Vocabulary
+from transformer_xl.data.vocabularies.base import Vocabulary
 
 EVERY_BYTE = bytes(range(256))
 
@@ -24,6 +26,7 @@ class ByteVocabulary(Vocabulary):
     """
 
     kind = "byte"
+    symbol = "byte"
 
     def __init__(self, values: bytes = EVERY_BYTE, dropped: bytes = b"") -> None:
         self.values, self.dropped = values, dropped
@@ -46,22 +49,25 @@ class ByteVocabulary(Vocabulary):
     def __len__(self) -> int:
         return len(self.values)
 
-    def encode_array(self, text: str) -> TokenArray:
-        return self._encode(text.encode("utf-8"))
+    def lookup(self, text: str) -> tuple[TokenArray, int]:
+        return self._lookup(_bytes(text))
 
-    def encode_stream(self, piece: Piece) -> Iterator[TokenArray]:
-        return map(self._encode, piece.chunks())
+    def lookup_stream(self, piece: Piece) -> Iterator[tuple[TokenArray, int]]:
+        return map(self._lookup, piece.chunks())
 
-    def _encode(self, data: bytes) -> TokenArray:
-        unknown = data.translate(None, self._known)
-        if unknown:
-            raise UnknownSymbolError(
-                f"byte {unknown[0]:#04x} is not in the vocabulary of {len(self)} bytes"
-            )
-        return self._ids[np.frombuffer(data.translate(None, self.dropped), dtype=np.uint8)]
+    def _lookup(self, data: bytes) -> tuple[TokenArray, int]:
+        kept = np.frombuffer(data.translate(None, self.dropped), dtype=np.uint8)
+        return self._ids[kept], len(data.translate(None, self._known))
+
+    def unknown(self, text: str) -> list[str]:
+        found = dict.fromkeys(_bytes(text).translate(None, self._known))
+        return [f"{value:#04x}" for value in found]
+
+    def _texts(self, piece: Piece) -> Iterator[str]:
+        return whole_lines(codecs.iterdecode(piece.chunks(), "utf-8", "surrogateescape"))
 
     def decode(self, ids: ArrayLike) -> str:
-        """Text of the bytes; what is not UTF-8 becomes U+FFFD."""
+        """Text of the bytes; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: ArrayLike) -> bytes:
@@ -74,3 +80,8 @@ class ByteVocabulary(Vocabulary):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ByteVocabulary:
         return cls(bytes(values["values"]), bytes(values["dropped"]))
+
+
+def _bytes(text: str) -> bytes:
+    """The UTF-8 of a text, and the bytes themselves where `surrogateescape` decoded them."""
+    return text.encode("utf-8", "surrogateescape")

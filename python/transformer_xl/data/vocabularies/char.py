@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream
 from transformer_xl.data.token_file import TokenArray
-from transformer_xl.data.vocabularies.base import UnknownSymbolError, Vocabulary, by_frequency
+from transformer_xl.data.vocabularies.base import Vocabulary, by_frequency
 
 N_CODE_POINTS = 0x110000
 UNKNOWN = "<unk>"
@@ -26,14 +26,15 @@ class CharVocabulary(Vocabulary):
     """
 
     kind = "char"
+    symbol = "character"
 
     def __init__(self, symbols: Sequence[str]) -> None:
         self.symbols = list(symbols)
-        self._unknown = self.symbols.index(UNKNOWN) if UNKNOWN in self.symbols else None
+        self.unknown_id = self.symbols.index(UNKNOWN) if UNKNOWN in self.symbols else None
         missing = len(self.symbols)
         self._ids: NDArray[np.uint32] = np.full(N_CODE_POINTS, missing, dtype=np.uint32)
         for token, symbol in enumerate(self.symbols):
-            if token != self._unknown:
+            if token != self.unknown_id:
                 self._ids[ord(symbol)] = token
 
     @classmethod
@@ -47,20 +48,14 @@ class CharVocabulary(Vocabulary):
     def __len__(self) -> int:
         return len(self.symbols)
 
-    def encode_stream(self, piece: Piece) -> Iterator[TokenArray]:
-        return map(self.encode_array, decode_stream(piece))
-
-    def encode_array(self, text: str) -> TokenArray:
+    def lookup(self, text: str) -> tuple[TokenArray, int]:
         ids: TokenArray = self._ids[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
-        missing = np.flatnonzero(ids == len(self.symbols))
-        if len(missing):
-            if self._unknown is None:
-                raise UnknownSymbolError(
-                    f"character {text[missing[0]]!r} is not in the vocabulary of {len(self)} "
-                    f"characters, which has no {UNKNOWN}"
-                )
-            ids[missing] = self._unknown
-        return ids
+        missing = ids == len(self.symbols)
+        ids[missing] = self.unknown_id or 0
+        return ids, int(missing.sum())
+
+    def unknown(self, text: str) -> list[str]:
+        return [repr(each) for each in dict.fromkeys(text) if self._ids[ord(each)] == len(self)]
 
     def decode(self, ids: ArrayLike) -> str:
         return "".join(self.symbols[token] for token in self.checked(ids))

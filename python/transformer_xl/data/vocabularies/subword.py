@@ -3,72 +3,122 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from transformer_xl.data.interruptible import interruptible
 from transformer_xl.data.sources import Piece
-from transformer_xl.data.text import decode_stream, whole_lines
+from transformer_xl.data.text import decode_stream, read_text, split_lines, whole_lines
 from transformer_xl.data.token_file import TokenArray
-from transformer_xl.data.vocabularies.base import Vocabulary
+from transformer_xl.data.vocabularies.base import UnknownSymbolError, Vocabulary
+
+# GPT-2's rule for the pieces of text that no subword crosses (letters, digits, other characters,
+# white space), with at most 256 characters to a piece: learning takes a time that is proportional
+# to the number of pieces and to the square of their length.
+PIECES = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,256}| ?\p{N}{1,256}| ?[^\s\p{L}\p{N}]{1,256}"
+    r"|\s{1,256}(?!\S)|\s{1,256}"
+)
 
 
 class SubwordVocabulary(Vocabulary):
     """The tokens of a `tokenizers.Tokenizer`, without the special ones it may put around a text.
 
-    Every line is encoded by itself, its newline with it, so that a file gives the same tokens
-    however it is read.
+    Every line is encoded by itself, its end with it, so that a file gives the same tokens however
+    it is read.
     """
 
     kind = "bpe"
+    symbol = "subword"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._size = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+        model = json.loads(tokenizer.to_str())["model"]
+        symbol = model.get("unk_token")
+        self.unknown_id = model.get("unk_id") if symbol is None else tokenizer.token_to_id(symbol)
+        # A BPE without `<unk>` and without all bytes leaves unknown characters out.
+        bytewise = model.get("byte_fallback") or not any(
+            tokenizer.token_to_id(byte) is None for byte in pre_tokenizers.ByteLevel.alphabet()
+        )
+        self._drops = model["type"] == "BPE" and self.unknown_id is None and not bytewise
 
     @classmethod
     def learn(cls, pieces: Iterable[Piece], vocab_size: int) -> SubwordVocabulary:
         """Byte-level BPE of at most `vocab_size` subwords: lossless for every text.
 
-        Raises ValueError for a size below 256, which the bytes alone take.
+        Raises ValueError for a size below 256, the number of bytes, each of which is a subword.
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet):
             raise ValueError(f"bpe_size: expected {len(alphabet)} or more, got {vocab_size}")
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PIECES), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
         )
         texts = (text for piece in pieces for text in whole_lines(decode_stream(piece)))
-        tokenizer.train_from_iterator(map(_lines, texts), trainer)
+        interruptible(
+            lambda lines: tokenizer.train_from_iterator(lines, trainer), map(split_lines, texts)
+        )
         return cls(tokenizer)
 
     @classmethod
     def from_file(cls, path: Path) -> SubwordVocabulary:
         """Read a tokenizer.json; ValueError if it is none."""
+        text = read_text(Piece(path))
         try:
-            return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            return cls(Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}: not a tokenizer.json ({error})") from error
 
     def __len__(self) -> int:
         return self._size
 
-    def encode_stream(self, piece: Piece) -> Iterator[TokenArray]:
-        return map(self.encode_array, whole_lines(decode_stream(piece)))
+    def lookup(self, text: str) -> tuple[TokenArray, int]:
+        encodings = self._encodings(self._tokenizer.encode_batch_fast, text)
+        parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
+        if self.unknown_id is not None:
+            return ids, int((ids == self.unknown_id).sum())
+        return ids, sum(text.count(character) for character in self._dropped(text))
 
-    def encode_array(self, text: str) -> TokenArray:
-        encodings = self._tokenizer.encode_batch_fast(_lines(text), add_special_tokens=False)
-        ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-        return np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32)
+    def unknown(self, text: str) -> list[str]:
+        found = self._dropped(text)
+        encodings = self._encodings(self._tokenizer.encode_batch, text)  # with offsets
+        for line, encoding in zip(split_lines(text), encodings, strict=True):
+            spans = zip(encoding.ids, encoding.offsets, strict=True)
+            found += [line[slice(*span)] for token, span in spans if token == self.unknown_id]
+        return [repr(symbol) for symbol in dict.fromkeys(found)]
+
+    def _encodings(self, encode_batch: Callable[..., list[Encoding]], text: str) -> list[Encoding]:
+        """One encoding of each line."""
+        try:
+            return encode_batch(split_lines(text), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise UnknownSymbolError(f"the tokenizer cannot encode the text: {error}") from error
+
+    def _dropped(self, text: str) -> list[str]:
+        """The characters, each once, that the tokenizer leaves out without a word."""
+        return [
+            character
+            for character in (dict.fromkeys(text) if self._drops else ())
+            if not character.isspace()
+            and not self._tokenizer.encode(character, add_special_tokens=False).ids
+        ]
 
     def decode(self, ids: ArrayLike) -> str:
         tokens = self.checked(ids).tolist()
@@ -80,9 +130,3 @@ class SubwordVocabulary(Vocabulary):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SubwordVocabulary:
         return cls(Tokenizer.from_str(json.dumps(values["tokenizer"])))
-
-
-def _lines(text: str) -> list[str]:
-    """The lines of a text, each with its newline (and nothing else taken for a line's end)."""
-    *lines, rest = text.split("\n")
-    return [line + "\n" for line in lines] + ([rest] if rest else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -10,31 +11,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from transformer_xl.data.sources import Piece
-from transformer_xl.data.text import decode_stream, whole_lines
+from transformer_xl.data.text import decode_stream, split_lines, whole_lines, with_newlines
 from transformer_xl.data.token_file import TokenArray
-from transformer_xl.data.vocabularies.base import UnknownSymbolError, Vocabulary, by_frequency
+from transformer_xl.data.vocabularies.base import Vocabulary, by_frequency
 
 END_OF_LINE = "<eos>"
 SENTENCE = "<S>"
 UNKNOWN = ("<unk>", "<UNK>")
 
 
-class _Ids(dict[str, int]):
-    """Ids by word; a word that is not there takes the id of `<unk>`, or raises where none is."""
-
-    unknown: int | None = None
-
-    def __missing__(self, word: str) -> int:
-        if self.unknown is None:
-            raise UnknownSymbolError(
-                f"word {word!r} is not in the vocabulary of {len(self)} words, which has no "
-                f"{UNKNOWN[0]}"
-            )
-        return self.unknown
-
-
 class WordVocabulary(Vocabulary):
-    """Words as tokens. Every newline is a token too, on empty lines as well.
+    """Words as tokens. Every end of a line is a token too, on empty lines as well.
 
     A line `a b` is `a b <eos>`; with `<S>` among the words and no `<eos>` (One Billion Word) it is
     `<S> a b <S>`. A word not seen becomes `<unk>` or `<UNK>` if the vocabulary has one.
@@ -48,13 +35,14 @@ class WordVocabulary(Vocabulary):
     """
 
     kind = "word"
+    symbol = "word"
 
     def __init__(self, words: Sequence[str], lowercase: bool = False) -> None:
         self.words, self.lowercase = list(words), lowercase
-        self._ids = _Ids((word, token) for token, word in enumerate(self.words))
+        self._ids = {word: token for token, word in enumerate(self.words)}
         if len(self._ids) != len(self.words):
             raise ValueError("words: expected each once, got one twice")
-        self._ids.unknown = next((self._ids[w] for w in UNKNOWN if w in self._ids), None)
+        self.unknown_id = next((self._ids[w] for w in UNKNOWN if w in self._ids), None)
         self.line_end = END_OF_LINE if END_OF_LINE in self._ids else SENTENCE
         if self.line_end not in self._ids:
             raise ValueError(f"words: expected {END_OF_LINE} or {SENTENCE} among them")
@@ -75,7 +63,7 @@ class WordVocabulary(Vocabulary):
     @classmethod
     def from_list(cls, piece: Piece) -> WordVocabulary:
         """The first word of each line of a list, as 1b_word_vocab.txt; a word again is skipped."""
-        lines = (line for text in whole_lines(decode_stream(piece)) for line in text.split("\n"))
+        lines = (line for text in whole_lines(decode_stream(piece)) for line in split_lines(text))
         return cls(list(dict.fromkeys(line.split()[0] for line in lines if line.strip())))
 
     @property
@@ -86,21 +74,36 @@ class WordVocabulary(Vocabulary):
     def __len__(self) -> int:
         return len(self.words)
 
-    def encode_stream(self, piece: Piece) -> Iterator[TokenArray]:
-        """As the base class; the last line is ended where the file does not end it."""
-        text = ""
-        for text in whole_lines(decode_stream(piece)):
-            yield self.encode_array(text)
-        if text and not text.endswith("\n"):
-            yield np.array([self.boundary], dtype=np.uint32)
+    def first_tokens(self) -> list[int]:
+        return [self.boundary]
 
-    def encode_array(self, text: str) -> TokenArray:
+    def lookup_stream(self, piece: Piece) -> Iterator[tuple[TokenArray, int]]:
+        """As the base class; a last line without an end gets one."""
+        text = ""
+        for text in self._texts(piece):
+            yield self.lookup(text)
+        if text and not text.endswith(("\n", "\r")):
+            yield np.array([self.boundary], dtype=np.uint32), 0
+
+    def lookup(self, text: str) -> tuple[TokenArray, int]:
+        words = self._split(text)
+        missing = len(self)
+        found = map(self._ids.get, words, itertools.repeat(missing))
+        ids = np.fromiter(found, np.uint32, count=len(words))
+        unknown = ids == missing
+        ids[unknown] = self.unknown_id or 0
+        return ids, int(unknown.sum())
+
+    def unknown(self, text: str) -> list[str]:
+        return [repr(word) for word in dict.fromkeys(self._split(text)) if word not in self._ids]
+
+    def _split(self, text: str) -> list[str]:
+        """The words of a text, the symbols of its lines among them."""
         lowered = text.lower() if self.lowercase else text
-        words = self._marked(lowered).split()
-        return np.fromiter(map(self._ids.__getitem__, words), np.uint32, count=len(words))
+        return self._marked(with_newlines(lowered)).split()
 
     def _marked(self, text: str) -> str:
-        """The text with its line symbols written out."""
+        """The text, in which \"\\n\" ends lines, with the symbols of its lines written out."""
         if self.line_end == END_OF_LINE:
             return text.replace("\n", f" {END_OF_LINE} ")
         *lines, rest = text.split("\n")

@@ -32,7 +32,7 @@ def launched(stride):
         return tensor.as_strided((1, 1, rows, 64), (0, 0, stride, 1))
 
     tensors = [far(40), far(40), far(40), far(80), None, None, far(40), far(40), *[None] * 6]
-    options = (39, True, True, None, None, (), 0.125, 0.0, 0.0, False)
+    options = (39, True, True, None, None, (0, 0, 0), 0.125, 0.0, 0.0, False)
     needed = [tensor is not None for tensor in (*tensors[:9], None)]
     with recording(90) as found, running_on(90):
         out, lse = fwd(*tensors, *options)

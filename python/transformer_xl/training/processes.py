@@ -1,0 +1,56 @@
+"""Agreement between the processes of a run, and the lock on its folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from transformer_xl.checkpoint import CheckpointError
+from transformer_xl.data.files import locked
+
+LOCK = ".lock"
+
+
+def agreement(accelerator: Accelerator) -> Callable[[bool], bool]:
+    """Return a function of one bool that returns whether it was True in any process.
+
+    All processes must call that function equally often. It communicates on the CPU and does not
+    wait for work on a GPU, so that a run can call it at every step.
+    """
+    if accelerator.num_processes == 1:
+        return lambda value: value
+    group = torch.distributed.new_group(backend="gloo")
+
+    def any_process(value: bool) -> bool:
+        flag = torch.tensor(int(value))
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=group)
+        return bool(flag)
+
+    return any_process
+
+
+@contextlib.contextmanager
+def only_run_in(
+    out: Path, accelerator: Accelerator, any_process: Callable[[bool], bool]
+) -> Iterator[None]:
+    """Hold the folder `out` for the processes of this run.
+
+    Raises:
+        CheckpointError: another run holds it.
+    """
+    with contextlib.ExitStack() as held:
+        taken = False
+        if accelerator.is_main_process:
+            try:
+                held.enter_context(locked(out / LOCK, timeout=0))
+            except TimeoutError:
+                taken = True
+        if any_process(taken):
+            raise CheckpointError(
+                f"another process trains in {out}; wait for its end, or choose another folder"
+            )
+        yield
