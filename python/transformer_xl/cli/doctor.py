@@ -24,13 +24,8 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf
 
 
 def doctor() -> None:
-<<<<<<< HEAD
     """Show which backend each op would use here, why not the others, and the installed versions."""
-    console = Console()
-=======
-    """Say which backend each op would use here and why not the others, and what is installed."""
     console = Console(emoji=False)
->>>>>>> main
     console.print(_machine())
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
