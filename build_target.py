@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,39 +75,39 @@ def _chosen_target(path: str) -> Target:
 
 def _candidates() -> list[str]:
     """Interpreters that may belong to the target, the most probable first."""
-    on_path = _pythons_on_path()
+    on_path = _pythons(os.environ.get("PATH", os.defpath).split(os.pathsep))
     candidates = [
         sys.executable,
-        _python_of(os.environ.get("VIRTUAL_ENV")),
+        *_pythons(_bin_of("VIRTUAL_ENV")),
         # uv sets VIRTUAL_ENV to its build environment; the user's own is still on PATH.
         *(python for python in on_path if (Path(python).parents[1] / "pyvenv.cfg").is_file()),
-        _python_of(os.environ.get("CONDA_PREFIX")),
-        _creator(),
-        _python_of(str(ROOT / ".venv")),  # uv's choice if no environment is active
+        *_pythons(_bin_of("CONDA_PREFIX")),
+        *_creator(),
+        *_pythons([f"{ROOT}/.venv/bin"]),  # uv's choice if no environment is active
         *on_path,
-        _python_of(sys.base_prefix),
+        *_pythons([f"{sys.base_prefix}/bin"]),
     ]
-    return list(dict.fromkeys(filter(None, candidates)))
+    return list(dict.fromkeys(candidates))
 
 
-def _python_of(prefix: str | None) -> str | None:
-    return shutil.which("python", path=f"{prefix}/bin") if prefix else None
+def _bin_of(variable: str) -> list[str]:
+    """The folder of programs in the environment that the variable names, if it is set."""
+    prefix = os.environ.get(variable)
+    return [f"{prefix}/bin"] if prefix else []
 
 
-def _pythons_on_path() -> list[str]:
+def _pythons(folders: Iterable[str]) -> list[str]:
     names = ("python", "python3", f"python{sys.version_info.major}.{sys.version_info.minor}")
-    entries = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    found = (shutil.which(name, path=entry) for entry in entries if entry for name in names)
+    found = (shutil.which(name, path=folder) for folder in folders if folder for name in names)
     return [str(Path(python).absolute()) for python in found if python is not None]
 
 
-def _creator() -> str | None:
+def _creator() -> list[str]:
     """The interpreter that runs `build`: it created this environment (Python 3.11 records that)."""
     config = Path(sys.prefix) / "pyvenv.cfg"
     if not (config.parent.name.startswith("build-env-") and config.is_file()):
-        return None
-    command = re.search(r"^command = (.+) -m venv ", config.read_text("utf-8"), re.MULTILINE)
-    return command and command[1]
+        return []
+    return re.findall(r"^command = (.+) -m venv ", config.read_text("utf-8"), re.MULTILINE)
 
 
 def _ask(interpreter: str) -> tuple[str | None, str | None] | None:

@@ -87,6 +87,40 @@ def test_a_wrong_torch_python_fails_and_names_the_option(setup_build):
     assert done.stderr.strip() == "setup.py: --torch-python=/nonexistent/python does not exist"
 
 
+def test_a_build_without_pybind11_fails_with_one_sentence(setup_build, build_python):
+    (package,) = Path(build_python).parents[1].glob("lib/*/site-packages/pybind11")
+    package.unlink()
+    done, _ = setup_build()
+    assert done.returncode != 0
+    (message,) = done.stderr.strip().splitlines()
+    assert message.startswith("setup.py: pybind11 was not found")
+
+
+def test_a_killed_compiler_fails_with_one_sentence_that_names_the_limits(
+    setup_build, fake_environment, tool, tmp_path
+):
+    (version,) = fake_environment.glob("lib/*/site-packages/torch/version.py")
+    version.write_text("__version__ = '2.13.0'\ncuda = None\n")
+    (version.parent / "lib").mkdir()
+    for name in ("libc10.so", "libtorch_cpu.so"):
+        (version.parent / "lib" / name).touch()
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"""#!/bin/sh
+case "$*" in *csrc*) echo 'g++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1
+esac
+exec {tool("g++")} "$@"
+""")
+    compiler.chmod(0o755)
+    done, _ = setup_build(CXX=str(compiler), VIRTUAL_ENV=str(fake_environment))
+    assert done.returncode != 0
+    assert "Killed signal" in done.stdout
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("setup.py: a compiler was killed")
+    assert "MAX_JOBS" in message
+    assert "CMAKE_BUILD_PARALLEL_LEVEL" in message
+    assert "Traceback" not in done.stderr
+
+
 def test_a_compiler_that_does_not_exist_is_named(setup_build):
     done, record = setup_build(CXX="/nonexistent/g++ -pipe")
     assert done.returncode == 0, done.stderr
