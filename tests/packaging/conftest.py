@@ -101,7 +101,7 @@ def setup_build(
     """Runs setup.py as uv and build do; returns the finished process and the build record."""
 
     def build(
-        *options: str, path: str = path_without_python, **env: str
+        *options: str, checkout: Path = sources, path: str = path_without_python, **env: str
     ) -> tuple[subprocess.CompletedProcess[str], dict | None]:
         hidden = (*COMPILER_VARIABLES, *TARGET_VARIABLES)
         plain = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -109,7 +109,7 @@ def setup_build(
         command = [build_python, "setup.py", *options, "build_ext", "--build-lib", str(output)]
         done = subprocess.run(
             command,
-            cwd=sources,
+            cwd=checkout,
             env={**plain, "PATH": path, **env},
             capture_output=True,
             text=True,

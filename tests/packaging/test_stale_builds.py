@@ -27,21 +27,17 @@ def test_options_of_an_earlier_build_do_not_persist(setup_build, fake_environmen
     assert "TXL_WERROR:BOOL=OFF" in cache(sources)
 
 
-def test_a_moved_checkout_builds(setup_build, fake_environment, sources):
-    """The build folder names the checkout of the first build, which no longer exists."""
-    first = sources.rename(sources.with_name("first"))
-    shutil.copytree(first, sources, symlinks=True)
+@pytest.mark.parametrize("transfer", [shutil.move, shutil.copytree])
+def test_a_moved_or_copied_checkout_builds(setup_build, fake_environment, sources, transfer):
     environment = {"VIRTUAL_ENV": str(fake_environment)}
-    done, _ = setup_build(**environment)
-    assert done.returncode == 0, done.stderr
-    shutil.rmtree(first)
-    sources.rename(first)
-    shutil.copytree(first, sources)
-    (file,) = sources.glob("build/cmake-*/CMakeCache.txt")
-    file.write_text(file.read_text("utf-8").replace(str(sources), str(first)))
-    done, record = setup_build(**environment)
+    setup_build(**environment)
+    elsewhere = sources.with_name("else where")
+    transfer(sources, elsewhere)
+    assert str(sources) in cache(elsewhere)
+    done, record = setup_build(checkout=elsewhere, **environment)
     assert done.returncode == 0, done.stderr
     assert "2.0.1" in record["reason"]
+    assert f"CMAKE_HOME_DIRECTORY:INTERNAL={elsewhere}\n" in cache(elsewhere)
 
 
 def test_a_compiler_that_has_vanished_is_replaced(setup_build, fake_environment, tool, tmp_path):
