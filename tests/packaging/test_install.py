@@ -71,6 +71,19 @@ def test_the_record_names_the_interpreter_that_has_the_torch(
     assert record["interpreter"] == f"{fake_environment}/bin/python"
 
 
+@pytest.mark.parametrize("path", ["/usr/bin/python3", '/a@b@c/${HOME}/my "env"\\1/python'])
+def test_the_record_is_json_whatever_the_interpreter_s_path(configure, tmp_path, path):
+    run = configure(f"-DTXL_TORCH_PYTHON={path}")
+    assert run.returncode == 0, run.stderr
+    record = json.loads((tmp_path / "build" / RECORD.name).read_text(encoding="utf-8"))
+    assert record["built"]
+    assert record["interpreter"] == path
+    configure(f"-DTXL_TORCH_PYTHON={path}", version="2.0.0")
+    record = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))
+    assert not record["built"]
+    assert record["interpreter"] == path
+
+
 def test_require_native_fails_with_the_reason_instead(setup_build, fake_environment):
     options = ("--require-native", f"--torch-python={fake_environment}/bin/python")
     done, record = setup_build(*options)
