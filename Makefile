@@ -1,8 +1,9 @@
 # Every command of the project, in one place: README, hooks and CI call these.
 #
-#   PYTHON  the interpreter that makes the environment; its torch is used if it has one
-#   TORCH   what pip installs where that interpreter has no torch
-#   VENV    the environment; one that exists is used as it is
+#   PYTHON  the interpreter that creates the environment; its torch is used if it has one
+#   TORCH   the requirement that pip installs if that interpreter has no torch
+#   VENV    the environment; an existing one is used unchanged
+#   MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers at a time
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
@@ -13,7 +14,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 HF_VENV ?= .venv-hf
-# The Triton that torch 2.13's CUDA build requires, gated beside the one that tests pin.
+# The Triton that torch 2.13's CUDA build requires; its machine code is checked too.
 NEXT_TRITON := 3.7.1
 
 PY := $(VENV)/bin/python
@@ -34,14 +35,14 @@ test: $(VENV)/.installed-dev ## the full test suite, on all cores; Triton kernel
 bench: $(VENV)/.installed-dev ## the benchmarks: one table, JSON and a plot
 	$(PY) -m benchmarks
 
-gpu: ## on a machine with a GPU: build, prove, measure; JSON in benchmarks/results
+gpu: ## on a machine with a GPU: build, test, measure; JSON in benchmarks/results
 	$(PYTHON) -m benchmarks.gpu
 
 gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## machine code of every Triton kernel, sm_80 and sm_90
 	$(PY) -m txl_kernels.testing.aot gates
 	PYTHONPATH=build/triton-$(NEXT_TRITON) $(PY) -m txl_kernels.testing.aot gates
 
-model: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## renew the table of inner loops and the model of speed
+model: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## recompute the table of inner loops and the static cost model
 	$(PY) -m txl_kernels.testing.aot renew
 	PYTHONPATH=build/triton-$(NEXT_TRITON) $(PY) -m txl_kernels.testing.aot renew
 
@@ -50,10 +51,10 @@ bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the ben
 	$(HF_VENV)/bin/python $(PIP) install torch==2.13.0
 	$(HF_VENV)/bin/python $(PIP) install transformers==4.37.2 'numpy<2' torch==2.13.0
 
-venv: $(VENV)/.installed-dev ## the environment with everything that developing needs
+venv: $(VENV)/.installed-dev ## the environment with all packages for development
 	@echo "$(PY) is ready"
 
-build: torch ## build the native part again, in place
+build: torch ## rebuild the native part, in place
 	$(PY) $(PIP) install --no-deps -e .
 	@$(MAKE) native-status
 
@@ -62,7 +63,7 @@ format: $(VENV)/.installed-dev ## format Python and C++
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(NATIVE_SOURCES)
 
-lint: $(VENV)/.installed-dev ## check Python's and C++'s form
+lint: $(VENV)/.installed-dev ## check the form of Python and C++
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run --Werror $(NATIVE_SOURCES)
@@ -70,22 +71,25 @@ lint: $(VENV)/.installed-dev ## check Python's and C++'s form
 types: $(VENV)/.installed-dev ## mypy, strict, on both packages
 	$(PY) -m mypy
 
-wheel: $(VENV)/.installed-dev ## sdist, installed in a clean environment and tried from outside
+# pip would reuse a wheel that it built and cached from an earlier sdist of the same name.
+wheel: $(VENV)/.installed-dev ## sdist, installed in a clean environment and tested from outside
 	rm -rf build/wheel
 	$(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("build/wheel")' > /dev/null
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python $(PIP) install $(TORCH)
-	build/wheel/venv/bin/python $(PIP) install build/wheel/*.tar.gz
-	cd / && $(CURDIR)/build/wheel/venv/bin/python -W 'ignore:Failed to init' $(CURDIR)/tests/packaging/smoke.py
+	build/wheel/venv/bin/python $(PIP) install --no-cache-dir \
+	  --config-settings=--global-option=--require-native build/wheel/*.tar.gz
+	cd / && "$(CURDIR)/build/wheel/venv/bin/python" -W 'ignore:Failed to init' \
+	  "$(CURDIR)/tests/packaging/smoke.py"
 
-ci: ## everything that must hold, in order
+ci: ## all checks, in order
 	$(MAKE) venv CMAKE_ARGS=-DTXL_WERROR=ON
 	$(MAKE) lint
 	$(MAKE) types
 	$(MAKE) wheel
 	$(MAKE) test
 
-clean: ## remove what builds and tools leave; environments and runs stay
+clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f txl_kernels/_C.*.so txl_kernels/_native_build.json $(VENV)/.installed-*
 
@@ -97,11 +101,11 @@ native-status:
 	@$(PY) -c 'from txl_kernels.backends import native; \
 	  print("native kernels:", native.unavailable_reason() or "built and loaded")'
 
-# Put in front of the environment's own: Triton needs no other package.
+# PYTHONPATH gives it precedence over the environment's own; Triton needs no other package.
 build/triton-%: | $(VENV)/.installed-dev
 	$(PY) $(PIP) install --no-deps --target $@ triton==$*
 
-# Where the active Python has a torch that serves, the environment sees that Python's packages.
+# If PYTHON has a torch of a supported version, the environment sees that interpreter's packages.
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 	@site=$$($(PYTHON) -c "$$FIND_SITE_OF_TORCH"); \
@@ -115,7 +119,7 @@ torch: $(PY)
 	@$(PY) -c 'import importlib.util as u; raise SystemExit(not u.find_spec("torch"))' \
 	  || { set -x; $(PY) $(PIP) install $(TORCH); }
 
-$(VENV)/.installed-%: pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) | torch
+$(VENV)/.installed-%: pyproject.toml setup.py build_target.py CMakeLists.txt $(NATIVE_SOURCES) | torch
 	$(PY) $(PIP) install -e '.[$*]'
 	@$(MAKE) native-status
 	@touch $@

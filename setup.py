@@ -1,39 +1,47 @@
 """Drives CMake, which owns every source and flag of the native part (CMakeLists.txt).
 
-`CMAKE_ARGS` in the environment is passed on, as in `CMAKE_ARGS=-DTXL_WERROR=ON pip install .`.
+Environment variables: `CMAKE_ARGS`, as in `CMAKE_ARGS=-DTXL_WERROR=ON pip install .`, adds
+options of CMake; `MAX_JOBS` and `CMAKE_BUILD_PARALLEL_LEVEL` limit how many compilers run at a
+time.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 from typing import ClassVar
 
-import pybind11
 from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-FIND_TORCH = (
-    "import importlib.util as u; s = u.find_spec('torch');"
-    "print(*(s and s.submodule_search_locations or []))"
+sys.path.insert(0, str(ROOT))  # build backends do not put the folder of setup.py there
+from build_target import find_target  # noqa: E402
+
+JOB_LIMITS = ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL")
+# Messages of compilers, of the shell and of ninja (exit code 137: killed).
+OUT_OF_MEMORY = re.compile(
+    r"\bKilled\b|[Oo]ut of memory|memory exhausted|Cannot allocate memory|bad_alloc|\[code=137\]"
 )
 
 
 class NativeDistribution(Distribution):
-    """Adds a config setting: `pip install . -C--global-option=--torch-python=PATH`."""
+    """Adds config settings: `pip install . -C--global-option=--require-native`."""
 
     global_options: ClassVar = [
         *Distribution.global_options,
-        ("torch-python=", None, "interpreter whose torch the native part is built for"),
+        ("torch-python=", None, "interpreter for whose torch the native part is built"),
+        ("require-native", None, "fail where the native part cannot be built"),
     ]
     torch_python: str | None = None
+    require_native: int = 0
 
 
 class CMakeBuild(build_ext):
@@ -41,64 +49,95 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
-        target = ROOT if in_place else Path(self.build_lib).resolve()
+        output = ROOT if in_place else Path(self.build_lib).resolve()
         # One folder per Python, so that a second build from the same checkout is incremental.
         binary_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         cmake, ninja = tool("cmake"), tool("ninja")
+        target = find_target(self.distribution.torch_python)
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(binary_dir), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DTXL_TORCH_DIR={find_torch(self.distribution.torch_python)}",
-            f"-DTXL_OUTPUT_DIR={target / 'txl_kernels'}",
+            f"-Dpybind11_DIR={pybind11_dir()}",
+            f"-DTXL_TORCH_DIR={target.torch_dir}",
+            f"-DTXL_TORCH_PYTHON={target.interpreter}",
+            f"-DTXL_OUTPUT_DIR={output / 'txl_kernels'}",
+            f"-DTXL_REQUIRE_NATIVE={'ON' if self.distribution.require_native else 'OFF'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(binary_dir)], check=True)
+        compile_all = [cmake, "--build", str(binary_dir), *job_limit()]
+        forget_configuration(binary_dir)
+        if subprocess.run(configure).returncode != 0:
+            raise SystemExit("setup.py: CMake could not configure the native part (see above)")
+        build(compile_all)
 
 
 def tool(name: str) -> str:
     """Path of a build tool: this interpreter's own if it has one, else the first on PATH."""
     places = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
     found = shutil.which(name, path=os.pathsep.join(places))
-    if found is None:
-        raise SystemExit(
-            f"setup.py: {name} not found; it is listed in pyproject.toml's build-system"
-        )
-    return found
+    return found or missing(name)
 
 
-def find_torch(chosen: str | None) -> str:
-    """Folder of the torch package in the environment installed into, or NOTFOUND.
+def pybind11_dir() -> str:
+    """The folder of pybind11's CMake files."""
+    if importlib.util.find_spec("pybind11") is None:
+        missing("pybind11")
+    import pybind11
 
-    pip runs this file by the target environment's interpreter; uv and build run it by one of their
-    own, which has no torch, so the active virtual environment is asked next.
+    return str(pybind11.get_cmake_dir())
+
+
+def missing(requirement: str) -> str:
+    """Stops the build with one sentence."""
+    raise SystemExit(
+        f"setup.py: {requirement} was not found: install the packages of pyproject.toml's "
+        "build-system first, or leave out --no-build-isolation"
+    )
+
+
+def job_limit() -> list[str]:
+    """CMake's option for the smaller of the limits in the environment, if one is set."""
+    limits = {name: os.environ[name].strip() for name in JOB_LIMITS if os.environ.get(name)}
+    for name, limit in limits.items():
+        if not limit.isdecimal() or int(limit) == 0:
+            raise SystemExit(f"setup.py: {name} must be a positive integer, got {limit!r}")
+    return ["--parallel", str(min(map(int, limits.values())))] if limits else []
+
+
+def forget_configuration(binary_dir: Path) -> None:
+    """Removes an earlier configuration: its options, compiler and paths may no longer hold.
+
+    Object files stay: ninja compiles those again whose command has changed.
     """
-    active = os.environ.get("VIRTUAL_ENV")
-    interpreters = [chosen] if chosen else [sys.executable, active and f"{active}/bin/python"]
-    for interpreter in filter(None, interpreters):
-        answer = subprocess.run(
-            [interpreter, "-c", FIND_TORCH],
-            env=target_environment(),
-            cwd=tempfile.gettempdir(),
-            capture_output=True,
-            text=True,
+    (binary_dir / "CMakeCache.txt").unlink(missing_ok=True)
+    for description in (binary_dir / "CMakeFiles").glob("*/CMakeSystem.cmake"):
+        shutil.rmtree(description.parent)
+
+
+def build(command: list[str]) -> None:
+    """Runs `cmake --build`, and names the limits of jobs if a compiler lacked memory."""
+    out_of_memory = False
+    with subprocess.Popen(
+        command,
+        env={**os.environ, "LC_ALL": "C"},  # compilers' messages in English
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            out_of_memory = out_of_memory or OUT_OF_MEMORY.search(line) is not None
+    if process.returncode == 0:
+        return
+    if out_of_memory or process.returncode in (-9, 137):
+        raise SystemExit(
+            "setup.py: a compiler was killed or lacked memory; set MAX_JOBS=1 (or "
+            "CMAKE_BUILD_PARALLEL_LEVEL=1) to run one compiler at a time"
         )
-        if answer.returncode == 0 and answer.stdout.strip():
-            return answer.stdout.strip()
-    return "NOTFOUND"
-
-
-def target_environment() -> dict[str, str]:
-    """This process's environment without what pip's build isolation put into it."""
-    env = dict(os.environ)
-    entries = env.get("PYTHONPATH", "").split(os.pathsep)
-    kept = [entry for entry in entries if "pip-build-env-" not in entry]
-    if kept != entries:
-        env["PYTHONPATH"] = os.pathsep.join(kept)
-        env.pop("PYTHONNOUSERSITE", None)
-    return env
+    raise SystemExit("setup.py: the native part could not be compiled (see above)")
 
 
 setup(

@@ -48,7 +48,9 @@ def run(results: dict[str, Any], save: Callable[[], None]) -> None:
         "-DTXL_CUDA=ON",
     ]
     _run(configure)
-    _run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
+    limits = (os.environ.get(name) for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"))
+    jobs = next(filter(None, limits), str(os.cpu_count() or 1))
+    _run([cmake, "--build", str(folder), "--parallel", jobs])
     record = json.loads((ROOT / "txl_kernels" / "_native_build.json").read_text())
     results["record"] = record
     if not record["built"]:

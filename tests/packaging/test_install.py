@@ -1,55 +1,25 @@
-"""Builds and installs on machines that lack something: they succeed and leave the reason."""
+"""Builds and installs on machines that lack something: they succeed and record the reason."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path("txl_kernels") / "_native_build.json"
-SHIPPED = ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py")
+OPTIONS = "--force-reinstall --no-deps --no-cache-dir"
 
 pytestmark = pytest.mark.slow_build
 for module in ("pybind11", "setuptools"):
     pytest.importorskip(module)
 
 
-@pytest.fixture
-def sources(tmp_path: Path) -> Path:
-    """A copy of what the package is built from, without anything built."""
-    copy = tmp_path / "sources"
-    copy.mkdir()
-    for name in SHIPPED:
-        shutil.copy(ROOT / name, copy)
-    for name in ("csrc", "python", "txl_kernels"):
-        built = shutil.ignore_patterns("_C.*", RECORD.name, "__pycache__", "*.egg-info")
-        shutil.copytree(ROOT / name, copy / name, ignore=built)
-    return copy
-
-
-def tool(name: str) -> str:
-    places = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    return shutil.which(name, path=places) or pytest.skip(f"needs {name}")
-
-
-@pytest.fixture
-def path_without_compiler(tmp_path: Path) -> str:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("cmake", "env", "ninja", "sh", "uname"):
-        (folder / name).symlink_to(tool(name))
-    return str(folder)
-
-
 def install(sources: Path, target: Path, *options: str, **env: str) -> dict:
-    """Installs into the folder `target` and returns the build record that it got."""
+    """Installs into the folder `target` and returns the build record there."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     plain = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
     subprocess.run(
@@ -77,39 +47,111 @@ def test_install_without_a_compiler_succeeds_and_says_so(sources, tmp_path, path
     assert "no C++ compiler" in answer.stdout
 
 
-def test_install_without_torch_succeeds_and_says_so(sources, tmp_path):
-    """The interpreter that the config setting names has no torch: isolated, it sees no packages."""
-    bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
-    bare.chmod(0o755)
-    record = install(
-        sources, tmp_path / "site", f"--config-settings=--global-option=--torch-python={bare}"
-    )
-    assert not record["built"]
+def test_a_build_without_torch_succeeds_and_says_so(setup_build):
+    search = "import importlib.util as u; raise SystemExit(u.find_spec('torch') is not None)"
+    if subprocess.run([f"{sys.base_prefix}/bin/python3", "-c", search]).returncode != 0:
+        pytest.skip("the Python that this environment is made from has torch itself")
+    done, record = setup_build()
+    assert done.returncode == 0, done.stderr
     assert "torch was not found" in record["reason"]
+    assert OPTIONS in record["reason"]
+    assert record["interpreter"] == ""
 
 
-def configure(
-    tmp_path: Path, *options: str, version: str = "2.13.0", cuda: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Configures for a torch that is a version number and nothing else."""
-    torch_dir = tmp_path / "torch"
-    torch_dir.mkdir()
-    lines = f"__version__ = {version!r}\ncuda: Optional[str] = {cuda!r}\n"
-    (torch_dir / "version.py").write_text(lines)
-    command = [
-        *(tool("cmake"), "-S", ROOT, "-B", tmp_path / "build"),
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DTXL_TORCH_DIR={torch_dir}",
-        f"-DTXL_OUTPUT_DIR={tmp_path / 'txl_kernels'}",
-        *options,
-    ]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX", "PATH"])
+def test_the_record_names_the_interpreter_that_has_the_torch(
+    setup_build, fake_environment, path_without_python, variable
+):
+    on_path = {"path": f"{path_without_python}:{fake_environment}/bin"}
+    done, record = setup_build(
+        **on_path if variable == "PATH" else {variable: str(fake_environment)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the build found 2.0.1" in record["reason"]
+    assert record["interpreter"] == f"{fake_environment}/bin/python"
+
+
+@pytest.mark.parametrize("path", ["/usr/bin/python3", '/a@b@c/${HOME}/my "env"\\1/python'])
+def test_the_record_is_json_whatever_the_interpreter_s_path(configure, tmp_path, path):
+    run = configure(f"-DTXL_TORCH_PYTHON={path}")
+    assert run.returncode == 0, run.stderr
+    record = json.loads((tmp_path / "build" / RECORD.name).read_text(encoding="utf-8"))
+    assert record["built"]
+    assert record["interpreter"] == path
+    configure(f"-DTXL_TORCH_PYTHON={path}", version="2.0.0")
+    record = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))
+    assert not record["built"]
+    assert record["interpreter"] == path
+
+
+def test_require_native_fails_with_the_reason_instead(setup_build, fake_environment):
+    options = ("--require-native", f"--torch-python={fake_environment}/bin/python")
+    done, record = setup_build(*options)
+    assert done.returncode != 0
+    assert record is None
+    assert "--require-native: it needs torch 2.11" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_torch_python_fails_and_names_the_option(setup_build):
+    done, record = setup_build("--torch-python=/nonexistent/python")
+    assert done.returncode != 0
+    assert record is None
+    assert done.stderr.strip() == "setup.py: --torch-python=/nonexistent/python does not exist"
+
+
+def test_a_build_without_pybind11_fails_with_one_sentence(setup_build, build_python):
+    (package,) = Path(build_python).parents[1].glob("lib/*/site-packages/pybind11")
+    package.unlink()
+    done, _ = setup_build()
+    assert done.returncode != 0
+    (message,) = done.stderr.strip().splitlines()
+    assert message.startswith("setup.py: pybind11 was not found")
+
+
+def test_a_killed_compiler_fails_with_one_sentence_that_names_the_limits(
+    setup_build, fake_environment, tool, tmp_path
+):
+    (version,) = fake_environment.glob("lib/*/site-packages/torch/version.py")
+    version.write_text("__version__ = '2.13.0'\ncuda = None\n")
+    (version.parent / "lib").mkdir()
+    for name in ("libc10.so", "libtorch_cpu.so"):
+        (version.parent / "lib" / name).touch()
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"""#!/bin/sh
+case "$*" in *csrc*) echo 'g++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1
+esac
+exec {tool("g++")} "$@"
+""")
+    compiler.chmod(0o755)
+    done, _ = setup_build(CXX=str(compiler), VIRTUAL_ENV=str(fake_environment))
+    assert done.returncode != 0
+    assert "Killed signal" in done.stdout
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("setup.py: a compiler was killed")
+    assert "MAX_JOBS" in message
+    assert "CMAKE_BUILD_PARALLEL_LEVEL" in message
+    assert "Traceback" not in done.stderr
+
+
+def test_a_compiler_that_does_not_exist_is_named(setup_build):
+    done, record = setup_build(CXX="/nonexistent/g++ -pipe")
+    assert done.returncode == 0, done.stderr
+    assert "CXX names does not exist: /nonexistent/g++ -pipe" in record["reason"]
+    assert "install g++" not in record["reason"]
+
+
+@pytest.mark.parametrize("flags", ["-mno-such-flag", "-DPATH='\\\"a b\\\"'  -mno-such-flag"])
+def test_a_compiler_that_fails_is_named_with_its_flags(configure, tmp_path, flags):
+    run = configure(CXXFLAGS=flags)
+    assert run.returncode == 0, run.stderr
+    reason = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))["reason"]
+    assert f'does not build a test program (CXXFLAGS="{flags}"' in reason
 
 
 @pytest.mark.parametrize("option", ["OFF", "AUTO"])
-def test_without_a_cuda_torch_there_are_no_cuda_kernels_and_the_reason_is_said(tmp_path, option):
-    run = configure(tmp_path, f"-DTXL_CUDA={option}")
+def test_without_a_cuda_torch_there_are_no_cuda_kernels_and_the_reason_is_said(configure, option):
+    run = configure(f"-DTXL_CUDA={option}")
     assert run.returncode == 0, run.stderr
     reason = {"OFF": "TXL_CUDA=OFF", "AUTO": "torch 2.13.0 is built without CUDA"}[option]
     assert f"No CUDA kernels: {'the build was told ' * (option == 'OFF')}{reason}" in run.stdout
@@ -125,28 +167,28 @@ def test_without_a_cuda_torch_there_are_no_cuda_kernels_and_the_reason_is_said(t
     ],
     ids=["no_cuda_torch", "old_torch", "another_cuda", "unknown"],
 )
-def test_cuda_on_without_what_it_needs_fails_loudly(tmp_path, options, named):
+def test_cuda_on_without_its_requirements_fails_loudly(configure, tool, options, named):
     if "cuda" in options:
         tool("nvcc")
-    run = configure(tmp_path, f"-DTXL_CUDA={options.pop('option')}", **options)
+    run = configure(f"-DTXL_CUDA={options.pop('option')}", **options)
     assert run.returncode != 0
     assert named in " ".join(run.stderr.split())
 
 
 @pytest.mark.parametrize(("cuda", "built"), [("13.0", True), ("11.8", False)])
-def test_auto_goes_by_the_toolchain(tmp_path, cuda, built):
-    """A GPU is not asked for: this runs without one."""
+def test_auto_depends_on_the_toolchain_alone(configure, tool, cuda, built):
+    """No GPU is needed."""
     version = subprocess.run([tool("nvcc"), "--version"], capture_output=True, text=True).stdout
     if built and "release 13." not in version:
         pytest.skip("needs nvcc of CUDA 13")
-    run = configure(tmp_path, cuda=cuda)
+    run = configure(cuda=cuda)
     assert run.returncode == 0, run.stderr
     assert ("No CUDA kernels" not in run.stdout) == built
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cu117"])
-def test_a_torch_too_old_is_a_reason(tmp_path, version):
-    run = configure(tmp_path, version=version)
+def test_a_torch_too_old_is_a_reason(configure, tmp_path, version):
+    run = configure(version=version)
     assert run.returncode == 0, run.stderr
     record = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))
     assert not record["built"]

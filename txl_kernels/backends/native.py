@@ -1,10 +1,11 @@
-"""The native backend: whether `txl_kernels._C` can be loaded here, and its loading."""
+"""The native backend: whether `txl_kernels._C` can be loaded here, why not, and how to build it."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import shlex
 import sys
@@ -13,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
@@ -22,6 +25,9 @@ PACKAGE_DIR = Path(__file__).resolve().parents[1]
 RECORD_NAME = "_native_build.json"
 _OPS = ("rel_attention", "rel_shift", "adaptive_nll", "adaptive_loss", "adaptive_embedding")
 _THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+# Without these options pip and uv install a wheel again that they built and cached earlier.
+_OPTIONS = "--force-reinstall --no-deps --no-cache-dir"
+_INSTALL_AGAIN = f"install transformer-xl again with the options {_OPTIONS}"
 
 
 def load() -> ModuleType:
@@ -79,9 +85,9 @@ def _device_type(args: Sequence[Any]) -> str:
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """None where the native kernels are loaded and ready, else one sentence that says why not.
+    """None if the native kernels are loaded and ready, else one sentence that says why not.
 
-    Reads the build record next to `_C` before it loads anything. Never raises.
+    The build record beside `_C` is checked before anything is loaded. Never raises.
     """
     reason = _refusal(PACKAGE_DIR, torch.__version__)
     if reason is not None:
@@ -95,12 +101,50 @@ def unavailable_reason() -> str | None:
 
 
 def build_command() -> str:
-    """The command that builds the kernels for this Python and its torch."""
-    checkout = PACKAGE_DIR.parent
-    source = checkout if (checkout / "setup.py").exists() else "."
+    """The shell command that builds the kernels for this Python and its torch."""
     python = shlex.quote(sys.executable)
-    options = "--force-reinstall --no-deps --no-cache-dir"
-    return f"{python} -m pip install {options} {shlex.quote(str(source))}"
+    if importlib.util.find_spec("pip") is not None:
+        return f"{python} -m pip install {_OPTIONS} {_source()}"
+    # An environment of uv: its builds cannot see which environment they are for.
+    setting = "--global-option=" + shlex.quote(f"--torch-python={sys.executable}")
+    installer = f"uv pip install --python {python} --config-settings={shlex.quote(setting)}"
+    return f"{installer} {_OPTIONS} {_source()}"
+
+
+def _source() -> str:
+    """The command's last words: the checkout, or the place that this package was installed from."""
+    checkout = PACKAGE_DIR.parent
+    if (checkout / "setup.py").exists():
+        return f"-e {shlex.quote(str(checkout))}"
+    for distribution in importlib.metadata.distributions(name="transformer-xl"):
+        origin = distribution.read_text("direct_url.json")
+        if origin is not None and _folder_of(distribution) == PACKAGE_DIR:
+            source = _requirement(json.loads(origin))
+            if source is not None:
+                return shlex.quote(source)
+    return ".  # in a checkout of transformer-xl"
+
+
+def _requirement(origin: dict[str, Any]) -> str | None:
+    """A source that pip can build from, or None for wheels and for files that no longer exist.
+
+    Args:
+        origin: content of a `direct_url.json` (PyPA's "recording the direct URL origin").
+    """
+    url = urlsplit(str(origin["url"]))
+    if "vcs_info" in origin:
+        return f"{origin['vcs_info']['vcs']}+{origin['url']}@{origin['vcs_info']['commit_id']}"
+    if url.path.endswith(".whl"):
+        return None
+    if url.scheme != "file":
+        return str(origin["url"])
+    path = url2pathname(url.path)
+    return path if Path(path).exists() else None
+
+
+def _folder_of(distribution: importlib.metadata.Distribution) -> Path:
+    """The folder of txl_kernels in an installed distribution."""
+    return Path(str(distribution.locate_file("txl_kernels"))).resolve()
 
 
 def no_kernel_reason(op: str, device_type: str) -> str:
@@ -122,28 +166,35 @@ def _refusal(package_dir: Path, torch_version: str) -> str | None:
             return f"txl_kernels was installed without its native part: {record['reason']}"
         built_for, python = str(record["torch"]), str(record["python"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"the build record {path} is unreadable ({error!r}): build again"
+        return f"the build record {path} is unreadable ({error!r}): {_INSTALL_AGAIN}"
     if _minor(built_for) != _minor(torch_version):
+        interpreter = record.get("interpreter")
+        origin = f" of {interpreter}" if interpreter else ""
         return (
-            f"txl_kernels._C was built for torch {built_for}, and torch {torch_version} is here: "
-            "build again"
+            f"txl_kernels._C was built for torch {built_for}{origin}, "
+            f"but torch {torch_version} is installed here: {_INSTALL_AGAIN}"
         )
     if python != _THIS_PYTHON:
-        return f"txl_kernels._C was built for Python {python}, this is {_THIS_PYTHON}: build again"
+        return (
+            f"txl_kernels._C was built for Python {python}, but this is Python {_THIS_PYTHON}: "
+            f"{_INSTALL_AGAIN}"
+        )
     return None
 
 
 def _no_record(package_dir: Path) -> str:
-    """Why there is no build record: a checkout hides the installed package, or no build ran."""
+    """Why there is no record: a checkout hides the installed package, or nothing was built."""
     for distribution in importlib.metadata.distributions(name="transformer-xl"):
-        installed = Path(str(distribution.locate_file("txl_kernels")))
-        if (installed / RECORD_NAME).exists() and installed.resolve() != package_dir:
+        installed = _folder_of(distribution)
+        if (installed / RECORD_NAME).exists() and installed != package_dir:
             return (
-                f"txl_kernels was imported from {package_dir}, where no _C is built, in front of "
-                f"the one installed in {installed}: run from another folder, or `make build` there"
+                f"txl_kernels was imported from {package_dir}, where no _C is built, instead of "
+                f"{installed}, where it is installed: run from another folder, or run "
+                "`make build` in the checkout"
             )
     return (
-        f"txl_kernels in {package_dir} has no _C: it was never built (pip install, or `make build`)"
+        f"txl_kernels in {package_dir} has no _C: it was never built ({_INSTALL_AGAIN}, or run "
+        "`make build` in a checkout)"
     )
 
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from transformer_xl.training.precision import cpu_flags, processor, uses_bf16
-from txl_kernels.backends import BACKENDS, OPS, resolve
+from txl_kernels.backends import BACKENDS, OPS, native, resolve
 from txl_kernels.testing.aot.gates import TRITON_VERSIONS
 
 PACKAGES = ("txl_kernels", "transformer_xl", "torch")
@@ -24,12 +24,15 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf
 
 
 def doctor() -> None:
-    """Say which backend each op would use here and why not the others, and what is installed."""
+    """Show which backend each op would use here, why not the others, and the installed versions."""
     console = Console(emoji=False)
     console.print(_machine())
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         console.print(_backends(device))
+    if native.unavailable_reason() is not None:
+        command = f"This command builds the native kernels: {native.build_command()}"
+        console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
 def _machine() -> Table:
@@ -44,14 +47,16 @@ def _machine() -> Table:
     table.add_row("processor", f"{processor()}, {torch.get_num_threads()} threads")
     table.add_row("features", ", ".join(name for name in FEATURES if name in flags) or "unknown")
     table.add_row("torch sees", torch.backends.cpu.get_cpu_capability())
-    bf16 = "gains here" if uses_bf16("auto", torch.device("cpu")) else "does not gain here"
+    bf16 = "faster here" if uses_bf16("auto", torch.device("cpu")) else "not faster here"
     table.add_row("bf16 autocast", f"{bf16} (cpu)")
     return table
 
 
 def _backends(device: str) -> Table:
-    """What "auto" takes for float32 on `device`, and what keeps the others away: ops alike in one
-    row."""
+    """The backend that "auto" uses for float32 on `device`, and why not the others.
+
+    Ops with the same answers share a row.
+    """
     rows: dict[tuple[str, ...], list[str]] = {}
     for op in OPS:
         ask = partial(resolve, op, device=device, dtype=torch.float32, needs_grad=True)
@@ -70,7 +75,7 @@ def _backends(device: str) -> Table:
 
 
 def _triton_note() -> str:
-    """A warning where this Triton's machine code is not known to hold the kernels' gates."""
+    """A warning if the gates of the kernels' machine code were not checked with this Triton."""
     if _version("triton") in (*TRITON_VERSIONS, NOT_INSTALLED):
         return ""
     gated = " and ".join(TRITON_VERSIONS)
@@ -78,7 +83,7 @@ def _triton_note() -> str:
 
 
 def _version(name: str) -> str:
-    if name == "torch":  # with what it was built for, which its package's version may leave out
+    if name == "torch":  # the package's version may lack the suffix, as in +cpu
         return torch.__version__
     try:
         return metadata.version(name)
