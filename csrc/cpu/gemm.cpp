@@ -58,8 +58,7 @@ void blas(BlasGemm<T> gemm, int64_t M, int64_t N, int64_t K, const T* A, int64_t
     const int64_t n = std::min(kColumns, N - column);
     call_blas(gemm, M - whole, n, K, A + whole * lda, lda, B + column, ldb, product, n, false);
     for (int64_t row = whole; row < M; ++row) {
-      for (int64_t j = 0; j < n; ++j)
-        C[row * ldc + column + j] += product[(row - whole) * n + j];
+      for (int64_t j = 0; j < n; ++j) C[row * ldc + column + j] += product[(row - whole) * n + j];
     }
   }
 }
@@ -84,9 +83,10 @@ bool brgemm_runs() {
 
 // With AVX-512 brgemm is faster for every shape that our kernels use. With AVX2 it is up to 1.25
 // times as fast as MKL's sgemm while B stays in the second-level cache, and slower beyond: on an
-// AMD EPYC (family 25 model 1), one thread, [64, K]·[K, N] in GFLOP/s, brgemm and sgemm: K 64, N 512
-// 89 and 72; K 512, N 128 88 and 76; K 512, N 256 74 and 80; K 512, N 1024 69 and 75. The choice
-// depends on the processor and the shape only, so that two runs on one machine give the same bits.
+// AMD EPYC (family 25 model 1), one thread, [64, K]·[K, N] in GFLOP/s, brgemm and sgemm: K 64, N
+// 512 89 and 72; K 512, N 128 88 and 76; K 512, N 256 74 and 80; K 512, N 1024 69 and 75. The
+// choice depends on the processor and the shape only, so that two runs on one machine give the same
+// bits.
 bool prefers_brgemm(int64_t N, int64_t K) {
   constexpr int64_t kCachedElements = 1 << 16;
   return has_brgemm() && (has_avx512() || N * K <= kCachedElements || sgemm() == nullptr);

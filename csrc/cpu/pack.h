@@ -50,8 +50,9 @@ struct KeyRows {
   }
 };
 
-// The position table of one group by column e = j - i + Tq - 1, which is row m = e - (Tq-1) + offset
-// of the table. Outside the table rows are zeros, or with `clamp` the table's first or last row.
+// The position table of one group by column e = j - i + Tq - 1, which is row m = e - (Tq-1) +
+// offset of the table. Outside the table rows are zeros, or with `clamp` the table's first or last
+// row.
 template <typename T>
 struct TableRows {
   const T* table;
@@ -139,9 +140,9 @@ void pack_transposed(const Rows& rows, int64_t begin, int64_t end, int64_t D, Op
   }
 }
 
-// Copies rows [begin, end) as a right-hand matrix [end - begin, D] of a product with inner dimension
-// end - begin. With packed operands dst holds pairs of rows, and `begin` and `end` are even. `ld`
-// counts columns.
+// Copies rows [begin, end) as a right-hand matrix [end - begin, D] of a product with inner
+// dimension end - begin. With packed operands dst holds pairs of rows, and `begin` and `end` are
+// even. `ld` counts columns.
 template <typename T, typename Rows>
 void pack_natural(const Rows& rows, int64_t begin, int64_t end, int64_t D, Operand<T>* stage,
                   Word<T>* dst, int64_t ld) {

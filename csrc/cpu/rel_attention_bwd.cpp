@@ -5,8 +5,8 @@
 // and their gradients are in the cache. These gradients and the position table's are accumulated
 // transposed, [D, keys], in float32. The tiles of probabilities and of score gradients are then
 // right-hand matrices without a transposition, and the score gradients, read with the skewed row
-// stride, are those by distance. Nothing is atomic: sums to which two chunks contribute go to slots,
-// which `finish` adds in order.
+// stride, are those by distance. Nothing is atomic: sums to which two chunks contribute go to
+// slots, which `finish` adds in order.
 #include "kernels.h"
 #include "philox.h"
 #include "rel_attention_bwd_outputs.h"

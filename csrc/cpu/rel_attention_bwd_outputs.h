@@ -167,7 +167,8 @@ void write_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
   for_each_key_output<T>(args, grads, partials, b, h, slot, ws, write);
 }
 
-// Clears the gradients of keys outside [span.begin, span.end), to which no tile of the chunk attends.
+// Clears the gradients of keys outside [span.begin, span.end), to which no tile of the chunk
+// attends.
 template <typename T>
 void clear_other_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
                       const RelAttentionPartials& partials, int64_t b, int64_t h, KeyRange span,

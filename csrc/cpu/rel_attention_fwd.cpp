@@ -58,8 +58,8 @@ struct FwdWorkspace {
 };
 
 // probs[j] = e^(scores[j] · factor - shift) for n scores; returns their sum. May work in place. The
-// product is rounded before the subtraction, as `shift` was, so that no exponent is positive and the
-// largest score's is exactly 0.
+// product is rounded before the subtraction, as `shift` was, so that no exponent is positive and
+// the largest score's is exactly 0.
 template <typename acc_t, typename operand_t>
 acc_t exponentiate(const acc_t* scores, acc_t factor, acc_t shift, int64_t n, operand_t* probs) {
   using Vec = Vectorized<acc_t>;
@@ -84,7 +84,8 @@ void scale_row(acc_t* row, acc_t factor, int64_t n) {
   for (int64_t d = 0; d < n; ++d) row[d] *= factor;
 }
 
-// One row of one block: replaces masked scores by probabilities, updates the running maximum and sum.
+// One row of one block: replaces masked scores by probabilities, updates the running maximum and
+// sum.
 template <typename T>
 void softmax_row(const RelAttentionArgs& args, int64_t pair_bh, int64_t i, Block block,
                  Acc<T>* scores, Operand<T>* probs, Acc<T>* max, Acc<T>* sum, Acc<T>* acc,

@@ -27,9 +27,7 @@ struct TablePanels {
   W* data;
   int64_t rows;
 
-  W* at(int64_t column) const {
-    return data + column / kPanel * rows * kPanelLd + column % kPanel;
-  }
+  W* at(int64_t column) const { return data + column / kPanel * rows * kPanelLd + column % kPanel; }
 };
 
 template <typename W>
@@ -61,8 +59,8 @@ void for_each_piece(int64_t largest, int64_t begin, int64_t n, F&& f) {
 }
 
 // Pieces of a product's columns. With AVX2 a piece of 64 columns stays in the first-level cache: on
-// an AMD EPYC (family 25 model 1), two threads, [64, 64]·[64, N] runs at 184 GFLOP/s for N 64 and at
-// 170 for N 256. Wider vectors finish a piece of 64 so fast that the call's own time counts.
+// an AMD EPYC (family 25 model 1), two threads, [64, 64]·[64, N] runs at 184 GFLOP/s for N 64 and
+// at 170 for N 256. Wider vectors finish a piece of 64 so fast that the call's own time counts.
 template <typename F>
 void for_each_column_piece(int64_t begin, int64_t n, F&& f) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -93,8 +91,8 @@ inline TileRows tile_rows(const RelAttentionArgs& args, const RelAttentionPlan& 
 
 // A score is a tile's element times a positive factor; a masked one, -inf, stays so. The tile holds
 // products with queries that have the sign of `scale`, its magnitude being the factor. With a
-// softcap the tile holds tanh(scale · product / softcap), and the factor is the softcap. A scale that
-// is 0 in the accumulation type cannot be a factor; the products are 0 instead.
+// softcap the tile holds tanh(scale · product / softcap), and the factor is the softcap. A scale
+// that is 0 in the accumulation type cannot be a factor; the products are 0 instead.
 template <typename acc_t>
 acc_t query_sign(const RelAttentionArgs& args) {
   const auto scale = static_cast<acc_t>(args.scale);
@@ -152,8 +150,8 @@ inline Block seen_part(const RelAttentionArgs& args, int64_t b, TileRows rows, B
 }
 
 // The columns of the position table that a tile needs for a block: [first, first + n), counted from
-// the plan's first column. Column `origin` belongs to the tile's last row and the block's first key.
-// All are multiples of 16.
+// the plan's first column. Column `origin` belongs to the tile's last row and the block's first
+// key. All are multiples of 16.
 struct Columns {
   int64_t origin, first, n;
 };
@@ -181,8 +179,8 @@ const Operand<T>* operands(const Word<T>* words) {
 // then the content product on top.
 template <typename T>
 void score_block(TileRows rows, Block block, Columns columns, int64_t D, const Operand<T>* qu,
-                 const Operand<T>* qv, const Word<T>* k_t, int64_t ld_k,
-                 TablePanels<Word<T>> r_t, Acc<T>* scores) {
+                 const Operand<T>* qv, const Word<T>* k_t, int64_t ld_k, TablePanels<Word<T>> r_t,
+                 Acc<T>* scores) {
   const int64_t K = row_length<T>(D);
   Acc<T>* shifted = scores - (rows.height - 1);
   for_each_column_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {

@@ -40,7 +40,8 @@ class Workspace {
     stride_ = round_to_page(bytes);  // no two threads share a page
     total_ = threads * stride_;
     const int64_t align = total_ >= kHugePage ? kHugePage : kPage;
-    memory_ = at::empty({round_to_coarse_size(total_ + align)}, at::device(at::kCPU).dtype(at::kByte));
+    memory_ =
+        at::empty({round_to_coarse_size(total_ + align)}, at::device(at::kCPU).dtype(at::kByte));
     base_ = static_cast<char*>(memory_.data_ptr());
     base_ += align - reinterpret_cast<uintptr_t>(base_) % align;
     if (align == kHugePage) advise_huge_pages(base_, total_);

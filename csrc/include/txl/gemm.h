@@ -9,9 +9,9 @@ struct BFloat16;
 
 namespace txl {
 
-// C[M, N] = A[M, K] · B[K, N]  (+ C if `accumulate`). All matrices are row-major; leading dimensions
-// count columns. `lda >= K`, `ldb >= N` and `ldc >= N` must hold: BLAS refuses other values and
-// leaves C unwritten. Pointers may be unaligned, leading dimensions odd.
+// C[M, N] = A[M, K] · B[K, N]  (+ C if `accumulate`). All matrices are row-major; leading
+// dimensions count columns. `lda >= K`, `ldb >= N` and `ldc >= N` must hold: BLAS refuses other
+// values and leaves C unwritten. Pointers may be unaligned, leading dimensions odd.
 //
 // ATen generates machine code for each (M, N, K, lda, ldb, ldc, accumulate) and keeps it for the
 // lifetime of the thread. Callers therefore use few distinct values of each.

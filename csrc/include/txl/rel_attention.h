@@ -10,8 +10,8 @@
 
 namespace txl {
 
-// The largest tile: its queries, and the keys of one block forward and backward (where twice as many
-// matrices must fit into the cache).
+// The largest tile: its queries, and the keys of one block forward and backward (where twice as
+// many matrices must fit into the cache).
 constexpr int64_t kQueryTile = 64, kFwdKeyBlock = 1024, kBwdKeyBlock = 512;
 constexpr int64_t kKeyBlock = kFwdKeyBlock;
 
@@ -73,7 +73,8 @@ struct RelAttentionPlan {
   int64_t e_begin = 0, e_end = 0;      // table columns e = j - i + Tq - 1 that some tile reads
 
   // Rows of a tile of `n` queries as products compute it; those after the n-th are zeros. ATen
-  // keeps machine code for every distinct product (see txl/gemm.h), so there are eight heights only.
+  // keeps machine code for every distinct product (see txl/gemm.h), so there are eight heights
+  // only.
   int64_t tile_height(int64_t n) const {
     if (n > 8 || n_tiles > 1) return (n + 15) / 16 * 16;
     return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n)));
