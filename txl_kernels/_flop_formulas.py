@@ -38,13 +38,17 @@ class _AfterImport(MetaPathFinder):
 
     def __init__(self, namespaces: Sequence[str]) -> None:
         self._namespaces = namespaces
+        self._searching = False
 
     def find_spec(self, fullname: str, *_: Any) -> ModuleSpec | None:
         """The counter's own specification, whose execution ends with the registration."""
-        if fullname != _COUNTER:
+        if fullname != _COUNTER or self._searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -52,6 +56,7 @@ class _AfterImport(MetaPathFinder):
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
             _register(module, self._namespaces)
+            sys.meta_path.remove(self)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

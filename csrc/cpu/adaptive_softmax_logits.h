@@ -1,5 +1,5 @@
-// The first pass over a cluster: logits and their log-sum-exp. Differences of logits are formed in
-// natural units, where they are exact near the largest one, and only then go to base 2.
+// The first pass over a cluster: logits and their log-sum-exp. Differences of logits are computed
+// in natural units, where they are exact near the largest one.
 #pragma once
 
 #include "adaptive_softmax_tile.h"
@@ -23,12 +23,6 @@ void cluster_pack(const ClusterArgs& args, const ClusterPlan& plan, int64_t bloc
   Word<T>* x_n = shared.x_n + tile * shared.size_x_n;
   pack_natural<T>(rows, begin, end, args.d, stage, x_n, shared.ld_d);
   clear_padding(x_n, shared.size_x_n / shared.ld_d, args.d, shared.ld_d);
-}
-
-// exp(x) for x <= 0.
-template <typename Vec>
-Vec exp_nonpositive(Vec x) {
-  return exp2_nonpositive(x * Vec(static_cast<typename Vec::value_type>(kLog2e)));
 }
 
 // One tile of logits [rows, ld], a token per column: each column's maximum m and Σ exp(logit - m).

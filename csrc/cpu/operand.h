@@ -54,9 +54,6 @@ constexpr bool kReadable = std::is_same_v<Operand<T>, T> && !kPacked<T>;
 template <typename T>
 using Word = std::conditional_t<kPacked<T>, float, Operand<T>>;
 
-constexpr double kLog2e = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-
 constexpr int64_t round_up(int64_t a, int64_t b) {
   return (a + b - 1) / b * b;
 }
@@ -121,29 +118,6 @@ inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
 #endif
 inline Vectorized<double> exp_nonpositive(Vectorized<double> x) {
   return x.exp();
-}
-
-// 2^x for x <= 0; 0 for -inf, NaN for NaN. Relative error at most 1.9e-7 (float).
-#if defined(CPU_CAPABILITY_AVX512)
-inline Vectorized<float> exp2_nonpositive(Vectorized<float> x) {
-  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-160.f), x);
-  const __m512 n = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(bounded, n);
-  __m512 y = _mm512_set1_ps(0.00132647273f);  // minimax on [-1/2, 1/2] with 2^0 = 1 exactly
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.00967151299f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.0555073358f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.240222424f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.693147004f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(y, n);
-}
-#else
-inline Vectorized<float> exp2_nonpositive(Vectorized<float> x) {
-  return x.exp2();
-}
-#endif
-inline Vectorized<double> exp2_nonpositive(Vectorized<double> x) {
-  return x.exp2();
 }
 
 inline void store_operand(float* dst, Vectorized<float> x) {

@@ -102,10 +102,9 @@ class TransformerXL(nn.Module):
         """
         _check_tokens("tokens", tokens, shape=None)
         B, T = tokens.shape
+        x = self.drop(self.word_emb(tokens))  # [B, T, d_model]
         memory = self.init_memory(B) if memory is None else memory
         self._check_memory(memory, B)
-
-        x = self.drop(self.word_emb(tokens))  # [B, T, d_model]
         n_keys = memory.length + T
         positions = self.pos_emb(T, n_keys, dtype=x.dtype, device=x.device)
         R = self.drop(positions.embedding)  # [R, d_model], one mask for all layers

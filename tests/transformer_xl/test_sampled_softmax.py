@@ -91,3 +91,17 @@ def test_what_cannot_be_sampled_is_refused(n_sample: int, cutoffs: tuple[int, ..
         ValueError, match=f"n_sample: expected 0 or, without cutoffs, more, got {n_sample}"
     ):
         AdaptiveSoftmax(V, 16, 16, cutoffs, n_sample=n_sample)
+
+
+@pytest.mark.parametrize("d_proj", [8, 12])
+def test_rows_that_are_not_scored_may_hold_anything(d_proj: int) -> None:
+    torch.manual_seed(3)
+    softmax = AdaptiveSoftmax(V, 8, d_proj, n_sample=10).train()
+    hidden = torch.randn(4, d_proj)
+    hidden[1] = torch.nan
+    hidden.requires_grad_()
+    softmax(hidden, torch.tensor([3, -100, 0, 399])).backward()
+    assert hidden.grad is not None
+    assert hidden.grad[[0, 2, 3]].isfinite().all()
+    assert torch.equal(hidden.grad[1], torch.zeros(d_proj))
+    assert all(p.grad is None or p.grad.isfinite().all() for p in softmax.parameters())

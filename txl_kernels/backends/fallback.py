@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.backends import native
+from txl_kernels.transforms import is_jit_tracing
 
 _MANY_BYTES = 256 * 2**20
 _warned: set[str] = set()  # reasons
@@ -47,7 +48,7 @@ def _is_traced(tensors: Sequence[Tensor]) -> bool:
     """Whether torch records or compiles the call instead of computing it."""
     if torch.compiler.is_compiling():
         return True
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if is_jit_tracing():
         return True
     if any(tensor.is_meta for tensor in tensors):
         return True

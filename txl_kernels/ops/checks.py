@@ -91,14 +91,24 @@ def check_int(op: str, name: str, value: object, *, at_least: int | None = None)
     if is_traced_size(value):
         return number  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        try:
+            number = None if isinstance(value, (bool, Tensor)) else operator.index(value)  # type: ignore[arg-type]
+        except TypeError:  # no __index__, or one that refuses: an array of several numbers
+            number = None
+        if number is None:
             raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-        number = operator.index(value)
+    if not (_may_be_symbolic(number) or _INT64.min <= number <= _INT64.max):
+        raise ValueError(f"{op}: {name} must be a 64-bit integer, got {_shown(number)}")
     if at_least is not None and number < at_least:
         raise ValueError(f"{op}: {name} must be at least {at_least}, got {number}")
-    if not (_may_be_symbolic(number) or _INT64.min <= number <= _INT64.max):
-        raise ValueError(f"{op}: {name} must be a 64-bit integer, got {number}")
     return number  # type: ignore[no-any-return]
+
+
+def _shown(number: object) -> str:
+    """The number for a message; Python refuses to print integers of more than 4,300 digits."""
+    if isinstance(number, int) and number.bit_length() > 1000:
+        return f"an integer of {number.bit_length()} bits"
+    return str(number)
 
 
 def check_number(op: str, name: str, value: object, *, at_least: float | None = None) -> float:
@@ -121,7 +131,7 @@ def check_number(op: str, name: str, value: object, *, at_least: float | None = 
         except OverflowError:
             number = math.inf
         if not -math.inf < number < math.inf:
-            raise ValueError(f"{op}: {name} must be finite, got {value}")
+            raise ValueError(f"{op}: {name} must be finite, got {_shown(value)}")
     if at_least is not None and number < at_least:
         raise ValueError(f"{op}: {name} must be at least {at_least}, got {value}")
     return number  # type: ignore[no-any-return]

@@ -55,7 +55,7 @@ def rel_attention(
         out_i = Σ_j dropout(softmax_j(mask(softcap(score))))_ij · v_j,   m = j - i + offset
 
     Key j is counted over [memory; segment], Tk = Tm + Ts; query i is at position p = i + Tk - Tq.
-    Every int64 is a valid distance, chunk or offset: sys.maxsize means no limit.
+    No int64 is too large for a distance, a chunk or an offset: sys.maxsize means no limit.
 
     Args:
         q: [B, H, Tq, D]; float32, bfloat16, float16 or float64. Any strides, as all tensors here.

@@ -149,11 +149,12 @@ def checked_options(
 def _effective_softcap(softcap: float, dtype: torch.dtype) -> float:
     """A softcap that can be divided and multiplied by in the dtype of scores, of the same effect.
 
-    Below 2^-100 every capped score counts as 0. No score approaches 2^100 (2^900 in float64).
+    Below 2^-100 every capped score counts as 0. Above 2^120 (2^1000 in float64) the softcap is off:
+    it would change only scores within a factor of 100 of the largest number.
     """
     if not isinstance(softcap, float) or softcap == 0:  # symbolic, or off
         return softcap
-    largest = 2.0**900 if dtype == torch.float64 else 2.0**100
+    largest = 2.0**1000 if dtype == torch.float64 else 2.0**120
     return max(softcap, 2.0**-100) if softcap <= largest else 0.0
 
 

@@ -33,6 +33,7 @@ from transformer_xl.data.sentence_batches import ShuffledSentenceBatches
 from transformer_xl.data.sources import SPLITS, Piece, Splits, find_piece
 from transformer_xl.data.token_file import TokenArray, damaged, file_sha256
 from transformer_xl.data.vocabularies import Vocabulary, WordVocabulary
+from transformer_xl.data.vocabularies.word import SENTENCE
 
 EVALUATE_FIELDS = ("evaluate.batch_size", "evaluate.tgt_len")
 
@@ -91,7 +92,9 @@ class Corpus:
         self.vocab = Vocabulary.load(folder / VOCABULARY)
         self._tokens = {split: record.splits[split].open(folder) for split in SPLITS}
         self.metric: Literal["bpc", "ppl"] = "bpc" if recipe.level in ("byte", "char") else "ppl"
-        self.shuffled = recipe.protocol.shuffled
+        # The vocabulary of another corpus may end lines with <eos>: then no sentences are shuffled.
+        has_sentences = isinstance(self.vocab, WordVocabulary) and self.vocab.line_end == SENTENCE
+        self.shuffled = recipe.protocol.shuffled and has_sentences
         content = [record.vocabulary_sha256, *(record.splits[split].sha256 for split in SPLITS)]
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -211,7 +214,7 @@ def _level(
     level = protocol.level if config.tokenizer == "dataset" else config.tokenizer
     if vocabulary is not None:
         level = cast(Level, vocabulary.kind)
-    if dataset.word_list is not None and level != protocol.level:
+    if dataset.word_list is not None and level != protocol.level and vocabulary is None:
         raise ValueError(f"tokenizer: {config.name} is read as {protocol.level}s, got {level!r}")
     if config.tokenizer_file is not None and vocabulary is None:
         if level != "bpe":

@@ -92,6 +92,8 @@ class SourceFile:
     def unchanged(self) -> bool:
         """Whether the file still has the recorded content."""
         path = Path(self.path)
+        if not path.is_file():
+            return False
         stat = path.stat()
         if stat.st_size != self.size:
             return False

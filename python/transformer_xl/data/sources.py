@@ -23,7 +23,8 @@ from transformer_xl.data.token_file import READ_BYTES
 
 SPLITS = ("train", "valid", "test")
 ALIGN_BYTES = 1 << 16  # how far a cut in a plain file may move to reach the end of a line
-HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # members of an archive that are no text of the user's
+# Members of an archive that are no text of the user's. "./", as `tar .` writes it, hides nothing.
+HIDDEN = re.compile(r"(^|/)(\.(?!/)|__MACOSX/)")
 
 
 @dataclass(frozen=True)

@@ -169,9 +169,11 @@ class AdaptiveSoftmax(nn.Module):
     def _sampled_nll(self, rows: Tensor, target: Tensor) -> Tensor:
         """[N] estimated losses of `target` [N], 0 where it is not scored."""
         (weight,), (bias,), (projection,) = self._layers(rows)
+        scored = target != IGNORED
+        # A row that is not scored may hold NaN, which a product with 0 keeps.
+        rows = rows.masked_fill(~scored[:, None], 0.0)
         if projection is not None:
             rows = rows @ projection
-        scored = target != IGNORED
         token = target.where(scored, 0)
         nll = sampled_nll(rows, token, weight, bias, self.sampler, self.n_sample)
         return nll.where(scored, 0.0)

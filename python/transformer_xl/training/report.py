@@ -79,7 +79,11 @@ class Report:
         if self.shown:
             with contextlib.suppress(OSError):  # would hide why the run ended
                 self._tensorboard.close()
-            curves = {self.out.name: read_log(self.out)}
+            try:
+                curves = {self.out.name: read_log(self.out)}
+            except (OSError, UnicodeDecodeError) as unreadable:
+                self.say(escape(f"{CURVE} was not drawn: {unreadable}"))
+                return
             if problem := plot_curves(self.out / CURVE, curves, self.metric, str(self.out)):
                 self.say(escape(problem))
 

@@ -282,7 +282,8 @@ class Trainer:
     def _diverged(self, reason: str) -> FloatingPointError:
         return FloatingPointError(
             f"{reason} at step {self.step:,}: the run diverged; try a lower train.lr, a longer "
-            "train.warmup_step or a smaller train.clip, from the last checkpoint or from the start"
+            "train.warmup_step or a smaller train.clip above 0, from the last checkpoint or from "
+            "the start"
         )
 
     def _state(self) -> dict[str, Any]:

@@ -71,6 +71,11 @@ def test_the_text_with_the_name_of_the_archive_is_read(tmp_path: Path, opened: O
     assert whole(opened("text", tmp_path / "corpus.v1.tar.gz")) == TEXT
 
 
+def test_a_text_below_the_current_folder_is_read(tmp_path: Path, opened: Opened) -> None:
+    archive = pack(tmp_path / "corpus.tar.gz", {"./book.txt": TEXT.encode(), "./.hidden": b"y"})
+    assert whole(opened("text", archive)) == TEXT
+
+
 def test_three_files_in_an_archive_are_the_splits(tmp_path: Path, opened: Opened) -> None:
     names = ("a/train.txt", "a/valid.txt", "a/test.txt")
     archive = pack(tmp_path / "corpus.tar.gz", {name: name.encode() for name in names})

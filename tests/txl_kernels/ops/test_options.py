@@ -120,7 +120,9 @@ def test_every_kind_of_integer_is_the_same(op, options, name):
 
 @pytest.mark.parametrize(("op", "options", "name"), INTEGERS, ids=IDS)
 @pytest.mark.parametrize(
-    "value", [True, np.True_, 1.0, np.float64(1), "1", torch.tensor(1)], ids=repr
+    "value",
+    [True, np.True_, 1.0, np.float64(1), "1", torch.tensor(1), np.array([1.5, 2])],
+    ids=repr,
 )
 def test_what_is_no_integer_is_a_type_error(op, options, name, value):
     with pytest.raises(TypeError, match=f"{name} must be an integer, got "):
@@ -132,6 +134,12 @@ def test_what_is_no_integer_is_a_type_error(op, options, name, value):
 def test_an_integer_beyond_64_bits_is_named(op, options, name, value):
     with pytest.raises(ValueError, match=rf"{name} must be a 64-bit integer, got {int(value)}"):
         op(**options(value))
+
+
+def test_a_number_too_long_to_print_is_named():
+    x = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match="offset must be a 64-bit integer, got an integer of"):
+        rel_shift(x, offset=10**5000)
 
 
 @pytest.mark.parametrize("op", [nll, loss])

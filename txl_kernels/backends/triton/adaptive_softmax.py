@@ -115,12 +115,12 @@ class _Gradients:
     def __init__(
         self, hidden: Tensor, clusters: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> None:
-        self._hidden = hidden
+        self._inputs = (hidden, *clusters)
         buffers = [
             torch.empty(x.shape, dtype=sum_dtype(x), device=x.device)
             if needed and is_present(x)
             else None
-            for x, needed in zip((hidden, *clusters), needs_grad, strict=True)
+            for x, needed in zip(self._inputs, needs_grad, strict=True)
         ]
         self._buffers = buffers
         self.hidden = buffers[0]
@@ -140,9 +140,9 @@ class _Gradients:
 
     def flat(self) -> list[Tensor]:
         """In the order of the schema, empty if not requested."""
-        hidden = self._hidden
         return [
-            hidden.new_empty(0, dtype=sum_dtype(hidden)) if x is None else x for x in self._buffers
+            x.new_empty(0, dtype=sum_dtype(x)) if buffer is None else buffer
+            for x, buffer in zip(self._inputs, self._buffers, strict=True)
         ]
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from txl_kernels.backends.triton.rel_attention_call import kernel_arguments
+from txl_kernels.backends.triton.rel_attention_call import kernel_arguments, query_sign
 from txl_kernels.backends.triton.rel_attention_config import (
     architecture,
     block_size,
@@ -88,8 +88,6 @@ def rel_attention_fwd_materialised(
     An oracle for the chunks and their rotation at sizes where the reference does not fit, as
     `make gpu` uses it. `"auto"` never takes it, for the fused kernel runs wherever this one does.
     """
-    scale = rest[-4]
     queries = q.float() if r_r_bias is None else q.float() + r_r_bias.float()[:, None]
-    sign = float((scale > 0) - (scale < 0))
-    position = (sign * queries).to(q.dtype).float() @ r.float().mT
+    position = (query_sign(rest[-4]) * queries).to(q.dtype).float() @ r.float().mT
     return rel_attention_fwd(q, k, v, r, r_w_bias, r_r_bias, *rest, position=position.contiguous())

@@ -74,7 +74,6 @@ def kernel_arguments(
         right = min(right, window_right)
     chunk_size, chunk_left, chunk_phase = _normal_chunk(chunk, Tq, Tk)
     dropout = dropout_p > 0
-    is_zero = abs(scale) < torch.finfo(torch.float32).tiny
     return {
         "p_q": q,
         "p_k": k,
@@ -108,8 +107,8 @@ def kernel_arguments(
         "chunk_phase": chunk_phase,
         # A scale that a GPU rounds to 0 would turn masked scores, -inf, into NaN. A sign of 0 makes
         # the products 0 instead.
-        "scale": 1.0 if is_zero else abs(scale),
-        "sign": 0.0 if is_zero else math.copysign(1.0, scale),
+        "scale": abs(scale) if query_sign(scale) else 1.0,
+        "sign": query_sign(scale),
         "softcap": softcap if softcap > 0 else None,
         "threshold": _as_int32(int(dropout_p * 2**32)) if dropout else None,
         "dropout_scale": 1.0 / (1.0 - dropout_p) if dropout else None,
@@ -117,6 +116,11 @@ def kernel_arguments(
         "DV": v.shape[3],
         "CLAMP": clamp,
     }
+
+
+def query_sign(scale: float) -> float:
+    """The sign of the scale, 0 if float32 arithmetic on a GPU rounds the scale to 0."""
+    return 0.0 if abs(scale) < torch.finfo(torch.float32).tiny else math.copysign(1.0, scale)
 
 
 def near_rows(tensor: Tensor) -> Tensor:
@@ -141,7 +145,7 @@ def _normal_chunk(
 
     With a phase that lifts every position above 0, division rounds down as a floor does.
     """
-    size, left, phase = chunk
+    size, left, phase = chunk or (0, 0, 0)
     if size == 0:
         return None, None, None
     phase %= size

@@ -9,6 +9,7 @@ from txl_kernels.backends.triton.rel_attention_call import UNSPECIALIZED
 from txl_kernels.backends.triton.rel_attention_skew import skew
 from txl_kernels.backends.triton.rel_attention_tile import (
     biased_queries,
+    capped,
     dropout_keep,
     key_block,
     key_limits,
@@ -17,7 +18,6 @@ from txl_kernels.backends.triton.rel_attention_tile import (
     load_rows,
     load_skewed,
     mask_tile,
-    tanh,
     visible_keys,
 )
 
@@ -156,7 +156,7 @@ def _rel_attention_fwd_kernel(
         b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
         b_scores = tl.dot(b_qu, tl.trans(b_k), b_scores, input_precision="ieee")
         if softcap is not None:
-            b_scores = tanh(b_scores * (scale / softcap))
+            b_scores = capped(b_scores, scale, softcap)
         if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
             o_j = begin_j + tl.arange(0, BLOCK_K)
             seen = (o_j[None, :] >= lo[:, None]) & (o_j[None, :] < hi[:, None])

@@ -267,6 +267,13 @@ def dropout_keep(p_seed, threshold, i_bh, o_i, begin_j, ROWS: tl.constexpr, COLU
 
 
 @triton.jit
+def capped(b_scores, scale, softcap):
+    """tanh(scale · product / softcap). A ratio that overflows would make NaN of a product of 0."""
+    ratio = tl.minimum(tl.maximum(scale / softcap, -3.4e38), 3.4e38)
+    return tanh(b_scores * ratio)
+
+
+@triton.jit
 def exponents(b_scores, scale, softcap, b_lse):
     """The binary logarithms of the probabilities and, with a softcap, the tanh of the scores.
 
@@ -278,7 +285,7 @@ def exponents(b_scores, scale, softcap, b_lse):
     b_tanh = b_scores
     factor = scale
     if softcap is not None:
-        b_tanh = tanh(b_scores * (scale / softcap))
+        b_tanh = capped(b_scores, scale, softcap)
         factor = softcap
     b_exponents = (b_tanh * factor - b_lse[None, :]) * LOG2_E
     return tl.minimum(b_exponents, 0.0, propagate_nan=tl.PropagateNan.ALL), b_tanh

@@ -112,13 +112,17 @@ class SubwordVocabulary(Vocabulary):
             raise UnknownSymbolError(f"the tokenizer cannot encode the text: {error}") from error
 
     def _dropped(self, text: str) -> list[str]:
-        """The characters, each once, that the tokenizer leaves out without a word."""
+        """The characters, each once, of which the tokenizer leaves out some or all bytes."""
         return [
             character
             for character in (dict.fromkeys(text) if self._drops else ())
-            if not character.isspace()
-            and not self._tokenizer.encode(character, add_special_tokens=False).ids
+            if not character.isspace() and self._loses(character)
         ]
+
+    def _loses(self, character: str) -> bool:
+        ids = self._tokenizer.encode(character, add_special_tokens=False).ids
+        text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return not ids or ("\ufffd" in text and character != "\ufffd")
 
     def decode(self, ids: ArrayLike) -> str:
         tokens = self.checked(ids).tolist()
