@@ -59,7 +59,7 @@ def refuse_batched_gradients(operator: str) -> None:
 
     def refuse(*_: Any) -> NoReturn:
         raise BackendUnavailableError(
-            f"{op}: {backend} takes no batch of gradients (torch.autograd.grad with "
+            f"{op}: {backend} supports no batch of gradients (torch.autograd.grad with "
             'is_grads_batched=True, jacobian with vectorize=True): pass backend="reference"'
         )
 

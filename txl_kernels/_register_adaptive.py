@@ -121,7 +121,7 @@ def _register_loss(namespace: str) -> None:
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                "adaptive_loss: its gradients were handed over by an earlier backward through this "
+                "adaptive_loss: its gradients were returned by an earlier backward through this "
                 "graph; call it again, or sum adaptive_nll, which can go backward many times"
             )
         grads, ctx.grads = ctx.grads, None

@@ -97,7 +97,7 @@ class Scratch {
       memory_.emplace(1, bytes);
       bytes_ = bytes;
     }
-    memory_->give_back_behind(bytes);
+    memory_->release_after(bytes);
     return memory_->of(0);
   }
 

@@ -1,4 +1,4 @@
-// torch ring of rel_attention on the CPU: tensors to pointers, allocation, threads.
+// ATen bindings of rel_attention on the CPU: tensors to pointers, allocation, threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -29,16 +29,16 @@ struct Call {
        int64_t offset, bool clamp, bool causal, std::optional<int64_t> window_left,
        std::optional<int64_t> window_right, at::IntArrayRef chunk, double scale, double softcap,
        double dropout_p, bool dead_uniform) {
-    TORCH_CHECK(
-        !q_pos && !bias && !dead_uniform,
-        "rel_attention: the native backend takes neither q_pos nor bias nor dead_rows=\"uniform\"");
+    TORCH_CHECK(!q_pos && !bias && !dead_uniform,
+                "rel_attention: the native backend supports neither q_pos nor bias nor "
+                "dead_rows=\"uniform\"");
     const char* missing = gemm_unavailable_reason();
     TORCH_CHECK(missing == nullptr, "rel_attention: the native backend cannot run here: ", missing);
     args.B = q_.size(0), args.H = q_.size(1), args.Tq = q_.size(2), args.D = q_.size(3);
     args.Ts = k_.size(2), args.Tm = mem_k_ ? mem_k_->size(2) : 0, args.Dv = v_.size(3),
     args.R = r_.size(2);
     TORCH_CHECK_VALUE(args.D <= 256 && args.Dv <= 256,
-                      "rel_attention: the native backend takes head sizes up to 256, got ",
+                      "rel_attention: the native backend supports head sizes up to 256, got ",
                       std::max(args.D, args.Dv));
     for (const auto& [tensor, home] : {std::pair{&q_, &q}, {&k_, &k}, {&v_, &v}, {&r_, &r}}) {
       TORCH_CHECK_TYPE(tensor->scalar_type() == q_.scalar_type(),
@@ -89,7 +89,7 @@ struct Call {
   }
 };
 
-// Runs f(chunk, workspace) for every chunk; a free thread takes the next one.
+// Runs f(chunk, workspace) for every chunk; each thread continues with the next chunk that is left.
 template <typename F>
 void run_chunks(const RelAttentionPlan& plan, int64_t threads, int64_t workspace_bytes, F&& f) {
   threads = std::min(threads, plan.n_chunks());
@@ -126,14 +126,14 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(
   return {out, lse};
 }
 
-// Where a window is narrow, the borders of small blocks cut many a tile's keys in two: 14% of the
+// With a narrow window, the borders of small blocks divide the keys of many tiles: 14% of the
 // time at 128 keys.
 int64_t bwd_key_block(const RelAttentionArgs& args) {
   const int64_t right = args.rule.causal ? 0 : args.rule.window_right;
   return args.rule.window_left + right < kBwdKeyBlock ? kKeyBlock : kBwdKeyBlock;
 }
 
-// Key and value gradients need parking slots only where a chunk's border cuts a pair.
+// Key and value gradients need slots for partial sums only if two chunks share a pair.
 bool cuts_a_pair(const RelAttentionPlan& plan) {
   for (const int64_t border : plan.chunks) {
     if (border % plan.n_tiles != 0) return true;

@@ -1,4 +1,5 @@
-// torch ring of rel_attention on CUDA: few queries, no gradients; tensors to pointers, allocation.
+// ATen bindings of rel_attention on CUDA: few queries, no gradients; tensors to pointers,
+// allocation.
 #include <torch/library.h>
 
 #include "arguments.h"

@@ -16,7 +16,7 @@ constexpr int64_t round_to_page(int64_t bytes) {
 
 // At most a quarter more than `bytes`, one of four sizes between two powers of two. Scratch memory
 // of nearly equal calls then has one size, and the allocator reuses it; sizes that grow a little at
-// every call would leave a hole behind each time.
+// every call would leave a hole each time.
 constexpr int64_t round_to_coarse_size(int64_t bytes) {
   const int64_t step = std::max<int64_t>(
       kPage, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes))) / 4);
@@ -49,7 +49,7 @@ class Workspace {
   char* of(int64_t thread) const { return base_ + thread * stride_; }
 
   // Returns the pages after the first `bytes` to the system; their contents are lost.
-  void give_back_behind(int64_t bytes) const {
+  void release_after(int64_t bytes) const {
     const int64_t kept = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     if (kept < total_) madvise(base_ + kept, static_cast<size_t>(total_ - kept), MADV_DONTNEED);
   }

@@ -186,16 +186,16 @@ def _refusal(
     if reason is not None:
         return reason
     if dtype not in serves.dtypes:
-        return f"{name} does not take {dtype}"
+        return f"{name} does not support {dtype}"
     if op == "rel_attention" and head_size > (serves.head_size or head_size):
-        return f"{name} takes head sizes up to {serves.head_size}, not {head_size}"
+        return f"{name} supports head sizes up to {serves.head_size}, not {head_size}"
     if serves.Tq is not None and Tq > serves.Tq:
-        return f"{name} takes up to {serves.Tq} queries on {device_type}, not {Tq}"
+        return f"{name} supports up to {serves.Tq} queries on {device_type}, not {Tq}"
     if needs_grad and not serves.gradients:
         return f"{name} has no gradients on {device_type}"
     for argument in serves.lacks:
         if argument in uses:
-            return f"{name} does not take {argument} yet"
+            return f"{name} does not support {argument} yet"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Adaptive softmax: loss, loss per token, log-probabilities and the likeliest tokens.
+"""Adaptive softmax: loss, loss per token, log-probabilities and the most probable tokens.
 
     -log p(token) = -log p_head(token or its cluster's column) - log p_tail(token in its cluster)
 
@@ -52,7 +52,7 @@ def adaptive_nll(
         cutoffs: first token of each tail; () and no tails is a plain linear cross entropy.
         head_bias: [c0 + n_tails], float32 or hidden's dtype, as all biases.
         head_proj: [d_0, d].
-        ignore_index: the target that counts for nothing.
+        ignore_index: targets of this value are not scored.
         backend: "auto", "reference", "native" or "triton"; a named one runs or raises.
 
     Returns:
@@ -99,8 +99,8 @@ def adaptive_loss(
 ) -> Tensor:
     """Mean or sum of `adaptive_nll` over the targets that are not ignored: the training path.
 
-    Where gradients are needed, they are formed with the loss, except on the reference; backward
-    hands them over, so it can go through this call once.
+    If gradients are needed, they are computed with the loss, except on the reference. Backward
+    returns these buffers, so it can run once through this call.
 
     Args, Raises and Precision: as `adaptive_nll`; `reduction` is "mean" or "sum".
 
@@ -171,7 +171,7 @@ def adaptive_topk(
     head_proj: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row, likeliest first, without [N, V].
+    """The k most probable tokens of each row, most probable first, without [N, V].
 
     Args, Raises and Precision: as `adaptive_nll`, without target; k in [1, V].
 
@@ -201,7 +201,7 @@ def _check_target(op: str, target: Tensor, hidden: Tensor) -> None:
 def choose_backend(
     op: str, backend: str, hidden: Tensor, head: Cluster, tails: Sequence[Cluster]
 ) -> str:
-    """The backend that serves the call; BackendUnavailableError where none does."""
+    """The backend that runs the call; raises BackendUnavailableError if there is none."""
     weights = [tensor for cluster in (head, *tails) for tensor in cluster]
     return choose(
         op,

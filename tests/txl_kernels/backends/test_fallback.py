@@ -56,7 +56,7 @@ def test_large_scores_warn_once_per_reason(require_backend, run_nothing):
     require_backend("rel_attention", "native")
     (message,) = warnings_of(lambda: attend(T + 1))
     assert message.startswith("rel_attention runs on the plain PyTorch reference")
-    assert "256 MiB of scores, because native does not take bias yet" in message
+    assert "256 MiB of scores, because native does not support bias yet" in message
     assert warnings_of(lambda: attend(T + 2)) == []
     (message,) = warnings_of(lambda: attend(T + 1, bias=None, dead_rows="uniform"))
     assert "dead_rows='uniform'" in message

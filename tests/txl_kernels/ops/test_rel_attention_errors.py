@@ -121,6 +121,6 @@ def test_backend_that_cannot_run_here():
 )
 def test_backend_that_does_not_serve_an_argument(name, extra, require_backend):
     require_backend("rel_attention", "native")
-    with pytest.raises(BackendUnavailableError, match=f"native does not take {name} yet"):
+    with pytest.raises(BackendUnavailableError, match=f"native does not support {name} yet"):
         rel_attention(**_valid(), **extra, backend="native")
     rel_attention(**_valid(), **extra)  # "auto" goes on to the reference

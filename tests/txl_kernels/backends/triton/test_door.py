@@ -69,4 +69,4 @@ def test_what_is_not_served_is_named(argument):
     if _compiles():
         pytest.skip(str(triton.unavailable_reason("cpu")))
     call = {"backend": "triton", "device": "cpu", "dtype": torch.float32, "uses": [argument]}
-    assert resolve("rel_attention", **call).reason == f"triton does not take {argument} yet"
+    assert resolve("rel_attention", **call).reason == f"triton does not support {argument} yet"
