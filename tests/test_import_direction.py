@@ -22,7 +22,7 @@ ROWS = (
     {"nn"},
     {"config"},
     {"model", "integrations"},
-    {"checkpoint", "convert", "data", "evaluation", "generation", "training"},
+    {"checkpoint", "checkpoint_files", "convert", "data", "evaluation", "generation", "training"},
     {"cli"},
 )
 # The bottom rows know tensors and numbers; only the model reads its configuration.
