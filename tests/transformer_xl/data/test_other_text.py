@@ -132,10 +132,13 @@ def test_a_tokenizer_that_drops_unknown_characters_refuses_them(tmp_path: Path) 
         list(closed.encode_stream(Piece(path)))
 
 
-def test_a_tokenizer_that_cannot_encode_is_one_error() -> None:
-    missing = SubwordVocabulary(Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")))
-    with pytest.raises(UnknownSymbolError, match=r"the tokenizer cannot encode the text: .*UNK"):
-        missing.encode("b")
+def test_a_tokenizer_that_refuses_a_word_names_it_with_line_and_count() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(UnknownSymbolError) as raised:
+        SubwordVocabulary(tokenizer).encode("a a\na b c\nb\n")
+    for part in ("'b'", "line 2", "3"):
+        assert part in str(raised.value)
 
 
 def test_the_own_vocabulary_encodes_nothing_again(

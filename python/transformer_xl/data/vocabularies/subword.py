@@ -89,7 +89,12 @@ class SubwordVocabulary(Vocabulary):
         return self._size
 
     def lookup(self, text: str) -> tuple[TokenArray, int]:
-        encodings = self._encodings(self._tokenizer.encode_batch_fast, text)
+        try:
+            encodings = self._encodings(self._tokenizer.encode_batch_fast, text)
+        except UnknownSymbolError:
+            if refused := self._refused(text):
+                return np.empty(0, dtype=np.uint32), len(refused)
+            raise
         parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
         if self.unknown_id is not None:
@@ -97,6 +102,8 @@ class SubwordVocabulary(Vocabulary):
         return ids, sum(text.count(character) for character in self._dropped(text))
 
     def unknown(self, text: str) -> list[str]:
+        if refused := self._refused(text):
+            return [repr(word) for word in dict.fromkeys(refused)]
         found = self._dropped(text)
         encodings = self._encodings(self._tokenizer.encode_batch, text)  # with offsets
         for line, encoding in zip(split_lines(text), encodings, strict=True):
@@ -110,6 +117,19 @@ class SubwordVocabulary(Vocabulary):
             return encode_batch(split_lines(text), add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise UnknownSymbolError(f"the tokenizer cannot encode the text: {error}") from error
+
+    def _refused(self, text: str) -> list[str]:
+        """The words of a text, in order, for which the tokenizer raises an error."""
+        words = text.split()
+        refused = {word for word in set(words) if not self._accepts(word)}
+        return [word for word in words if word in refused]
+
+    def _accepts(self, word: str) -> bool:
+        try:
+            self._tokenizer.encode(word, add_special_tokens=False)
+        except Exception:  # the library raises bare Exception
+            return False
+        return True
 
     def _dropped(self, text: str) -> list[str]:
         """The characters, each once, of which the tokenizer leaves out some or all bytes."""
