@@ -152,8 +152,9 @@ class Run:
         if first is not stage or (len(self._running) > len(beside) and not stage.background):
             return False
         ready = [self._records[name].get("results", {}).get("ready", ()) for name in beside]
-        is_compiled = not stage.compiles_first or all(stage.name in names for names in ready)
-        return not beside or (is_compiled and not stage.alone)
+        is_late = self._now() - self._started >= stage.patience
+        is_ready = is_late or all(stage.name in names for names in ready)
+        return not beside or (is_ready and not stage.alone)
 
     def _begin(self, stage: Stage) -> None:
         self._waiting.remove(stage)

@@ -50,21 +50,22 @@ class Stage:
     Attributes:
         seconds: its share; time that earlier stages did not use is added.
         background: it runs beside the other stages, from the start.
-        compiles_first: it starts when the stage compile has compiled this stage's launches.
+        patience: seconds since the start of the run, until which the stage waits for the stage
+            compile to list it as "ready": its launches are compiled.
         alone: it starts when no stage runs in the background, since it measures times.
     """
 
     name: str
     seconds: float
     background: bool = False
-    compiles_first: bool = False
+    patience: float = 0.0
     alone: bool = False
 
 
 FIRST_CALL = (
     Stage("compile", 75, background=True),
     Stage("ceilings", 10),
-    Stage("parity", 80, compiles_first=True),
+    Stage("parity", 80, patience=40),
     Stage("timings", 80, alone=True),
     Stage("sweep", 50, alone=True),
     Stage("memory", 20 - MARGIN, alone=True),
