@@ -18,8 +18,8 @@ from txl_kernels.backends.triton.adaptive_buckets import Buckets, n_tiles, tile_
 from txl_kernels.backends.triton.adaptive_configs import splits, tail_config
 from txl_kernels.backends.triton.adaptive_products import load_block, multiply_rows
 from txl_kernels.backends.triton.adaptive_softmax_head_rows import LOG2E, LOWEST
-from txl_kernels.backends.triton.launching import launch
 from txl_kernels.backends.triton.launch_table import SplitConfig, TailConfig
+from txl_kernels.backends.triton.launching import launch
 
 
 class Tails(NamedTuple):
