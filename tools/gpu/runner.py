@@ -65,7 +65,7 @@ class Child:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tools.gpu.child", *arguments],
                 cwd=ROOT,
-                env=environment(device),
+                env=environment(interprets=device == "cpu" and stage != "compile"),
                 start_new_session=True,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -195,9 +195,9 @@ def exit_status(report: Mapping[str, Any]) -> int:
     return int(FAILED in states or PASSED not in states)
 
 
-def environment(device: str) -> dict[str, str]:
-    """This process's environment with the checkout's packages first; on a GPU Triton compiles."""
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env = dict(os.environ) if device == "cpu" else kept
-    paths = [str(ROOT), str(ROOT / "python"), env.get("PYTHONPATH", "")]
-    return env | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+def environment(*, interprets: bool) -> dict[str, str]:
+    """This process's, with the checkout's packages first; TRITON_INTERPRET only if it `interprets`."""
+    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    changes = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    kept = {key: x for key, x in os.environ.items() if interprets or key != "TRITON_INTERPRET"}
+    return kept | changes
