@@ -23,6 +23,7 @@ from txl_kernels.backends.triton.adaptive_configs import (
 )
 from txl_kernels.backends.triton.adaptive_products import load_block, multiply_rows
 from txl_kernels.backends.triton.adaptive_softmax_head_rows import LOG2E, LOWEST
+from txl_kernels.backends.triton.launching import launch
 
 
 class Tails(NamedTuple):
@@ -317,13 +318,15 @@ def add_tails_nll(nll: Tensor, lse: Tensor, tails: Tails, buckets: Buckets) -> N
     config, split = tail_config("fwd", device, tails.x.dtype, tails.widths), splits("fwd", device)
     largest, total = nll.new_empty(2, split.N_PARTIALS + N)
     at_target = torch.empty_like(nll)
-    _adaptive_tails_fwd_kernel[(n_programs(N, tails.sizes, config, split),)](
+    launch(
+        _adaptive_tails_fwd_kernel, (n_programs(N, tails.sizes, config, split),),
         tails.x, tails.weights, tails.biases, buckets.column, buckets.first,
         largest, total, at_target, tails.x.stride(0),
         **tails.options(config), **split._asdict(),
     )  # fmt: skip
     rows = 128
-    _adaptive_tails_join_kernel[(n_tiles(N, len(tails.sizes), rows),)](
+    launch(
+        _adaptive_tails_join_kernel, (n_tiles(N, len(tails.sizes), rows),),
         largest, total, at_target, buckets.order, buckets.first, nll, *lse,
         SIZES=tails.sizes, **split._asdict(), BLOCK_V=config.BLOCK_V, BLOCK_ROWS=rows, num_warps=4,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from txl_kernels.backends.triton.launching import launch
 from txl_kernels.backends.triton.rel_attention_call import kernel_arguments, query_sign
 from txl_kernels.backends.triton.rel_attention_config import (
     architecture,
@@ -67,7 +68,9 @@ def rel_attention_fwd(
     config = forward_config(arch, D, Dv, q.dtype, Tq, mask is not None, dropout_p > 0)
     grid = (triton.cdiv(Tq, config.BLOCK_Q) * B * H,)
     with torch.cuda.device_of(q):
-        _rel_attention_fwd_kernel[grid](
+        launch(
+            _rel_attention_fwd_kernel,
+            grid,
             **arguments,
             p_position=position,
             p_out=out,

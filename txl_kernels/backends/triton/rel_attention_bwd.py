@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from txl_kernels.backends.triton.launching import launch
 from txl_kernels.backends.triton.rel_attention_bwd_dkdv import _rel_attention_bwd_dkdv_kernel
 from txl_kernels.backends.triton.rel_attention_bwd_dqdr import _rel_attention_bwd_dqdr_kernel
 from txl_kernels.backends.triton.rel_attention_bwd_rows import prepared_rows
@@ -109,7 +110,9 @@ def _launch_dkdv(
     if n_tiles * B * H == 0:
         return
     with torch.cuda.device_of(q):
-        _rel_attention_bwd_dkdv_kernel[(n_tiles * B * H,)](
+        launch(
+            _rel_attention_bwd_dkdv_kernel,
+            (n_tiles * B * H,),
             **arguments,
             p_dk=dk,
             p_dv=dv,
@@ -154,7 +157,9 @@ def _launch_dqdr(
         with torch.cuda.device_of(q):
             for first_item in range(0, n_items, n_splits):
                 n_programs = min(n_splits, n_items - first_item)
-                _rel_attention_bwd_dqdr_kernel[(n_programs * H * (B // rows),)](
+                launch(
+                    _rel_attention_bwd_dqdr_kernel,
+                    (n_programs * H * (B // rows),),
                     **arguments,
                     p_dq=dq,
                     p_dr=copies,
