@@ -15,7 +15,7 @@ from rich.table import Table
 
 from transformer_xl.training.precision import cpu_flags, processor, uses_bf16
 from txl_kernels.backends import BACKENDS, OPS, native, resolve
-from txl_kernels.testing.aot.gates import TRITON_VERSIONS
+from txl_kernels.backends.triton import CHECKED_TRITON_VERSIONS
 
 PACKAGES = ("txl_kernels", "transformer_xl", "torch")
 LIBRARIES = ("torch", "triton", "numpy", "accelerate", "safetensors", "tokenizers")
@@ -76,9 +76,9 @@ def _backends(device: str) -> Table:
 
 def _triton_note() -> str:
     """A warning if the gates of the kernels' machine code were not checked with this Triton."""
-    if _version("triton") in (*TRITON_VERSIONS, NOT_INSTALLED):
+    if _version("triton") in (*CHECKED_TRITON_VERSIONS, NOT_INSTALLED):
         return ""
-    gated = " and ".join(TRITON_VERSIONS)
+    gated = " and ".join(CHECKED_TRITON_VERSIONS)
     return f" [yellow](the kernels' machine code is checked for {gated}, not for this one)[/]"
 
 

@@ -13,6 +13,8 @@ import torch
 from txl_kernels.backends import cuda_device
 
 NAMESPACE = "txl_triton"
+# The versions of Triton whose machine code `make gates` checks: the oldest supported and the newest.
+CHECKED_TRITON_VERSIONS = ("3.6.0", "3.9.0")
 # Operator: the module here that has a function of that name, with the operator's own signature.
 _KERNELS = {
     "rel_attention_fwd": "rel_attention",
