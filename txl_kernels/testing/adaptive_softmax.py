@@ -72,7 +72,7 @@ def check_adaptive_embedding(
     runs: int = 1,
     within: _Within = contextlib.nullcontext,
 ) -> None:
-    """The same for `adaptive_embedding`: its tables are the clusters' weights, its tokens targets."""
+    """The same for `adaptive_embedding`: the weights are its tables, the targets its tokens."""
     hidden, target, head, tails = inputs
     dtype, tokens = hidden.dtype, target.clamp(min=0)
     weight = head[1][: head[1].shape[0] - len(tails)]
