@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.cases import OURS, WrongResultError
 from benchmarks.device import INPUT_SETS, timer
-from benchmarks.measure import Timed, stopwatch
+from benchmarks.measure import Timed
 from benchmarks.peers import adaptive_softmax as peers
 from benchmarks.peers.hf_softmax import SoftmaxWorker
 from benchmarks.softmax_inputs import SoftmaxInputs, SoftmaxShape, random_softmax
