@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+from txl_kernels.backends.triton.launching import launch
 from txl_kernels.backends.triton.rel_attention_call import kernel_arguments
 from txl_kernels.backends.triton.rel_attention_config import (
-    architecture,
     block_size,
     forward_config,
 )
@@ -57,11 +57,12 @@ def rel_attention_fwd(
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    arch = architecture(q.device)
-    config = forward_config(arch, D, Dv, q.dtype, Tq, mask is not None, dropout_p > 0)
+    config = forward_config(q.device, D, Dv, q.dtype, Tq, mask is not None, dropout_p > 0)
     grid = (triton.cdiv(Tq, config.BLOCK_Q) * B * H,)
     with torch.cuda.device_of(q):
-        _rel_attention_fwd_kernel[grid](
+        launch(
+            _rel_attention_fwd_kernel,
+            grid,
             **arguments,
             p_out=out,
             p_lse=lse,

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from txl_kernels import rel_attention, warmup
+from txl_kernels.backends.triton import launch_table
 from txl_kernels.testing import REL_ATTENTION_CASES, RelAttentionCase, check_rel_attention
 
 pytestmark = pytest.mark.interpreted
@@ -37,11 +38,12 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def tile(monkeypatch):
     """Sets the tile that interpreted kernels work on."""
-    config = pytest.importorskip("txl_kernels.backends.triton.rel_attention_config")
 
     def set_tile(block_q: int, block_k: int) -> None:
-        interpreted = config.INTERPRETED._replace(BLOCK_Q=block_q, BLOCK_K=block_k)
-        monkeypatch.setattr(config, "INTERPRETED", interpreted)
+        for key, config in launch_table.rows().items():
+            if key.launch_class == "interpreter" and key.kernel.startswith("rel_attention"):
+                interpreted = config._replace(BLOCK_Q=block_q, BLOCK_K=block_k)
+                monkeypatch.setitem(launch_table.rows(), key, interpreted)
 
     return set_tile
 

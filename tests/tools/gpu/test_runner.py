@@ -1,0 +1,193 @@
+"""The runner of `make gpu`, with a clock and stages that only pretend."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import pytest
+
+from tools.gpu import runner, verdict
+from tools.gpu.stages import FAILED, FIRST_CALL, MARGIN, NOT_RUN, PASSED, STAGES
+
+
+class FakeClock:
+    """Time passes only in `sleep`."""
+
+    def __init__(self):
+        self.time = 0.0
+
+    def now(self):
+        return self.time
+
+    def sleep(self, seconds):
+        self.time += seconds
+
+
+@dataclasses.dataclass
+class FakeStage:
+    """Runs for `seconds`; "ready" is in its results after `ready` seconds."""
+
+    seconds: float
+    exit: int = 0
+    ready: float = 0.0
+    clock: FakeClock | None = None
+    begun: float = 0.0
+    killed: bool = False
+
+    def exit_status(self):
+        return self.exit if self.clock.time - self.begun >= self.seconds else None
+
+    def record(self):
+        spent = self.clock.time - self.begun
+        is_done = self.exit_status() is not None
+        results = {"seen_seconds": int(spent), "ready": ["parity"] if spent >= self.ready else []}
+        state = (PASSED, None) if is_done else (FAILED, "it did not finish")
+        return {"status": state[0], "error": state[1], "results": results}
+
+    def kill(self):
+        self.killed = True
+
+
+TYPICAL = {
+    "compile": FakeStage(60, ready=33),
+    "ceilings": FakeStage(8),
+    "parity": FakeStage(40),
+    "timings": FakeStage(70),
+    "sweep": FakeStage(45),
+    "memory": FakeStage(10),
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs the first call's stages with changes to their script; returns records and scripts."""
+
+    def run(budget=240.0, names=tuple(TYPICAL), **changes):
+        clock = FakeClock()
+        script = {name: dataclasses.replace(TYPICAL.get(name, FakeStage(30))) for name in names}
+        script |= {name: dataclasses.replace(stage) for name, stage in changes.items()}
+        written, started = [], []
+
+        def start(name, deadline, ceilings):
+            stage = script[name]
+            stage.clock, stage.begun = clock, clock.time
+            started.append((name, deadline, ceilings))
+            return stage
+
+        report = {"stages": {}, "budget": budget, "machine": {}}
+        out = tmp_path / "out.json"
+        plan = [stage for stage in STAGES.values() if stage.name in names]
+        faked = runner.Clock(clock.now, clock.sleep)
+        runner.Run(plan, report, out, start, started=0.0, budget=budget, clock=faked).run()
+        assert json.loads(out.read_text()) == report
+        run.started, run.end, run.script, run.written = started, clock.time, script, written
+        return report["stages"]
+
+    return run
+
+
+def test_a_typical_run_follows_the_planned_timeline(run):
+    found = run()
+    begins = {name: record["start"] for name, record in found.items()}
+    assert begins == pytest.approx(
+        {"compile": 0, "ceilings": 0, "parity": 33, "timings": 73, "sweep": 143, "memory": 188},
+        abs=1,
+    )
+    assert {record["status"] for record in found.values()} == {PASSED}
+    assert [name for name, *_ in run.started] == [stage.name for stage in FIRST_CALL]
+    assert run.end <= 240 - MARGIN
+
+
+def test_shares_of_the_budget():
+    ends = runner.deadlines(FIRST_CALL, 0.0, 240.0)
+    planned = {"ceilings": 10, "compile": 75, "parity": 90, "timings": 170, "sweep": 220}
+    assert ends == pytest.approx(planned | {"memory": 240 - MARGIN})
+    assert max(runner.deadlines(FIRST_CALL, 0.0, 100.0).values()) == 100 - MARGIN
+    assert runner.deadlines([STAGES["ncu"]], 5.0, 306.0) == {"ncu": 305.0}
+
+
+def test_what_cannot_start_in_time_is_reported(run):
+    found = run(budget=100.0)
+    states = {name: record["status"] for name, record in found.items()}
+    assert states["sweep"] == states["memory"] == NOT_RUN
+    assert found["memory"]["error"] == "no time was left"
+    assert states["timings"] == FAILED  # it did not look at the time that it had left
+    assert run.end <= 100.0
+
+
+@pytest.mark.parametrize("name", TYPICAL)
+def test_a_stage_that_hangs_is_ended_and_keeps_what_it_found(run, name):
+    found = run(**{name: FakeStage(1e9, ready=1e9)})
+    assert (found[name]["status"], run.script[name].killed) == (FAILED, True)
+    assert "end of its share" in found[name]["error"]
+    assert found[name]["results"]["seen_seconds"] > 5
+    assert [other for other in found if found[other]["status"] != PASSED] == [name]
+    assert run.end <= 240.0
+
+
+def test_a_crash_keeps_the_other_stages(run):
+    found = run(parity=FakeStage(3, exit=-6))
+    assert found["parity"]["status"] == FAILED
+    assert "status -6" in found["parity"]["error"]
+    assert [name for name in found if found[name]["status"] != PASSED] == ["parity"]
+    assert runner.exit_status({"stages": found}) == 1
+
+
+def test_a_measurement_waits_for_the_compilers(run):
+    found = run(parity=FakeStage(5), compile=FakeStage(70, ready=20))
+    assert found["timings"]["start"] >= 70
+
+
+@pytest.mark.parametrize(
+    ("states", "status"),
+    [([PASSED, "skipped"], 0), ([PASSED, FAILED], 1), (["skipped", NOT_RUN], 1)],
+)
+def test_exit_status(states, status):
+    stages = {str(n): {"status": state} for n, state in enumerate(states)}
+    assert runner.exit_status({"stages": stages}) == status
+
+
+def test_the_verdict_comes_first(run, capsys):
+    stages = run(timings=FakeStage(3, exit=1))
+    stages["parity"]["results"]["summary"] = ["ten launches"]
+    machine = {"device": "GPU", "torch": "2", "triton": "3", "commit": "abc", "changed": True}
+    capsys.readouterr()
+    verdict.show({"stages": stages, "machine": machine, "budget": 240.0}, 1)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[:2] == ["VERDICT: FAILED", "  failed: timings"]
+    assert "  ten launches" in lines
+    assert all(len(line) <= verdict.WIDTH for line in lines)
+
+
+SCRIPT = """
+import pathlib, subprocess, sys, time
+def run(context):
+    context.results["found"] = 1
+    context.save()
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    pathlib.Path(r"%s").write_text(str(worker.pid))
+    time.sleep(600)
+"""
+
+
+def test_a_stage_is_a_process_that_can_be_ended_with_its_workers(tmp_path, monkeypatch):
+    (tmp_path / "tools" / "gpu").mkdir(parents=True)
+    worker = tmp_path / "worker"
+    monkeypatch.setattr(runner, "BUILD", tmp_path)
+    package = "import sys; sys.modules['tools.gpu.hangs'] = __import__('hangs')\n"
+    (tmp_path / "hangs.py").write_text(SCRIPT % worker)
+    (tmp_path / "sitecustomize.py").write_text(package)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    child = runner.Child("hangs", time.monotonic() + 60, "cpu", {})
+    while not worker.exists():
+        assert child.exit_status() is None, (tmp_path / "hangs.log").read_text()
+        time.sleep(0.05)
+    child.kill()
+    assert child.record()["results"] == {"found": 1}
+    assert child.exit_status() == -9
+    state = next(
+        (line for line in open(f"/proc/{worker.read_text()}/status") if line.startswith("State")), ""
+    )
+    assert "Z" in state or not state
