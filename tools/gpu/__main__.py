@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import re
 import signal
 import sys
@@ -11,11 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools.gpu import machine, runner, verdict
+from tools.gpu import STARTED, machine, runner, verdict
 from tools.gpu.stages import BUILD, FIRST_CALL, ROOT, STAGES, write_json
-
-STARTED = time.monotonic()
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> int:
@@ -25,29 +23,24 @@ def main() -> int:
         print(reason)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    report: dict[str, Any] = {"machine": machine.describe(), "budget": options.budget}
+    report["stages"] = {}
     device = "cpu" if options.rehearse else "cuda"
-    report: dict[str, Any] = {
-        "machine": machine.describe(),
-        "budget": options.budget,
-        "stages": {},
-    }
     out = options.out or _path(report["machine"]["device"], options)
-    write_json(out, report)
     run = runner.Run(
-        [stage for stage in STAGES.values() if stage.name in options.stages],
-        report,
-        out,
-        lambda name, deadline, ceilings: runner.Child(name, deadline, device, ceilings),
+        waiting=options.stages,
+        ends=runner.deadlines(options.stages, STARTED, options.budget),
+        records=report["stages"],
+        write=functools.partial(write_json, out, report),
+        start=lambda stage, end, ceilings: runner.Child(stage, end, device, ceilings),
         started=STARTED,
-        budget=options.budget,
     )
     try:
         run.run()
     finally:
-        status = runner.exit_status(report)
-        verdict.show(report, status)
+        verdict.show(report)
         print(f"\n{time.monotonic() - STARTED:.0f} of {options.budget:.0f} s; written: {out}")
-    return status
+    return verdict.exit_status(report)
 
 
 def _parse() -> argparse.Namespace:
@@ -56,25 +49,26 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--stages", default="", help=f"comma-separated; of {', '.join(STAGES)}")
     parser.add_argument("--out", type=Path, help="the JSON file")
     parser.add_argument(
-        "--rehearse", action="store_true", help="all stages on the CPU, at tiny shapes"
+        "--rehearse", action="store_true", help="run all on the CPU, at tiny shapes"
     )
     options = parser.parse_args()
-    first_call = [stage.name for stage in FIRST_CALL]
-    default = list(STAGES) if options.rehearse else first_call
-    options.stages = options.stages.split(",") if options.stages else default
-    options.suffix = "" if options.stages == first_call else "-".join(["", *options.stages])
-    unknown = [name for name in options.stages if name not in STAGES]
+    default = ",".join(STAGES if options.rehearse else [stage.name for stage in FIRST_CALL])
+    names = (options.stages or default).split(",")
+    unknown = [name for name in names if name not in STAGES]
     if unknown:
         parser.error(f"unknown stages: {', '.join(unknown)}; choose from {', '.join(STAGES)}")
+    options.suffix = "" if names == default.split(",") else "-".join(["", *names])
+    options.stages = [stage for stage in STAGES.values() if stage.name in names]
     return options
 
 
 def _path(device: str, options: argparse.Namespace) -> Path:
-    """The result of a first call has no suffix, so that a later call does not replace it."""
+    """The first call's results have no suffix; no later call replaces them."""
     if options.rehearse:
         return BUILD / "rehearsal.json"
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return RESULTS / f"gpu-{slug}-{datetime.date.today().isoformat()}{options.suffix}.json"
+    name = f"gpu-{slug}-{datetime.date.today().isoformat()}{options.suffix}.json"
+    return ROOT / "benchmarks" / "results" / name
 
 
 if __name__ == "__main__":

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
-from tools.gpu.stages import read_json
 from txl_kernels.backends.triton import launch_table
 
 
-def main(result: Path) -> None:
-    """Replaces the rows and prints them."""
-    rows = read_json(result)["stages"]["sweep"]["results"]["rows"]
-    launch_table.replace_rows(launch_table.PATH, rows)
-    print(*rows, f"{len(rows)} rows written to {launch_table.PATH}", sep="\n")
+def main(result: Path, table: Path = launch_table.PATH) -> None:
+    """Replaces the rows and prints them; their reason names the device."""
+    report = json.loads(result.read_text(encoding="utf-8"))
+    rows: list[dict[str, object]] = report["stages"]["sweep"]["results"]["rows"]
+    rows = [row | {"why": f"{report['machine']['device']}: {row['why']}"} for row in rows]
+    launch_table.replace_rows(table, rows)
+    print(*rows, f"{len(rows)} rows written to {table}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m tools.gpu.child STAGE RECORD DEADLINE DEVICE CEILINGS`: runs one stage, here."""
+"""`python -m tools.gpu.child FUNCTION RECORD DEADLINE DEVICE CEILINGS`: runs one stage, here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.gpu.stages import FAILED, PASSED, SKIPPED, Context, UnavailableError,
 
 
 def main(
-    stage: str, record: Path, deadline: float, device: str, ceilings: dict[str, float]
+    function: str, record: Path, deadline: float, device: str, ceilings: dict[str, float]
 ) -> None:
     """Writes {"status", "error", "results"} to `record`, whatever happens.
 
@@ -26,19 +26,16 @@ def main(
     def save(status: str = FAILED, error: str | None = "it did not finish") -> None:
         write_json(record, {"status": status, "error": error, "results": results})
 
+    def seconds_left() -> float:
+        return deadline - time.monotonic()
+
     save()
     try:
         import torch
 
-        module = importlib.import_module(f"tools.gpu.{stage}")
-        context = Context(
-            results=results,
-            save=save,
-            seconds_left=lambda: deadline - time.monotonic(),
-            device=torch.device(device),
-            ceilings=ceilings,
-        )
-        module.run(context)
+        module, _, name = function.partition(":")
+        run = getattr(importlib.import_module(module), name)
+        run(Context(results, save, seconds_left, torch.device(device), ceilings))
         if device != "cpu" and results.get("verified"):
             from txl_kernels.backends.verification.records import write_shipped
 
@@ -53,5 +50,4 @@ def main(
 
 
 if __name__ == "__main__":
-    name, path, end, place, rates = sys.argv[1:]
-    main(name, Path(path), float(end), place, json.loads(rates))
+    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))

@@ -5,12 +5,12 @@ Triton keeps a compiled kernel in its cache, where the other stages' processes f
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
 import itertools
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -20,62 +20,49 @@ from triton.backends.compiler import GPUTarget
 from tools.gates.shipped import shipped_calls
 from tools.gates.shipped_attention import Attention
 from tools.gpu import native_build, sweep
-from tools.gpu.stages import Context, UnavailableError
+from tools.gpu.stages import Context
 from txl_kernels.backends.triton import launch_table, launching
 from txl_kernels.backends.triton.launching import Launch
 
 Limits = tuple[tuple[int, int], int]  # compute capability, bytes of shared memory per block
 REHEARSED: Limits = ((9, 0), 232448)
 
+# Filled before the worker processes are forked: launches cannot be pickled.
+_launches: list[Launch] = []
+
 
 def run(context: Context) -> None:
-    """Results: seconds by kernel, or the compiler's error; "ready" once parity's are compiled.
+    """Results: seconds by kernel, the native build, and "ready" once parity's are compiled.
 
     Raises:
         AssertionError: something was not compiled.
     """
-    rehearsal = context.device.type == "cpu"
-    limits = REHEARSED if rehearsal else launch_table.device_limits(context.device)
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    device = context.device
+    limits = REHEARSED if context.is_rehearsal else launch_table.device_limits(device)
+    names, _launches[:] = zip(*launches(limits)[: 1 if context.is_rehearsal else None], strict=True)
+    seconds, failed = context.results.setdefault("seconds", {}), []
+    fork = multiprocessing.get_context("fork")
+    with fork.Pool(len(os.sched_getaffinity(0))) as pool, ThreadPoolExecutor(1) as thread:
+        compiled = pool.imap(_compile, range(len(names)))
         native = thread.submit(native_build.build, context)
-        failed = _compile_launches(context, limits, most=1 if rehearsal else None)
-        try:
-            context.results["native"] = native.result()
-        except UnavailableError as reason:
-            context.results["native"] = f"not built: {reason}"
-    n_kernels = len(context.results["seconds"])
-    context.results["summary"] = [f"{n_kernels} kernels", context.results["native"], *failed]
-    context.save()
-    assert not failed, f"{len(failed)} of {n_kernels} kernels were not compiled"
-
-
-def _compile_launches(context: Context, limits: Limits, most: int | None) -> list[str]:
-    """Compiles in several processes; returns the errors."""
-    names = [name for name, _ in launches(limits)]
-    n_headline = sum(not name.startswith("sweep/") for name in names)
-    seconds = context.results.setdefault("seconds", {})
-    failed = []
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
-        tasks = [(limits, number) for number in range(len(names))][:most]
-        results = pool.imap(_compile, tasks)
-        for number, name in enumerate(names[:most]):
+        for number, name in enumerate(names, 1):
             try:
-                seconds[name], error = results.next(max(0.1, context.seconds_left() - 1))
+                seconds[name], error = compiled.next(max(0.1, context.seconds_left() - 1))
             except multiprocessing.TimeoutError:
-                failed.append(f"time ran out before {name}")
+                failed.append(f"time ran out at {name}")
                 break
-            if error:
-                failed.append(f"{name}: {error}")
-            if number + 1 == n_headline:
+            failed += [f"{name}: {error}"] if error else []
+            if number == len(names) or names[number].startswith("sweep/"):
                 context.results["ready"] = ["parity"]
             context.save()
-    return failed
+        context.results["native"] = native.result()
+    context.results["summary"] = [f"{len(seconds)} kernels", native.result(), *failed]
+    assert not failed, f"{len(failed)} kernels were not compiled"
 
 
-def _compile(task: tuple[Limits, int]) -> tuple[float, str | None]:
+def _compile(number: int) -> tuple[float, str | None]:
     """Seconds, and the compiler's error if there is one."""
-    start, error = time.perf_counter(), None
-    launch = launches(task[0])[task[1]][1]
+    launch, start, error = _launches[number], time.perf_counter(), None
     try:
         source = triton.compiler.ASTSource(
             launch.kernel, launch.signature, launch.constants, launch.attributes
@@ -86,13 +73,12 @@ def _compile(task: tuple[Limits, int]) -> tuple[float, str | None]:
     return round(time.perf_counter() - start, 2), error
 
 
-@functools.cache
 def launches(limits: Limits) -> list[tuple[str, Launch]]:
     """Name and launch of every kernel, the headline calls' before the sweep's, each once."""
     (major, minor), shared = limits
     found: dict[str, tuple[str, Launch]] = {}
 
-    def record(name: str, call: object, only: str = "") -> None:
+    def record(name: str, call: Callable[[], object], only: str = "") -> None:
         with launching.recording(GPUTarget("cuda", 10 * major + minor, 32)) as recorded:
             call()
         for launch in recorded:
@@ -105,11 +91,9 @@ def launches(limits: Limits) -> list[tuple[str, Launch]]:
             if call.headline or "/float16/" in call.name:
                 record(call.name, call.run)
         row_class = launch_table.launch_class(torch.device("meta"))
-        for D, kernel in itertools.product(sweep.HEAD_SIZES, (sweep.FWD, sweep.DKDV, sweep.DQDR)):
-            key = sweep.row_key(kernel, row_class, D)
-            shipped = launch_table.rows()[key]
-            for config in sweep.candidates(kernel, D, shipped, shared):
-                with mock.patch.dict(launch_table.rows(), {key: config}):
+        for D, kernel in itertools.product(sweep.HEAD_SIZES, sweep.KERNELS):
+            for config in sweep.candidates(kernel, row_class, D, shared):
+                with sweep.configured(kernel, row_class, D, config):
                     name = f"sweep/D{D}/{'x'.join(map(str, config))}"
                     record(name, Attention(D=D).run, only=kernel)
     return list(found.values())

@@ -9,13 +9,17 @@ from typing import Any
 
 from tools.gpu.stages import ROOT
 
+try:
+    import torch
+    import triton
+except ImportError as error:
+    raise SystemExit(
+        f"make gpu needs torch and Triton ({error}): choose a PYTHON=… with them"
+    ) from None
+
 
 def no_device_reason() -> str | None:
     """One sentence if torch cannot use a GPU here, else None."""
-    try:
-        import torch
-    except ImportError as error:
-        return f"make gpu needs a Python with torch ({error}): choose one by PYTHON=…"
     if torch.cuda.is_available():
         return None
     why = "is built without CUDA" if torch.version.cuda is None else "finds none"
@@ -24,9 +28,6 @@ def no_device_reason() -> str | None:
 
 def describe() -> dict[str, Any]:
     """The machine and the checkout; "device" is "CPU" if there is no GPU."""
-    import torch
-    import triton
-
     described: dict[str, Any] = {"device": "CPU"}
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
@@ -50,7 +51,7 @@ def describe() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """What the command prints; None if it is missing or fails."""
+    """The command's output; None if it is missing or fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

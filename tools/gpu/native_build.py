@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -10,51 +9,49 @@ import sysconfig
 
 import torch
 
-from tools.gpu import command
-from tools.gpu.stages import BUILD, ROOT, Context
+from tools.gpu.programs import find_program, run_program, tail
+from tools.gpu.stages import BUILD, ROOT, Context, UnavailableError
 
 PACKAGE = ROOT / "txl_kernels"
-RECORD = "_native_build.json"
 
 
 def build(context: Context) -> str:
-    """Builds into `BUILD` and then replaces the files in the package; returns a line about them.
+    """Builds outside the package, then replaces its files; returns a line about the build.
 
-    In a rehearsal it configures a build without CUDA, and compiles nothing.
+    A rehearsal configures a build without CUDA and compiles nothing.
 
     Raises:
-        UnavailableError: cmake, nvcc or pybind11 is missing.
         RuntimeError: the build failed; with the last lines that the tools printed.
     """
-    rehearsal = context.device.type == "cpu"
     folder = BUILD / f"native-{sysconfig.get_config_var('SOABI')}"
-    cmake, ninja = command.find("cmake"), command.find("ninja")
+    try:
+        cmake, ninja = find_program("cmake"), find_program("ninja")
+        cuda = "OFF" if context.is_rehearsal else find_program("nvcc") and "ON"
+    except UnavailableError as reason:
+        return f"native part not built: {reason}"
     configure = [
         *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
-        f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DTXL_OUTPUT_DIR={folder / 'built'}",
-        f"-DTXL_CUDA={'OFF' if rehearsal else 'ON'}",
+        *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"),
+        *(f"-DTXL_OUTPUT_DIR={folder / 'built'}", f"-DTXL_CUDA={cuda}"),
+        f"-DTXL_CUDA_ARCHITECTURES={_architecture(context.device)}",
     ]
-    if not rehearsal:
-        command.find("nvcc")
-        configure.append(f"-DTXL_CUDA_ARCHITECTURES={_architecture(context.device)}")
     make = [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]
-    for step in (configure, [*make, "--target", "help"] if rehearsal else make):
-        status, printed = command.run(step, context.seconds_left())
+    for step in (configure, [*make, "--target", "help"] if context.is_rehearsal else make):
+        status, printed = run_program(step, context.seconds_left() - 1)
         if status != 0:
-            raise RuntimeError(f"the native build failed:\n{command.tail(printed, 20)}")
-    if rehearsal:
-        return "configured"
-    built = folder / "built"
-    for file in (*built.glob("_C.*.so"), built / RECORD):
+            raise RuntimeError(f"the native build failed:\n{tail(printed, 20)}")
+    if context.is_rehearsal:
+        return "native part configured"
+    for file in sorted((folder / "built").iterdir()):  # _C before its record
         partial = PACKAGE / f".{file.name}"
         shutil.copy(file, partial)
         partial.replace(PACKAGE / file.name)
-    return f"built: {json.loads((PACKAGE / RECORD).read_text('utf-8'))}"
+    return "native part built"
 
 
 def _architecture(device: torch.device) -> str:
     """As CMake writes it; Hopper's own instructions need the suffix "a"."""
+    if device.type == "cpu":
+        return "80-real"
     major, minor = torch.cuda.get_device_capability(device)
     return "90a-real" if major == 9 else f"{major}{minor}-real"

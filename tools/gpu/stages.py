@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "gpu"  # the native build, and a log of each stage
+BUILD = ROOT / "build" / "gpu"  # the native build; record and log of each stage
 MARGIN = 6.0  # seconds of the budget for ending the last stage, writing and printing
 
 PASSED, FAILED, SKIPPED, NOT_RUN = "passed", "failed", "skipped", "not run"
@@ -27,9 +27,9 @@ class Context:
     """The interface between the runner and a stage.
 
     Attributes:
-        results: this stage's part of the JSON. `results["summary"]`, a list of lines, is printed
-            after the verdict if the stage sets it; `results["verified"]`, a dict from the hash of
-            a kernel to its name, lists kernels that passed and need no self-test on this device.
+        results: this stage's part of the JSON. Lines in `results["summary"]` are printed after the
+            verdict. `results["verified"]` maps the hash of each kernel that passed, and needs no
+            self-test on this kind of device, to its name.
         save: writes `results` to the JSON; call it after each finding.
         seconds_left: seconds until this stage's share of the budget ends.
         device: the GPU; in a rehearsal the CPU, on which a stage runs the same code at tiny shapes.
@@ -42,48 +42,45 @@ class Context:
     device: torch.device
     ceilings: Mapping[str, float]
 
+    @property
+    def is_rehearsal(self) -> bool:
+        return self.device.type == "cpu"
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Module `tools.gpu.<name>`, which has a function `run(context)`.
+    """A part of the run: `function`, as "module:name"; `run` in the module of its name if empty.
 
     Attributes:
         seconds: its share; time that earlier stages did not use is added.
-        background: it runs beside the other stages, from the start.
-        patience: seconds since the start of the run, until which the stage waits for the stage
-            compile to list it as "ready": its launches are compiled.
-        alone: it starts when no stage runs in the background, since it measures times.
+        is_background: it runs beside the other stages, from the start.
+        patience: seconds since the start, until which it waits for a stage in the background to
+            list it in its results as "ready"; by default until that stage has ended.
     """
 
     name: str
     seconds: float
-    background: bool = False
-    patience: float = 0.0
-    alone: bool = False
+    function: str = ""
+    is_background: bool = False
+    patience: float = float("inf")
 
 
 FIRST_CALL = (
-    Stage("compile", 75, background=True),
-    Stage("ceilings", 10),
+    Stage("compile", 75, is_background=True),
+    Stage("ceilings", 10, patience=0),
     Stage("parity", 80, patience=40),
-    Stage("timings", 80, alone=True),
-    Stage("sweep", 50, alone=True),
-    Stage("memory", 20 - MARGIN, alone=True),
+    Stage("timings", 80),
+    Stage("sweep", 50),
+    Stage("memory", 20 - MARGIN),
 )
 LATER = (
-    Stage("full_parity", 240, alone=True),
-    Stage("ncu", 100, alone=True),
-    Stage("sanitizer", 200, alone=True),
-    Stage("training", 120, alone=True),
-    Stage("cpu_threads", 120, alone=True),
+    Stage("full_parity", 240, "tools.gpu.programs:full_parity"),
+    Stage("ncu", 100, "tools.gpu.programs:ncu"),
+    Stage("sanitizer", 200, "tools.gpu.programs:sanitizer"),
+    Stage("training", 120),
+    Stage("cpu_threads", 120),
 )
 STAGES = {stage.name: stage for stage in (*FIRST_CALL, *LATER)}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The document at `path`; an empty one if there is none."""
-    document: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return document
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Prints a finished run: the verdict first, then the timeline, then what each stage found."""
+"""Prints a finished run: the verdict first, then the timeline, then each stage's findings."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import Any
 
 from tools.gpu.stages import FAILED, NOT_RUN, PASSED, SKIPPED
 
-WIDTH, LINES = 110, 40  # columns; lines for one stage
-BAR = 40
+WIDTH, LINES, BAR = 110, 40, 40  # columns; lines of one stage; columns of the budget in a bar
 
 
-def show(report: Mapping[str, Any], exit_status: int) -> None:
+def exit_status(report: Mapping[str, Any]) -> int:
+    """1 if a stage failed or none passed, else 0."""
+    states = {record["status"] for record in report["stages"].values()}
+    return int(FAILED in states or PASSED not in states)
+
+
+def show(report: Mapping[str, Any]) -> None:
     """Prints all of it."""
     stages, machine = report["stages"], report["machine"]
-    print(f"\nVERDICT: {'FAILED' if exit_status else 'PASSED'}")
+    print(f"\nVERDICT: {'FAILED' if exit_status(report) else 'PASSED'}")
     for status in (FAILED, PASSED, SKIPPED, NOT_RUN):
         names = [name for name, record in stages.items() if record["status"] == status]
-        if names:
-            print(f"  {status}: {', '.join(names)}")
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton"))
-    changes = " with changes" if machine["changed"] else ""
-    print(f"\n{machine['device']}, {versions}, commit {str(machine['commit'])[:12]}{changes}\n")
-    print("\n".join(timeline(stages, report["budget"])))
+        print(*[f"  {status}: {', '.join(names)}\n"] * bool(names), end="")
+    print(f"\n{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, commit "
+          f"{str(machine['commit'])[:12]}{' with changes' * machine['changed']}\n")  # fmt: skip
+    print(*timeline(stages, report["budget"]), sep="\n")
     for name, record in stages.items():
-        lines = [record["error"]] if record["error"] else []
-        lines += record.get("results", {}).get("summary") or []
-        if lines:
-            print(f"\n{name}")
-        for line in "\n".join(lines).splitlines()[:LINES]:
-            print(f"  {line}"[:WIDTH])
+        text = "\n".join([record["error"] or "", *record.get("results", {}).get("summary", [])])
+        lines = [f"  {line}"[:WIDTH] for line in text.splitlines() if line]
+        print(*[f"\n{name}", *lines[:LINES]] if lines else [], sep="\n", end="\n" * bool(lines))
 
 
 def timeline(stages: Mapping[str, Mapping[str, Any]], budget: float) -> Iterator[str]:
-    """A table with one row for each stage, in seconds since the start, and a bar."""
+    """A row for each stage, in seconds since the start, with a bar."""
     yield f"{'stage':<12} {'start':>6} {'end':>6}  {'status':<8} |{f'0 to {budget:.0f} s':<{BAR}}|"
     for name, record in stages.items():
         start, end = record["start"], record["start"] + record["seconds"]
