@@ -98,8 +98,9 @@ def library(tmp_path_factory) -> Path:
     sources = sorted((folder / "ops").glob("*_cuda.cpp"))
     (folder / "glue.cpp").write_text(
         # The replaced header is compiled too, under another name.
-        f'#define DeviceCall RealDeviceCall\n#include "{csrc}/ops/device_call.h"\n#undef DeviceCall\n'
-        + "".join(f'#include "{path}"\n' for path in sources)
+        "#define DeviceCall RealDeviceCall\n"
+        f'#include "{csrc}/ops/device_call.h"\n'
+        "#undef DeviceCall\n" + "".join(f'#include "{path}"\n' for path in sources)
     )
     flags = ["-std=c++20", "-O1", "-fPIC", "-pthread", "-mf16c", "-fno-strict-aliasing"]
     compiler = ["g++", *flags, "-D_GLIBCXX_USE_CXX11_ABI=1", f"-I{csrc / 'include'}"]

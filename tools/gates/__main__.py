@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import json
 import multiprocessing
@@ -59,13 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if version not in CHECKED_TRITON_VERSIONS:
         checked = " and ".join(CHECKED_TRITON_VERSIONS)
         console.print(f"Triton {version} is not among the checked versions ({checked}).")
-    selected = [
-        call
-        for call in shipped.shipped_calls()
-        if (call.headline or not options.headline) and fnmatch.fnmatch(call.name, options.only)
-    ]
+    is_selected = functools.partial(_is_selected, options)
     _jobs[:] = [
-        (arch, found) for arch in options.arch for found in shipped.launches(selected, arch)
+        (arch, found)
+        for arch in options.arch
+        for found in shipped.shipped_launches(shipped.shipped_calls(), arch)
+        if any(map(is_selected, found.calls))
     ]
     rows = _compile_all(console, options.processes)
     failures = [f"{row.launch} on sm_{row.arch}: {text}" for row in rows for text in row.failures]
@@ -94,6 +94,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if interprets():
         parser.error("TRITON_INTERPRET is set: such a process cannot compile kernels")
     return options
+
+
+def _is_selected(options: argparse.Namespace, call: shipped.Call) -> bool:
+    is_named = fnmatch.fnmatchcase(call.name, options.only)
+    return is_named and (call.headline or not options.headline)
 
 
 def _compile_all(console: Console, processes: int) -> list[Row]:
@@ -142,8 +147,11 @@ def _json(rows: Sequence[Row], version: str) -> str:
     """One row per line, so that differences are readable."""
     fields: list[dict[str, Any]] = [
         {
-            **{"launch": row.launch, "arch": row.arch, "triton": version},
-            **{"shared": row.shared, "spills": row.spills},
+            "launch": row.launch,
+            "arch": row.arch,
+            "triton": version,
+            "shared": row.shared,
+            "spills": row.spills,
         }
         for row in rows
     ]

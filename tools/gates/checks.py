@@ -10,8 +10,12 @@ from txl_kernels.backends.triton.launching import Launch
 
 # Bytes of shared memory that one block can use at most, by architecture.
 SHARED_LIMIT = {
-    **{80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024},
-    **{90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024},
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
 }
 # Columns of tensor memory on sm_100.
 TENSOR_MEMORY_LIMIT = 512

@@ -18,7 +18,7 @@ class Binary:
 
     Attributes:
         code: the machine code.
-        shared: bytes per block, the part that the launch allocates included.
+        shared: bytes per block that the launch allocates.
         tensor_memory: columns of sm_100's tensor memory per block.
         ttir: Triton's IR before it chooses layouts.
         ttgir: the same with layouts.
@@ -41,11 +41,5 @@ def compile_launch(launch: Launch) -> Binary:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         (code,) = sass.read(path).values()
-    metadata = compiled.metadata
-    return Binary(
-        code,
-        max(metadata.shared, code.shared),
-        getattr(metadata, "tmem_size", None) or 0,
-        compiled.asm["ttir"],
-        compiled.asm["ttgir"],
-    )
+    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
+    return Binary(code, shared, tensor_memory or 0, compiled.asm["ttir"], compiled.asm["ttgir"])

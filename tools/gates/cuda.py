@@ -6,6 +6,7 @@ Needs nvcc, no GPU. Checks registers, shared memory, memory of threads and atomi
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -51,15 +52,21 @@ def build(
     Raises:
         RuntimeError: CMake or a compiler fails; the message has the end of the output.
     """
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
-    targets = ";".join(f"{arch}-real" for arch in arches)
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if cmake is None:
+        raise RuntimeError("cmake is not installed")
+    architectures = ";".join(f"{arch}-real" for arch in arches)
     _run(
-        *(str(cmake), "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"),
-        *("-DTXL_CUDA=COMPILE_ONLY", f"-DTXL_CUDA_ARCHITECTURES={targets}", "-DTXL_WERROR=ON"),
+        *(cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"),
+        *(
+            "-DTXL_CUDA=COMPILE_ONLY",
+            f"-DTXL_CUDA_ARCHITECTURES={architectures}",
+            "-DTXL_WERROR=ON",
+        ),
         f"-DTXL_OUTPUT_DIR={folder}",
     )
-    _run(str(cmake), "--build", str(folder), "--parallel", "--target", *targets)
-    found = {}
+    _run(cmake, "--build", str(folder), "--parallel", str(os.cpu_count()), "--target", *targets)
+    found: dict[tuple[str, str], sass.Code] = {}
     for path in folder.rglob("*.cu.o"):
         found |= read(path)
     return found
@@ -69,7 +76,8 @@ def read(path: Path) -> dict[tuple[str, str], sass.Code]:
     """The kernels of an object file by (architecture, demangled name)."""
     found = sass.read(path)
     names = _run("c++filt", *(symbol for _, symbol in found)).splitlines()
-    return {(arch, name): code for ((arch, _), code), name in zip(found.items(), names, strict=True)}
+    pairs = zip(found.items(), names, strict=True)
+    return {(arch, name): code for ((arch, _), code), name in pairs}
 
 
 def failures(name: str, code: sass.Code) -> list[str]:
@@ -103,9 +111,10 @@ def main() -> int:
         parser.error("nvcc is not installed")
     with tempfile.TemporaryDirectory() as folder:
         kernels = build(Path(folder), options.arch, ("txl_cuda", "txl_cuda_ops"))
-    found = [f"sm {arch}: {text}" for (arch, name), c in kernels.items() for text in failures(name, c)]
-    print(f"{len(kernels)} CUDA kernels compiled for {', '.join(options.arch)}, {len(found)} failures")
-    print(*found, sep="\n")
+    found = [
+        f"{arch}: {text}" for (arch, name), code in kernels.items() for text in failures(name, code)
+    ]
+    print(f"{len(kernels)} CUDA kernels compiled, {len(found)} failures", *found, sep="\n")
     return int(bool(found) or not kernels)
 
 

@@ -52,14 +52,15 @@ def parse(text: str) -> dict[tuple[str, str], Code]:
     found = {}
     # An object file has a section for each architecture, a cubin has one without a title.
     for section in re.split(r"^Fatbin elf code:", text, flags=re.M):
-        resources = {symbol: map(int, rest) for symbol, *rest in _RESOURCES.findall(section)}
+        resources = {match[1]: match for match in _RESOURCES.finditer(section)}
         for body in re.split(r"^\s*Function : ", section, flags=re.M)[1:]:
             symbol = body.split(None, 1)[0]
             arch = re.search(r"\b(sm_\w+)", section)
             opcodes = collections.Counter(_OPCODE.findall(body))
             if not opcodes or symbol not in resources or arch is None:
                 raise ValueError(f"cuobjdump printed no instructions or resources of {symbol}")
-            found[arch[1], symbol] = Code(*resources[symbol], opcodes)
+            registers, stack, shared = map(int, resources[symbol].groups()[1:])
+            found[arch[1], symbol] = Code(registers, stack, shared, opcodes)
     if not found:
         raise ValueError(f"cuobjdump printed no kernel but {text[:200]!r}")
     return found

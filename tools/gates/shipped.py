@@ -1,7 +1,8 @@
-"""The calls that launch every shipped Triton kernel: each configuration, dtype and flag that matters."""
+"""The calls that launch every shipped Triton kernel: all configurations, dtypes and flags."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +35,17 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Shipped:
-    """A launch with a name, such as "rel_attention/bfloat16/train_d64/rel_attention_bwd_dkdv"."""
+    """A launch.
+
+    Attributes:
+        name: of the first call and the kernel.
+        launch: for one architecture.
+        calls: all calls with a launch that compiles to the same code.
+    """
 
     name: str
     launch: Launch
+    calls: list[Call]
 
 
 def shipped_calls() -> list[Call]:
@@ -47,34 +55,28 @@ def shipped_calls() -> list[Call]:
     return [*shipped_attention.calls(), *shipped_adaptive.calls()]
 
 
-def launches(calls: Sequence[Call], arch: int) -> list[Shipped]:
-    """What the calls launch on sm_`arch`; launches that compile to the same code are listed once.
-
-    Raises:
-        ValueError: two calls have the same name.
-    """
-    if len({call.name for call in calls}) < len(calls):
-        raise ValueError("two shipped calls have the same name")
+def shipped_launches(calls: Sequence[Call], arch: int) -> list[Shipped]:
+    """The launches of the calls on sm_`arch`; of those that compile to the same code, the first."""
     found: dict[str, Shipped] = {}
+    names: collections.Counter[str] = collections.Counter()
     for call in calls:
-        names: set[str] = set()
         with recording(arch) as recorded:
             call.run()
         for launch in recorded:
             code = launching.kernel_hash(launch)
-            if code in found:
-                continue
-            kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-            name = f"{call.name}/{kernel}"
-            n = 1 + sum(other == name or other.startswith(f"{name}#") for other in names)
-            names.add(name if n == 1 else f"{name}#{n}")
-            found[code] = Shipped(name if n == 1 else f"{name}#{n}", launch)
+            if code not in found:
+                kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+                name = f"{call.name}/{kernel}"
+                names[name] += 1
+                suffix = f"#{names[name]}" if names[name] > 1 else ""
+                found[code] = Shipped(name + suffix, launch, [])
+            found[code].calls.append(call)
     return list(found.values())
 
 
 @contextlib.contextmanager
 def recording(arch: int) -> Iterator[list[Launch]]:
-    """Within it the Triton ops see a device of this architecture, and their launches are recorded."""
+    """Within it launches are recorded, with the limits of a device of this architecture."""
     limits = divmod(arch, 10), SHARED_LIMIT[arch]
     with (
         mock.patch.object(launch_table, "device_limits", return_value=limits),

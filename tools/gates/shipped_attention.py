@@ -132,7 +132,8 @@ def calls() -> list[Call]:
         "softcap": {"options": {"softcap": 30.0}},
         "deterministic": {"deterministic": True},
     }
-    found += [_call(flag, Attention(**changed), flag == "dropout") for flag, changed in flags.items()]
+    for flag, changed in flags.items():
+        found.append(_call(flag, Attention(**changed), headline=flag == "dropout"))
     found.append(_call("dropout_d128", dataclasses.replace(wide, options={"dropout_p": 0.1})))
     for dtype in (torch.bfloat16, fp32):
         run = functools.partial(_shift, dtype)

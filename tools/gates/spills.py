@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from txl_kernels.backends.triton import CHECKED_TRITON_VERSIONS
@@ -32,7 +32,8 @@ SPILLS: tuple[Spill, ...] = ()
 
 def accepted(name: str, arch: int, version: str) -> int:
     """Bytes per thread that the table accepts for this launch; 0 if it has no entry."""
-    return max((entry.n_bytes for entry in SPILLS if _applies(entry, name, arch, version)), default=0)
+    fitting = (entry.n_bytes for entry in SPILLS if _applies(entry, name, arch, version))
+    return max(fitting, default=0)
 
 
 def unneeded(spilled: Mapping[tuple[str, int], tuple[int, int]], version: str) -> list[str]:

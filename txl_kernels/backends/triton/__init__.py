@@ -13,7 +13,7 @@ import torch
 from txl_kernels.backends import cuda_device
 
 NAMESPACE = "txl_triton"
-# The versions of Triton whose machine code `make gates` checks: the oldest supported and the newest.
+# The versions of Triton that `make gates` checks: the oldest supported and the newest.
 CHECKED_TRITON_VERSIONS = ("3.6.0", "3.9.0")
 # Operator: the module here that has a function of that name, with the operator's own signature.
 _KERNELS = {
