@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.gpu import STARTED, machine, runner, verdict
-from tools.gpu.stages import BUILD, FIRST_CALL, ROOT, STAGES, write_json
+from tools.gpu.stages import BUILD, FIRST_CALL, MARGIN, ROOT, STAGES, write_json
 
 
 def main() -> int:
@@ -29,7 +29,7 @@ def main() -> int:
     out = options.out or _path(report["machine"]["device"], options)
     run = runner.Run(
         waiting=options.stages,
-        ends=runner.deadlines(options.stages, STARTED, options.budget),
+        ends=runner.deadlines(options.stages, time.monotonic(), STARTED + options.budget - MARGIN),
         records=report["stages"],
         write=functools.partial(write_json, out, report),
         start=lambda stage, end, ceilings: runner.Child(stage, end, device, ceilings),

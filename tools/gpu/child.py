@@ -36,10 +36,6 @@ def main(
         module, _, name = function.partition(":")
         run = getattr(importlib.import_module(module), name)
         run(Context(results, save, seconds_left, torch.device(device), ceilings))
-        if device != "cpu" and results.get("verified"):
-            from txl_kernels.backends.verification.records import write_shipped
-
-            write_shipped(torch.cuda.get_device_name(), results["verified"])
     except UnavailableError as error:
         save(SKIPPED, str(error))
     except Exception as error:

@@ -9,19 +9,18 @@ import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
-from tools.gates.shipped import shipped_calls
+from tools.gates.checks import SHARED_LIMIT
+from tools.gates.shipped import recording, shipped_calls, shipped_launches
 from tools.gates.shipped_attention import Attention
 from tools.gpu import native_build, sweep
 from tools.gpu.stages import Context
-from txl_kernels.backends.triton import launch_table, launching
+from txl_kernels.backends.triton import launch_table
 from txl_kernels.backends.triton.launching import Launch
 
 Limits = tuple[tuple[int, int], int]  # compute capability, bytes of shared memory per block
@@ -74,26 +73,18 @@ def _compile(number: int) -> tuple[float, str | None]:
 
 
 def launches(limits: Limits) -> list[tuple[str, Launch]]:
-    """Name and launch of every kernel, the headline calls' before the sweep's, each once."""
+    """Name and launch of every kernel, the headline calls' before the sweep's."""
     (major, minor), shared = limits
-    found: dict[str, tuple[str, Launch]] = {}
-
-    def record(name: str, call: Callable[[], object], only: str = "") -> None:
-        with launching.recording(GPUTarget("cuda", 10 * major + minor, 32)) as recorded:
-            call()
-        for launch in recorded:
-            kernel = launch.kernel.__name__
-            if only in kernel:
-                found.setdefault(launching.kernel_hash(launch), (f"{name}/{kernel}", launch))
-
-    with mock.patch.object(launch_table, "device_limits", return_value=limits):
-        for call in shipped_calls():
-            if call.headline or "/float16/" in call.name:
-                record(call.name, call.run)
-        row_class = launch_table.launch_class(torch.device("meta"))
+    arch = 10 * major + minor
+    calls = [call for call in shipped_calls() if call.headline or "/float16/" in call.name]
+    with mock.patch.dict(SHARED_LIMIT, {arch: shared}):
+        found = [(each.name, each.launch) for each in shipped_launches(calls, arch)]
+        with recording(arch):
+            row_class = launch_table.launch_class(torch.device("meta"))
         for D, kernel in itertools.product(sweep.HEAD_SIZES, sweep.KERNELS):
             for config in sweep.candidates(kernel, row_class, D, shared):
-                with sweep.configured(kernel, row_class, D, config):
-                    name = f"sweep/D{D}/{'x'.join(map(str, config))}"
-                    record(name, Attention(D=D).run, only=kernel)
-    return list(found.values())
+                with sweep.configured(kernel, row_class, D, config), recording(arch) as recorded:
+                    Attention(D=D).run()
+                name = f"sweep/{kernel}/D{D}/{tuple(config)}"
+                found += [(name, x) for x in recorded if x.kernel.__name__ == f"_{kernel}_kernel"]
+    return found

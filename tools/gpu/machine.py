@@ -5,17 +5,15 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from importlib import metadata
 from typing import Any
 
 from tools.gpu.stages import ROOT
 
 try:
     import torch
-    import triton
 except ImportError as error:
-    raise SystemExit(
-        f"make gpu needs torch and Triton ({error}): choose a PYTHON=… with them"
-    ) from None
+    raise SystemExit(f"make gpu needs torch ({error}): choose a PYTHON=… that has it") from None
 
 
 def no_device_reason() -> str | None:
@@ -41,7 +39,7 @@ def describe() -> dict[str, Any]:
         }
     return described | {
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": metadata.version("triton"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "commit": _output("git", "rev-parse", "HEAD"),

@@ -38,6 +38,8 @@ def build(context: Context) -> str:
     make = [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]
     for step in (configure, [*make, "--target", "help"] if context.is_rehearsal else make):
         status, printed = run_program(step, context.seconds_left() - 1)
+        if status is None:
+            return "native part not built: time ran out"
         if status != 0:
             raise RuntimeError(f"the native build failed:\n{tail(printed, 20)}")
     if context.is_rehearsal:

@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tools.gpu.stages import BUILD, FAILED, MARGIN, NOT_RUN, ROOT, Stage
+from tools.gpu.stages import BUILD, FAILED, NOT_RUN, ROOT, Stage
 
-LEAST = 5.0  # seconds: with less, a stage is not started
+LEAST = 5.0  # seconds of a stage; with less before the end of the run, it is not started
 GRACE = 2.0  # seconds after a stage's deadline until its process is killed
 POLL = 0.1
 
@@ -75,7 +75,7 @@ class Run:
     """
 
     waiting: list[Stage]
-    ends: Mapping[str, float]
+    ends: dict[str, float]
     records: dict[str, Record]
     write: Callable[[], None]
     start: Callable[[Stage, float, Record], Child]
@@ -112,10 +112,12 @@ class Run:
 
     def _begin(self, stage: Stage) -> None:
         self.waiting.remove(stage)
-        start, end = round(self.now() - self.started, 1), self.ends[stage.name]
+        now, last = self.now(), max(self.ends.values())
+        start = round(now - self.started, 1)
         self.records[stage.name] = {"status": FAILED, "error": "no record", "start": start}
-        if end - self.now() < LEAST:
+        if last - now < LEAST:
             return self._finish(stage.name, NOT_RUN, "no time was left")
+        end = self.ends[stage.name] = min(last, max(self.ends[stage.name], now + LEAST))
         measured = self.records.get("ceilings", {}).get("results", {})
         ceilings = {key: rate for key, rate in measured.items() if key.endswith("per_second")}
         self.running[stage] = self.start(stage, end, ceilings)
@@ -146,15 +148,14 @@ class Run:
         print(f"{now:4.0f} s  {name} {status}{f': {error}' if error else ''}"[:110], flush=True)
 
 
-def deadlines(plan: Sequence[Stage], started: float, budget: float) -> dict[str, float]:
-    """When each stage's share ends. A larger budget lengthens all shares by the same factor; a
-    smaller one leaves the last stages without time."""
+def deadlines(plan: Sequence[Stage], begin: float, end: float) -> dict[str, float]:
+    """When each stage's share ends. More time lengthens all shares by the same factor; less leaves
+    the last stages without time."""
     foreground = [stage for stage in plan if not stage.is_background]
-    factor = max(1.0, (budget - MARGIN) / sum(stage.seconds for stage in foreground or plan))
-    found, end = {}, started
+    factor = max(1.0, (end - begin) / sum(stage.seconds for stage in foreground or plan))
+    found, total = {}, 0.0
     for stage in plan:
-        share = factor * stage.seconds
-        end += 0.0 if stage.is_background else share
-        wanted = started + share if stage.is_background else end
-        found[stage.name] = min(wanted, started + budget - MARGIN)
+        total += 0.0 if stage.is_background else stage.seconds
+        share = stage.seconds if stage.is_background else total
+        found[stage.name] = min(begin + factor * share, end)
     return found

@@ -67,8 +67,8 @@ class Stage:
 
 FIRST_CALL = (
     Stage("compile", 75, is_background=True),
-    Stage("ceilings", 10, patience=0),
-    Stage("parity", 80, patience=40),
+    Stage("ceilings", 25, patience=0),
+    Stage("parity", 65, "tools.gpu.verified:parity", patience=40),
     Stage("timings", 80),
     Stage("sweep", 50),
     Stage("memory", 20 - MARGIN),
