@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from txl_kernels.backends.triton import interprets
+from txl_kernels.backends.triton.launching import real_device
 
 
 class Config(NamedTuple):
@@ -134,7 +135,7 @@ def architecture(device: torch.device) -> str:
     """ "interpreter", "sm_80" or "sm_90": the row of the table for a device."""
     if interprets():
         return "interpreter"
-    major, _minor = torch.cuda.get_device_capability(device)
+    major, _minor = torch.cuda.get_device_capability(real_device(device))
     return "sm_90" if major == 9 else "sm_80"
 
 
