@@ -68,7 +68,7 @@ def check_rel_attention(
         dout.double(),
     )
     assert actual["out"].dtype == dtype
-    magnitudes = _gradient_magnitudes(case, floats, dout)
+    magnitudes = gradient_magnitudes(floats, dout, case.options)
     for name in ref64:
         check_budget(
             f"{case} {backend} {dtype}: {name}",
@@ -124,17 +124,23 @@ def _eager(
     return reference.rel_attention(**call, compute_dtype=inputs["q"].dtype)
 
 
-def _gradient_magnitudes(
-    case: RelAttentionCase, floats: dict[str, Tensor], dout: Tensor
+def gradient_magnitudes(
+    floats: Mapping[str, Tensor], dout: Tensor, options: Mapping[str, Any]
 ) -> dict[str, float]:
-    """The largest product of magnitudes that enters each gradient."""
+    """The largest product of magnitudes that enters each gradient.
+
+    Args:
+        floats: the floating tensors of a call by name.
+        dout: [B, H, Tq, Dv], the gradient of the output.
+        options: may hold the call's `scale` and `dropout_p`.
+    """
 
     def largest(*names: str) -> float:
         given = [floats[name] for name in names if name in floats]
         return max((float(tensor.detach().abs().max()) for tensor in given), default=0.0)
 
-    kept = 1.0 - case.options.get("dropout_p", 0.0)
-    scale = abs(case.options.get("scale", case.D**-0.5))
+    kept = 1.0 - options.get("dropout_p", 0.0)
+    scale = abs(options.get("scale", floats["q"].shape[3] ** -0.5))
     values = [floats[name].detach().double() for name in ("mem_v", "v") if name in floats]
     dP = float((dout.double() @ torch.cat(values, dim=2).mT).abs().max()) / kept
     content_query = largest("q") + largest("r_w_bias")
