@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import os
 import re
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.gpu import STARTED, machine, runner, verdict
+from tools.gpu.child import Child
 from tools.gpu.stages import BUILD, FIRST_CALL, MARGIN, ROOT, STAGES, write_json
 
 
@@ -22,17 +24,19 @@ def main() -> int:
     if reason is not None:
         print(reason)
         return 1
+    sys.path[:0] = paths = [str(ROOT), str(ROOT / "python")]  # of the stages' processes too
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     report: dict[str, Any] = {"machine": machine.describe(), "budget": options.budget}
     report["stages"] = {}
     device = "cpu" if options.rehearse else "cuda"
     out = options.out or _path(report["machine"]["device"], options)
     run = runner.Run(
-        waiting=options.stages,
+        plan=options.stages,
         ends=runner.deadlines(options.stages, time.monotonic(), STARTED + options.budget - MARGIN),
         records=report["stages"],
         write=functools.partial(write_json, out, report),
-        start=lambda stage, end, ceilings: runner.Child(stage, end, device, ceilings),
+        start=lambda stage, end, ceilings: Child(stage, end, device, ceilings),
         started=STARTED,
     )
     try:

@@ -1,26 +1,71 @@
-"""`python -m tools.gpu.child FUNCTION RECORD DEADLINE DEVICE CEILINGS`: runs one stage, here."""
+"""A stage in a process of its own, which leaves a record whatever happens."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import sys
+import multiprocessing
+import os
+import signal
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tools.gpu.stages import FAILED, PASSED, SKIPPED, Context, UnavailableError, write_json
+from tools.gpu.stages import (
+    BUILD,
+    FAILED,
+    PASSED,
+    SKIPPED,
+    Context,
+    Stage,
+    UnavailableError,
+    write_json,
+)
 
 
-def main(
-    function: str, record: Path, deadline: float, device: str, ceilings: dict[str, float]
+class Child:
+    """A running stage. It writes {"status", "error", "results"} whenever it saves."""
+
+    def __init__(
+        self, stage: Stage, deadline: float, device: str, ceilings: Mapping[str, float]
+    ) -> None:
+        self._path = BUILD / f"{stage.name}.json"
+        write_json(self._path, {"status": FAILED, "error": "it did not start", "results": {}})
+        arguments = (stage, self._path, deadline, device, ceilings)
+        spawn = multiprocessing.get_context("spawn")
+        self._process = spawn.Process(target=run_stage, args=arguments)
+        self._process.start()
+
+    def exit_status(self) -> int | None:
+        """None while it runs."""
+        return self._process.exitcode
+
+    def record(self) -> dict[str, Any]:
+        return dict(json.loads(self._path.read_text(encoding="utf-8")))
+
+    def kill(self) -> None:
+        """Ends the process and its workers."""
+        try:
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
+        except ProcessLookupError:  # it has not begun, or has ended
+            self._process.kill()
+        self._process.join(1)  # not longer: a process can hang in the driver
+
+
+def run_stage(
+    stage: Stage, record: Path, deadline: float, device: str, ceilings: Mapping[str, float]
 ) -> None:
-    """Writes {"status", "error", "results"} to `record`, whatever happens.
+    """Runs the stage in this process; its output goes into a file beside `record`.
 
     Args:
         deadline: end of the stage's share on the monotonic clock, which processes share.
     """
+    os.setsid()
+    log = os.open(record.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     results: dict[str, Any] = {}
 
     def save(status: str = FAILED, error: str | None = "it did not finish") -> None:
@@ -29,11 +74,12 @@ def main(
     def seconds_left() -> float:
         return deadline - time.monotonic()
 
-    save()
     try:
+        if device != "cpu" or stage.name == "compile":
+            os.environ.pop("TRITON_INTERPRET", None)
         import torch
 
-        module, _, name = function.partition(":")
+        module, _, name = (stage.function or f"tools.gpu.{stage.name}:run").partition(":")
         run = getattr(importlib.import_module(module), name)
         run(Context(results, save, seconds_left, torch.device(device), ceilings))
     except UnavailableError as error:
@@ -43,7 +89,3 @@ def main(
         save(FAILED, f"{type(error).__name__}: {error}")
     else:
         save(PASSED, None)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))

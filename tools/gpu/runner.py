@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tools.gpu.stages import BUILD, FAILED, NOT_RUN, ROOT, Stage
+from tools.gpu.child import Child
+from tools.gpu.stages import FAILED, NOT_RUN, Stage
 
 LEAST = 5.0  # seconds of a stage; with less before the end of the run, it is not started
 GRACE = 2.0  # seconds after a stage's deadline until its process is killed
@@ -22,51 +17,12 @@ POLL = 0.1
 Record = dict[str, Any]  # {"status", "error", "results", "start", "seconds"}
 
 
-class Child:
-    """A stage in a process, and a session, of its own."""
-
-    def __init__(self, stage: Stage, deadline: float, device: str, ceilings: Record) -> None:
-        BUILD.mkdir(parents=True, exist_ok=True)
-        self._path = BUILD / f"{stage.name}.json"
-        self._path.unlink(missing_ok=True)
-        function = stage.function or f"tools.gpu.{stage.name}:run"
-        arguments = [function, str(self._path), str(deadline), device, json.dumps(ceilings)]
-        paths = (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", ""))
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        if device != "cpu" or stage.name == "compile":
-            env.pop("TRITON_INTERPRET", None)
-        with (BUILD / f"{stage.name}.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tools.gpu.child", *arguments],
-                cwd=ROOT,
-                env=env,
-                start_new_session=True,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def exit_status(self) -> int | None:
-        """None while it runs."""
-        return self._process.poll()
-
-    def record(self) -> Record:
-        """The status, error and results that the stage has saved so far."""
-        return dict(json.loads(self._path.read_text("utf-8"))) if self._path.exists() else {}
-
-    def kill(self) -> None:
-        """Ends the process and its workers."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver
-            self._process.wait(1)
-
-
 @dataclasses.dataclass
 class Run:
     """All stages of one run.
 
     Attributes:
-        waiting: the stages that have not started, in order.
+        plan: the stages in order.
         ends: the deadline of each, on the clock.
         records: receives the record of each stage.
         write: writes the JSON, whenever a stage has saved.
@@ -74,7 +30,7 @@ class Run:
         started: when the command began, on the clock.
     """
 
-    waiting: list[Stage]
+    plan: Sequence[Stage]
     ends: dict[str, float]
     records: dict[str, Record]
     write: Callable[[], None]
@@ -85,33 +41,33 @@ class Run:
     running: dict[Stage, Child] = dataclasses.field(default_factory=dict)
 
     def run(self) -> None:
-        """Returns when all stages have ended."""
+        """Runs the stages in order, beside those in the background; returns when all have ended."""
         try:
-            while self.waiting or self.running:
-                for stage, child in list(self.running.items()):
-                    self._look_after(stage, child)
-                for stage in list(self.waiting):
-                    if self._may_start(stage):
-                        self._begin(stage)
-                self.sleep(POLL)
+            for stage in self.plan:
+                if not stage.is_background:
+                    self._wait(lambda stage=stage: self._is_ready(stage))  # type: ignore[misc]
+                self._begin(stage)
+                if not stage.is_background:
+                    self._wait(lambda stage=stage: stage not in self.running)  # type: ignore[misc]
+            self._wait(lambda: not self.running)
         finally:
             for stage, child in self.running.items():
                 child.kill()
                 self._finish(stage.name, FAILED, "the run was interrupted")
 
-    def _may_start(self, stage: Stage) -> bool:
-        """One stage runs at a time, in order, beside those in the background."""
-        if stage.is_background:
-            return True
-        beside = [x for x in self.running if x.is_background]
-        first = next(x for x in self.waiting if not x.is_background)
-        ready = [self.records[x.name].get("results", {}).get("ready", ()) for x in beside]
-        is_ready = all(stage.name in names for names in ready)
+    def _wait(self, is_over: Callable[[], bool]) -> None:
+        while not is_over():
+            self.sleep(POLL)
+            for stage, child in list(self.running.items()):
+                self._look_after(stage, child)
+
+    def _is_ready(self, stage: Stage) -> bool:
+        """Whether all stages in the background list this one, or it has waited long enough."""
+        ready = [self.records[x.name].get("results", {}).get("ready", ()) for x in self.running]
         is_late = self.now() - self.started >= stage.patience
-        return stage is first and len(self.running) == len(beside) and (is_ready or is_late)
+        return is_late or all(stage.name in names for names in ready)
 
     def _begin(self, stage: Stage) -> None:
-        self.waiting.remove(stage)
         now, last = self.now(), max(self.ends.values())
         start = round(now - self.started, 1)
         self.records[stage.name] = {"status": FAILED, "error": "no record", "start": start}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.gpu import runner, verdict
+from tools.gpu import child, runner, verdict
 from tools.gpu.stages import FAILED, FIRST_CALL, MARGIN, NOT_RUN, PASSED, STAGES, Stage
 
 
@@ -80,7 +80,7 @@ def run(tmp_path):
 
         records = {}
         runner.Run(
-            waiting=list(FIRST_CALL),
+            plan=FIRST_CALL,
             ends=runner.deadlines(FIRST_CALL, 0.0, budget - MARGIN),
             records=records,
             write=lambda: run.written.append(copy.deepcopy(records)),
@@ -192,15 +192,15 @@ def run(context):
 
 def test_a_stage_is_a_process_that_can_be_ended_with_its_workers(tmp_path, monkeypatch):
     (tmp_path / "hangs.py").write_text(HANGS)
-    monkeypatch.setattr(runner, "BUILD", tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    child = runner.Child(Stage("hangs", 60, "hangs:run"), time.monotonic() + 60, "cpu", {})
+    monkeypatch.setattr(child, "BUILD", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    running = child.Child(Stage("hangs", 60, "hangs:run"), time.monotonic() + 60, "cpu", {})
     worker = tmp_path / "worker"
     while not worker.exists():
-        assert child.exit_status() is None, (tmp_path / "hangs.log").read_text()
+        assert running.exit_status() is None, (tmp_path / "hangs.log").read_text()
         time.sleep(0.05)
-    child.kill()
-    assert child.record()["results"] == {"found": 1}
-    assert child.exit_status() == -9
+    running.kill()
+    assert running.record()["results"] == {"found": 1}
+    assert running.exit_status() == -9
     status = Path(f"/proc/{worker.read_text()}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()

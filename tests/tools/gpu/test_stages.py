@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from tools.gpu import apply, child, programs, sweep, verified
 from tools.gpu import compile as compiling
-from tools.gpu.stages import FAILED, PASSED, ROOT, SKIPPED, Context, UnavailableError
+from tools.gpu.stages import FAILED, PASSED, ROOT, SKIPPED, Context, Stage, UnavailableError
 from txl_kernels.backends.triton import launch_table, launching
 
 
@@ -139,7 +140,10 @@ def test_a_stage_leaves_a_record_in_any_case(tmp_path, monkeypatch, raised, stat
             raise raised
 
     monkeypatch.setitem(sys.modules, "a_stage", SimpleNamespace(run=run))
-    child.main("a_stage:run", tmp_path / "out.json", 0.0, "cpu", {"rate": 2.0})
+    for name in ("setsid", "dup2"):
+        monkeypatch.setattr(os, name, lambda *_: None)
+    stage = Stage("a_stage", 1, "a_stage:run")
+    child.run_stage(stage, tmp_path / "out.json", 0.0, "cpu", {"rate": 2.0})
     record = json.loads((tmp_path / "out.json").read_text())
     assert (record["status"], record["results"]) == (status, {"found": 2.0})
     assert str(raised or "") in (record["error"] or "")
