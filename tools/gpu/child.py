@@ -57,7 +57,8 @@ class Child:
 def run_stage(
     stage: Stage, record: Path, deadline: float, device: str, ceilings: Mapping[str, float]
 ) -> None:
-    """Runs the stage in this process; its output goes into a file beside `record`.
+    """Runs the stage in this process; its output goes into a file beside `record`. If it passes,
+    the hashes of the verified kernels go into the package.
 
     Args:
         deadline: end of the stage's share on the monotonic clock, which processes share.
@@ -82,6 +83,10 @@ def run_stage(
         module, _, name = (stage.function or f"tools.gpu.{stage.name}:run").partition(":")
         run = getattr(importlib.import_module(module), name)
         run(Context(results, save, seconds_left, torch.device(device), ceilings))
+        if device != "cpu" and results.get("verified"):
+            from txl_kernels.backends.verification.records import write_shipped
+
+            write_shipped(torch.cuda.get_device_name(), results["verified"])
     except UnavailableError as error:
         save(SKIPPED, str(error))
     except Exception as error:

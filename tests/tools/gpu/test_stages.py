@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tools.gpu import apply, child, programs, sweep, verified
+from tools.gpu import apply, child, programs, sweep
 from tools.gpu import compile as compiling
 from tools.gpu.stages import FAILED, PASSED, ROOT, SKIPPED, Context, Stage, UnavailableError
-from txl_kernels.backends.triton import launch_table, launching
+from txl_kernels.backends.triton import launch_table
+from txl_kernels.backends.verification import records
 
 
 @pytest.fixture
@@ -89,21 +90,6 @@ def test_the_launches_of_the_first_call_are_known_in_advance():
         assert f"rel_attention/bfloat16/{call}/rel_attention_fwd" in names
 
 
-def test_kernels_that_were_launched_are_recorded_with_their_hash(monkeypatch):
-    ran = []
-    site = SimpleNamespace(launch=lambda kernel, *_, **__: ran.append(kernel))
-    monkeypatch.setitem(sys.modules, "txl_kernels.a_launch_site", site)
-    monkeypatch.setattr(launching, "launch", site.launch)
-    monkeypatch.setattr(launching, "current_target", lambda: "sm_90")
-    monkeypatch.setattr(launching, "specialise", lambda kernel, *_: kernel)
-    monkeypatch.setattr(launching, "kernel_hash", lambda kernel: f"hash of {kernel.__name__}")
-    with verified.launched() as found:
-        site.launch(test_candidates_fit_in_shared_memory, (1,), x=2)
-    name = test_candidates_fit_in_shared_memory.__name__
-    assert (found, len(ran)) == ({f"hash of {name}": name}, 1)
-    assert site.launch is launching.launch
-
-
 @pytest.mark.parametrize(
     ("printed", "error"),
     [
@@ -134,8 +120,16 @@ def test_a_program_that_hangs_is_ended_and_its_output_kept():
     [(None, PASSED), (AssertionError("a bit differs"), FAILED), (UnavailableError("no"), SKIPPED)],
 )
 def test_a_stage_leaves_a_record_in_any_case(tmp_path, monkeypatch, raised, status):
+    record = run_stage(monkeypatch, tmp_path, {"found": 2}, raised)
+    assert (record["status"], record["results"]) == (status, {"found": 2})
+    assert str(raised or "") in (record["error"] or "")
+
+
+def run_stage(monkeypatch, folder, results, raised, device="cpu"):
+    """The record of a stage in this process, which saves the results and may raise."""
+
     def run(context):
-        context.results["found"] = context.ceilings["rate"]
+        context.results |= results
         if raised is not None:
             raise raised
 
@@ -143,10 +137,17 @@ def test_a_stage_leaves_a_record_in_any_case(tmp_path, monkeypatch, raised, stat
     for name in ("setsid", "dup2"):
         monkeypatch.setattr(os, name, lambda *_: None)
     stage = Stage("a_stage", 1, "a_stage:run")
-    child.run_stage(stage, tmp_path / "out.json", 0.0, "cpu", {"rate": 2.0})
-    record = json.loads((tmp_path / "out.json").read_text())
-    assert (record["status"], record["results"]) == (status, {"found": 2.0})
-    assert str(raised or "") in (record["error"] or "")
+    child.run_stage(stage, folder / "out.json", 0.0, device, {})
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_the_hashes_of_a_passed_stage_go_into_the_package(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(records, "write_shipped", lambda *row: written.append(row))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU X")
+    for error in (AssertionError(), None):
+        run_stage(monkeypatch, tmp_path, {"verified": {"hash": "kernel"}}, error, "cuda")
+    assert written == [("GPU X", {"hash": "kernel"})]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
