@@ -76,4 +76,6 @@ def _path(device: str, options: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # multiprocessing would wait for a child that hangs in the driver

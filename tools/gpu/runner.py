@@ -44,22 +44,22 @@ class Run:
         """Runs the stages in order, beside those in the background; returns when all have ended."""
         try:
             for stage in self.plan:
-                if not stage.is_background:
-                    self._wait(lambda stage=stage: self._is_ready(stage))  # type: ignore[misc]
+                while not (stage.is_background or self._is_ready(stage)):
+                    self._look_after_all()
                 self._begin(stage)
-                if not stage.is_background:
-                    self._wait(lambda stage=stage: stage not in self.running)  # type: ignore[misc]
-            self._wait(lambda: not self.running)
+                while not stage.is_background and stage in self.running:
+                    self._look_after_all()
+            while self.running:
+                self._look_after_all()
         finally:
             for stage, child in self.running.items():
                 child.kill()
-                self._finish(stage.name, FAILED, "the run was interrupted")
+                self._finish(stage, FAILED, "the run was interrupted")
 
-    def _wait(self, is_over: Callable[[], bool]) -> None:
-        while not is_over():
-            self.sleep(POLL)
-            for stage, child in list(self.running.items()):
-                self._look_after(stage, child)
+    def _look_after_all(self) -> None:
+        self.sleep(POLL)
+        for stage, child in list(self.running.items()):
+            self._look_after(stage, child)
 
     def _is_ready(self, stage: Stage) -> bool:
         """Whether all stages in the background list this one, or it has waited long enough."""
@@ -72,36 +72,36 @@ class Run:
         start = round(now - self.started, 1)
         self.records[stage.name] = {"status": FAILED, "error": "no record", "start": start}
         if last - now < LEAST:
-            return self._finish(stage.name, NOT_RUN, "no time was left")
+            self._finish(stage, NOT_RUN, "no time was left")
+            return
         end = self.ends[stage.name] = min(last, max(self.ends[stage.name], now + LEAST))
         measured = self.records.get("ceilings", {}).get("results", {})
         ceilings = {key: rate for key, rate in measured.items() if key.endswith("per_second")}
         self.running[stage] = self.start(stage, end, ceilings)
-        return None
 
     def _look_after(self, stage: Stage, child: Child) -> None:
         """Writes what the stage has saved, and ends it if it has finished or overruns."""
-        status, record = child.exit_status(), self.records[stage.name]
-        before = dict(record)
-        record |= child.record()
-        if record != before:
+        status, record, saved = child.exit_status(), self.records[stage.name], child.record()
+        if record != record | saved:
+            record |= saved
             self.write()
         if status is None and self.now() < self.ends[stage.name] + GRACE:
             return
         child.kill()
         del self.running[stage]
         if status == 0:
-            self._finish(stage.name, record["status"], record["error"])
-        elif status is None:
-            self._finish(stage.name, FAILED, "it was ended at the end of its share")
+            self._finish(stage, record["status"], record["error"])
         else:
-            self._finish(stage.name, FAILED, f"its process ended with status {status}")
+            how = "was ended at the end of its share" if status is None else f"died: {status}"
+            self._finish(stage, FAILED, f"its process {how}")
 
-    def _finish(self, name: str, status: str, error: str | None) -> None:
-        now, record = self.now() - self.started, self.records[name]
+    def _finish(self, stage: Stage, status: str, error: str | None) -> None:
+        now, record = self.now() - self.started, self.records[stage.name]
         record |= {"status": status, "error": error, "seconds": round(now - record["start"], 1)}
         self.write()
-        print(f"{now:4.0f} s  {name} {status}{f': {error}' if error else ''}"[:110], flush=True)
+        print(
+            f"{now:4.0f} s  {stage.name} {status}{f': {error}' if error else ''}"[:110], flush=True
+        )
 
 
 def deadlines(plan: Sequence[Stage], begin: float, end: float) -> dict[str, float]:

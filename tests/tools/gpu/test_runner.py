@@ -148,7 +148,7 @@ def test_a_stage_that_hangs_is_ended_and_keeps_what_it_found(run, name):
 def test_a_crash_keeps_the_other_stages(run):
     found = run(parity=FakeStage(3, exit=-6))
     assert found["parity"]["status"] == FAILED
-    assert "status -6" in found["parity"]["error"]
+    assert "died: -6" in found["parity"]["error"]
     assert [name for name in found if found[name]["status"] != PASSED] == ["parity"]
     assert verdict.exit_status({"stages": found}) == 1
 
