@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools.gpu import __main__ as command
-from tools.gpu import child, machine, runner, verdict
+from tools.gpu import child, runner, verdict
 from tools.gpu.stages import FAILED, FIRST_CALL, MARGIN, NOT_RUN, PASSED, SKIPPED, STAGES, Stage
 
 MACHINE = {"device": "GPU", "torch": "2", "triton": "3", "commit": "abc", "changed": True}
@@ -158,7 +159,7 @@ def run(context):
 
 def test_a_stage_is_a_process_that_can_be_ended_with_its_workers(tmp_path, monkeypatch):
     (tmp_path / "hangs.py").write_text(HANGS)
-    monkeypatch.setattr(child, "BUILD", tmp_path)
+    monkeypatch.setattr(child.stages, "BUILD", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     running = child.Child(Stage("hangs", 60, "hangs:run"), time.monotonic() + 60, "cpu", {})
     worker = tmp_path / "worker"
@@ -173,7 +174,7 @@ def test_a_stage_is_a_process_that_can_be_ended_with_its_workers(tmp_path, monke
 
 
 def test_without_a_gpu_the_command_prints_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["tools.gpu", "--budget", "240"])
     assert command.main() == 1
-    assert capsys.readouterr().out.startswith("make gpu needs a CUDA device, but torch")
+    assert capsys.readouterr().out.startswith("make gpu needs a CUDA device, and torch")
