@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 
 from tools.gates import checks, sass, spills
 from tools.gates.compiling import Binary
-from tools.gates.spills import Spill
 from txl_kernels.backends.triton.launching import Launch
 
 CODE = sass.Code(registers=128, stack=0, shared=0, opcodes={"HMMA": 8, "LDS": 2})
@@ -26,37 +25,42 @@ DESCENDING = """
 """
 
 
-def launch(arch=120, dtype="bf16", D=64, kernel="_rel_attention_fwd_kernel"):
-    return Launch(
-        kernel=SimpleNamespace(__name__=kernel, arg_names=["p_q", "D"]),
+def found(binary=SOUND, arch=120, dtype="bf16", D=64, kernel="_rel_attention_fwd_kernel"):
+    launch = Launch(
+        kernel=SimpleNamespace(__name__=kernel),
         signature={"p_q": (f"*{dtype}",), "D": "constexpr"},
-        constants={(1,): D},
+        constants={},
         attributes={},
         options=None,
         target=SimpleNamespace(arch=arch),
+        arguments={"D": D},
     )
+    return checks.failures(launch, binary, checks.spill_limit(launch))
 
 
-def found(binary=SOUND, accepted_spill=0, **options):
-    return checks.failures(launch(**options), binary, accepted_spill)
+def changed(ir=DOT, **code):
+    return dataclasses.replace(SOUND, code=dataclasses.replace(CODE, **code), ttir=ir, ttgir=ir)
 
 
-def changed(ir=None, **code):
-    parts = {} if ir is None else {"ttir": ir, "ttgir": ir}
-    return dataclasses.replace(SOUND, code=dataclasses.replace(CODE, **code), **parts)
-
-
-def test_sound_launches_pass():
-    assert found() == []
-    assert found(changed(opcodes={"FFMA": 8}), dtype="fp32") == []
-    assert found(changed(ir="tt.load", opcodes={"LDG": 1})) == []  # no products
+@pytest.mark.parametrize(
+    ("binary", "options"),
+    [
+        (SOUND, {}),
+        (dataclasses.replace(SOUND, shared=166_912), {"arch": 80}),
+        (changed(opcodes={"FFMA": 8}), {"dtype": "fp32"}),
+        (changed(ir="tt.load", opcodes={"LDG": 1}), {}),
+        (changed(stack=512), {"D": 128}),
+        (changed(stack=512), {"kernel": "_rel_attention_bwd_dqdr_kernel"}),
+    ],
+)
+def test_sound_launches_pass(binary, options):
+    assert found(binary, **options) == []
 
 
 @pytest.mark.parametrize(
     ("binary", "options", "expected"),
     [
         (dataclasses.replace(SOUND, shared=101_377), {}, "101377 bytes of shared memory"),
-        (dataclasses.replace(SOUND, shared=101_377), {"arch": 80}, None),
         (dataclasses.replace(SOUND, tensor_memory=513), {"arch": 100}, "513 columns of tensor"),
         (changed(opcodes={"FFMA": 8}), {}, "no tensor-core instruction"),
         (changed(ir=DOT.replace("#mma", "#blocked1")), {}, "1 of the 16-bit products do not"),
@@ -64,35 +68,21 @@ def test_sound_launches_pass():
         (changed(opcodes={"UTCHMMA": 8}), {"dtype": "fp32", "arch": 100}, "(UTCHMMA)"),
         (changed(ir=DOT + DESCENDING), {}, "wrongly: %g = arith.cmpi sge, %f, %h"),
         (changed(stack=8), {}, "8 bytes per thread are spilled, the limit is 0"),
-        (changed(stack=512), {"D": 128}, None),
         (changed(stack=520), {"D": 128}, "520 bytes per thread are spilled, the limit is 512"),
-        (changed(stack=512), {"kernel": "_rel_attention_bwd_dqdr_kernel"}, None),
-        (changed(stack=600), {"D": 128, "accepted_spill": 600}, None),
     ],
 )
 def test_planted_faults_are_found(binary, options, expected):
-    failures = found(binary, **options)
-    assert len(failures) == (expected is not None)
-    assert expected is None or expected in failures[0]
+    (failure,) = found(binary, **options)
+    assert expected in failure
 
 
 def test_exceptions_hold_for_their_launches_alone(monkeypatch):
-    entry = Spill("op/*/dqdr", 90, 600, "a reason", versions=("3.6.0",))
+    entry = spills.Spill("op/*/dqdr", 90, 600, "a reason", versions=("3.6.0",))
     monkeypatch.setattr(spills, "SPILLS", (entry,))
-    assert spills.accepted("op/bfloat16/dqdr", 90, "3.6.0") == 600
-    assert spills.accepted("op/bfloat16/dqdr", 80, "3.6.0") == 0
-    assert spills.accepted("op/bfloat16/dkdv", 90, "3.6.0") == 0
-    assert spills.accepted("op/bfloat16/dqdr", 90, "3.9.0") == 0
-
-
-def test_an_exception_that_no_launch_needs_is_found(monkeypatch):
-    monkeypatch.setattr(spills, "SPILLS", (Spill("op/*/dqdr", 90, 600, "a reason", ("3.6.0",)),))
-    assert spills.unneeded({("op/bfloat16/dqdr", 90): (513, 512)}, "3.6.0") == []
-    (unneeded,) = spills.unneeded({("op/bfloat16/dqdr", 90): (512, 512)}, "3.6.0")
+    assert spills.find("op/bfloat16/dqdr", 90, "3.6.0") == entry
+    for name, arch, version in (("dqdr", 80, "3.6.0"), ("dk", 90, "3.6.0"), ("dqdr", 90, "3.9.0")):
+        assert spills.find(f"op/bfloat16/{name}", arch, version) is None
+    assert spills.unneeded({entry}, [90], "3.6.0") == []
+    assert spills.unneeded(set(), [80], "3.6.0") == spills.unneeded(set(), [90], "3.9.0") == []
+    (unneeded,) = spills.unneeded(set(), [80, 90], "3.6.0")
     assert "op/*/dqdr on sm_90" in unneeded
-    assert spills.unneeded({("op/bfloat16/dqdr", 80): (0, 512)}, "3.6.0") == []
-    assert spills.unneeded({("op/bfloat16/dqdr", 90): (0, 512)}, "3.9.0") == []
-
-
-def test_every_exception_has_a_reason():
-    assert all(entry.why and entry.arch in checks.SHARED_LIMIT for entry in spills.SPILLS)
