@@ -3,6 +3,7 @@
 #   PYTHON  the interpreter that creates the environment; its torch is used if it has one
 #   TORCH   the requirement that pip installs if that interpreter has no torch
 #   VENV    the environment; an existing one is used unchanged
+#   BUDGET  the most seconds that `make gpu` takes; STAGES chooses its stages
 #   MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers at a time
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -14,6 +15,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 HF_VENV ?= .venv-hf
+BUDGET ?= 240
+STAGES ?=
 # The newest Triton; `make gates` checks its machine code too.
 NEXT_TRITON := 3.9.0
 
@@ -35,8 +38,8 @@ test: $(VENV)/.installed-dev ## the full test suite, on all cores; Triton kernel
 bench: $(VENV)/.installed-dev ## the benchmarks: one table, JSON and a plot
 	$(PY) -m benchmarks
 
-gpu: ## on a machine with a GPU: build, test, measure; JSON in benchmarks/results
-	$(PYTHON) -m benchmarks.gpu
+gpu: ## on a machine with a GPU: check, measure; JSON in benchmarks/results (BUDGET=240, STAGES=a,b)
+	$(PYTHON) -m tools.gpu --budget $(BUDGET) --stages '$(STAGES)'
 
 gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## machine code of all GPU kernels, on a machine without a GPU
 	$(PY) -m tools.gates

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from txl_kernels.backends.triton import interprets
+from txl_kernels.backends.triton.launching import real_device
 
 PATH = Path(__file__).with_name("launch_table.json")
 # Shared memory per block that the rows of the class "163KiB" may use: the limit of sm_80.
@@ -114,7 +115,7 @@ _FIELDS = dict(zip(Key._fields, ("kernel", "class", "variant", "bits", "head_siz
 
 def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     """The compute capability, and the bytes of shared memory that one block can use at most."""
-    properties: Any = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(real_device(device))
     capability = (properties.major, properties.minor)
     return capability, properties.shared_memory_per_block_optin
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import triton
 
 
@@ -43,6 +44,7 @@ class _Recorder(threading.local):
 
     launches: list[Launch] | None = None
     target: Any = None
+    device: torch.device | None = None
 
 
 _recorder = _Recorder()
@@ -61,18 +63,35 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **named: Any)
 
 
 @contextlib.contextmanager
-def recording(target: Any) -> Iterator[list[Launch]]:
+def recording(target: Any, device: torch.device | None = None) -> Iterator[list[Launch]]:
     """Within it this thread's launches are recorded for `target` in the list and do not run.
 
     Kernels then write nothing: call the ops with tensors of the device "meta".
+
+    Args:
+        target: Triton's `GPUTarget`.
+        device: the device whose launch configurations are used for "meta" tensors.
     """
-    before = _recorder.launches, _recorder.target
+    before = vars(_recorder).copy()
     launches: list[Launch] = []
-    _recorder.launches, _recorder.target = launches, target
+    _recorder.launches, _recorder.target, _recorder.device = launches, target, device
     try:
         yield launches
     finally:
-        _recorder.launches, _recorder.target = before
+        vars(_recorder).clear()
+        vars(_recorder).update(before)
+
+
+def real_device(device: torch.device) -> torch.device:
+    """The device that `recording` names where `device` is "meta", else `device`."""
+    if device.type == "meta" and _recorder.device is not None:
+        return _recorder.device
+    return device
+
+
+def current_target() -> Any:
+    """Triton's `GPUTarget` of the current device."""
+    return triton.runtime.driver.active.get_current_target()
 
 
 def specialise(
