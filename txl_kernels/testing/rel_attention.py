@@ -1,4 +1,4 @@
-"""The check that holds a backend of `rel_attention` to the error budget, gradients included."""
+"""Checks that a backend of `rel_attention` is within the error budget, with its gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from txl_kernels.ops.rel_attention import rel_attention
 from txl_kernels.testing.budget import check_budget
 from txl_kernels.testing.rel_attention_cases import RelAttentionCase
 
-_SUMS = ("r", "r_w_bias", "r_r_bias", "bias")
+SUMS = ("r", "r_w_bias", "r_r_bias", "bias")
 
 
 def check_rel_attention(
@@ -26,23 +26,23 @@ def check_rel_attention(
     actual = _with_gradients(
         lambda inputs: rel_attention(**inputs, **options, backend=backend), floats, dout
     )
-    eager = _with_gradients(lambda inputs: _eager(inputs, others, case.options), floats, dout)
+    plain = _with_gradients(lambda inputs: eager(inputs, others, case.options), floats, dout)
     ref64 = _with_gradients(
         lambda inputs: rel_attention(**inputs, **options, backend="reference"),
         {name: tensor.double() for name, tensor in floats.items()},
         dout.double(),
     )
     assert actual["out"].dtype == dtype
-    magnitudes = _gradient_magnitudes(case, floats, dout)
+    magnitudes = gradient_magnitudes(case, floats, dout)
     for name in ref64:
         check_budget(
             f"{case} {backend} {dtype}: {name}",
             actual[name],
             ref64[name],
-            eager[name],
+            plain[name],
             dtype=dtype,
             magnitude=magnitudes.get(name),
-            is_sum=name.removeprefix("d") in _SUMS,
+            is_sum=name.removeprefix("d") in SUMS,
         )
 
 
@@ -56,13 +56,13 @@ def check_rel_attention_output(
     floats, others = case.inputs(dtype, device)
     floats = {name: tensor.detach() for name, tensor in floats.items()}
     actual = run(**floats, **others, **case.options)
-    eager = _eager(floats, others, case.options)
+    plain = eager(floats, others, case.options)
     call: dict[str, Any] = {name: tensor.double() for name, tensor in floats.items()}
     call |= {**others, **case.options, "return_lse": True, "backend": "reference"}
     ref64 = rel_attention(**call)
     assert actual[0].dtype == dtype
-    for name, result, due, plain in zip(("out", "lse"), actual, ref64, eager, strict=True):
-        check_budget(f"{case} {dtype}: {name}", result, due, plain, dtype=dtype)
+    for name, result, exact, rounded in zip(("out", "lse"), actual, ref64, plain, strict=True):
+        check_budget(f"{case} {dtype}: {name}", result, exact, rounded, dtype=dtype)
 
 
 def _with_gradients(
@@ -77,7 +77,7 @@ def _with_gradients(
     return {"out": out, "lse": lse, **named}
 
 
-def _eager(
+def eager(
     inputs: dict[str, Tensor], others: dict[str, Tensor], options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """The reference with every intermediate rounded to the inputs' dtype."""
@@ -89,14 +89,14 @@ def _eager(
     return reference.rel_attention(**call, compute_dtype=inputs["q"].dtype)
 
 
-def _gradient_magnitudes(
+def gradient_magnitudes(
     case: RelAttentionCase, floats: dict[str, Tensor], dout: Tensor
 ) -> dict[str, float]:
-    """The largest product of magnitudes that enters each gradient."""
+    """The largest product of magnitudes that each gradient contains, by gradient."""
 
     def largest(*names: str) -> float:
-        given = [floats[name] for name in names if name in floats]
-        return max((float(tensor.detach().abs().max()) for tensor in given), default=0.0)
+        tensors = [floats[name] for name in names if name in floats]
+        return max((float(tensor.detach().abs().max()) for tensor in tensors), default=0.0)
 
     kept = 1.0 - case.options.get("dropout_p", 0.0)
     scale = abs(case.options.get("scale", case.D**-0.5))
