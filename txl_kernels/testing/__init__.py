@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from txl_kernels.backends.reference.philox import dropout_keep
+from txl_kernels.testing.adaptive_softmax import (
+    check_adaptive_embedding,
+    check_adaptive_softmax,
+)
 from txl_kernels.testing.adaptive_softmax_cases import (
     ADAPTIVE_SOFTMAX_CASES,
     AdaptiveSoftmaxCase,
@@ -21,6 +25,8 @@ __all__ = [
     "REL_ATTENTION_CASES",
     "AdaptiveSoftmaxCase",
     "RelAttentionCase",
+    "check_adaptive_embedding",
+    "check_adaptive_softmax",
     "check_budget",
     "check_rel_attention",
     "check_rel_attention_output",

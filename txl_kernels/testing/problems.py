@@ -83,7 +83,7 @@ def _rel_attention(case: RelAttentionCase) -> Problem:
         return out
 
     def magnitudes(leaves: Leaves, dout: Tensor) -> Mapping[str, float]:
-        found = attention.gradient_magnitudes(case, leaves, dout)
+        found = attention.gradient_magnitudes(leaves, dout, case.options)
         return {name.removeprefix("d"): value for name, value in found.items()}
 
     return Problem(

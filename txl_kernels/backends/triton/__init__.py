@@ -29,6 +29,9 @@ _KERNELS = {
     "adaptive_embedding_bwd": "adaptive_embedding",
 }
 
+# The versions of Triton whose compiled kernels `make gates` checks.
+CHECKED_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+
 
 def register_kernels() -> None:
     """Adds kernels to the operators of `torch.ops.txl_triton`; the first call imports Triton.
@@ -85,6 +88,20 @@ def interprets() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def unchecked_version() -> str | None:
+    """One sentence if the installed Triton is not one that the gates check, else None."""
+    import triton
+
+    if ".".join(triton.__version__.split(".")[:2]) in CHECKED_VERSIONS:
+        return None
+    return (
+        f"Triton {triton.__version__} was not checked with these kernels, only "
+        f"{CHECKED_VERSIONS[0]} to {CHECKED_VERSIONS[-1]}: each kernel is tested on this device "
+        "before its first use"
+    )
 
 
 def _is_installed() -> bool:

@@ -9,12 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
+from txl_kernels.backends.triton.launching import launch
 from txl_kernels.backends.triton.rel_attention_bwd_dkdv import _rel_attention_bwd_dkdv_kernel
 from txl_kernels.backends.triton.rel_attention_bwd_dqdr import _rel_attention_bwd_dqdr_kernel
 from txl_kernels.backends.triton.rel_attention_bwd_rows import prepared_rows
 from txl_kernels.backends.triton.rel_attention_call import kernel_arguments, near_rows, strides
 from txl_kernels.backends.triton.rel_attention_config import (
-    architecture,
     block_size,
     dkdv_config,
     dqdr_config,
@@ -99,7 +99,7 @@ def _launch_dkdv(
     """Writes the gradients that are not None; skips key tiles of which none is requested."""
     B, H, _, D = q.shape
     Tm, Tk = arguments["Tm"], arguments["Tk"]
-    config = dkdv_config(architecture(q.device), D, arguments["DV"], q.dtype)
+    config = dkdv_config(q.device, D, arguments["DV"], q.dtype)
     memory_tiles = triton.cdiv(Tm, config.BLOCK_K)  # no tile is of memory and segment
     needs_memory = dmem_k is not None or dmem_v is not None
     first_tile = 0 if needs_memory else memory_tiles
@@ -109,7 +109,9 @@ def _launch_dkdv(
     if n_tiles * B * H == 0:
         return
     with torch.cuda.device_of(q):
-        _rel_attention_bwd_dkdv_kernel[(n_tiles * B * H,)](
+        launch(
+            _rel_attention_bwd_dkdv_kernel,
+            (n_tiles * B * H,),
             **arguments,
             p_dk=dk,
             p_dv=dv,
@@ -134,8 +136,8 @@ def _launch_dqdr(
     if dq is None and r is None and r_w_bias is None and r_r_bias is None:
         return None, None, None
     B, H, Tq, D = q.shape
-    by_pair = arguments["p_seed"] is not None or arguments["p_mask"] is not None
-    config = dqdr_config(architecture(q.device), D, arguments["DV"], q.dtype, by_pair)
+    has_mask, has_dropout = (arguments[name] is not None for name in ("p_mask", "p_seed"))
+    config = dqdr_config(q.device, D, arguments["DV"], q.dtype, has_mask, has_dropout)
     n_tiles = triton.cdiv(Tq, config.BLOCK_Q)
     # Items are the tiles that add to one table of r: those of all batch rows where they share it.
     rows = B if arguments["p_r"].shape[0] == 1 else 1
@@ -154,7 +156,9 @@ def _launch_dqdr(
         with torch.cuda.device_of(q):
             for first_item in range(0, n_items, n_splits):
                 n_programs = min(n_splits, n_items - first_item)
-                _rel_attention_bwd_dqdr_kernel[(n_programs * H * (B // rows),)](
+                launch(
+                    _rel_attention_bwd_dqdr_kernel,
+                    (n_programs * H * (B // rows),),
                     **arguments,
                     p_dq=dq,
                     p_dr=copies,

@@ -13,8 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from txl_kernels.backends import triton as door
-from txl_kernels.testing.aot.record import recording
-from txl_kernels.testing.aot.shipped import running_on
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or door.interprets(),
@@ -85,7 +83,9 @@ def _embedding(clusters):
 
 
 def _launched(call, clusters=None):
-    with recording(90) as launches, running_on(90), _NoWaiting():
+    from tools.gates.shipped import recording
+
+    with recording(90) as launches, _NoWaiting():
         call(_clusters() if clusters is None else clusters)
     return launches
 
@@ -96,15 +96,16 @@ def test_the_host_reads_nothing_from_the_device(call):
 
 
 def test_all_tails_go_in_one_launch_each_way():
-    names = [launch.name for launch in _launched(_nll)]
+    names = [launch.kernel.__name__ for launch in _launched(_nll)]
     for kernel in ("tails_fwd", "tails_join", "tails_dx", "tails_dx_join", "tails_dweight"):
         assert names.count(f"_adaptive_{kernel}_kernel") == 1
     # Four products with the head's weight by blocks of columns; the tails' count does not matter.
-    fewer = [launch.name for launch in _launched(_nll, _clusters(SIZES[:2], WIDTHS[:2]))]
+    fewer = [launch.kernel.__name__ for launch in _launched(_nll, _clusters(SIZES[:2], WIDTHS[:2]))]
     assert sorted(names) == sorted(fewer)
 
 
 def test_the_loss_holds_one_block_of_logits():
+    from tools.gates.shipped import recording
     from txl_kernels.backends.triton import adaptive_softmax_head as heads
 
     class Largest(TorchDispatchMode):
@@ -119,6 +120,6 @@ def test_the_loss_holds_one_block_of_logits():
                 self.found = max(self.found, out.numel())
             return out
 
-    with recording(90), running_on(90), Largest() as largest:
+    with recording(90), Largest() as largest:
         _loss(_clusters())
     assert 0 < largest.found <= 1.01 * heads.MAX_LOGITS
