@@ -33,7 +33,7 @@ _DECODE: dict[str, Any] = {"B": 32, "Tq": 1, "Tm": 3799, "backward": False}
 _CONFORMER: dict[str, Any] = {"B": 1, "H": 8, "Tq": 7500, "Tm": 0, "R": 14_999, "causal": False}
 _WT103_BASE: dict[str, Any] = {"d": 410, "div_val": 1}
 
-# Calls of `_attention`: a name, whether it is a common case, and the arguments that differ.
+# Calls of `attention`: a name, whether it is a common case, and the arguments that differ.
 _ATTENTION: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     # All rows of the launch table.
     ("train_d64", True, {}),
@@ -118,7 +118,7 @@ def shipped_calls() -> list[Call]:
         found.append(Call(f"{op}/{dtype}/{name}", headline, functools.partial(run, **call)))
 
     for name, headline, call in _ATTENTION:
-        ship("rel_attention", name, headline, _attention, **call)
+        ship("rel_attention", name, headline, attention, **call)
     for dtype in (_BF16, _F32):
         ship("rel_shift", "train", dtype == _BF16, _shift, dtype=dtype)
     for op, name, headline, call in _ADAPTIVE:
@@ -164,9 +164,9 @@ def _addmm_without_storage(
     return torch.mm(a, b, **({} if out_dtype is None else {"out_dtype": out_dtype}), out=out)
 
 
-def _attention(
+def attention(
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype = _BF16,
     B: int = 8,
     H: int = 16,
     Tq: int = 2048,
@@ -179,7 +179,13 @@ def _attention(
     deterministic: bool = False,
     **options: Any,
 ) -> None:
-    """`rel_attention`; `tensors` are those of key_start, key_lens and mask that are given."""
+    """`rel_attention` on tensors of the device "meta", forward and backward.
+
+    Args:
+        tensors: the names of those tensors among key_start, key_lens and mask that are present.
+        options: arguments of the operator that are no tensors.
+        others: sizes and the dtype of the tensors; whether there is a backward pass.
+    """
     Tk, Dv = Tm + Tq, Dv or D
     made = functools.partial(torch.empty, dtype=dtype, device="meta")
     integers = functools.partial(torch.empty, dtype=torch.int64, device="meta")
