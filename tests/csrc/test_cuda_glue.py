@@ -1,6 +1,6 @@
-"""The glue of the CUDA kernels on CPU tensors, with the emulated kernels behind it.
+"""The ATen bindings of the CUDA kernels, on CPU tensors and with the emulated kernels.
 
-How tensors, strides and options become pointers and numbers, and what is refused.
+Tensors, strides and options must become the right pointers and numbers, and some are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 TORCH = Path(torch.__file__).parent
-# A CPU tensor's stream has no handle, so what asks for it is replaced, and nothing else.
+# Replaces the only header that needs a device: a CPU tensor's stream has no handle.
 DEVICE_CALL = """
 #pragma once
 #include <ATen/ATen.h>
@@ -26,7 +26,7 @@ struct DeviceCall {
 };
 }  // namespace txl
 """
-# Calls key CUDA with CPU tensors; in a process of its own, for loading registers the kernels.
+# Dispatches CPU tensors to the key CUDA. In a separate process, because it registers kernels.
 USE = """
 import sys, torch
 from txl_kernels import rel_attention
