@@ -69,7 +69,7 @@ def includes(path: Path) -> Iterator[str]:
 
 
 def all_includes(path: Path, seen: set[Path] | None = None) -> Iterator[tuple[Path, str]]:
-    """The includes of a file and of the headers of this project below it: (including file, header)."""
+    """Pairs (file, header that it includes), for a file and this project's headers below it."""
     seen = set() if seen is None else seen
     seen.add(path)
     for header in includes(path):
