@@ -55,11 +55,7 @@ def find(launch: str, arch: int, version: str) -> Spill | None:
 def unneeded(
     used: Collection[tuple[Spill | None, int]], arches: Collection[int], version: str
 ) -> list[str]:
-    """One sentence for each entry that no launch needed in a complete run on `arches`.
-
-    Args:
-        used: the entries that launches needed, each with the architecture.
-    """
+    """One sentence for each entry that is not `used` by a launch in a complete run on `arches`."""
     return [
         f"no launch needs this entry of the table of spills: {entry.launch} on sm_{arch}"
         for entry in SPILLS
