@@ -16,7 +16,7 @@ SCAN_TOKENS = 1 << 24
 
 
 class ShuffledSentenceBatches:
-    """Segments of concatenated sentences `<S> … <S>`; a row gets another sentence when it needs one.
+    """Segments of concatenated sentences `<S> … <S>`; a row gets another one when needed.
 
     The rows of the whole batch get the sentences in one order. So all processes assign them alike,
     and each process reads its own rows. The second `<S>` between two sentences is never a target.
