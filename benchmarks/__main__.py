@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import machine, registry
+from benchmarks import headline, machine, registry
 from benchmarks.cases import OURS
 from benchmarks.device import OneProgramAtATime
 from benchmarks.measure import SAMPLE_SECONDS, WANTED_ROUNDS, Probe
@@ -28,7 +28,7 @@ WIDTH = 172  # columns, where there is no terminal to ask
 def main() -> None:
     options = _parse()
     on_gpu = options.device == "cuda"
-    timed = registry.device_cases() if on_gpu else registry.timed_cases()
+    timed = headline.device_cases() if on_gpu else registry.timed_cases()
     timed = registry.select(timed, options.cases)
     memory = registry.select(() if on_gpu else registry.memory_cases(), options.cases)
     if options.list:

@@ -68,20 +68,9 @@ def peak_mib(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def copy_rate(device: torch.device, n_bytes: int = 2**30) -> float:
-    """Bytes/s of a copy within device memory, bytes read plus bytes written."""
-    source = torch.randint(2**31 - 1, (n_bytes // 4,), dtype=torch.int32, device=device)
-    out = torch.empty_like(source)
-    return 2 * n_bytes / _seconds(lambda: out.copy_(source), device)
-
-
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
     """FLOP/s of torch's product of two square matrices of normal numbers."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _seconds(lambda: a @ b, device)
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    timed = timer([run], device)
+    timed = timer([lambda: a @ b], device)
     timed()
-    return sample(timed, min_seconds=0.02)
+    return 2 * size**3 / sample(timed, min_seconds=0.02)

@@ -1,7 +1,12 @@
-"""The headline shapes on a GPU, in the order of their importance; needs torch alone."""
+"""The headline shapes and cases on a GPU, in the order of their importance; needs torch alone."""
 
 from __future__ import annotations
 
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.cases.adaptive_softmax import SoftmaxCase
+from benchmarks.cases.rel_attention import AttentionCase
 from benchmarks.inputs import AttentionShape
 from benchmarks.softmax_inputs import SoftmaxShape
 
@@ -46,3 +51,16 @@ ATTENTION = (*TRAIN, DECODE, *INKLING[:2], PARAKEET, *INKLING[2:])
 SOFTMAX = SoftmaxShape(
     name="wt103_large", N=8192, d=1024, V=267_735, cutoffs=(20_000, 40_000, 200_000), div_val=4
 )
+
+
+def device_cases(device: str = "cuda") -> list[Case]:
+    """The timed cases, in bfloat16; the most important are first."""
+    dtype = torch.bfloat16
+    attention: list[Case] = [
+        AttentionCase(shape, dtype, direction, device)
+        for shape in ATTENTION
+        for direction in (("forward",) if shape is DECODE else ("forward", "backward"))
+    ]
+    softmaxes: list[Case] = [SoftmaxCase(SOFTMAX, dtype, work, device) for work in ("loss", "nll")]
+    n_first = 2 * len(TRAIN) + 1  # attention of training and decoding
+    return [*attention[:n_first], *softmaxes, *attention[n_first:]]

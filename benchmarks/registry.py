@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import torch
 
-from benchmarks import headline
 from benchmarks.cases import Case
 from benchmarks.cases.adaptive_embedding import EmbeddingCase
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
@@ -101,21 +100,6 @@ def timed_cases() -> list[Case]:
         for gradients in ("dense", "sparse")
     ]
     return [*attention, *softmaxes, *embeddings, *models]
-
-
-def device_cases() -> list[Case]:
-    """The headline cases on a GPU, the most important first."""
-    dtype = torch.bfloat16
-    attention: list[Case] = [
-        AttentionCase(shape, dtype, direction, "cuda")
-        for shape in headline.ATTENTION
-        for direction in (("forward",) if shape is headline.DECODE else ("forward", "backward"))
-    ]
-    softmaxes: list[Case] = [
-        SoftmaxCase(headline.SOFTMAX, dtype, work, "cuda") for work in ("loss", "nll")
-    ]
-    n_first = 2 * len(headline.TRAIN) + 1  # attention of training and decoding
-    return [*attention[:n_first], *softmaxes, *attention[n_first:]]
 
 
 def memory_cases() -> list[Case]:

@@ -71,6 +71,11 @@ class SoftmaxCase:
     def flop(self) -> int:
         return self.shape.flop
 
+    def flop_of(self, name: str) -> int:
+        """Useful operations of a contender: the whole softmax multiplies with all V rows."""
+        shape = self.shape
+        return 6 * shape.N * shape.V * shape.d if name in (CHUNKED, FULL) else shape.flop
+
     @property
     def tokens(self) -> int:
         return self.shape.N

@@ -55,7 +55,7 @@ def build(
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if cmake is None:
         raise RuntimeError("cmake is not installed")
-    architectures = ";".join(f"{arch}-real" for arch in arches)
+    architectures = "-DTXL_CUDA_ARCHITECTURES=" + ";".join(f"{arch}-real" for arch in arches)
     _run(
         *(cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"),
         *(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import NamedTuple
 
 from txl_kernels.backends.triton import CHECKED_TRITON_VERSIONS
@@ -17,7 +17,7 @@ class Spill(NamedTuple):
         arch: such as 90 for sm_90.
         n_bytes: per thread, the most.
         why: the reason.
-        versions: of Triton, those that spill as much.
+        versions: the versions of Triton that spill more than `checks` allows.
     """
 
     launch: str
@@ -30,33 +30,22 @@ class Spill(NamedTuple):
 SPILLS: tuple[Spill, ...] = ()
 
 
-def accepted(name: str, arch: int, version: str) -> int:
-    """Bytes per thread that the table accepts for this launch; 0 if it has no entry."""
-    fitting = (entry.n_bytes for entry in SPILLS if _applies(entry, name, arch, version))
-    return max(fitting, default=0)
-
-
-def unneeded(spilled: Mapping[tuple[str, int], tuple[int, int]], version: str) -> list[str]:
-    """One sentence for each entry that no compiled launch needs.
-
-    Args:
-        spilled: by launch and architecture, all that were compiled: the spilled bytes per thread,
-            and the limit without the table.
-        version: of Triton.
-    """
-    arches = {arch for _, arch in spilled}
-    return [
-        f"the table of spills has an entry that no launch needs: {entry.launch} on sm_{entry.arch}"
+def find(launch: str, arch: int, version: str) -> Spill | None:
+    """The first entry for this launch."""
+    fitting = (
+        entry
         for entry in SPILLS
-        if entry.arch in arches
+        if entry.arch == arch
         and version in entry.versions
-        and not any(
-            _applies(entry, name, arch, version) and n_bytes > limit
-            for (name, arch), (n_bytes, limit) in spilled.items()
-        )
+        and fnmatch.fnmatchcase(launch, entry.launch)
+    )
+    return next(fitting, None)
+
+
+def unneeded(used: Collection[Spill], arches: Collection[int], version: str) -> list[str]:
+    """One sentence for each entry that no launch needed in a complete run on `arches`."""
+    return [
+        f"no launch needs this entry of the table of spills: {entry.launch} on sm_{entry.arch}"
+        for entry in SPILLS
+        if entry.arch in arches and version in entry.versions and entry not in used
     ]
-
-
-def _applies(entry: Spill, name: str, arch: int, version: str) -> bool:
-    same = entry.arch == arch and version in entry.versions
-    return same and fnmatch.fnmatchcase(name, entry.launch)

@@ -7,10 +7,12 @@ too, in one run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ from benchmarks import headline
 from benchmarks.inputs import AttentionShape
 from benchmarks.softmax_inputs import random_softmax
 from tools.gpu.stages import Context
-from txl_kernels import rel_attention, resolve
+from txl_kernels import backends, rel_attention, resolve
+from txl_kernels.backends import verification
+from txl_kernels.backends.verification import kernels as hashing
 from txl_kernels.testing import (
     RelAttentionCase,
     check_adaptive_softmax,
@@ -40,20 +44,24 @@ DEFAULT = functools.partial(filled_with_nan, deterministic=False)
 
 
 def run(context: Context) -> None:
-    """Results: for each call the seconds it took, or why it failed or did not run.
+    """Results: for each call the seconds it took, or why it failed or did not run; "verified", the
+    hashes of the kernels that passed.
 
     Raises:
         AssertionError: a result is wrong, or nothing was compared.
     """
     calls: dict[str, str] = context.results.setdefault("calls", {})
+    verified: dict[str, str] = context.results.setdefault("verified", {})
     failed = []
-    for name, refusal, check in checks(context.device):
+    for name, backend, refusal, check in checks(context.device):
         start = time.perf_counter()
         if refusal is not None or context.seconds_left() < 1:
             calls[name] = f"not run: {refusal or 'no time was left'}"
             continue
         try:
-            check()
+            with recorded_kernels(backend, context.device) as kernels:
+                check()
+            verified |= kernels
             calls[name] = f"passed in {time.perf_counter() - start:.1f} s"
         except Exception as error:
             calls[name] = f"{type(error).__name__}: {error}"
@@ -67,15 +75,34 @@ def run(context: Context) -> None:
     assert n_passed, "no backend runs any of the calls"
 
 
-def checks(device: torch.device) -> Iterator[tuple[str, str | None, Check]]:
-    """Name of each call, why its backend cannot run it here, and its check."""
-    backends = ("triton", "native") if device.type == "cuda" else ("native",)
+@contextlib.contextmanager
+def recorded_kernels(backend: str, device: torch.device) -> Iterator[dict[str, str]]:
+    """Within it "auto" means `backend`, without a self-test; the dict receives {hash: label} of the
+    kernels that calls launch."""
+    kernels: dict[str, str] = {}
+
+    def examined(call: Any, where: torch.device, _exports: bool) -> str:
+        for found in hashing.hashes(call, where):
+            kernels.update(found)
+        return ""  # as if they had passed
+
+    with (
+        mock.patch.dict(backends._AUTO, {device.type: (backend,)}),
+        mock.patch.dict(verification._verdicts, clear=True),
+        mock.patch.object(verification, "_examined", examined),
+    ):
+        yield kernels
+
+
+def checks(device: torch.device) -> Iterator[tuple[str, str, str | None, Check]]:
+    """Name and backend of each call, why that backend cannot run it here, and its check."""
+    names = ("triton", "native") if device.type == "cuda" else ("native",)
     for dtype in DTYPES:
         for shape in ATTENTION:
             case = attention_case(shape if device.type == "cuda" else shape.tiny())
-            for backend in backends if shape is headline.DECODE else backends[:1]:
+            for backend in names if shape is headline.DECODE else names[:1]:
                 yield _attention(case, shape.name, backend, dtype, device)
-        yield _softmax(backends[0], dtype, device)
+        yield _softmax(names[0], dtype, device)
 
 
 def attention_case(shape: AttentionShape) -> RelAttentionCase:
@@ -99,28 +126,27 @@ def attention_case(shape: AttentionShape) -> RelAttentionCase:
 
 def _attention(
     case: RelAttentionCase, name: str, backend: str, dtype: torch.dtype, device: torch.device
-) -> tuple[str, str | None, Check]:
+) -> tuple[str, str, str | None, Check]:
     decodes = name == headline.DECODE.name
     sizes = {"Tq": case.Tq, "D": case.D, "needs_grad": not decodes}
     refusal = _refusal("rel_attention", backend, dtype, device, **sizes)
 
     def check() -> None:
         if decodes:
-            run = functools.partial(_repeated, backend)
-            check_rel_attention_output(case, dtype, run, str(device))
+            check_rel_attention_output(case, dtype, _repeated, str(device))
             return
         last = LAST_QUERIES if case.Tq > LONG else None
-        call = functools.partial(check_rel_attention, case, backend, dtype, str(device))
+        call = functools.partial(check_rel_attention, case, "auto", dtype, str(device))
         call(last_queries=last, runs=RUNS, within=DETERMINISTIC)
         call(last_queries=last, within=DEFAULT)
 
-    return f"{name}/{_word(dtype)}/{backend}", refusal, check
+    return f"{name}/{_word(dtype)}/{backend}", backend, refusal, check
 
 
-def _repeated(backend: str, **call: Any) -> tuple[Tensor, Tensor]:
+def _repeated(**call: Any) -> tuple[Tensor, Tensor]:
     """The output of a forward pass, whose runs return the same bits."""
     with torch.no_grad(), DETERMINISTIC():
-        results = [rel_attention(**call, return_lse=True, backend=backend) for _ in range(RUNS)]
+        results = [rel_attention(**call, return_lse=True) for _ in range(RUNS)]
     for name, first, *others in zip(("out", "lse"), *results, strict=True):
         same = all(torch.equal(first, other) for other in others)
         assert same, f"{name} has other bits in a second run"
@@ -130,7 +156,7 @@ def _repeated(backend: str, **call: Any) -> tuple[Tensor, Tensor]:
 
 def _softmax(
     backend: str, dtype: torch.dtype, device: torch.device
-) -> tuple[str, str | None, Check]:
+) -> tuple[str, str, str | None, Check]:
     op, shape = "adaptive_loss", headline.SOFTMAX
     shape = shape if device.type == "cuda" else shape.tiny()
 
@@ -141,17 +167,11 @@ def _softmax(
             for projection, weight in zip(inputs.projections, inputs.tail_weights, strict=True)
         ]
         given = (inputs.hidden, inputs.target, (None, *inputs[2:4]), tails)
-        check_adaptive_softmax(
-            op,
-            given,
-            shape.cutoffs,
-            backend,
-            runs=RUNS,
-            within=DETERMINISTIC,
-        )
+        check_adaptive_softmax(op, given, shape.cutoffs, "auto", runs=RUNS, within=DETERMINISTIC)
 
     refusal = _refusal(op, backend, dtype, device, needs_grad=True)
-    return f"{op}/{headline.SOFTMAX.name}/{_word(dtype)}/{backend}", refusal, check
+    name = f"{op}/{headline.SOFTMAX.name}/{_word(dtype)}/{backend}"
+    return name, backend, refusal, check
 
 
 def _refusal(

@@ -9,6 +9,7 @@ from benchmarks import headline
 from tools.gpu import parity
 from tools.gpu.stages import Context
 from txl_kernels import resolve
+from txl_kernels.backends import verification
 
 CPU = torch.device("cpu")
 
@@ -45,6 +46,18 @@ def test_a_failure_is_recorded_and_the_others_run(context, monkeypatch):
     assert any("parakeet" in line for line in context.results["summary"])
 
 
+def test_the_kernels_that_passed_are_recorded(context, monkeypatch):
+    monkeypatch.setattr(verification, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(verification, "_test", lambda *_: pytest.fail("a self-test ran"))
+    before = dict(verification._verdicts)
+    parity.run(context)
+    labels = set(context.results["verified"].values())
+    assert "rel_attention/native/bfloat16/forward" in labels
+    assert "rel_attention/native/float16/backward" in labels
+    assert "adaptive_loss/native/float16/forward" in labels
+    assert verification._verdicts == before
+
+
 def test_without_time_nothing_runs_and_the_stage_fails(context):
     context.seconds_left = lambda: 0.0
     with pytest.raises(AssertionError, match="no backend runs any"):
@@ -62,7 +75,7 @@ def test_the_lengths_are_the_timed_ones_and_references_stay_small():
 
 
 def test_both_backends_decode_on_a_gpu():
-    calls = {name: reason for name, reason, _ in parity.checks(torch.device("cuda"))}
+    calls = {name: reason for name, _, reason, _ in parity.checks(torch.device("cuda"))}
     assert f"{headline.DECODE.name}/bfloat16/native" in calls
     if not torch.cuda.is_available():
         assert None not in calls.values()

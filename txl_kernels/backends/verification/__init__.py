@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from txl_kernels._register import REL_ATTENTION
 from txl_kernels._register_adaptive import EMBEDDING, LOSS
@@ -57,27 +58,21 @@ def failure_of(op: str, backend: str, arguments: Sequence[Any]) -> str | None:
     """
     grad, exports = torch.is_grad_enabled(), torch.compiler.is_exporting()
     if torch.compiler.is_dynamo_compiling():
-        # The tracer runs the fake implementation of this operator, which returns nothing, and
-        # calls the two functions at once.
+        # The tracer runs both lines at once: the operator on fake tensors, the function as it is.
         getattr(torch.ops.txl_verify, op)(backend, grad, exports, *arguments)
-        failure, error = _traced_failure(), _traced_error()
-        if error is not None:
-            raise BackendUnavailableError(error)
-        return failure
+        return _traced_failure()
     return _failure(op, backend, arguments, grad, exports)
 
 
 def _traced_failure() -> str | None:
+    """The result of the operator that the tracer ran last."""
+    if _thread.error is not None:
+        raise BackendUnavailableError(_thread.error)
     return _thread.failure
-
-
-def _traced_error() -> str | None:
-    return _thread.error
 
 
 # As `torch.compiler.assume_constant_result` without its import: see `backends`.
 _traced_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_traced_error._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -186,10 +181,12 @@ def _reported(call: Any, name: str, error: Exception) -> str:
     message = f"the {call.backend} kernels failed their self-test on {name}: {kind}{error}"
     if _is_distributed():
         raise BackendUnavailableError(
-            f"{call.op}: {message}; in a distributed program all processes must use the same kernels, so "
-            "none is replaced: pass backend= another one in all of them"
+            f"{call.op}: {message}; in a distributed program all processes must use the same "
+            "kernels, so none is replaced: pass another backend= in all of them"
         ) from error
-    warnings.warn(f"{call.op}: {message}; the next backend is used instead", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"{call.op}: {message}; the next backend is used instead", RuntimeWarning, stacklevel=2
+    )
     return message
 
 
@@ -216,19 +213,24 @@ def _warn_of_unchecked_version(backend: str) -> None:
 
 
 def _register(op: str, schema: str) -> None:
-    """An operator without results, for tracers: its fake implementation does the work."""
+    """An operator that `torch.compile` runs on fake tensors while it traces.
+
+    It is composite, and its result is unused: later passes leave it out of their graphs. Where a
+    program keeps it (`torch.export` with strict=True), it does nothing on real tensors.
+    """
     operator = f"txl_verify::{op}"
     torch.library.define(operator, f"(str backend, bool grad, bool exports, {schema}) -> ()")
-    torch.library.impl(operator, "CompositeExplicitAutograd", lambda *_: None)
 
-    def fake(backend: str, grad: bool, exports: bool, *arguments: Any) -> None:
+    def check(backend: str, grad: bool, exports: bool, *arguments: Any) -> None:
+        if not isinstance(arguments[0], FakeTensor):
+            return
         _thread.failure = _thread.error = None
         try:
             _thread.failure = _failure(op, backend, arguments, grad, exports)
         except BackendUnavailableError as error:
             _thread.error = str(error)
 
-    torch.library.register_fake(operator, fake)
+    torch.library.impl(operator, "CompositeImplicitAutograd", check)
 
 
 _register("rel_attention", REL_ATTENTION)

@@ -62,10 +62,11 @@ def describe(
     """
 
     def number(value: Any) -> Any:
-        if not isinstance(value, torch.SymInt):
+        if not isinstance(value, (torch.SymInt, torch.SymFloat)):
             return value
         expression = value.node.expr
-        return int(expression.subs(dict.fromkeys(expression.free_symbols, symbol)))
+        number = expression.subs(dict.fromkeys(expression.free_symbols, symbol))
+        return int(number) if isinstance(value, torch.SymInt) else float(number)
 
     def described(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -132,6 +133,9 @@ def key(call: Description) -> tuple[Any, ...]:
     if is_attention:
         Tq = call.arguments[0].shape[2]
         parts.append(Tq if Tq <= 16 else 17)
+        if call.deterministic and call.arguments[0].shape[3] % 16:
+            # The number of copies of dr, which follows from all sizes, is in their strides.
+            parts.append(tuple(spec.shape for spec in specs(call.arguments)))
     return tuple(parts)
 
 
