@@ -79,7 +79,7 @@ def _show_version(requested: bool) -> None:
 
 @app.callback()
 def options(
-    traceback: bool = typer.Option(False, "--traceback", help="Show where an error came from."),
+    traceback: bool = typer.Option(False, "--traceback", help="Show the traceback of an error."),
     version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Show the version."
     ),
