@@ -22,13 +22,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from txl_kernels._register import REL_ATTENTION
 from txl_kernels._register_adaptive import EMBEDDING, LOSS
 from txl_kernels.errors import BackendUnavailableError
-from txl_kernels.transforms import inside_transform
+from txl_kernels.transforms import unwrapped
 
 DEVICE_TYPES = ("cuda",)  # tests add "cpu"
 # Values of the sizes that a tracer leaves open: multiples of 16 and others, many and few.
 _SYMBOL_VALUES = (64, 65, 16, 5)
 _FEW_QUERIES = 16  # of the native kernels on CUDA
 _verdicts: dict[Any, str] = {}  # "" where the kernels passed, else the errors
+_repeated: set[Any] = set()  # calls that passed, as they are: saves their description
+_MOST_REPEATED = 4096
 _lock = threading.RLock()
 
 
@@ -61,7 +63,26 @@ def failure_of(op: str, backend: str, arguments: Sequence[Any]) -> str | None:
         # The tracer runs both lines at once: the operator on fake tensors, the function as it is.
         getattr(torch.ops.txl_verify, op)(backend, grad, exports, *arguments)
         return _traced_failure()
-    return _failure(op, backend, arguments, grad, exports)
+    call = (op, backend, grad, torch.are_deterministic_algorithms_enabled(), _plain(arguments))
+    try:
+        if call in _repeated:
+            return None
+    except TypeError:  # symbolic sizes have no hash
+        return _failure(op, backend, arguments, grad, exports)
+    failure = _failure(op, backend, arguments, grad, exports)
+    if failure is None:
+        if len(_repeated) >= _MOST_REPEATED:
+            _repeated.clear()
+        _repeated.add(call)
+    return failure
+
+
+def _plain(value: Any) -> Any:
+    """Arguments as tuples that can be compared."""
+    if isinstance(value, Tensor):
+        layout = (value.shape, value.stride(), value.storage_offset() % 16)
+        return (value.dtype, value.device, *layout, unwrapped(value).requires_grad)
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _traced_failure() -> str | None:
@@ -75,9 +96,22 @@ def _traced_failure() -> str | None:
 _traced_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+class Examined(Exception):  # noqa: N818
+    """Ends a call that is made for the tests of its kernels alone."""
+
+
+def stop_if_collecting() -> None:
+    """Raises `Examined` within `collected`."""
+    if _thread.failures is not None:
+        raise Examined
+
+
 @contextlib.contextmanager
 def collected() -> Iterator[list[str]]:
-    """Within it the failures of this thread's calls are added to the list."""
+    """Within it this thread's calls raise `Examined` when their kernels are tested.
+
+    The failures are added to the list.
+    """
     before = _thread.failures
     _thread.failures = []
     try:
@@ -91,7 +125,6 @@ def _failure(
 ) -> str | None:
     from txl_kernels.backends.verification import calls
 
-    grad = grad or inside_transform("vmap")
     device = _device(arguments)
     for symbol in _symbol_values(backend, arguments):
         call = calls.describe(op, backend, arguments, grad, symbol)
