@@ -22,7 +22,6 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(verification, "DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(verification, "device_name", lambda device: DEVICE)
     monkeypatch.setattr(verification, "_verdicts", {})
-    monkeypatch.setattr(verification, "_repeated", set())
     monkeypatch.setattr(records, "_passed", set())
     monkeypatch.setattr(records, "image_folder", lambda: tmp_path / "image")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -43,7 +42,6 @@ def new_process(monkeypatch):
 
     def forget():
         verification._verdicts.clear()
-        verification._repeated.clear()
         records._passed.clear()
 
     return forget

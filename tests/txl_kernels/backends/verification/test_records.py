@@ -157,6 +157,17 @@ def test_shipped_kernels_need_no_test(device, new_process, monkeypatch, tmp_path
     records._shipped.cache_clear()
 
 
+def test_the_kernels_of_untested_calls_are_named(device):
+    with verification.untested() as kernels:
+        shift()
+        shift(requires_grad=True)
+    assert device == []
+    labels = ["rel_shift/native/float32/backward", "rel_shift/native/float32/forward"]
+    assert sorted(kernels.values()) == labels
+    shift(requires_grad=True)
+    assert {path.stem for path in files()} == kernels.keys()
+
+
 def test_the_shipped_file_is_readable():
     assert isinstance(json.loads(records.SHIPPED.read_text()), dict)
 
