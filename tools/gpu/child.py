@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 import time
 import traceback
 from collections.abc import Mapping
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tools.gpu.stages import (
-    BUILD,
-    FAILED,
-    PASSED,
-    SKIPPED,
-    Context,
-    Stage,
-    UnavailableError,
-    write_json,
-)
+from tools.gpu import stages
+from tools.gpu.stages import FAILED, Context, Stage, UnavailableError, write_json
+
+Ceilings = Mapping[str, float]
 
 
 class Child:
     """A running stage. It writes {"status", "error", "results"} whenever it saves."""
 
-    def __init__(
-        self, stage: Stage, deadline: float, device: str, ceilings: Mapping[str, float]
-    ) -> None:
-        self._path = BUILD / f"{stage.name}.json"
+    def __init__(self, stage: Stage, deadline: float, device: str, ceilings: Ceilings) -> None:
+        self._path = stages.BUILD / f"{stage.name}.json"
         write_json(self._path, {"status": FAILED, "error": "it did not start", "results": {}})
         arguments = (stage, self._path, deadline, device, ceilings)
-        spawn = multiprocessing.get_context("spawn")
-        self._process = spawn.Process(target=run_stage, args=arguments)
+        self._process = get_context("spawn").Process(target=run_stage, args=arguments)
         self._process.start()
 
     def exit_status(self) -> int | None:
@@ -54,9 +45,7 @@ class Child:
         self._process.join(1)  # not longer: a process can hang in the driver
 
 
-def run_stage(
-    stage: Stage, record: Path, deadline: float, device: str, ceilings: Mapping[str, float]
-) -> None:
+def run_stage(stage: Stage, record: Path, deadline: float, device: str, ceilings: Ceilings) -> None:
     """Runs the stage in this process; its output goes into a file beside `record`. If it passes,
     the hashes of the verified kernels go into the package.
 
@@ -64,9 +53,9 @@ def run_stage(
         deadline: end of the stage's share on the monotonic clock, which processes share.
     """
     os.setsid()
-    log = os.open(record.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    with record.with_suffix(".log").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     results: dict[str, Any] = {}
 
     def save(status: str = FAILED, error: str | None = "it did not finish") -> None:
@@ -82,15 +71,16 @@ def run_stage(
 
         module, _, name = (stage.function or f"tools.gpu.{stage.name}:run").partition(":")
         run = getattr(importlib.import_module(module), name)
-        run(Context(results, save, seconds_left, torch.device(device), ceilings))
+        gpu = torch.device(device)
+        run(Context(results, save, lambda: deadline - time.monotonic(), gpu, ceilings))
         if device != "cpu" and results.get("verified"):
             from txl_kernels.backends.verification.records import write_shipped
 
             write_shipped(torch.cuda.get_device_name(), results["verified"])
     except UnavailableError as error:
-        save(SKIPPED, str(error))
+        save(stages.SKIPPED, str(error))
     except Exception as error:
         traceback.print_exc()
         save(FAILED, f"{type(error).__name__}: {error}")
     else:
-        save(PASSED, None)
+        save(stages.PASSED, None)
