@@ -12,7 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tools.gpu import apply, child, native_build, programs, sweep
+from tools.gpu import (
+    apply,
+    ceilings,
+    child,
+    cpu_threads,
+    native_build,
+    programs,
+    sweep,
+    training,
+)
 from tools.gpu import compile as compiling
 from tools.gpu.stages import FAILED, PASSED, SKIPPED, Context, Stage, UnavailableError
 from txl_kernels.backends.triton import launch_table
@@ -80,6 +89,17 @@ def test_candidates_fit_in_shared_memory():
     assert all(config.BLOCK_Q <= config.BLOCK_K for config in (*small, *large))
     assert len(set(small)) == len(set(large)) == sweep.MOST
     assert {(64, 64, 4, 3)} & set(large) > {(64, 64, 4, 3)} & set(small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [ceilings, compiling, cpu_threads, training])
+def test_a_stage_runs_on_a_cpu_at_tiny_shapes(stage, context, tmp_path, monkeypatch):
+    monkeypatch.setattr(native_build, "BUILD", tmp_path)
+    monkeypatch.setitem(training.CHANGES, "data.cache_dir", str(tmp_path))
+    threads = torch.get_num_threads()
+    stage.run(context)
+    torch.set_num_threads(threads)
+    assert context.results["summary"]
 
 
 @pytest.mark.slow
