@@ -85,7 +85,10 @@ def preferred_backend(op: str, device: str, **call: Any) -> str:
 
 
 def peak_mib(run: Callable[[], object]) -> float:
-    """Growth of the device's allocated memory at its peak during one run, in MiB."""
+    """Growth of the GPU's allocated memory at its peak during one run, in MiB; without CUDA 0."""
+    if not torch.cuda.is_available():
+        run()
+        return 0.0
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
