@@ -41,12 +41,14 @@ bench: $(VENV)/.installed-dev ## the benchmarks: one table, JSON and a plot
 gpu: ## on a machine with a GPU: check, measure; JSON in benchmarks/results (BUDGET=240, STAGES=a,b)
 	$(PYTHON) -m tools.gpu --budget $(BUDGET) --stages '$(STAGES)'
 
-gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## machine code of all GPU kernels, on a machine without a GPU
-	$(PY) -m tools.gates
-	PYTHONPATH=build/triton-$(NEXT_TRITON) $(PY) -m tools.gates
-	$(PY) -m tools.gates.cuda
+gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## check the machine code of all GPU kernels; needs no GPU
+	@status=0; set -x; \
+	$(PY) -m tools.gates || status=1; \
+	PYTHONPATH=build/triton-$(NEXT_TRITON) $(PY) -m tools.gates || status=1; \
+	$(PY) -m tools.gates.cuda || status=1; \
+	exit $$status
 
-gates-ci: $(VENV)/.installed-dev ## the part of `make gates` that CI runs
+gates-ci: $(VENV)/.installed-dev ## the most common launches for three architectures, as in CI
 	$(PY) -m tools.gates --headline --arch 80 90 120
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
@@ -90,6 +92,7 @@ ci: ## all checks, in order
 	$(MAKE) lint
 	$(MAKE) types
 	$(MAKE) wheel
+	$(MAKE) gates-ci
 	$(MAKE) test
 
 clean: ## remove builds and caches of tools; environments and runs stay

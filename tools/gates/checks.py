@@ -19,27 +19,18 @@ SHARED_LIMIT = {
 }
 # Columns of tensor memory on sm_100.
 TENSOR_MEMORY_LIMIT = 512
-# Spilled bytes per thread that need no reason.
-MAX_SPILL = 512
 
 
-def failures(launch: Launch, binary: Binary, accepted_spill: int) -> list[str]:
-    """One sentence for each check that fails.
-
-    Args:
-        launch: what was compiled.
-        binary: the result.
-        accepted_spill: bytes per thread that the table of spills accepts; 0 if it has no entry.
-    """
+def failures(launch: Launch, binary: Binary, max_spill: int) -> list[str]:
+    """One sentence for each check that fails; `max_spill` is in bytes per thread."""
     arch, found = launch.target.arch, []
     if binary.shared > SHARED_LIMIT[arch]:
         found.append(f"{binary.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
     if binary.tensor_memory > TENSOR_MEMORY_LIMIT:
         columns = f"sm_{arch} has {TENSOR_MEMORY_LIMIT}"
         found.append(f"{binary.tensor_memory} columns of tensor memory, {columns}")
-    limit = max(spill_limit(launch), accepted_spill)
-    if binary.code.stack > limit:
-        found.append(f"{binary.code.stack} bytes per thread are spilled, the limit is {limit}")
+    if binary.code.stack > max_spill:
+        found.append(f"{binary.code.stack} bytes per thread are spilled, the limit is {max_spill}")
     found += _product_failures(launch, binary)
     for line in ttir.descending_comparisons(binary.ttir):
         found.append(f"Triton compiles a comparison with a descending range wrongly: {line}")
@@ -47,26 +38,20 @@ def failures(launch: Launch, binary: Binary, accepted_spill: int) -> list[str]:
 
 
 def spill_limit(launch: Launch) -> int:
-    """Bytes per thread that this launch may spill without an entry in the table."""
+    """Bytes per thread that this launch may spill without an entry in the table of spills."""
     is_forward = launch.kernel.__name__ == "_rel_attention_fwd_kernel"
-    return 0 if is_forward and has_16_bits(launch) and constant(launch, "D") == 64 else MAX_SPILL
+    return 0 if is_forward and _has_16_bits(launch) and launch.arguments["D"] == 64 else 512
 
 
-def has_16_bits(launch: Launch) -> bool:
+def _has_16_bits(launch: Launch) -> bool:
     """Whether a tensor of the launch has elements of 16 bits."""
     return bool(re.search(r"\*(bf16|fp16)", str(list(launch.signature.values()))))
-
-
-def constant(launch: Launch, name: str) -> object:
-    """The value of a compiled-in argument, None for other arguments."""
-    names = launch.kernel.arg_names
-    return launch.constants.get((names.index(name),)) if name in names else None
 
 
 def _product_failures(launch: Launch, binary: Binary) -> list[str]:
     """16-bit products must run on tensor cores, float32 products, which TF32 would round, not."""
     present = binary.code.tensor_opcodes
-    if not has_16_bits(launch):
+    if not _has_16_bits(launch):
         return [f"float32 products on tensor cores ({', '.join(present)})"] if present else []
     if " tt.dot " not in binary.ttir:
         return []

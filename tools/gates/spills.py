@@ -2,61 +2,63 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Mapping
+import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 from txl_kernels.backends.triton import CHECKED_TRITON_VERSIONS
 
 
 class Spill(NamedTuple):
-    """Accepted spills of launches on one architecture.
+    """Accepted spills of launches.
 
     Attributes:
-        launch: names of launches, as a pattern of fnmatch.
-        arch: such as 90 for sm_90.
+        launch: a regular expression for the names of the launches.
+        arches: such as 90 for sm_90.
         n_bytes: per thread, the most.
         why: the reason.
-        versions: of Triton, those that spill as much.
+        versions: the versions of Triton that spill more than `checks` allows.
     """
 
     launch: str
-    arch: int
+    arches: tuple[int, ...]
     n_bytes: int
     why: str
     versions: tuple[str, ...] = CHECKED_TRITON_VERSIONS
 
 
-SPILLS: tuple[Spill, ...] = ()
+_ALL = (80, 86, 89, 90, 100, 120)
+_F32, _BF16 = "rel_attention/float32/", "rel_attention/bfloat16/"
+_DQDR = "/rel_attention_bwd_dqdr"
+_FLAGS = "(parakeet_10min|wt103_base|no_memory|padding|clamp|chunk|softcap)"
+_SMALLEST = "tiles of 16 x 16 are the smallest"
+_HALF = "tiles of half as many queries spill less, but read k, v and r and add to dr twice as often"
+_BEFORE = "the operands fill the registers before the loop, which spills none"
+
+SPILLS = (
+    Spill(_F32 + "head_256/rel_attention_fwd", _ALL, 1288, _BEFORE),
+    Spill(_F32 + "head_256" + _DQDR, _ALL, 2304, _SMALLEST),
+    Spill(_BF16 + "head_256" + _DQDR, (80, 86, 89, 100, 120), 616, _SMALLEST),
+    Spill(_BF16 + _FLAGS + _DQDR, (90,), 896, _HALF),
+)
 
 
-def accepted(name: str, arch: int, version: str) -> int:
-    """Bytes per thread that the table accepts for this launch; 0 if it has no entry."""
-    fitting = (entry.n_bytes for entry in SPILLS if _applies(entry, name, arch, version))
-    return max(fitting, default=0)
+def find(launch: str, arch: int, version: str) -> Spill | None:
+    """The first entry for this launch."""
+    for entry in SPILLS:
+        is_of_target = arch in entry.arches and version in entry.versions
+        if is_of_target and re.fullmatch(entry.launch, launch):
+            return entry
+    return None
 
 
-def unneeded(spilled: Mapping[tuple[str, int], tuple[int, int]], version: str) -> list[str]:
-    """One sentence for each entry that no compiled launch needs.
-
-    Args:
-        spilled: by launch and architecture, all that were compiled: the spilled bytes per thread,
-            and the limit without the table.
-        version: of Triton.
-    """
-    arches = {arch for _, arch in spilled}
+def unneeded(
+    used: Collection[tuple[Spill | None, int]], arches: Collection[int], version: str
+) -> list[str]:
+    """One sentence for each entry that is not `used` by a launch in a complete run on `arches`."""
     return [
-        f"the table of spills has an entry that no launch needs: {entry.launch} on sm_{entry.arch}"
+        f"no launch needs this entry of the table of spills: {entry.launch} on sm_{arch}"
         for entry in SPILLS
-        if entry.arch in arches
-        and version in entry.versions
-        and not any(
-            _applies(entry, name, arch, version) and n_bytes > limit
-            for (name, arch), (n_bytes, limit) in spilled.items()
-        )
+        for arch in entry.arches
+        if arch in arches and version in entry.versions and (entry, arch) not in used
     ]
-
-
-def _applies(entry: Spill, name: str, arch: int, version: str) -> bool:
-    same = entry.arch == arch and version in entry.versions
-    return same and fnmatch.fnmatchcase(name, entry.launch)

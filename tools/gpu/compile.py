@@ -16,8 +16,7 @@ import torch
 import triton
 
 from tools.gates.checks import SHARED_LIMIT
-from tools.gates.shipped import recording, shipped_calls, shipped_launches
-from tools.gates.shipped_attention import Attention
+from tools.gates.shipped import attention, recording, shipped_calls, shipped_launches
 from tools.gpu import native_build, sweep
 from tools.gpu.stages import Context
 from txl_kernels.backends.triton import launch_table
@@ -84,7 +83,7 @@ def launches(limits: Limits) -> list[tuple[str, Launch]]:
         for D, kernel in itertools.product(sweep.HEAD_SIZES, sweep.KERNELS):
             for config in sweep.candidates(kernel, row_class, D, shared):
                 with sweep.configured(kernel, row_class, D, config), recording(arch) as recorded:
-                    Attention(D=D).run()
+                    attention(D=D)
                 name = f"sweep/{kernel}/D{D}/{tuple(config)}"
                 found += [(name, x) for x in recorded if x.kernel.__name__ == f"_{kernel}_kernel"]
     return found

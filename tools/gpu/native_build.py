@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -26,13 +27,15 @@ def build(context: Context) -> str:
     folder = BUILD / f"native-{sysconfig.get_config_var('SOABI')}"
     try:
         cmake, ninja = find_program("cmake"), find_program("ninja")
-        cuda = "OFF" if context.is_rehearsal else find_program("nvcc") and "ON"
     except UnavailableError as reason:
         return f"native part not built: {reason}"
     configure = [
         *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
         *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"),
-        *(f"-DTXL_OUTPUT_DIR={folder / 'built'}", f"-DTXL_CUDA={cuda}"),
+        *(
+            f"-DTXL_OUTPUT_DIR={folder / 'built'}",
+            f"-DTXL_CUDA={'OFF' if context.is_rehearsal else 'AUTO'}",
+        ),
         f"-DTXL_CUDA_ARCHITECTURES={_architecture(context.device)}",
     ]
     make = [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]
@@ -48,7 +51,9 @@ def build(context: Context) -> str:
         partial = PACKAGE / f".{file.name}"
         shutil.copy(file, partial)
         partial.replace(PACKAGE / file.name)
-    return "native part built"
+    record = json.loads((PACKAGE / "_native_build.json").read_text(encoding="utf-8"))
+    reason = record.get("reason") or record["cuda"].get("reason")
+    return f"native part built{f', without CUDA kernels: {reason}' * bool(reason)}"
 
 
 def _architecture(device: torch.device) -> str:

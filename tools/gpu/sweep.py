@@ -88,12 +88,14 @@ def _faster_rows(context: Context, kernel: str, D: int) -> list[dict[str, Any]]:
 def candidates(kernel: str, row_class: str, D: int, limit: int) -> list[AttentionConfig]:
     """The shipped configuration and those most similar to it that may fit in shared memory."""
     shipped = launch_table.rows()[_key(kernel, row_class, D)]
-    grid = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
+    blocks = (16, 32, 64, 128)
+    grid = itertools.product(blocks, blocks, (4, 8), (1, 2, 3))
 
     def fits(config: AttentionConfig) -> bool:
-        own, other = config[:2] if kernel != DKDV else config[1::-1]
-        # A kernel rotates rows that are no longer than its tile has columns.
-        return own <= other and 2 * D * (own + 3 * config.num_stages * other) <= limit
+        Q, K, _, n_stages = config
+        own, other = (K, Q) if kernel == DKDV else (Q, K)  # of a program, and of a step of its loop
+        # `skew` and its inverse need tiles with no more queries than keys.
+        return Q <= K and 2 * D * (own + 3 * n_stages * other) <= limit
 
     def distance(config: AttentionConfig) -> float:
         return sum(abs(math.log2(a / b)) for a, b in zip(config, shipped, strict=True))

@@ -1,4 +1,4 @@
-"""What tests of every backend share: the error budget, the oracle's runs, named cases."""
+"""Shared by the tests of all backends: error budget, named cases, comparison with float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from txl_kernels.testing.adaptive_softmax_cases import (
     ADAPTIVE_SOFTMAX_CASES,
     AdaptiveSoftmaxCase,
 )
-from txl_kernels.testing.budget import check_budget
+from txl_kernels.testing.budget import check_budget, error_over_budget
 from txl_kernels.testing.rel_attention import check_rel_attention, check_rel_attention_output
 from txl_kernels.testing.rel_attention_cases import (
     DECODE_CASES,
@@ -31,4 +31,5 @@ __all__ = [
     "check_rel_attention",
     "check_rel_attention_output",
     "dropout_keep",
+    "error_over_budget",
 ]

@@ -1,4 +1,4 @@
-"""The check that holds a backend of `rel_attention` to the error budget, gradients included."""
+"""Checks that a backend of `rel_attention` is within the error budget, with its gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from txl_kernels.ops.rel_attention import rel_attention
 from txl_kernels.testing.budget import check_budget
 from txl_kernels.testing.rel_attention_cases import RelAttentionCase
 
-_SUMS = ("r", "r_w_bias", "r_r_bias", "bias")
+SUMS = ("r", "r_w_bias", "r_r_bias", "bias")
 
 
 def check_rel_attention(
@@ -61,7 +61,7 @@ def check_rel_attention(
         case = dataclasses.replace(case, options={**case.options, "offset": offset})
         options["offset"] = offset
         floats["q"], dout = floats["q"][:, :, n_skipped:], dout[:, :, n_skipped:]
-    eager = _with_gradients(lambda inputs: _eager(inputs, others, case.options), floats, dout)
+    plain = _with_gradients(lambda inputs: eager(inputs, others, case.options), floats, dout)
     ref64 = _with_gradients(
         lambda inputs: rel_attention(**inputs, **options, backend="reference"),
         {name: tensor.double() for name, tensor in floats.items()},
@@ -74,10 +74,10 @@ def check_rel_attention(
             f"{case} {backend} {dtype}: {name}",
             actual[name],
             ref64[name],
-            eager[name],
+            plain[name],
             dtype=dtype,
             magnitude=magnitudes.get(name),
-            is_sum=name.removeprefix("d") in _SUMS,
+            is_sum=name.removeprefix("d") in SUMS,
         )
 
 
@@ -91,13 +91,13 @@ def check_rel_attention_output(
     floats, others = case.inputs(dtype, device)
     floats = {name: tensor.detach() for name, tensor in floats.items()}
     actual = run(**floats, **others, **case.options)
-    eager = _eager(floats, others, case.options)
+    plain = eager(floats, others, case.options)
     call: dict[str, Any] = {name: tensor.double() for name, tensor in floats.items()}
     call |= {**others, **case.options, "return_lse": True, "backend": "reference"}
     ref64 = rel_attention(**call)
     assert actual[0].dtype == dtype
-    for name, result, due, plain in zip(("out", "lse"), actual, ref64, eager, strict=True):
-        check_budget(f"{case} {dtype}: {name}", result, due, plain, dtype=dtype)
+    for name, result, exact, rounded in zip(("out", "lse"), actual, ref64, plain, strict=True):
+        check_budget(f"{case} {dtype}: {name}", result, exact, rounded, dtype=dtype)
 
 
 def _with_gradients(
@@ -112,7 +112,7 @@ def _with_gradients(
     return {"out": out, "lse": lse, **named}
 
 
-def _eager(
+def eager(
     inputs: dict[str, Tensor], others: dict[str, Tensor], options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """The reference with every intermediate rounded to the inputs' dtype."""
@@ -127,7 +127,7 @@ def _eager(
 def gradient_magnitudes(
     floats: Mapping[str, Tensor], dout: Tensor, options: Mapping[str, Any]
 ) -> dict[str, float]:
-    """The largest product of magnitudes that enters each gradient.
+    """The largest product of magnitudes that each gradient contains, by gradient.
 
     Args:
         floats: the floating tensors of a call by name.

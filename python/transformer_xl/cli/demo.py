@@ -41,12 +41,14 @@ def demo(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FIELD=VALUE]...", help="Fields of the preset `demo`.", show_default=False
+            metavar="[FIELD=VALUE]...",
+            help="Fields of the preset `demo` to change.",
+            show_default=False,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
     seconds: Annotated[
-        int, typer.Option(help="Most seconds for both trainings; fewer steps if they exceed it.")
+        int, typer.Option(help="Maximum seconds for both trainings; reduces the number of steps.")
     ] = 240,
 ) -> None:
     """Train with and without memory, compare both, and write all results into one folder."""

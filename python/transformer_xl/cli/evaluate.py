@@ -24,12 +24,14 @@ from transformer_xl.training.precision import Autocast, autocast
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a checkpoint or of a run.", show_default=False)
+    ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[FIELD=VALUE]...",
-            help="Other data: `data.path=…`; the checkpoint's own if not given.",
+            help="Data to score, such as `data.path=…`; by default the checkpoint's.",
             show_default=False,
         ),
     ] = None,
@@ -37,26 +39,27 @@ def evaluate(
         Literal["train", "valid", "test"] | None, typer.Option(show_default=False)
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Streams side by side.", show_default=False)
+        int | None, typer.Option(help="Number of sequences per batch.", show_default=False)
     ] = None,
     tgt_len: Annotated[
         int | None, typer.Option(help="Tokens per segment.", show_default=False)
     ] = None,
     mem_len: Annotated[
-        int | None, typer.Option(help="Tokens remembered.", show_default=False)
+        int | None, typer.Option(help="Memory length in tokens.", show_default=False)
     ] = None,
     clamp_len: Annotated[
         int | None,
-        typer.Option(help="Distance above which all share one embedding.", show_default=False),
+        typer.Option(help="Distances above it share one position embedding.", show_default=False),
     ] = None,
     same_length: Annotated[
-        bool | None, typer.Option(help="The same number of keys each.", show_default=False)
+        bool | None,
+        typer.Option(help="Every query attends to equally many keys.", show_default=False),
     ] = None,
     precision: Annotated[
-        Autocast | None, typer.Option(help="bf16 autocast.", show_default=False)
+        Autocast | None, typer.Option(help="Whether to compute in bfloat16.", show_default=False)
     ] = None,
 ) -> None:
-    """Score a checkpoint. What is not given is as in the configuration it was trained with."""
+    """Compute bits per character or perplexity. The run's configuration has the defaults."""
     given = {
         "split": split,
         "batch_size": batch_size,
@@ -101,7 +104,7 @@ def _refuse_options(arguments: Sequence[str], options: Sequence[str]) -> None:
 
 
 def show(console: Console, score: Score, metric: str) -> None:
-    """Print a score with its protocol; the corpus's own metric first."""
+    """Print a score with its protocol; the corpus's metric is first."""
     table = Table(show_header=False, box=None, pad_edge=False)
     names = sorted(("bpc", "ppl"), key=lambda name: name != metric)
     for name in names:

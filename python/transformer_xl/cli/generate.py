@@ -16,22 +16,24 @@ from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.data import Vocabulary
 from transformer_xl.data.vocabularies import UnknownSymbolError
 
-WINDOW = 64  # tokens decoded again with each new one, as the text of a token depends on them
+WINDOW = 64  # tokens that are decoded again with each new one, whose text depends on them
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a checkpoint or of a run.", show_default=False)
+    ],
     prompt: Annotated[
         str | None,
-        typer.Option(help="Text to continue; the end of a line if not given.", show_default=False),
+        typer.Option(help="Text to continue; by default the end of a line.", show_default=False),
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens to write.")] = 500,
+    length: Annotated[int, typer.Option(help="Number of tokens to generate.")] = 500,
     temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 takes the most probable token.")
+        float, typer.Option(help="Sampling temperature; 0 selects the most probable token.")
     ] = 1.0,
     top_k: Annotated[
         int | None,
-        typer.Option(help="Draw from the K most probable tokens only.", show_default=False),
+        typer.Option(help="Top-k sampling: keep the K most probable tokens.", show_default=False),
     ] = None,
     top_p: Annotated[
         float | None,
@@ -42,14 +44,17 @@ def generate(
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="The same seed writes the same text.", show_default=False)
+        int | None,
+        typer.Option(help="Random seed; the same seed gives the same text.", show_default=False),
     ] = None,
     mem_len: Annotated[
         int | None,
-        typer.Option(help="Memory length in tokens; as trained if not given.", show_default=False),
+        typer.Option(
+            help="Memory length in tokens; by default as in training.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Write text, token by token as it is drawn."""
+    """Generate text and print each token when it is drawn."""
     loaded = LoadedModel.open(checkpoint, default_device())
     loaded.model.set_lengths(mem_len=mem_len)
     vocabulary = loaded.vocabulary
@@ -82,11 +87,11 @@ def written(
     top_p: float | None,
     seed: int | None,
 ) -> Iterator[str]:
-    """Pieces of the text that continues `prompt`, each as soon as further tokens cannot change it.
+    """Yields the text after `prompt` in pieces, each when later tokens cannot change it.
 
     Without a prompt the text begins with the vocabulary's `first_tokens`.
 
-    Raises ValueError for an option or a prompt that does not fit, before anything is drawn.
+    Raises ValueError for an invalid option or prompt before the first token is drawn.
     """
     vocabulary = loaded.vocabulary
     try:
@@ -108,9 +113,9 @@ def written(
 
 
 def decoded(vocabulary: Vocabulary, before: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text that each token adds; a character of several tokens comes with its last.
+    """Yields the text that each token adds. A character of several tokens is yielded with the last.
 
-    A character that is not complete at the end is U+FFFD.
+    An incomplete character at the end becomes U+FFFD.
     """
     ids = before[-WINDOW:]
     text = shown = vocabulary.decode(ids)

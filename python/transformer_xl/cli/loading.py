@@ -1,4 +1,4 @@
-"""A checkpoint's model and vocabulary, ready to read or write."""
+"""Loads the model and the vocabulary of a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LoadedModel:
 
     @classmethod
     def open(cls, path: Path, device: torch.device) -> LoadedModel:
-        """Load a checkpoint, or a run's last one; CheckpointError as `open_checkpoint`."""
+        """Load a checkpoint, or the last one of a run. Raises the errors of `open_checkpoint`."""
         saved = open_checkpoint(path)
         model = TransformerXL(saved.config.model)
         saved.load_model(model)
@@ -32,5 +32,5 @@ class LoadedModel:
 
 
 def default_device() -> torch.device:
-    """The first GPU if there is one."""
+    """The first GPU; the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

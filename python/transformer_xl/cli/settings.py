@@ -1,4 +1,4 @@
-"""FIELD=VALUE on the command line, and the preset beside it."""
+"""Parses the preset and the FIELD=VALUE arguments of a command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformer_xl.config import ModelConfig, RunConfig, load_preset, override,
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """The preset named, if any, and the overrides; ValueError for more than one preset."""
+    """The preset or None, and the overrides; ValueError for more than one preset."""
     presets = [argument for argument in arguments if "=" not in argument]
     if len(presets) > 1:
         raise ValueError(f"expected one preset, got {', '.join(presets)}; fields are FIELD=VALUE")
@@ -18,7 +18,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, str
 
 
 def only_overrides(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
-    """`config` with FIELD=VALUE arguments applied; ValueError for anything else among them."""
+    """`config` with FIELD=VALUE arguments applied; ValueError for any other argument."""
     preset, changes = split_arguments(arguments)
     if preset is not None:
         raise ValueError(
@@ -28,8 +28,7 @@ def only_overrides(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 
 def from_preset(arguments: Sequence[str], model: ModelConfig | None = None) -> RunConfig:
-    """The named preset, its model section replaced by `model` if given, with FIELD=VALUE arguments
-    applied."""
+    """The preset, with `model` as its model section if given, and FIELD=VALUE arguments applied."""
     preset, changes = split_arguments(arguments)
     if preset is None:
         raise ValueError(f"name a preset: {', '.join(preset_names())}")

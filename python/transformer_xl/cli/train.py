@@ -19,23 +19,23 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[PRESET] [FIELD=VALUE]...",
-            help="A preset, and fields to change: `demo train.lr=1e-3 model.n_layer=2`. Presets: "
+            help="A preset and fields to change: `demo train.lr=1e-3 model.n_layer=2`. Presets: "
             f"{', '.join(preset_names())}.",
             show_default=False,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; runs/PRESET if not given.", show_default=False),
+        typer.Option(help="Folder of the run; by default runs/PRESET.", show_default=False),
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="A run or checkpoint to continue exactly.", show_default=False),
+        typer.Option(help="Run or checkpoint to continue.", show_default=False),
     ] = None,
     init_from: Annotated[
         Path | None,
         typer.Option(
-            help="A run or checkpoint whose weights and model section to begin with (fine-tuning).",
+            help="Run or checkpoint to start from: its weights and model section (fine-tuning).",
             show_default=False,
         ),
     ] = None,
@@ -43,7 +43,7 @@ def train(
         bool, typer.Option("--deterministic", help="Use deterministic algorithms only.")
     ] = False,
 ) -> None:
-    """Train a model. Runs unchanged under `torchrun` and `accelerate launch`."""
+    """Train a model, in one process or under `torchrun` or `accelerate launch`."""
     if deterministic:
         torch.use_deterministic_algorithms(True)
     given = arguments or []

@@ -1,5 +1,4 @@
-"""Shuffled sentence batches: independent sentences (One Billion Word) packed back to back into
-parallel streams, in an order drawn anew for each pass."""
+"""Batches of independent sentences (One Billion Word) in parallel streams, in a random order."""
 
 from __future__ import annotations
 
@@ -17,27 +16,27 @@ SCAN_TOKENS = 1 << 24
 
 
 class ShuffledSentenceBatches:
-    """Segments packed from sentences `<S> … <S>`, each row taking the next one when it runs out.
+    """Segments of concatenated sentences `<S> … <S>`; a row gets another one when needed.
 
-    Sentences are dealt to the rows in one order for the whole batch, so that every process deals
-    alike and reads its own rows. `<S>` after `<S>`, between two sentences, is never a target. As in
-    the original, memory runs on from one sentence to the next; only the first batch of a pass
-    resets it.
+    The rows of the whole batch get the sentences in one order. So all processes assign them alike,
+    and each process reads its own rows. The second `<S>` between two sentences is never a target.
+    As in the original, memory is kept from one sentence to the next and is reset only at the first
+    batch of a pass.
 
     Args:
         tokens: token ids of sentences, each between two `boundary` tokens.
         boundary: the id of `<S>`.
         batch_size, tgt_len, rows, loop: as for `OrderedBatches`.
-        seed: of the order; pass e is ordered by (seed, e). None keeps the order of the file.
-        partial: what becomes of the last batch, in which some rows have run out of sentences:
-            "drop" leaves it out (the original's way), "pad" fills with targets -100, so that every
-            token is scored once.
+        seed: seed of the order; pass e uses (seed, e). None keeps the order of the file.
+        partial: treatment of the last batch, in which sentences are missing for some rows: "drop"
+            omits it, as the original does; "pad" fills it with targets -100, so that every token
+            is scored once.
 
     Raises:
-        ValueError: as `OrderedBatches`, or tokens that are no such sentences.
-        TooShortError: sentences too few to fill one batch, if the partial one is dropped.
+        ValueError: as `OrderedBatches`, or the tokens are not such sentences.
+        TooShortError: there are too few sentences for one batch and `partial` is "drop".
 
-    Memory: two int64 for each sentence (30 M sentences: 480 MB).
+    Memory: two int64 per sentence (30 M sentences: 480 MB).
     Source: the original's LMShuffledIterator.
     """
 
@@ -68,20 +67,20 @@ class ShuffledSentenceBatches:
 
     @property
     def n_sentences(self) -> int:
-        """Sentences in one pass, all rows together."""
+        """Number of sentences in one pass, in all rows."""
         return len(self._edges) - 1
 
     @property
     def n_tokens(self) -> int:
-        """Targets of all sentences; "drop" leaves some out at the end of a pass."""
+        """Number of targets of all sentences; "drop" omits some at the end of a pass."""
         return len(self._tokens) - self.n_sentences
 
     def _start_pass(self, epoch: int) -> None:
         self._epoch = epoch
         self._order = self._ordered(epoch)
-        self._dealt = 0  # sentences handed to rows so far
-        self._batch = 0  # batches read so far
-        # Per row, the tokens [position, end) of its sentence that are still to be read.
+        self._dealt = 0  # sentences assigned to rows
+        self._batch = 0  # batches read
+        # Per row, the unread tokens [position, end) of its sentence.
         self._spans = [(0, 0)] * self.batch_size
 
     def _ordered(self, epoch: int) -> NDArray[np.int64]:
@@ -105,7 +104,7 @@ class ShuffledSentenceBatches:
         n_filled = 0
         for row in range(self.batch_size):
             filled = 0
-            for first, last in self._take(row):  # last: where the piece's final target stands
+            for first, last in self._take(row):  # last: index of the last target
                 length = last - first
                 if start <= row < stop:
                     into = (row - start, slice(filled, filled + length))
@@ -124,11 +123,11 @@ class ShuffledSentenceBatches:
         return batch
 
     def _take(self, row: int) -> Iterator[tuple[int, int]]:
-        """Ranges of tokens that fill the row's next segment, dealing it sentences as it needs."""
+        """Yields token ranges for the row's next segment; assigns sentences to it when needed."""
         wanted = self.tgt_len
         position, end = self._spans[row]
         while wanted:
-            if end - position <= 1:  # only the closing <S> is left: a target already
+            if end - position <= 1:  # only the closing <S> is left, which was a target
                 if self._dealt == self.n_sentences:
                     break
                 sentence = self._order[self._dealt]
@@ -141,7 +140,7 @@ class ShuffledSentenceBatches:
         self._spans[row] = position, end
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch starts, for JSON: the same for every process of a run."""
+        """Position of the next batch, for JSON; the same in every process of a run."""
         return {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -153,7 +152,7 @@ class ShuffledSentenceBatches:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; ValueError if that was of other sentences."""
+        """Continue at the position of `state_dict`; ValueError if it belongs to other sentences."""
         check_state(state, batch_size=self.batch_size, n_sentences=self.n_sentences, seed=self.seed)
         self._start_pass(state["epoch"])
         self._batch, self._dealt = state["batch"], state["dealt"]
@@ -161,9 +160,9 @@ class ShuffledSentenceBatches:
 
 
 def sentence_edges(tokens: TokenArray, boundary: int) -> NDArray[np.int64]:
-    """Where each sentence begins, and the end of the last: int64 `[n_sentences + 1]`.
+    """First token of each sentence, and the end of the last one: int64 `[n_sentences + 1]`.
 
-    Raises ValueError unless the tokens are sentences of at least `<S> <S>` one after another.
+    Raises ValueError unless all tokens belong to sentences, which begin and end with `<S>`.
     """
     marks = np.concatenate(
         [

@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tools.gpu import apply, child, programs, sweep
+from tools.gpu import apply, child, native_build, programs, sweep
 from tools.gpu import compile as compiling
 from tools.gpu.stages import FAILED, PASSED, SKIPPED, Context, Stage, UnavailableError
 from txl_kernels.backends.triton import launch_table
@@ -76,7 +77,9 @@ def test_candidates_fit_in_shared_memory():
     small = sweep.candidates(sweep.FWD, "99KiB", 128, 101376)
     large = sweep.candidates(sweep.FWD, "sm_90", 128, 232448)
     assert small[0] == launch_table.rows()[("rel_attention_fwd", "99KiB", "plain", 16, 128)]
-    assert len(small) == len(set(small)) < len(large) == len(set(large)) == sweep.MOST
+    assert all(config.BLOCK_Q <= config.BLOCK_K for config in (*small, *large))
+    assert len(set(small)) == len(set(large)) == sweep.MOST
+    assert {(64, 64, 4, 3)} & set(large) > {(64, 64, 4, 3)} & set(small)
 
 
 @pytest.mark.slow
@@ -107,6 +110,32 @@ def test_the_sanitizer_by_its_summary(context, monkeypatch, printed, error):
     else:
         with pytest.raises(error):
             programs.sanitizer(context)
+
+
+def test_a_finished_build_replaces_the_files_of_the_package(tmp_path, monkeypatch, context):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "_C.so").write_text("old")
+
+    def run_program(step, _):
+        output = [word for word in step if "OUTPUT_DIR" in word]
+        for folder in (Path(word.partition("=")[2]) for word in output):
+            folder.mkdir(parents=True)
+            (folder / "_C.so").write_text("new")
+            record = {"built": True, "cuda": {"built": False, "reason": "no nvcc"}}
+            (folder / "_native_build.json").write_text(json.dumps(record))
+        return 0, ""
+
+    monkeypatch.setattr(Context, "is_rehearsal", False)
+    monkeypatch.setattr(native_build, "BUILD", tmp_path)
+    monkeypatch.setattr(native_build, "PACKAGE", package)
+    monkeypatch.setattr(native_build, "find_program", lambda name: name)
+    monkeypatch.setattr(native_build, "run_program", run_program)
+    line = native_build.build(context)
+    assert line == "native part built, without CUDA kernels: no nvcc"
+    assert (package / "_C.so").read_text() == "new"
+    monkeypatch.setattr(native_build, "run_program", lambda *_: (None, ""))
+    assert native_build.build(context) == "native part not built: time ran out"
 
 
 def test_a_program_that_hangs_is_ended_and_its_output_kept():

@@ -1,4 +1,4 @@
-"""`torch.ops.txl_triton.adaptive_embedding_*`: each token's row, projected, and the way back."""
+"""`torch.ops.txl_triton.adaptive_embedding_*`: projected rows of the tables, and the gradients."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BLOCK_ROWS, _BLOCK_D = 16, 128
 
 
 class _Runs(NamedTuple):
-    """The tokens sorted by number, where equal ones stand side by side in their own order."""
+    """The tokens sorted by number, equal tokens in their original order."""
 
     token: Tensor  # [N] int64
-    order: Tensor  # [N] int32: which token stands at a sorted position
-    end: Tensor  # [N] int64: position behind the last token equal to this one
-    number: Tensor  # [N] int64: how many distinct tokens come before it
+    order: Tensor  # [N] int32: original index of the token at each sorted position
+    end: Tensor  # [N] int64: position after the last token equal to this one
+    number: Tensor  # [N] int64: number of distinct tokens before this one
 
 
 def adaptive_embedding_fwd(
@@ -104,10 +104,10 @@ def _write_dtables(
     dtables: Sequence[Tensor | None],  # zeros
     rows: Tensor,  # [n_tables, N], -1, for sparse gradients; empty for dense ones
 ) -> None:
-    """Adds up each distinct token's rows, in the order of the tokens."""
+    """Sums the gradient rows of each distinct token, in the order of the tokens."""
     runs = _sort_by_token(tokens.flatten())
     widths = tuple(table.shape[1] for table in tables)
-    # Sorted by number, clusters stand where the buckets have them.
+    # The tokens are sorted by number, so each cluster has the positions of its bucket.
     drows = dout.new_empty(dout.shape[0], max(widths), dtype=torch.float32)
     multiply_rows(
         [dout] * len(tables),
@@ -160,11 +160,11 @@ def _adaptive_embedding_dtables_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradient of BLOCK_D columns of one table row: the sum over the tokens that name it.
+    """Gradient of BLOCK_D columns of one table row: the sum over the tokens that index it.
 
-    The program at a token's first sorted position owns its row and adds the equal tokens' rows in
-    order, in float32; the others leave. Deterministic. Sparse: the row's place is its rank among
-    the table's distinct rows, and its number is written beside.
+    The program at a token's first sorted position sums the rows of all equal tokens in order, in
+    float32; the other programs return. Deterministic. If IS_SPARSE, the row is stored at its rank
+    among the table's distinct rows, and its number is stored in p_rows.
     """
     i_position = tl.program_id(0)
     token = tl.load(p_token + i_position)

@@ -22,9 +22,9 @@ from txl_kernels.backends.triton.adaptive_softmax_head_rows import (
 )
 
 MAX_LOGITS = 2**25
-"""Logits held at a time, in float32, beside 16 bits for the gradient of each: 192 MiB.
+"""Float32 logits in memory at a time; with a 16-bit gradient of each they need 192 MiB.
 
-More only if the logits of 256 tokens, or of all tokens for 256 columns, are more.
+There are more only if the logits of 256 tokens, or of all tokens for 256 columns, are more.
 """
 
 
@@ -37,9 +37,9 @@ class _Limit(threading.local):
 limit = _Limit()
 
 _MIN_TOKENS = 512
-"""With fewer tokens to a block, adding each block's gradient to the weight's float32 sum takes
-longer than a fourth product and reading the logits again: by arithmetic, below 430 tokens at width
-1,024, with 4 TB/s and 750 TFLOP/s."""
+"""With fewer tokens per block, "by columns" is used: adding the gradients of many blocks to the
+weight's float32 sum moves more bytes than a fourth product and a second pass over the logits. Not
+measured on a GPU."""
 
 
 def in_float16_range(a: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from txl_kernels.backends.triton.launching import launch
 
 
 class Tails(NamedTuple):
-    """The tails in the form that their kernels read, and their tokens' projected rows."""
+    """The tails' tensors as the kernels read them, and the projected rows of their tokens."""
 
     x: Tensor  # [N, max(widths)]: at each sorted position projection · hidden, in hidden's dtype
     weights: tuple[Tensor, ...]  # [sizes[k], widths[k]]

@@ -1,4 +1,7 @@
-"""`torch.ops.txl_triton.rel_attention_fwd`: checks nothing, allocates, launches."""
+"""The kernel of `torch.ops.txl_triton.rel_attention_fwd`: allocates the outputs and launches.
+
+It does not check its arguments.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def rel_attention_fwd(
     dead_uniform: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns out [B, H, Tq, Dv] in q's dtype and lse [B, H, Tq] in float32."""
-    assert q_pos is None, "resolve refuses these"
+    assert q_pos is None, "`resolve` refuses calls with this argument and the two below"
     assert bias is None
     assert not dead_uniform
     arguments = kernel_arguments(

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from txl_kernels.transforms import unwrapped
+
 # Queries and keys of a problem: several tiles of every launch configuration, the last one partial.
 _LONG = 144
 _FEW_TOKENS = 48
@@ -62,17 +64,18 @@ def describe(
     """
 
     def number(value: Any) -> Any:
-        if not isinstance(value, torch.SymInt):
+        if not isinstance(value, (torch.SymInt, torch.SymFloat)):
             return value
         expression = value.node.expr
-        return int(expression.subs(dict.fromkeys(expression.free_symbols, symbol)))
+        number = expression.subs(dict.fromkeys(expression.free_symbols, symbol))
+        return int(number) if isinstance(value, torch.SymInt) else float(number)
 
     def described(value: Any) -> Any:
         if isinstance(value, Tensor):
             size = value.dtype.itemsize
             offset = number(value.storage_offset()) * size % 16 // size
             shape, strides = (tuple(map(number, x)) for x in (value.shape, value.stride()))
-            requested = grad and value.requires_grad
+            requested = grad and unwrapped(value).requires_grad
             is_copied = op == "rel_attention" and value.dtype.is_floating_point
             if is_copied and len(shape) == 4 and strides[-1] != 1:
                 strides, offset = _contiguous(shape), 0
@@ -132,6 +135,9 @@ def key(call: Description) -> tuple[Any, ...]:
     if is_attention:
         Tq = call.arguments[0].shape[2]
         parts.append(Tq if Tq <= 16 else 17)
+        if call.deterministic and call.arguments[0].shape[3] % 16:
+            # The number of copies of dr, which follows from all sizes, is in their strides.
+            parts.append(tuple(spec.shape for spec in specs(call.arguments)))
     return tuple(parts)
 
 

@@ -99,6 +99,13 @@ def test_every_row_belongs_to_a_class_and_to_a_kernel():
     assert {key.kernel for key in keys} == set(launch_table.KERNELS)
 
 
+def test_tiles_of_attention_are_of_sizes_that_the_kernels_support():
+    for config in launch_table.rows().values():
+        if isinstance(config, launch_table.AttentionConfig):
+            assert config.BLOCK_Q <= config.BLOCK_K  # the skew's gather
+            assert 128 % config.BLOCK_Q == 0  # the padding of the queries in backward
+
+
 def test_a_call_without_a_row_names_what_is_missing(on):
     on(*LIMITS["99KiB"])
     with pytest.raises(
