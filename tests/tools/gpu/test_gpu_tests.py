@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from tools.gpu import memory
+from tools.gpu.stages import FIRST_CALL, ROOT
 
 FOLDER = Path(__file__).resolve().parents[2] / "gpu"
 PARITY, GRAPHS = (runpy.run_path(str(FOLDER / f"test_{name}.py")) for name in ("parity", "graphs"))
@@ -60,3 +63,11 @@ def test_without_a_gpu_each_file_is_skipped_with_the_sentence_of_resolve(reason)
     assert kept == (items if reason is None else [items[0], items[1], items[3]])
     assert items[0].add_marker.called == (reason is not None)
     assert not items[1].add_marker.called
+
+
+def test_the_stages_of_the_first_call_need_torch_and_triton_alone():
+    absent = "yaml rich typer accelerate safetensors matplotlib tokenizers tensorboard pytest"
+    code = "import sys, importlib\nfor name in sys.argv[1].split(): sys.modules[name] = None\n"
+    code += "for name in sys.argv[2:]: importlib.import_module(f'tools.gpu.{name}')"
+    names = [stage.name for stage in FIRST_CALL]
+    subprocess.run([sys.executable, "-c", code, absent, *names], check=True, cwd=ROOT)
