@@ -72,6 +72,9 @@ def print_checks(console: Console, checks: Iterable[OpCheck]) -> bool:
     for check in checks:
         peers.setdefault(check.peer, {})[check.op] = None
     lines = [LEGEND, *(f"  {peer}: {'; '.join(ops)}" for peer, ops in peers.items())]
+    for device in dict.fromkeys(check.device for check in checks):
+        if {check.backend for check in checks if check.device == device} == {"reference"}:
+            lines.append(f"No kernel runs on {device} here, so the reference was checked.")
     failures = [check for check in checks if check.failure is not None]
     for check in failures:
         call = f"{check.op}, {check.backend} on {check.device}, {_name(check.dtype)}"

@@ -62,6 +62,12 @@ def test_checks_that_pass_end_with_status_0(monkeypatch):
     assert "native on cpu" in words
     assert "reference on cpu" in words
     assert "2 of 2 checks passed." in words
+    assert "No kernel" not in words
+
+
+def test_without_kernels_it_says_that_the_reference_was_checked(monkeypatch):
+    result = verify(monkeypatch, check(backend="reference"))
+    assert "No kernel runs on cpu here, so the reference was checked." in result.stdout
 
 
 def test_a_failed_check_ends_with_status_1_and_its_reason(monkeypatch):
