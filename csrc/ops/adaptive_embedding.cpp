@@ -1,8 +1,13 @@
 // ATen bindings of the adaptive embedding on the CPU: tokens to runs, outputs, threads.
 #include "txl/adaptive_embedding.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <bit>

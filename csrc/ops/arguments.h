@@ -1,7 +1,7 @@
 // From a schema's arguments to the arguments of kernels, for the bindings of every device.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <optional>

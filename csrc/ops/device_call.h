@@ -1,7 +1,7 @@
 // A call on an accelerator without its headers: the device made current, and its stream.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 

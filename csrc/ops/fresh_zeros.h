@@ -1,7 +1,9 @@
 // Large tensors of zeros, such as a table's gradient, of which few rows will ever be written.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
 
 #include "workspace.h"

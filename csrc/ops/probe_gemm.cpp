@@ -1,8 +1,10 @@
 // The probe of tile products that benchmarks quote as the machine's limit.
 #include "txl/probe_gemm.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/randn.h>
 
 #include <chrono>
 

@@ -1,7 +1,8 @@
 // What the adaptive ops share: absent tensors, and torch's own product for their projections.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/mm.h>
 
 #include "arguments.h"
 #include "txl/gemm.h"

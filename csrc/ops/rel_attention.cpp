@@ -1,6 +1,8 @@
 // ATen bindings of rel_attention on the CPU: tensors to pointers, allocation, threads.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <atomic>

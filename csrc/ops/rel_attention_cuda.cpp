@@ -1,5 +1,7 @@
 // ATen bindings of rel_attention on CUDA: few queries, no gradients; tensors to pointers,
 // allocation.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "arguments.h"

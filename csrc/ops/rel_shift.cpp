@@ -1,6 +1,7 @@
 // ATen bindings of rel_shift on the CPU.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "arguments.h"

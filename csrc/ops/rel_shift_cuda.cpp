@@ -1,6 +1,8 @@
 // ATen bindings of rel_shift on CUDA.
 #include "txl/rel_shift_cuda.h"
 
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "arguments.h"

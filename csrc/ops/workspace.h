@@ -1,7 +1,8 @@
 // Scratch memory of the native ops, on huge pages if it is large.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <sys/mman.h>
 
 #include <bit>

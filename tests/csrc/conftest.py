@@ -1,4 +1,4 @@
-"""What the native tests share: the host emulation of the CUDA kernels, and instruction sets."""
+"""Fixtures of the native tests: the CUDA kernels emulated on the CPU, and instruction sets."""
 
 from __future__ import annotations
 
@@ -12,42 +12,30 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 CSRC = Path(__file__).parents[2] / "csrc"
 EMULATION = Path(__file__).parent / "cuda_emulation"
 SCALARS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 FLAGS = (
-    *("-std=c++20", "-O1", "-g", "-pthread", "-mf16c", "-fno-strict-aliasing"),
+    *("-std=c++20", "-O1", "-g1", "-pthread", "-mf16c", "-fno-strict-aliasing"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
 )
 
 
 class Emulation:
-    """The CUDA kernels as a program on the CPU.
+    """The CUDA kernels as a program on the CPU; `folder` receives its inputs and results."""
 
-    `source` holds `.cu` files: `csrc/cuda`, or an altered copy; `sanitizer` is "thread" or
-    "address".
-    """
-
-    def __init__(self, source: Path, sanitizer: str, folder: Path) -> None:
-        compiler = shutil.which("g++")
-        if compiler is None:
-            pytest.skip("the CUDA kernels' emulation needs g++")
+    def __init__(self, program: Path, folder: Path) -> None:
+        self.program = program
         self.folder = folder
-        self.program = folder / "run"
-        includes = [f"-I{EMULATION}", f"-I{CSRC / 'include'}"]
-        files = [*sorted(source.glob("*.cu")), EMULATION / "run.cpp"]
-        flags = [*FLAGS, f"-fsanitize={sanitizer}"]
-        subprocess.run(
-            [compiler, *flags, *includes, "-x", "c++", *files, "-o", self.program], check=True
-        )
 
     def run(self, numbers: Mapping[str, float], tensors: Mapping[str, Tensor]) -> bytes:
-        """The results' bytes.
+        """Runs the program and returns the bytes of its results.
 
         Raises:
-            subprocess.CalledProcessError: a sanitizer reported something; it is in `stderr`.
+            subprocess.CalledProcessError: a sanitizer found an error; `stderr` has its report.
         """
         problem, results = self.folder / "problem", self.folder / "results"
         with problem.open("wb") as file:
@@ -63,7 +51,7 @@ class Emulation:
         return results.read_bytes()
 
     def attend(self, **call: Any) -> tuple[Tensor, Tensor]:
-        """`rel_attention`'s output and lse, from its own arguments."""
+        """Returns the output and lse of `rel_attention` for its own arguments."""
         q, v = call["q"], call["v"]
         B, H, Tq, D = q.shape
         Tm = call["mem_k"].shape[2] if "mem_k" in call else 0
@@ -110,10 +98,10 @@ class Emulation:
 
 @pytest.fixture
 def require_instruction_set() -> Callable[[str], None]:
-    """Skips the test where this processor lacks the set that `ATEN_CPU_CAPABILITY` would name."""
+    """Skips the test if the processor lacks an instruction set (a name of ATEN_CPU_CAPABILITY)."""
 
     def require(capability: str) -> None:
-        # What the processor can: ATen's own capability may be limited by the same variable.
+        # Not ATen's own capability, which the same variable may limit.
         supported = {
             "default": True,
             "avx2": torch.cpu._is_avx2_supported(),
@@ -127,8 +115,10 @@ def require_instruction_set() -> Callable[[str], None]:
 
 @functools.cache
 def without_randomisation() -> tuple[str, ...]:
-    """A prefix for commands, where it may be used: on some kernels randomised addresses leave no
-    room for the thread sanitizer's shadow."""
+    """The prefix of commands that run without address randomisation, or nothing if not permitted.
+
+    With randomised addresses some Linux kernels leave no room for the thread sanitizer's shadow.
+    """
     prefix = ("setarch", "-R")
     if shutil.which(prefix[0]) is None:
         return ()
@@ -136,7 +126,7 @@ def without_randomisation() -> tuple[str, ...]:
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """What lies in memory from a tensor's first element to its last."""
+    """The memory from a tensor's first element to its last."""
     last = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -145,30 +135,76 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 def strides_of(tensor: Tensor) -> Sequence[int]:
-    """The first three strides in elements, 0 along dimensions of size 1, as the glue gives them."""
+    """The first three strides in elements, 0 along dimensions of size 1, as the ATen bindings pass
+    them."""
     shape, stride = tensor.shape, tensor.stride()
     kept = [s if n > 1 else 0 for n, s in zip(shape, stride, strict=True)]
     return [*kept, 0, 0, 0][:3]
 
 
 @pytest.fixture(scope="session")
-def emulations(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Emulation]:
-    """The kernels as they are, under a sanitizer; each is built once."""
-    built: dict[str, Emulation] = {}
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds a folder once for all processes of pytest-xdist, and returns it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the folder of this test run
 
-    def build(sanitizer: str) -> Emulation:
-        if sanitizer not in built:
-            folder = tmp_path_factory.mktemp(sanitizer)
-            built[sanitizer] = Emulation(CSRC / "cuda", sanitizer, folder)
-        return built[sanitizer]
+    def build(name: str, make: Callable[[Path], None]) -> Path:
+        folder, complete = root / name, root / f"{name}.complete"
+        with FileLock(root / f"{name}.lock"):
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
 
     return build
 
 
+@pytest.fixture(scope="session")
+def emulation_build(build_once: Callable[..., Path]) -> Callable[[str], Path]:
+    """The folder of the emulation's objects and program, for sanitizer "thread" or "address"."""
+
+    def build(sanitizer: str) -> Path:
+        if shutil.which("g++") is None:
+            pytest.skip("the emulation of the CUDA kernels needs g++")
+        sources = [*(CSRC / "cuda").glob("*.cu"), EMULATION / "run.cpp"]
+        return build_once(f"emulation-{sanitizer}", lambda x: compile_into(x, sources, sanitizer))
+
+    return build
+
+
+def compile_into(folder: Path, sources: Sequence[Path], sanitizer: str) -> None:
+    """Compiles `sources` and links them with the other objects in `folder`: the program `run`."""
+    includes = [f"-I{EMULATION}", f"-I{CSRC / 'include'}"]
+    compiler = ["g++", *FLAGS, f"-fsanitize={sanitizer}"]
+    subprocess.run([*compiler, *includes, "-x", "c++", "-c", *sources], cwd=folder, check=True)
+    subprocess.run([*compiler, *folder.glob("*.o"), "-o", folder / "run"], check=True)
+
+
+@pytest.fixture(scope="session")
+def emulations(
+    emulation_build: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Emulation]:
+    """Returns the emulation of the kernels in `csrc/cuda` under a sanitizer."""
+    folder = tmp_path_factory.mktemp("emulation")
+    return lambda sanitizer: Emulation(emulation_build(sanitizer) / "run", folder)
+
+
 @pytest.fixture
-def emulation_of(tmp_path: Path) -> Callable[[Path, str], Emulation]:
-    """The kernels in another folder than `csrc/cuda`, under a sanitizer."""
-    return lambda source, sanitizer: Emulation(source, sanitizer, tmp_path)
+def altered_emulation(
+    emulation_build: Callable[[str], Path], tmp_path: Path
+) -> Callable[[Path, str], Emulation]:
+    """Returns the emulation with one altered `.cu` file instead of the file of that name."""
+
+    def build(source: Path, sanitizer: str) -> Emulation:
+        folder = tmp_path / "emulation"
+        shutil.copytree(emulation_build(sanitizer), folder, ignore=shutil.ignore_patterns("run"))
+        compile_into(folder, [source], sanitizer)
+        return Emulation(folder / "run", folder)
+
+    return build
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
-"""The CUDA kernels on the CPU, one thread per CUDA thread, under the sanitizers: results, wild
-arguments, and proof that the sanitizers see what they are there for."""
+"""The CUDA kernels emulated on the CPU, one thread per CUDA thread, under sanitizers.
+
+The tests check results and extreme arguments, and that the sanitizers report planted errors.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from txl_kernels.backends.reference.rel_shift import rel_shift
 from txl_kernels.testing import DECODE_CASES, check_rel_attention_output
 
 CASES = {case.name: case for case in DECODE_CASES}
-# Every path between threads: one and four queries to a warp, warps that share keys and that do not,
-# one split and several, memory and segment, each head size.
+# These cases cover every exchange between threads: one and four queries per warp, shared and
+# separate keys of warps, one split and several, memory and segment, each head size.
 THREADED = ("one_query", "five_queries", "long_memory", "head_256_values_40", "everything")
 MASK = torch.arange(32) % 3 > 0
 IN_FLOAT16 = ("one_query", "nine_queries", "head_41", "long_memory", "everything")
@@ -103,7 +105,7 @@ def test_a_nan_is_no_row_without_keys(name, emulations):
     assert lse.isnan().all()
 
 
-def test_biases_are_taken_in_float32_beside_16_bit_inputs(emulations):
+def test_float32_biases_are_accepted_beside_16_bit_inputs(emulations):
     call = inputs(dtype=torch.bfloat16)
     wide = {name: call.pop(name).float() for name in ("r_w_bias", "r_r_bias")}
     same = {name: bias.bfloat16() for name, bias in wide.items()}
@@ -166,7 +168,7 @@ def shifted_rows(rows, n_dst, offset, backward):
 
 
 PLANTS = {
-    # sanitizer, file, its text, what is put in its place, what is then reported
+    # sanitizer, file, its text, the replacement, the expected report
     "a race": (
         "thread",
         "rel_attention_decode.cuh",
@@ -192,7 +194,7 @@ PLANTS = {
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_a_planted_error_is_reported(plant, emulation_of, tmp_path, csrc):
+def test_a_planted_error_is_reported(plant, altered_emulation, tmp_path, csrc):
     sanitizer, name, text, planted, report = PLANTS[plant]
     source = tmp_path / "cuda"
     shutil.copytree(csrc / "cuda", source)
@@ -200,7 +202,9 @@ def test_a_planted_error_is_reported(plant, emulation_of, tmp_path, csrc):
     assert code.count(text) == 1, f"{name} no longer has one {text!r}"
     (source / name).write_text(code.replace(text, planted), encoding="utf-8")
     with pytest.raises(subprocess.CalledProcessError) as error:
-        emulation_of(source, sanitizer).attend(**inputs("long_memory"))
+        altered_emulation(source / "rel_attention_decode.cu", sanitizer).attend(
+            **inputs("long_memory")
+        )
     assert report in error.value.stderr
 
 

@@ -16,6 +16,7 @@ import pytest
 from tools.gates import cuda
 from tools.gates.sass import Code
 
+needs_nvcc = pytest.mark.skipif(cuda.nvcc() is None, reason="needs nvcc")
 GOOD = Code(registers=64, stack=0, shared=1024, opcodes={"FFMA": 8})
 
 
@@ -26,7 +27,7 @@ def kernels(tmp_path_factory):
 
 
 @pytest.mark.slow_build
-@pytest.mark.skipif(cuda.nvcc() is None, reason="needs nvcc")
+@needs_nvcc
 def test_all_kernels_are_compiled_and_pass(kernels):
     assert {arch for arch, _ in kernels} == {"sm_80"}
     counts = collections.Counter(re.search(r"rel_\w+", name)[0] for _, name in kernels)
@@ -41,7 +42,7 @@ def test_all_kernels_are_compiled_and_pass(kernels):
 
 
 @pytest.mark.slow_build
-@pytest.mark.skipif(cuda.nvcc() is None, reason="needs nvcc")
+@needs_nvcc
 def test_a_planted_spill_is_found(tmp_path):
     pytest.importorskip("triton", reason="cuobjdump comes with Triton")
     folder = shutil.copytree(cuda.ROOT / "csrc" / "cuda", tmp_path / "cuda")

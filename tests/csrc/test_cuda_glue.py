@@ -1,6 +1,7 @@
-"""The glue of the CUDA kernels on CPU tensors, with the emulated kernels behind it.
+"""The ATen bindings of the CUDA kernels, called with CPU tensors and linked to emulated kernels.
 
-How tensors, strides and options become pointers and numbers, and what is refused.
+The tests check the conversion of tensors, strides and options to pointers and numbers, and the
+refusals.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 TORCH = Path(torch.__file__).parent
-# A CPU tensor's stream has no handle, so what asks for it is replaced, and nothing else.
+# CPU tensors have no stream: only the class that reads it is replaced.
 DEVICE_CALL = """
 #pragma once
 #include <ATen/ATen.h>
@@ -26,7 +27,7 @@ struct DeviceCall {
 };
 }  // namespace txl
 """
-# Calls key CUDA with CPU tensors; in a process of its own, for loading registers the kernels.
+# Calls the CUDA kernels with CPU tensors, in a separate process: loading registers the kernels.
 USE = """
 import sys, torch
 from txl_kernels import rel_attention
@@ -90,8 +91,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("glue")
+def library(build_once) -> Path:
+    return build_once("glue", compile_glue) / "libglue.so"
+
+
+def compile_glue(folder: Path) -> None:
     csrc = Path(__file__).parents[2] / "csrc"
     shutil.copytree(csrc / "ops", folder / "ops")
     (folder / "ops" / "device_call.h").write_text(DEVICE_CALL)
@@ -114,7 +118,6 @@ def library(tmp_path_factory) -> Path:
     objects = sorted(folder.glob("*.o"))
     command = ["g++", "-shared", "-pthread", "-Wl,--no-undefined", *objects, *libraries]
     subprocess.run([*command, "-o", "libglue.so"], cwd=folder, check=True)
-    return folder / "libglue.so"
 
 
 @pytest.mark.parametrize(

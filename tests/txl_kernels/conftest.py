@@ -31,6 +31,34 @@ def _products_of_the_interpreter(request, monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
+@pytest.fixture(autouse=True)
+def _one_patch_per_launch(request, monkeypatch):
+    """Triton's interpreter replaces the builtins of `triton.language` once per launch.
+
+    Without this fixture it searches them all again at each call of a device function, which is a
+    fifth of the time of these tests, and finds them replaced.
+    """
+    if request.node.get_closest_marker("interpreted") is None:
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def patch_once(fn):
+        module = fn.__globals__["__name__"]
+        if module in patched:
+            return interpreter._LangPatchScope()
+        patched.add(module)
+        return patch(fn)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+
+
 @pytest.fixture
 def require_backend():
     """Skips the test where `resolve` says that the named backend does not serve the call."""

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = list(track(results, "compiling", n, console=console, disable=not is_shown))
     failures = [f"{row.launch} on sm_{row.arch}: {text}" for row in rows for text in row.failures]
     if not options.headline and options.only == "*":
-        used = {row.exception for row in rows if row.exception}
+        used = {(row.exception, row.arch) for row in rows}
         failures += spills.unneeded(used, options.arch, _VERSION)
     console.print(_table(rows, options.arch))
     console.print(f"{n} compilations with Triton {_VERSION} in {time.monotonic() - started:.0f} s")

@@ -36,11 +36,7 @@ class Code:
 
 
 def read(path: Path) -> dict[tuple[str, str], Code]:
-    """The kernels of a binary by (architecture, symbol).
-
-    Raises:
-        ValueError: cuobjdump prints no kernel, or a kernel without instructions.
-    """
+    """The kernels of a binary by (architecture, symbol)."""
     from triton import knobs
 
     command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)]
@@ -48,7 +44,11 @@ def read(path: Path) -> dict[tuple[str, str], Code]:
 
 
 def parse(text: str) -> dict[tuple[str, str], Code]:
-    """The same, from cuobjdump's output."""
+    """The same, from cuobjdump's output.
+
+    Raises:
+        ValueError: it has no kernel, or a kernel without instructions.
+    """
     found = {}
     # An object file has a section for each architecture, a cubin has one without a title.
     for section in re.split(r"^Fatbin elf code:", text, flags=re.M):

@@ -181,10 +181,7 @@ def attention(
 ) -> None:
     """`rel_attention` on tensors of the device "meta", forward and backward.
 
-    Args:
-        tensors: the names of those tensors among key_start, key_lens and mask that are present.
-        options: arguments of the operator that are no tensors.
-        others: sizes and the dtype of the tensors; whether there is a backward pass.
+    `tensors` are names among key_start, key_lens and mask; `options` are the other arguments.
     """
     Tk, Dv = Tm + Tq, Dv or D
     made = functools.partial(torch.empty, dtype=dtype, device="meta")
@@ -225,8 +222,7 @@ def _adaptive(
 ) -> None:
     """An adaptive op on 8,192 tokens of width d, with WikiText-103's clusters.
 
-    Each tail is a `div_val`-th as wide as the one before. The head of the softmax has no
-    projection, as if d_embed is d_model.
+    The head of the softmax has no projection, as if d_embed is d_model.
     """
     made = functools.partial(torch.empty, dtype=dtype, device="meta")
     tokens = torch.empty(8192, dtype=torch.int64, device="meta")

@@ -5,34 +5,38 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import os
 import re
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from tools.gpu import STARTED, machine, runner, verdict
+from tools.gpu.child import Child
 from tools.gpu.stages import BUILD, FIRST_CALL, MARGIN, ROOT, STAGES, write_json
 
 
 def main() -> int:
     options = _parse()
-    reason = None if options.rehearse else machine.no_device_reason()
-    if reason is not None:
-        print(reason)
+    if not options.rehearse and not torch.cuda.is_available():
+        print(f"make gpu needs a CUDA device, and torch {torch.__version__} finds none")
         return 1
+    sys.path[:0] = paths = [str(ROOT), str(ROOT / "python")]  # of the stages' processes too
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    report: dict[str, Any] = {"machine": machine.describe(), "budget": options.budget}
-    report["stages"] = {}
+    described, records = machine.describe(), {}
+    report = {"machine": described, "budget": options.budget, "stages": records}
     device = "cpu" if options.rehearse else "cuda"
-    out = options.out or _path(report["machine"]["device"], options)
+    out = options.out or _path(described["device"], options)
     run = runner.Run(
-        waiting=options.stages,
+        plan=options.stages,
         ends=runner.deadlines(options.stages, time.monotonic(), STARTED + options.budget - MARGIN),
-        records=report["stages"],
+        records=records,
         write=functools.partial(write_json, out, report),
-        start=lambda stage, end, ceilings: runner.Child(stage, end, device, ceilings),
+        start=lambda stage, end, ceilings: Child(stage, end, device, ceilings),
         started=STARTED,
     )
     try:
@@ -52,18 +56,20 @@ def _parse() -> argparse.Namespace:
         "--rehearse", action="store_true", help="run all on the CPU, at tiny shapes"
     )
     options = parser.parse_args()
-    default = ",".join(STAGES if options.rehearse else [stage.name for stage in FIRST_CALL])
-    names = (options.stages or default).split(",")
+    first_call = [stage.name for stage in FIRST_CALL]
+    names = options.stages.split(",") if options.stages else first_call
+    if options.rehearse and not options.stages:
+        names = list(STAGES)
     unknown = [name for name in names if name not in STAGES]
     if unknown:
         parser.error(f"unknown stages: {', '.join(unknown)}; choose from {', '.join(STAGES)}")
-    options.suffix = "" if names == default.split(",") else "-".join(["", *names])
     options.stages = [stage for stage in STAGES.values() if stage.name in names]
+    options.suffix = "" if names == first_call else "-".join(["", *names])
     return options
 
 
 def _path(device: str, options: argparse.Namespace) -> Path:
-    """The first call's results have no suffix; no later call replaces them."""
+    """The results of a first call have no suffix, and no later call replaces them."""
     if options.rehearse:
         return BUILD / "rehearsal.json"
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -72,4 +78,6 @@ def _path(device: str, options: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # multiprocessing would wait for a child that hangs in the driver

@@ -8,20 +8,9 @@ import subprocess
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from tools.gpu.stages import ROOT
-
-try:
-    import torch
-except ImportError as error:
-    raise SystemExit(f"make gpu needs torch ({error}): choose a PYTHON=… that has it") from None
-
-
-def no_device_reason() -> str | None:
-    """One sentence if torch cannot use a GPU here, else None."""
-    if torch.cuda.is_available():
-        return None
-    why = "is built without CUDA" if torch.version.cuda is None else "finds none"
-    return f"make gpu needs a CUDA device, but torch {torch.__version__} {why}"
 
 
 def describe() -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from tools.gpu.stages import ROOT, Context, UnavailableError
 
 CUDA = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
-TESTS = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "tests/gpu", "-m")
 MOST_PROCESSES = 8  # each holds a CUDA context of about half a GiB
 PROFILED = "regex:_rel_attention_(fwd|bwd_dkdv|bwd_dqdr)_kernel"
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables")
@@ -30,7 +30,7 @@ def full_parity(context: Context) -> None:
     """
     processes = min(MOST_PROCESSES, os.cpu_count() or 1)
     options = ["--collect-only"] if context.is_rehearsal else ["-n", str(processes)]
-    status, printed = run_program([*TESTS, *options], context.seconds_left() - 2)
+    status, printed = run_program([*PYTEST, "gpu", *options], context.seconds_left() - 2)
     lines = context.results["output"] = tail(printed, 60).splitlines()
     context.results["summary"] = [x for x in lines[:-1] if x.startswith("FAILED")] + lines[-1:]
     assert status == 0, "time ran out" if status is None else f"pytest ended with status {status}"
@@ -77,7 +77,7 @@ def sanitizer(context: Context) -> None:
         UnavailableError: compute-sanitizer is not installed, or cannot attach here.
         AssertionError: it reports errors, a test failed, or time ran out.
     """
-    tests = [*TESTS, "-p", "no:cacheprovider", "-k", "sanitizer"]
+    tests = [*PYTEST, "sanitizer"]
     if context.is_rehearsal:
         run_program([*tests, "--collect-only"], context.seconds_left())
     program = find_program("compute-sanitizer")

@@ -68,7 +68,7 @@ class Stage:
 FIRST_CALL = (
     Stage("compile", 75, is_background=True),
     Stage("ceilings", 25, patience=0),
-    Stage("parity", 65, "tools.gpu.verified:parity", patience=40),
+    Stage("parity", 65, patience=40),
     Stage("timings", 80),
     Stage("sweep", 50),
     Stage("memory", 20 - MARGIN),

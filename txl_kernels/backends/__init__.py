@@ -205,6 +205,8 @@ def choose(
             break
         failures[name] = failure
         name, reason = _resolve(op, backend, failures, device_type, dtype, *sizes, needs_grad, uses)
+    if is_tested:
+        verification.stop_if_collecting()
     if name is None:
         raise BackendUnavailableError(f"{op}: {reason}")
     if reason is not None:

@@ -77,12 +77,12 @@ def test_planted_faults_are_found(binary, options, expected):
 
 
 def test_exceptions_hold_for_their_launches_alone(monkeypatch):
-    entry = spills.Spill("op/*/dqdr", 90, 600, "a reason", versions=("3.6.0",))
+    entry = spills.Spill("op/.*/dqdr", (80, 90), 600, "a reason", versions=("3.6.0",))
     monkeypatch.setattr(spills, "SPILLS", (entry,))
     assert spills.find("op/bfloat16/dqdr", 90, "3.6.0") == entry
-    for name, arch, version in (("dqdr", 80, "3.6.0"), ("dk", 90, "3.6.0"), ("dqdr", 90, "3.9.0")):
+    for name, arch, version in (("dqdr", 86, "3.6.0"), ("dk", 90, "3.6.0"), ("dqdr", 90, "3.9.0")):
         assert spills.find(f"op/bfloat16/{name}", arch, version) is None
-    assert spills.unneeded({entry}, [90], "3.6.0") == []
-    assert spills.unneeded(set(), [80], "3.6.0") == spills.unneeded(set(), [90], "3.9.0") == []
-    (unneeded,) = spills.unneeded(set(), [80, 90], "3.6.0")
-    assert "op/*/dqdr on sm_90" in unneeded
+    assert spills.unneeded({(entry, 80), (entry, 90)}, [80, 86, 90], "3.6.0") == []
+    assert spills.unneeded(set(), [86], "3.6.0") == spills.unneeded(set(), [90], "3.9.0") == []
+    (unneeded,) = spills.unneeded({(entry, 80)}, [80, 90], "3.6.0")
+    assert "op/.*/dqdr on sm_90" in unneeded

@@ -19,9 +19,6 @@ from tools.gates.compiling import compile_launch
 from txl_kernels.backends.triton.launching import launch, recording
 
 PRINTED = """
-Resource usage:
- Common:
-  GLOBAL:0
  Function _kernel:
   REG:40 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:600
  Function _other:
@@ -29,7 +26,6 @@ Resource usage:
 \tcode for sm_90
 \t\tFunction : _kernel
         /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x1 */
-        /*0010*/              @!P0 BRA 0x30 ;                            /* 0x1 */
         /*0020*/             @!UP0 HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
         /*0030*/                   LDC.64 R4, c[0x0][0x30] ;             /* 0x1 */
 \t\tFunction : _other
@@ -60,7 +56,7 @@ def compiled(arch, dtype, precision="ieee", descends=False):
 
 def test_resources_and_opcodes_are_read():
     assert sass.parse(PRINTED) == {
-        ("sm_90", "_kernel"): sass.Code(40, 8, 1024, {"LDC": 2, "BRA": 1, "HGMMA": 1}),
+        ("sm_90", "_kernel"): sass.Code(40, 8, 1024, {"LDC": 2, "HGMMA": 1}),
         ("sm_90", "_other"): sass.Code(72, 0, 0, {"EXIT": 1}),
     }
 

@@ -4,51 +4,38 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tools.gpu import runner, verdict
-from tools.gpu.stages import FAILED, FIRST_CALL, MARGIN, NOT_RUN, PASSED, STAGES, Stage
+from tools.gpu import __main__ as command
+from tools.gpu import child, runner, verdict
+from tools.gpu.stages import FAILED, FIRST_CALL, MARGIN, NOT_RUN, PASSED, SKIPPED, STAGES, Stage
 
-
-class FakeClock:
-    """Time passes only in `sleep`."""
-
-    def __init__(self):
-        self.time = 0.0
-
-    def now(self):
-        return self.time
-
-    def sleep(self, seconds):
-        self.time += seconds
+MACHINE = {"device": "GPU", "torch": "2", "triton": "3", "commit": "abc", "changed": True}
 
 
 @dataclasses.dataclass
 class FakeStage:
-    """Runs for `seconds`; "ready" is in its results after `ready` seconds."""
+    """Runs for `seconds`; lists parity as "ready" after `ready` seconds."""
 
     seconds: float
     exit: int = 0
     ready: float = 0.0
-    clock: FakeClock | None = None
-    begun: float = 0.0
+    spent: float = 0.0
     killed: bool = False
 
     def exit_status(self):
-        return self.exit if self.clock.time - self.begun >= self.seconds else None
+        return self.exit if self.spent >= self.seconds else None
 
     def record(self):
-        spent = self.clock.time - self.begun
-        is_done = self.exit_status() is not None
-        results = {
-            "seen_seconds": spent // 20 * 20,
-            "ready": ["parity"] if spent >= self.ready else [],
-        }
-        state = (PASSED, None) if is_done else (FAILED, "it did not finish")
-        return {"status": state[0], "error": state[1], "results": results}
+        status = (FAILED, "it did not finish") if self.exit_status() is None else (PASSED, None)
+        ready = ["parity"] if self.spent >= self.ready else []
+        results = {"seen": self.spent // 20 * 20, "ready": ready}
+        return dict(zip(("status", "error", "results"), (*status, results), strict=True))
 
     def kill(self):
         self.killed = True
@@ -64,119 +51,99 @@ TYPICAL = {
 }
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Runs the first call's stages, with changes to their script, and returns their records."""
+class FakeRun:
+    """The first call's stages; `changes` replace some of their scripts."""
 
-    def run(budget=240.0, **changes):
-        clock, order = FakeClock(), []
-        scripts = {name: dataclasses.replace(x) for name, x in (TYPICAL | changes).items()}
+    def __init__(self, budget=240.0, **changes):
+        self.scripts = {name: dataclasses.replace(x) for name, x in (TYPICAL | changes).items()}
+        self.time, self.running, self.written, self.records = 0.0, [], [], {}
+        ends = runner.deadlines(FIRST_CALL, 0.0, budget - MARGIN)
+        clock = {"now": lambda: self.time, "sleep": self.sleep, "started": 0.0}
+        runner.Run(FIRST_CALL, ends, self.records, self.write, self.start, **clock).run()
+        self.failed = [name for name, x in self.records.items() if x["status"] != PASSED]
 
-        def start(stage, deadline, ceilings):
-            order.append(stage.name)
-            script = scripts[stage.name]
-            script.clock, script.begun = clock, clock.time
-            return script
+    def sleep(self, seconds):
+        self.time += seconds
+        for stage in self.running:
+            stage.spent += seconds
 
-        records = {}
-        runner.Run(
-            waiting=list(FIRST_CALL),
-            ends=runner.deadlines(FIRST_CALL, 0.0, budget - MARGIN),
-            records=records,
-            write=lambda: run.written.append(copy.deepcopy(records)),
-            start=start,
-            started=0.0,
-            now=clock.now,
-            sleep=clock.sleep,
-        ).run()
-        run.order, run.end, run.scripts = order, clock.time, scripts
-        return records
+    def start(self, stage, deadline, ceilings):
+        self.running.append(self.scripts[stage.name])
+        return self.running[-1]
 
-    run.written = []
-    return run
+    def write(self):
+        self.written.append(copy.deepcopy(self.records))
 
 
-def test_a_typical_run_follows_the_planned_timeline(run):
-    found = run()
-    begins = {name: record["start"] for name, record in found.items()}
-    assert begins == pytest.approx(
-        {"compile": 0, "ceilings": 0, "parity": 33, "timings": 73, "sweep": 143, "memory": 188},
-        abs=1,
-    )
-    assert {record["status"] for record in found.values()} == {PASSED}
-    assert run.order == [stage.name for stage in FIRST_CALL]
-    assert run.end <= 240 - MARGIN
+def test_a_typical_run_follows_the_planned_timeline():
+    run = FakeRun()
+    begins = {"compile": 0, "ceilings": 0, "parity": 33, "timings": 73, "sweep": 143, "memory": 188}
+    found = {name: record["start"] for name, record in run.records.items()}
+    assert found == pytest.approx(begins, abs=1)
+    assert list(found) == [stage.name for stage in FIRST_CALL]
+    assert (run.failed, run.time <= 240 - MARGIN) == ([], True)
 
 
-def test_the_json_is_written_when_a_stage_saves_and_when_it_ends(run):
-    found = run()
-    assert run.written[-1] == found
-    seen = [written["timings"]["results"] for written in run.written if "timings" in written]
-    assert {results["seen_seconds"] for results in seen if results} == {0, 20, 40, 60}
-    finished = [[name for name, x in w.items() if "seconds" in x] for w in run.written]
-    assert [len(names) for names in finished] == sorted(len(names) for names in finished)
-    assert {len(names) for names in finished} == {0, 1, 2, 3, 4, 5, 6}
+def test_the_json_is_written_when_a_stage_saves_and_when_it_ends():
+    run = FakeRun()
+    assert run.written[-1] == run.records
+    seen = [
+        x["timings"]["results"]["seen"] for x in run.written if "results" in x.get("timings", {})
+    ]
+    assert set(seen) == {0, 20, 40, 60}
+    finished = [sum("seconds" in record for record in x.values()) for x in run.written]
+    assert (finished, set(finished)) == (sorted(finished), set(range(7)))
 
 
 def test_shares_of_the_budget():
     planned = {"ceilings": 25, "compile": 75, "parity": 90, "timings": 170, "sweep": 220}
-    planned["memory"] = 240 - MARGIN
-    assert runner.deadlines(FIRST_CALL, 0.0, 240 - MARGIN) == pytest.approx(planned)
+    found = runner.deadlines(FIRST_CALL, 0.0, 240 - MARGIN)
+    assert found == pytest.approx(planned | {"memory": 240 - MARGIN})
     assert runner.deadlines(FIRST_CALL, 5.0, 100.0)["timings"] == 100.0
     assert runner.deadlines([STAGES["ncu"]], 5.0, 305.0) == {"ncu": 305.0}
 
 
-def test_what_cannot_start_in_time_is_reported(run):
-    found = run(budget=100.0)
-    states = {name: record["status"] for name, record in found.items()}
-    assert states["sweep"] == states["memory"] == NOT_RUN
-    assert found["memory"]["error"] == "no time was left"
-    assert states["timings"] == FAILED  # it did not look at the time that it had left
-    assert run.end <= 100.0
+def test_what_cannot_start_in_time_is_reported():
+    run = FakeRun(budget=100.0)
+    assert run.failed == ["timings", "sweep", "memory"]
+    assert run.records["timings"]["status"] == FAILED  # it ignored the time that it had left
+    assert run.records["memory"]["status"] == NOT_RUN
+    assert run.time <= 100.0
 
 
 @pytest.mark.parametrize("name", TYPICAL)
-def test_a_stage_that_hangs_is_ended_and_keeps_what_it_found(run, name):
-    found = run(**{name: FakeStage(1e9, ready=1e9)})
-    assert (found[name]["status"], run.scripts[name].killed) == (FAILED, True)
-    assert "end of its share" in found[name]["error"]
-    assert "seen_seconds" in found[name]["results"]
-    assert [other for other in found if found[other]["status"] != PASSED] == [name]
-    assert run.end <= 240.0
+def test_a_stage_that_hangs_is_ended_and_keeps_its_results(name):
+    run = FakeRun(**{name: FakeStage(1e9, ready=1e9)})
+    record = run.records[name]
+    assert (run.failed, run.scripts[name].killed) == ([name], True)
+    assert "end of its share" in record["error"]
+    assert "seen" in record["results"]
+    assert run.time <= 240.0
 
 
-def test_a_crash_keeps_the_other_stages(run):
-    found = run(parity=FakeStage(3, exit=-6))
-    assert found["parity"]["status"] == FAILED
-    assert "status -6" in found["parity"]["error"]
-    assert [name for name in found if found[name]["status"] != PASSED] == ["parity"]
-    assert verdict.exit_status({"stages": found}) == 1
+def test_a_crash_keeps_the_other_stages():
+    run = FakeRun(parity=FakeStage(3, exit=-6))
+    assert run.failed == ["parity"]
+    assert "died: -6" in run.records["parity"]["error"]
 
 
-def test_a_measurement_waits_for_the_compilers(run):
-    found = run(parity=FakeStage(5), compile=FakeStage(70, ready=20))
-    assert found["timings"]["start"] >= 70
+def test_measurements_wait_for_the_compilers():
+    run = FakeRun(parity=FakeStage(5), compile=FakeStage(70, ready=20))
+    assert run.records["timings"]["start"] >= 70
 
 
-@pytest.mark.parametrize(
-    ("states", "status"),
-    [([PASSED, "skipped"], 0), ([PASSED, FAILED], 1), (["skipped", NOT_RUN], 1)],
-)
-def test_exit_status(states, status):
-    stages = {str(n): {"status": state} for n, state in enumerate(states)}
-    assert verdict.exit_status({"stages": stages}) == status
-
-
-def test_the_verdict_comes_first(run, capsys):
-    stages = run(timings=FakeStage(3, exit=1))
+def test_the_verdict_comes_first(capsys):
+    stages = FakeRun(timings=FakeStage(3, exit=1)).records
     stages["parity"]["results"]["summary"] = ["ten launches"]
-    machine = {"device": "GPU", "torch": "2", "triton": "3", "commit": "abc", "changed": True}
     capsys.readouterr()
-    verdict.show({"stages": stages, "machine": machine, "budget": 240.0})
+    verdict.show({"stages": stages, "machine": MACHINE, "budget": 240.0})
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[:2] == ["VERDICT: FAILED", "  failed: timings"]
     assert "  ten launches" in lines
     assert all(len(line) <= verdict.WIDTH for line in lines)
+    for states, status in (([PASSED, SKIPPED], 0), ([PASSED, FAILED], 1), ([SKIPPED], 1)):
+        records = {str(n): {"status": state} for n, state in enumerate(states)}
+        assert verdict.exit_status({"stages": records}) == status
 
 
 HANGS = """
@@ -192,15 +159,22 @@ def run(context):
 
 def test_a_stage_is_a_process_that_can_be_ended_with_its_workers(tmp_path, monkeypatch):
     (tmp_path / "hangs.py").write_text(HANGS)
-    monkeypatch.setattr(runner, "BUILD", tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    child = runner.Child(Stage("hangs", 60, "hangs:run"), time.monotonic() + 60, "cpu", {})
+    monkeypatch.setattr(child.stages, "BUILD", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    running = child.Child(Stage("hangs", 60, "hangs:run"), time.monotonic() + 60, "cpu", {})
     worker = tmp_path / "worker"
-    while not worker.exists():
-        assert child.exit_status() is None, (tmp_path / "hangs.log").read_text()
+    while not worker.exists() or not worker.read_text():
+        assert running.exit_status() is None, (tmp_path / "hangs.log").read_text()
         time.sleep(0.05)
-    child.kill()
-    assert child.record()["results"] == {"found": 1}
-    assert child.exit_status() == -9
+    running.kill()
+    assert running.record()["results"] == {"found": 1}
+    assert running.exit_status() == -9
     status = Path(f"/proc/{worker.read_text()}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_without_a_gpu_the_command_prints_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["tools.gpu", "--budget", "240"])
+    assert command.main() == 1
+    assert capsys.readouterr().out.startswith("make gpu needs a CUDA device, and torch")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tools.gpu import apply, child, programs, sweep, verified
+from tools.gpu import apply, child, programs, sweep
 from tools.gpu import compile as compiling
-from tools.gpu.stages import FAILED, PASSED, ROOT, SKIPPED, Context, UnavailableError
-from txl_kernels.backends.triton import launch_table, launching
+from tools.gpu.stages import FAILED, PASSED, SKIPPED, Context, Stage, UnavailableError
+from txl_kernels.backends.triton import launch_table
+from txl_kernels.backends.verification import records
 
 
 @pytest.fixture
@@ -88,21 +89,6 @@ def test_the_launches_of_the_first_call_are_known_in_advance():
         assert f"rel_attention/bfloat16/{call}/rel_attention_fwd" in names
 
 
-def test_kernels_that_were_launched_are_recorded_with_their_hash(monkeypatch):
-    ran = []
-    site = SimpleNamespace(launch=lambda kernel, *_, **__: ran.append(kernel))
-    monkeypatch.setitem(sys.modules, "txl_kernels.a_launch_site", site)
-    monkeypatch.setattr(launching, "launch", site.launch)
-    monkeypatch.setattr(launching, "current_target", lambda: "sm_90")
-    monkeypatch.setattr(launching, "specialise", lambda kernel, *_: kernel)
-    monkeypatch.setattr(launching, "kernel_hash", lambda kernel: f"hash of {kernel.__name__}")
-    with verified.launched() as found:
-        site.launch(test_candidates_fit_in_shared_memory, (1,), x=2)
-    name = test_candidates_fit_in_shared_memory.__name__
-    assert (found, len(ran)) == ({f"hash of {name}": name}, 1)
-    assert site.launch is launching.launch
-
-
 @pytest.mark.parametrize(
     ("printed", "error"),
     [
@@ -133,21 +119,31 @@ def test_a_program_that_hangs_is_ended_and_its_output_kept():
     [(None, PASSED), (AssertionError("a bit differs"), FAILED), (UnavailableError("no"), SKIPPED)],
 )
 def test_a_stage_leaves_a_record_in_any_case(tmp_path, monkeypatch, raised, status):
+    record = run_stage(monkeypatch, tmp_path, {"found": 2}, raised)
+    assert (record["status"], record["results"]) == (status, {"found": 2})
+    assert str(raised or "") in (record["error"] or "")
+
+
+def run_stage(monkeypatch, folder, results, raised, device="cpu"):
+    """The record of a stage in this process, which saves the results and may raise."""
+
     def run(context):
-        context.results["found"] = context.ceilings["rate"]
+        context.results |= results
         if raised is not None:
             raise raised
 
     monkeypatch.setitem(sys.modules, "a_stage", SimpleNamespace(run=run))
-    child.main("a_stage:run", tmp_path / "out.json", 0.0, "cpu", {"rate": 2.0})
-    record = json.loads((tmp_path / "out.json").read_text())
-    assert (record["status"], record["results"]) == (status, {"found": 2.0})
-    assert str(raised or "") in (record["error"] or "")
+    for name in ("setsid", "dup2"):
+        monkeypatch.setattr(os, name, lambda *_: None)
+    stage = Stage("a_stage", 1, "a_stage:run")
+    child.run_stage(stage, folder / "out.json", 0.0, device, {})
+    return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_command_says_so_in_one_sentence():
-    command = [sys.executable, "-m", "tools.gpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.count("\n")) == (1, 1)
-    assert "make gpu needs a CUDA device" in done.stdout
+def test_the_hashes_of_a_passed_stage_go_into_the_package(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(records, "write_shipped", lambda *row: written.append(row))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU X")
+    for error in (AssertionError(), None):
+        run_stage(monkeypatch, tmp_path, {"verified": {"hash": "kernel"}}, error, "cuda")
+    assert written == [("GPU X", {"hash": "kernel"})]

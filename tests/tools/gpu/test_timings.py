@@ -82,7 +82,11 @@ def test_the_stage_stops_within_its_budget(context, monkeypatch):
     assert context.results["stopped"].startswith("no time was left for rel_attention/train_d64")
 
 
-def test_a_whole_rehearsal(context):
-    """The order of a GPU with all peers that the CPU has."""
+def test_a_rehearsal_has_all_cases(context, monkeypatch):
+    monkeypatch.setattr(
+        timings,
+        "measure",
+        lambda case, names, rows, _: rows.update(ours={"ms": {"median": 1.0}, "tflops": 1.0}),
+    )
     timings.run(context)
     assert len(context.results["cases"]) == len(headline.device_cases())

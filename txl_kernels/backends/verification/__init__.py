@@ -18,26 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from txl_kernels._register import REL_ATTENTION
 from txl_kernels._register_adaptive import EMBEDDING, LOSS
 from txl_kernels.errors import BackendUnavailableError
-from txl_kernels.transforms import inside_transform
+from txl_kernels.transforms import unwrapped
 
 DEVICE_TYPES = ("cuda",)  # tests add "cpu"
 # Values of the sizes that a tracer leaves open: multiples of 16 and others, many and few.
 _SYMBOL_VALUES = (64, 65, 16, 5)
 _FEW_QUERIES = 16  # of the native kernels on CUDA
-_verdicts: dict[Any, str] = {}  # "" where the kernels passed, else the errors
+# "" where the kernels passed, else the errors: by the key of a call, and for calls that passed
+# also by their plain arguments, which saves the key of a repeated call.
+_verdicts: dict[Any, str] = {}
+_MOST_VERDICTS = 4096
 _lock = threading.RLock()
 
 
 class _Thread(threading.local):
-    """Of this thread: the result for a traced program, and the list that `collected` fills."""
+    """Of this thread: the result for a traced program; what `collected` and `untested` fill."""
 
     failure: str | None = None
     error: str | None = None
     failures: list[str] | None = None
+    untested: dict[str, str] | None = None
 
 
 _thread = _Thread()
@@ -61,7 +66,33 @@ def failure_of(op: str, backend: str, arguments: Sequence[Any]) -> str | None:
         # The tracer runs both lines at once: the operator on fake tensors, the function as it is.
         getattr(torch.ops.txl_verify, op)(backend, grad, exports, *arguments)
         return _traced_failure()
-    return _failure(op, backend, arguments, grad, exports)
+    if _thread.untested is not None:
+        from txl_kernels.backends.verification import calls, kernels
+
+        plain = calls.describe(op, backend, arguments, grad)
+        for part in kernels.hashes(plain, _device(arguments)):
+            _thread.untested.update(part)
+        return None
+    call = (op, backend, grad, torch.are_deterministic_algorithms_enabled(), _plain(arguments))
+    try:
+        if call in _verdicts:
+            return None
+    except TypeError:  # symbolic sizes have no hash
+        return _failure(op, backend, arguments, grad, exports)
+    failure = _failure(op, backend, arguments, grad, exports)
+    if failure is None:
+        if len(_verdicts) >= _MOST_VERDICTS:
+            _verdicts.clear()
+        _verdicts[call] = ""
+    return failure
+
+
+def _plain(value: Any) -> Any:
+    """Arguments as tuples that can be compared."""
+    if isinstance(value, Tensor):
+        layout = (value.shape, value.stride(), value.storage_offset() % 16)
+        return (value.dtype, value.device, *layout, unwrapped(value).requires_grad)
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _traced_failure() -> str | None:
@@ -76,8 +107,35 @@ _traced_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
+def untested() -> Iterator[dict[str, str]]:
+    """Within it this thread's calls run without a self-test.
+
+    The dict receives {hash: label} of the kernels that eager calls of "auto" launch.
+    """
+    before = _thread.untested
+    _thread.untested = {}
+    try:
+        yield _thread.untested
+    finally:
+        _thread.untested = before
+
+
+class Examined(Exception):  # noqa: N818
+    """Ends a call that is made for the tests of its kernels alone."""
+
+
+def stop_if_collecting() -> None:
+    """Raises `Examined` within `collected`."""
+    if _thread.failures is not None:
+        raise Examined
+
+
+@contextlib.contextmanager
 def collected() -> Iterator[list[str]]:
-    """Within it the failures of this thread's calls are added to the list."""
+    """Within it this thread's calls raise `Examined` when their kernels are tested.
+
+    The failures are added to the list.
+    """
     before = _thread.failures
     _thread.failures = []
     try:
@@ -91,7 +149,6 @@ def _failure(
 ) -> str | None:
     from txl_kernels.backends.verification import calls
 
-    grad = grad or inside_transform("vmap")
     device = _device(arguments)
     for symbol in _symbol_values(backend, arguments):
         call = calls.describe(op, backend, arguments, grad, symbol)
@@ -111,8 +168,10 @@ def _failure(
 
 def _symbol_values(backend: str, arguments: Sequence[Any]) -> tuple[int, ...]:
     """The values to try for symbolic sizes; one if there are none."""
-    shapes = [x.shape for x in arguments if isinstance(x, Tensor)]
-    if not any(isinstance(size, torch.SymInt) for shape in shapes for size in shape):
+    sizes = (
+        size for x in tree_leaves(list(arguments)) if isinstance(x, Tensor) for size in x.shape
+    )
+    if not any(isinstance(size, torch.SymInt) for size in sizes):
         return (0,)
     few_only = backend == "native" and _device(arguments).type == "cuda"
     return tuple(n for n in _SYMBOL_VALUES if n <= _FEW_QUERIES or not few_only)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from txl_kernels.transforms import unwrapped
+
 # Queries and keys of a problem: several tiles of every launch configuration, the last one partial.
 _LONG = 144
 _FEW_TOKENS = 48
@@ -73,7 +75,7 @@ def describe(
             size = value.dtype.itemsize
             offset = number(value.storage_offset()) * size % 16 // size
             shape, strides = (tuple(map(number, x)) for x in (value.shape, value.stride()))
-            requested = grad and value.requires_grad
+            requested = grad and unwrapped(value).requires_grad
             is_copied = op == "rel_attention" and value.dtype.is_floating_point
             if is_copied and len(shape) == 4 and strides[-1] != 1:
                 strides, offset = _contiguous(shape), 0

@@ -1,0 +1,125 @@
+"""Every named case of every op on a GPU against float64, with all gradients; equal bits of runs.
+
+New memory holds NaN. Tests marked "sanitizer" are the ones that compute-sanitizer runs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from txl_kernels import rel_attention, rel_shift, resolve
+from txl_kernels.testing import (
+    ADAPTIVE_SOFTMAX_CASES,
+    DECODE_CASES,
+    REL_ATTENTION_CASES,
+    check_adaptive_embedding,
+    check_adaptive_softmax,
+    check_rel_attention,
+    check_rel_attention_output,
+)
+from txl_kernels.testing.poison import filled_with_nan
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SANITIZED = {"transformer_xl", "wild_lengths", "head_41", "dropout", "one_query", "two_tails"}
+REPEATED = ("transformer_xl", "conformer", "long", "window", "dropout", "head_41", "everything")
+DETERMINISTIC = functools.partial(filled_with_nan, deterministic=True)
+
+
+def params(cases, *backends):
+    """Each case with each backend and dtype; small ones in float16 for the sanitizer."""
+    found = []
+    for case in cases:
+        for backend in backends:
+            for dtype in DTYPES:
+                marks = []
+                if case.name in SANITIZED and dtype == torch.float16:
+                    marks = [pytest.mark.sanitizer]
+                name = f"{backend}-{str(dtype).removeprefix('torch.')}-{case}"
+                found.append(pytest.param(case, backend, dtype, marks=marks, id=name))
+    return pytest.mark.parametrize(("case", "backend", "dtype"), found)
+
+
+def require(op, backend, dtype, device, **call):
+    _, reason = resolve(op, backend=backend, device=device, dtype=dtype, **call)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def require_attention(case, backend, dtype, device, needs_grad):
+    sizes = {"Tq": case.Tq, "D": case.D, "Dv": case.Dv, "uses": case.uses}
+    require("rel_attention", backend, dtype, device, needs_grad=needs_grad, **sizes)
+
+
+@params(REL_ATTENTION_CASES, "triton")
+def test_attention(case, backend, dtype, device):
+    require_attention(case, backend, dtype, device, needs_grad=True)
+    check_rel_attention(case, backend, dtype, device, within=filled_with_nan)
+
+
+@params([case for case in REL_ATTENTION_CASES if case.name in REPEATED], "triton")
+def test_three_runs_of_attention_have_the_same_bits(case, backend, dtype, device):
+    require_attention(case, backend, dtype, device, needs_grad=True)
+    check_rel_attention(case, backend, dtype, device, runs=3, within=DETERMINISTIC)
+
+
+@params(DECODE_CASES, "native", "triton")
+def test_decoding(case, backend, dtype, device):
+    require_attention(case, backend, dtype, device, needs_grad=False)
+
+    def run(**call):
+        with DETERMINISTIC():
+            first, *others = (
+                rel_attention(**call, return_lse=True, backend=backend) for _ in range(3)
+            )
+        assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
+        return first
+
+    check_rel_attention_output(case, dtype, run, device)
+
+
+@params(ADAPTIVE_SOFTMAX_CASES, "triton")
+@pytest.mark.parametrize("op", ["adaptive_loss", "adaptive_nll", "adaptive_embedding"])
+def test_softmax_and_embedding(op, case, backend, dtype, device):
+    require(op, backend, dtype, device, needs_grad=True)
+    options = {"runs": 3, "within": filled_with_nan}
+    inputs = case.inputs(dtype, device)
+    if op == "adaptive_embedding":
+        check_adaptive_embedding(inputs, case.cutoffs, backend, **options)
+    else:
+        check_adaptive_softmax(op, inputs, case.cutoffs, backend, **options)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(
+    ("shape", "n_keys", "offset"),
+    [
+        ((2, 3, 5, 9), None, None),
+        ((2, 7, 3), 20, 4),
+        ((1, 2, 3, 17, 401), 230, None),
+        ((3, 4, 6), 5, -2),
+        ((3, 4, 60), 50, 2**40),
+        ((0, 4, 6), None, None),
+        ((2, 3, 5), 0, None),
+        ((8, 4, 256, 1000), 513, None),
+    ],
+    ids=str,
+)
+def test_the_shift_is_the_reference_bit_by_bit(shape, n_keys, offset, backend, dtype, device):
+    require("rel_shift", backend, dtype, device, needs_grad=True)
+    # One element into an allocation: rows begin at every alignment.
+    memory = torch.randn(1 + torch.Size(shape).numel(), device=device).to(dtype)
+    x = memory[1:].view(shape).requires_grad_()
+    results = []
+    for name in (backend, "reference"):
+        out = rel_shift(x, n_keys=n_keys, offset=offset, backend=name)
+        dout = torch.arange(out.numel(), device=device).remainder(251).to(dtype).view(out.shape)
+        results.append((out, *torch.autograd.grad(out, x, dout)))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)

@@ -1,0 +1,140 @@
+"""Stage "memory": peak memory of headline calls, and a training step replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import device as gpu
+from benchmarks import headline
+from benchmarks.cases import OURS
+from benchmarks.cases.adaptive_softmax import SoftmaxCase
+from benchmarks.cases.rel_attention import COMPILED_PEERS, AttentionCase
+from tools.gpu.stages import Context
+from transformer_xl.config import ModelConfig
+from transformer_xl.model import TransformerXL
+
+SHAPES = ("train_d64", "train_d128", "inkling_global_8k", "inkling_sliding_8k", "parakeet_10min")
+MODEL = ModelConfig(
+    vocab_size=1000,
+    cutoffs=(200, 500),
+    div_val=2,
+    n_layer=2,
+    d_model=128,
+    n_head=2,
+    d_head=64,
+    d_inner=256,
+    mem_len=64,
+    dropout=0.0,
+)
+B, T, STEPS = 4, 64, 3
+TOLERANCE = 1e-4  # of the change of the parameters; sums for r's gradient are atomic
+Step = Callable[[], None]
+
+
+def run(context: Context) -> None:
+    """Results: "graph_difference", the relative difference that the replay makes to the change of
+    the parameters; "peak_mib" of forward and backward by call and contender.
+
+    Raises:
+        AssertionError: the replay trains otherwise than the step itself.
+    """
+    difference = graph_difference(context.device)
+    context.results["graph_difference"] = difference
+    context.save()
+    assert difference <= TOLERANCE, f"a replayed training step differs by {difference:.1e}"
+    gc.collect()
+    gc.freeze()  # later collections skip the imported modules
+    peaks: dict[str, dict[str, Any]] = context.results.setdefault("peak_mib", {})
+    for case in _cases(context.device):
+        found = peaks.setdefault(case.shape.name, {})
+        for name in (OURS, *case.peers, *case.yardsticks):
+            if context.seconds_left() < 1 or name in COMPILED_PEERS:
+                continue
+            try:
+                with case.contender(name) as timed:
+                    found[name] = _peak(timed, context.device)
+            except Exception as error:
+                found[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+            gc.collect()
+            context.save()
+    context.results["summary"] = [f"graph replay: relative difference {difference:.1e}"]
+    context.results["summary"] += [
+        f"{shape:<20} MiB: {', '.join(f'{name} {_figure(x)}' for name, x in found.items())}"
+        for shape, found in peaks.items()
+        if found
+    ]
+    context.save()
+
+
+def _cases(device: torch.device) -> list[Any]:
+    cases: list[Any] = [
+        AttentionCase(shape, torch.bfloat16, "forward+backward", device.type)
+        for shape in headline.ATTENTION
+        if shape.name in SHAPES
+    ]
+    cases.append(SoftmaxCase(headline.SOFTMAX, torch.bfloat16, "loss", device.type))
+    return cases if device.type == "cuda" else [case.tiny() for case in cases]
+
+
+def _peak(run: Callable[[], object], device: torch.device) -> float:
+    """MiB; 0 on a CPU, where the call runs all the same."""
+    if device.type == "cuda":
+        return gpu.peak_mib(run)
+    run()
+    return 0.0
+
+
+def graph_difference(device: torch.device) -> float:
+    """Trains a small model by a captured step and by the step itself, on the same batches."""
+    torch.manual_seed(0)
+    model = TransformerXL(MODEL).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = torch.randint(MODEL.vocab_size, (STEPS, B, T + 1), device=device)
+    with torch.no_grad():
+        memory = model(batches[0, :, :-1]).memory
+    batch = batches[0].clone()
+    before = [x.detach().clone() for x in model.parameters()]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(batch[:, :-1], memory, batch[:, 1:]).loss.backward()
+        optimizer.step()
+
+    def trained(run: Step) -> Tensor:
+        with torch.no_grad():
+            for x, start in zip(model.parameters(), before, strict=True):
+                x.copy_(start)
+        for tokens in batches:
+            batch.copy_(tokens)
+            run()
+        pairs = zip(model.parameters(), before, strict=True)
+        return torch.cat([(x.detach() - start).flatten() for x, start in pairs])
+
+    replayed, expected = trained(captured(step, device)), trained(step)
+    assert bool(expected.any()), "the step changes no parameter"
+    return float((replayed - expected).norm() / expected.norm())
+
+
+def captured(step: Step, device: torch.device) -> Step:
+    """The replay of `step` as a CUDA graph; on a CPU the step itself."""
+    if device.type != "cuda":
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles the kernels and tests them
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _figure(peak: float | str) -> str:
+    return f"{peak:.0f}" if isinstance(peak, float) else peak.partition(":")[0]
