@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from benchmarks.measure import Timed, sample, stopwatch
+from txl_kernels import BackendUnavailableError, resolve
 
 INPUT_SETS = 2
 _FLUSH_BYTES = 2**30  # at least; 4 times L2 if that is more
@@ -38,12 +41,18 @@ class OneProgramAtATime:
         return 1.0
 
 
+@functools.cache
+def _flush(device: torch.device) -> Flush:
+    """One for all timers, since its buffer is large."""
+    return Flush(device)
+
+
 def timer(runs: Sequence[Callable[[], object]], device: torch.device) -> Timed:
     """Returns the seconds of one run; the runs are the same work on different inputs, in turn."""
     turns = itertools.cycle(runs)
     if device.type != "cuda":
         return stopwatch(lambda: next(turns)())
-    flush = Flush(device)
+    flush = _flush(device)
 
     def timed() -> float:
         run = next(turns)
@@ -56,6 +65,23 @@ def timer(runs: Sequence[Callable[[], object]], device: torch.device) -> Timed:
         return start.elapsed_time(end) * 1e-3
 
     return timed
+
+
+def preferred_backend(op: str, device: str, **call: Any) -> str:
+    """The backend that "auto" prefers, to be named: a named one never falls back to another.
+
+    Args:
+        call: arguments of `resolve`.
+
+    Raises:
+        BackendUnavailableError: no kernel of ours runs the call on a GPU.
+    """
+    if device == "cpu":
+        return "auto"
+    backend, reason = resolve(op, device=device, **call)
+    if backend is None or reason is not None:
+        raise BackendUnavailableError(f"{op}: {reason}")
+    return backend
 
 
 def peak_mib(run: Callable[[], object]) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import OURS, WrongResultError
-from benchmarks.device import INPUT_SETS, timer
+from benchmarks.device import INPUT_SETS, preferred_backend, timer
 from benchmarks.measure import Timed
 from benchmarks.peers import adaptive_softmax as peers
 from benchmarks.peers.hf_softmax import SoftmaxWorker
@@ -134,7 +134,10 @@ class SoftmaxCase:
     def _loss(self, name: str, inputs: SoftmaxInputs) -> Callable[[], Tensor]:
         if name in (OURS, REFERENCE):
             op = adaptive_loss if self.work == "loss" else adaptive_nll
-            backend = "auto" if name == OURS else "reference"
+            backend = "reference"
+            if name == OURS:
+                options = {"dtype": self.dtype, "needs_grad": True}
+                backend = preferred_backend(op.__name__, self.device, **options)
             return functools.partial(op, **arguments(self.shape, inputs), backend=backend)
         module = peers.torch_module(inputs)
         if self.work == "loss":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import OURS, PeerUnavailableError, WrongResultError
-from benchmarks.device import INPUT_SETS, timer
+from benchmarks.device import INPUT_SETS, preferred_backend, timer
 from benchmarks.inputs import AttentionInputs, AttentionShape, random_inputs
 from benchmarks.measure import Timed
 from benchmarks.peers import eager, flex, sdpa
@@ -172,6 +172,13 @@ class AttentionCase:
             causal = {} if name == SDPA_PLAIN else {"causal": self.shape.causal}
             return functools.partial(way, *leaves, **causal), tuple(leaves)
         attend = _attend(name, self.shape, self.device)
+        if name == OURS:
+            sizes = {"Tq": self.shape.Tq, "D": self.shape.D, "dtype": self.dtype}
+            needs_grad = self.direction != "forward"
+            backend = preferred_backend(
+                "rel_attention", self.device, needs_grad=needs_grad, **sizes
+            )
+            attend = functools.partial(attend, backend=backend)
         return functools.partial(attend, inputs), inputs.leaves()
 
     def _yardstick_queries(self, name: str) -> int:
@@ -189,9 +196,9 @@ def _attend(name: str, shape: AttentionShape, device: str = "cpu") -> Attend:
     """The implementation `name`, with all arguments bound but the inputs."""
     key_lens = _key_lens(shape, device)
     if name in (OURS, REFERENCE):
-        backend = "auto" if name == OURS else "reference"
-        options = _options(shape)
-        return functools.partial(_rel_attention, **options, key_lens=key_lens, backend=backend)
+        options = _options(shape) | {"key_lens": key_lens}
+        options["backend"] = "auto" if name == OURS else "reference"
+        return functools.partial(_rel_attention, **options)
     if name == FLEX:
         mask = flex.block_mask(shape, torch.device(device))
         return functools.partial(flex.compiled(), shape, mask)

@@ -37,7 +37,9 @@ def attend(
 @functools.cache
 def compiled() -> Callable[..., Tensor]:
     """`attend` with compiled FlexAttention, without its first argument."""
-    return functools.partial(attend, torch.compile(flex_attention, dynamic=False))
+    torch._dynamo.config.recompile_limit = 100  # each shape is compiled; by default 8 are
+    attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return functools.partial(attend, attention)
 
 
 def block_mask(shape: AttentionShape, device: torch.device) -> Any:

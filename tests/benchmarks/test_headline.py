@@ -13,6 +13,8 @@ from benchmarks.cases import OURS, PeerUnavailableError, WrongResultError
 from benchmarks.cases import rel_attention as attention
 from benchmarks.cases.rel_attention import CUDNN, EAGER, FLASH, SDPA_BIAS, AttentionCase
 from benchmarks.peers import flex, sdpa
+from txl_kernels import BackendUnavailableError
+from txl_kernels.backends import Resolution
 
 BY_NAME = {shape.name: shape for shape in headline.ATTENTION}
 TINY = [dataclasses.replace(shape.tiny(), D=8) for shape in headline.ATTENTION]
@@ -92,8 +94,17 @@ class Event:
 def test_time_on_a_gpu_is_between_events_and_inputs_take_turns(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     flushed, ran = [], []
-    monkeypatch.setattr(device, "Flush", lambda _: lambda: flushed.append(len(ran)))
+    monkeypatch.setattr(device, "_flush", lambda _: lambda: flushed.append(len(ran)))
     timed = device.timer([lambda: ran.append("a"), lambda: ran.append("b")], torch.device("cuda"))
     assert [timed() for _ in range(3)] == [1e-3] * 3
     assert ran == ["a", "b", "a"]
     assert flushed == [0, 1, 2]
+
+
+def test_ours_on_a_gpu_never_falls_back(monkeypatch):
+    monkeypatch.setattr(device, "resolve", lambda op, **call: Resolution("triton", None))
+    assert device.preferred_backend("rel_attention", "cuda", Tq=5) == "triton"
+    assert device.preferred_backend("rel_attention", "cpu") == "auto"
+    monkeypatch.setattr(device, "resolve", lambda op, **call: Resolution("reference", "no device"))
+    with pytest.raises(BackendUnavailableError, match="rel_attention: no device"):
+        device.preferred_backend("rel_attention", "cuda")
