@@ -15,19 +15,15 @@ from torch import Tensor
 
 from txl_kernels.backends.reference.adaptive_softmax import Cluster
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, n_tiles, tile_of
-from txl_kernels.backends.triton.adaptive_configs import (
-    Splits,
-    TailConfig,
-    splits,
-    tail_config,
-)
+from txl_kernels.backends.triton.adaptive_configs import splits, tail_config
 from txl_kernels.backends.triton.adaptive_products import load_block, multiply_rows
 from txl_kernels.backends.triton.adaptive_softmax_head_rows import LOG2E, LOWEST
+from txl_kernels.backends.triton.launch_table import SplitConfig, TailConfig
 from txl_kernels.backends.triton.launching import launch
 
 
 class Tails(NamedTuple):
-    """The tails in the form that their kernels read, and their tokens' projected rows."""
+    """The tails' tensors as the kernels read them, and the projected rows of their tokens."""
 
     x: Tensor  # [N, max(widths)]: at each sorted position projection · hidden, in hidden's dtype
     weights: tuple[Tensor, ...]  # [sizes[k], widths[k]]
@@ -303,7 +299,7 @@ def _adaptive_tails_join_kernel(
     tl.store(p_nll + o_token, nll + ((largest - at_target) + log_sum), mask=m_row)
 
 
-def n_programs(N: int, sizes: tuple[int, ...], config: TailConfig, split: Splits) -> int:
+def n_programs(N: int, sizes: tuple[int, ...], config: TailConfig, split: SplitConfig) -> int:
     """The most programs that the tokens of a kernel with `split_of` may need.
 
     Σ tiles_k · splits_k, with tiles_k ≤ n_k / BLOCK_ROWS + 1 and splits_k ≤ sizes_k / columns + 1.

@@ -1,4 +1,7 @@
-"""`torch.ops.txl_triton.rel_attention_fwd`: checks nothing, allocates, launches."""
+"""The kernel of `torch.ops.txl_triton.rel_attention_fwd`: allocates the outputs and launches.
+
+It does not check its arguments.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from torch import Tensor
 from txl_kernels.backends.triton.launching import launch
 from txl_kernels.backends.triton.rel_attention_call import kernel_arguments, query_sign
 from txl_kernels.backends.triton.rel_attention_config import (
-    architecture,
     block_size,
     forward_config,
 )
@@ -49,9 +51,9 @@ def rel_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Returns out [B, H, Tq, Dv] in q's dtype and lse [B, H, Tq] in float32.
 
-    `position`, where given, is read instead of multiplying with r in the kernel.
+    If `position` is given, the kernel reads it instead of multiplying with r.
     """
-    assert q_pos is None, "resolve refuses these"
+    assert q_pos is None, "`resolve` refuses calls with this argument and the two below"
     assert bias is None
     assert not dead_uniform
     arguments = kernel_arguments(
@@ -64,8 +66,7 @@ def rel_attention_fwd(
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    arch = architecture(q.device)
-    config = forward_config(arch, D, Dv, q.dtype, Tq, mask is not None, dropout_p > 0)
+    config = forward_config(q.device, D, Dv, q.dtype, Tq, mask is not None, dropout_p > 0)
     grid = (triton.cdiv(Tq, config.BLOCK_Q) * B * H,)
     with torch.cuda.device_of(q):
         launch(
@@ -86,10 +87,10 @@ def rel_attention_fwd_materialised(
     q: Tensor, k: Tensor, v: Tensor, r: Tensor, r_w_bias: Tensor | None, r_r_bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`rel_attention_fwd` with all products with r from one of torch's, [B, H, Tq, R] float32.
+    """`rel_attention_fwd`, but one matmul of torch computes the products with r.
 
-    An oracle for the chunks and their rotation at sizes where the reference does not fit, as
-    `make gpu` uses it. `"auto"` never takes it, for the fused kernel runs wherever this one does.
+    These need [B, H, Tq, R] float32. Tests compare the fused kernel with this function at sizes
+    that are too large for the reference. No backend uses it.
     """
     queries = q.float() if r_r_bias is None else q.float() + r_r_bias.float()[:, None]
     position = (query_sign(rest[-4]) * queries).to(q.dtype).float() @ r.float().mT
