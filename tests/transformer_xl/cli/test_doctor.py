@@ -54,6 +54,12 @@ def test_doctor_does_not_warn_of_no_triton(monkeypatch):
     assert doctor._triton_note() == ""
 
 
+def test_the_folder_of_the_records_is_shown(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/a/cache")
+    output = CliRunner().invoke(app, ["doctor"]).stdout
+    assert "recorded in /a/cache/transformer-xl/verified" in output
+
+
 def test_checks_that_pass_end_with_status_0(monkeypatch):
     result = verify(monkeypatch, check(), check(backend="reference"))
     assert result.exit_code == 0, result.output
