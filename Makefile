@@ -3,6 +3,7 @@
 #   PYTHON  the interpreter that creates the environment; its torch is used if it has one
 #   TORCH   the requirement that pip installs if that interpreter has no torch
 #   VENV    the environment; an existing one is used unchanged
+#   BUDGET  the most seconds that `make gpu` takes; STAGES chooses its stages
 #   MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers at a time
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -14,8 +15,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 HF_VENV ?= .venv-hf
-# The Triton that torch 2.13's CUDA build requires; its machine code is checked too.
-NEXT_TRITON := 3.7.1
+BUDGET ?= 240
+STAGES ?=
+# The newest Triton; `make gates` checks its machine code too.
+NEXT_TRITON := 3.9.0
 
 PY := $(VENV)/bin/python
 PIP := -m pip --quiet --quiet --disable-pip-version-check --no-input
@@ -35,16 +38,18 @@ test: $(VENV)/.installed-dev ## the full test suite, on all cores; Triton kernel
 bench: $(VENV)/.installed-dev ## the benchmarks: one table, JSON and a plot
 	$(PY) -m benchmarks
 
-gpu: ## on a machine with a GPU: build, test, measure; JSON in benchmarks/results
-	$(PYTHON) -m benchmarks.gpu
+gpu: ## on a machine with a GPU: check, measure; JSON in benchmarks/results (BUDGET=240, STAGES=a,b)
+	$(PYTHON) -m tools.gpu --budget $(BUDGET) --stages '$(STAGES)'
 
-gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## machine code of every Triton kernel, sm_80 and sm_90
-	$(PY) -m txl_kernels.testing.aot gates
-	PYTHONPATH=build/triton-$(NEXT_TRITON) $(PY) -m txl_kernels.testing.aot gates
+gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## check the machine code of all GPU kernels; needs no GPU
+	@status=0; set -x; \
+	$(PY) -m tools.gates || status=1; \
+	PYTHONPATH=build/triton-$(NEXT_TRITON) $(PY) -m tools.gates || status=1; \
+	$(PY) -m tools.gates.cuda || status=1; \
+	exit $$status
 
-model: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## recompute the table of inner loops and the static cost model
-	$(PY) -m txl_kernels.testing.aot renew
-	PYTHONPATH=build/triton-$(NEXT_TRITON) $(PY) -m txl_kernels.testing.aot renew
+gates-ci: $(VENV)/.installed-dev ## the most common launches for three architectures, as in CI
+	$(PY) -m tools.gates --headline --arch 80 90 120
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
 	$(PYTHON) -m venv $(HF_VENV)
@@ -87,13 +92,14 @@ ci: ## all checks, in order
 	$(MAKE) lint
 	$(MAKE) types
 	$(MAKE) wheel
+	$(MAKE) gates-ci
 	$(MAKE) test
 
 clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f txl_kernels/_C.*.so txl_kernels/_native_build.json $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates model bench-hf-env venv build format lint types wheel ci clean native-status torch
+.PHONY: help run test bench gpu gates gates-ci bench-hf-env venv build format lint types wheel ci clean native-status torch
 
 # ---- the environment
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: take the figures, print one table, write JSON and a plot."""
+"""`python -m benchmarks`: measure the cases, print one table, write JSON and a plot."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import machine, registry
+from benchmarks import headline, machine, registry
 from benchmarks.cases import OURS
+from benchmarks.device import OneProgramAtATime
 from benchmarks.measure import SAMPLE_SECONDS, WANTED_ROUNDS, Probe
 from benchmarks.plot import plot
 from benchmarks.report import print_report, write_json
 from benchmarks.step_profile import profile_step
 from benchmarks.suite import Effort, Figures, take, take_memory
+from txl_kernels.backends import cuda_device
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 172  # columns, where there is no terminal to ask
@@ -25,19 +27,24 @@ WIDTH = 172  # columns, where there is no terminal to ask
 
 def main() -> None:
     options = _parse()
-    timed = registry.select(registry.timed_cases(), options.cases)
-    memory = registry.select(registry.memory_cases(), options.cases)
+    on_gpu = options.device == "cuda"
+    timed = headline.device_cases() if on_gpu else registry.timed_cases()
+    timed = registry.select(timed, options.cases)
+    memory = registry.select(() if on_gpu else registry.memory_cases(), options.cases)
     if options.list:
         print(*(case.name for case in (*timed, *memory)), sep="\n")
         return
     if not timed and not memory:
         raise SystemExit(f"no case matches {' '.join(options.cases)}; --list shows all")
+    if on_gpu and (reason := cuda_device.unavailable_reason()):
+        raise SystemExit(f"--device cuda: {reason}")
     torch.set_num_threads(options.threads)
     console = Console(width=options.width or (None if sys.stdout.isatty() else WIDTH))
     effort = Effort(options.pairs, options.sample_seconds, memory=not options.no_memory)
-    described = machine.describe()
-    probe = Probe()
-    stem = f"{machine.processor().slug}-{datetime.date.today().isoformat()}"
+    described = machine.describe(options.device)
+    probe = OneProgramAtATime() if on_gpu else Probe()
+    slug = machine.Processor(str(described["processor"]), ()).slug
+    stem = f"{slug}-{datetime.date.today().isoformat()}"
     written = options.out / f"{stem}.json"
     results = []
     for case in track(timed, "timing", console=console):
@@ -61,10 +68,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "cases", nargs="*", default=["*"], help="parts of names, such as enwik8_base/float32"
     )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the headline cases on a GPU"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--pairs", type=int, default=WANTED_ROUNDS, help="quiet pairs per peer")
     parser.add_argument("--quick", action="store_true", help="3 pairs of short samples")
-    parser.add_argument("--no-memory", action="store_true", help="take no peak memory")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, help="columns of the table")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and plot")

@@ -1,4 +1,4 @@
-"""The inputs of an attention benchmark: a named shape, random tensors, and what there is to do."""
+"""The inputs of an attention benchmark: a named shape, random tensors, the number of operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from torch import Tensor
 class AttentionShape:
     """Sizes of one call of `rel_attention`; lengths in tokens (frames).
 
-    `key_lens`, where given, is passed as the argument of that name, one length per row.
+    Attributes:
+        key_lens: if given, the argument of that name, one length per row.
+        rel_extent: rows of r, shared by all heads, for the distances rel_extent - 1 … 0; pairs
+            further apart have no position term. None: each head has a row for each distance.
+        window: keys more than this many tokens before the query are masked.
     """
 
     name: str
@@ -24,31 +28,54 @@ class AttentionShape:
     D: int
     causal: bool
     key_lens: tuple[int, ...] | None = None
+    rel_extent: int | None = None
+    window: int | None = None
 
     @property
     def n_keys(self) -> int:
-        """Keys: the memory's and the segment's."""
+        """Keys of memory and segment."""
         return self.Tm + self.Tq
 
     @property
     def n_rows(self) -> int:
-        """Rows of r: distances Tk - 1 … 0, or down to -(Tq - 1) where the future is seen."""
+        """Rows of r: distances Tk - 1 … 0, or down to -(Tq - 1) if not causal."""
+        if self.rel_extent is not None:
+            return self.rel_extent
         return self.n_keys if self.causal else self.n_keys + self.Tq - 1
+
+    @property
+    def offset(self) -> int:
+        """The row of r for the distance 0."""
+        return (self.rel_extent or self.n_keys) - 1 - self.Tm
 
     @property
     def attended_pairs(self) -> int:
         """(query, key) pairs that the mask allows, over all rows and heads."""
+        return self._pairs(self.n_keys if self.window is None else self.window + 1)
+
+    @property
+    def position_pairs(self) -> int:
+        """The attended pairs that have a position term."""
+        return min(self.attended_pairs, self._pairs(self.rel_extent or self.n_keys))
+
+    def _pairs(self, reach: int) -> int:
+        """Pairs of a query and one of the last `reach` keys that it attends to."""
         seen = torch.full((self.Tq,), self.n_keys)
         if self.causal:
-            seen = torch.arange(self.Tq) + self.Tm + 1
+            seen = (torch.arange(self.Tq) + self.Tm + 1).clamp(max=reach)
         key_lens = torch.tensor(self.key_lens or (self.n_keys,) * self.B)
         return int(torch.minimum(seen, key_lens[:, None]).sum()) * self.H
 
     def tiny(self) -> AttentionShape:
         """The same kind of call, small enough to load every library with."""
-        key_lens = None if self.key_lens is None else (16,) * self.B
-        Tm = min(self.Tm, 16)
-        return dataclasses.replace(self, Tq=16, Tm=Tm, key_lens=key_lens)
+        key_lens = None if self.key_lens is None else (16,) * min(self.B, 2)
+        small = {"B": min(self.B, 2), "H": min(self.H, 2), "Tq": min(self.Tq, 16)}
+        small["Tm"] = min(self.Tm, 16)
+        rel_extent = None if self.rel_extent is None else 8
+        window = None if self.window is None else 7
+        return dataclasses.replace(
+            self, **small, key_lens=key_lens, rel_extent=rel_extent, window=window
+        )
 
 
 class AttentionInputs(NamedTuple):
@@ -57,18 +84,18 @@ class AttentionInputs(NamedTuple):
     q: Tensor  # [B, H, Tq, D]
     k: Tensor  # [B, H, Tq, D]
     v: Tensor  # [B, H, Tq, D]
-    r: Tensor  # [1, H, R, D]
+    r: Tensor  # [1, 1 or H, R, D]
     r_w_bias: Tensor  # [H, D]
     r_r_bias: Tensor  # [H, D]
     mem_k: Tensor | None  # [B, H, Tm, D]
     mem_v: Tensor | None  # [B, H, Tm, D]
 
     def leaves(self) -> tuple[Tensor, ...]:
-        """The tensors there are: all of them get gradients in a backward pass."""
+        """The present tensors: all of them get gradients in a backward pass."""
         return tuple(tensor for tensor in self if tensor is not None)
 
     def convert(self, dtype: torch.dtype) -> AttentionInputs:
-        """The same values, as leaves of their own in `dtype`, asking for gradients alike."""
+        """The same values, as leaves of their own in `dtype`, with the same `requires_grad`."""
         copies = (
             None if x is None else x.detach().to(dtype).requires_grad_(x.requires_grad)
             for x in self
@@ -84,7 +111,8 @@ def random_inputs(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> AttentionInputs:
-    """Normal values (the biases a tenth), contiguous, the same for one seed and kind of device."""
+    """Normal values (biases have a standard deviation of 0.1), the same for one seed and kind of
+    device."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -98,7 +126,7 @@ def random_inputs(
         q=normal(*segment),
         k=normal(*segment),
         v=normal(*segment),
-        r=normal(1, H, shape.n_rows, D),
+        r=normal(1, H if shape.rel_extent is None else 1, shape.n_rows, D),
         r_w_bias=normal(H, D, std=0.1),
         r_r_bias=normal(H, D, std=0.1),
         mem_k=memory[0],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import device as gpu
 from benchmarks.measure import sample, stopwatch
 from txl_kernels.backends import native
 
@@ -76,15 +77,28 @@ def tile_rates(kinds: tuple[str, ...], seconds: float = 0.1) -> dict[str, float]
     return {kind: rate for kind, rate in best.items() if rate > 0}
 
 
-def limit(dtype: torch.dtype, seconds: float = 0.1) -> Limit | None:
-    """What a kernel in `dtype` could reach at this moment; None without the native part."""
+def limit(dtype: torch.dtype, seconds: float = 0.1, device: str = "cpu") -> Limit | None:
+    """The rate that products of `dtype` reach at this moment; None without the native part."""
+    if device != "cpu":
+        return Limit("matmul", gpu.matmul_rate(torch.device(device), dtype) / 1e9)
     rates = tile_rates(_TILE_KINDS[dtype], seconds)
     return max((Limit(*item) for item in rates.items()), key=lambda x: x.gflops, default=None)
 
 
-def describe() -> dict[str, object]:
+def describe(device: str = "cpu") -> dict[str, object]:
     """The machine and its rates in GFLOP/s, for the record of a run."""
     here = processor()
+    if device != "cpu":
+        return {
+            "processor": torch.cuda.get_device_name(),
+            "features": (f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}",),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "native": native.unavailable_reason() or "built and loaded",
+            "matmul_float32": gpu.matmul_rate(torch.device(device), torch.float32) / 1e9,
+            "matmul_bfloat16": gpu.matmul_rate(torch.device(device), torch.bfloat16) / 1e9,
+            "tiles": {},
+        }
     return {
         "processor": here.name,
         "features": here.features,

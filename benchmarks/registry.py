@@ -1,4 +1,4 @@
-"""Every benchmark case by name. Shapes are named after real runs and read from their presets."""
+"""Every benchmark case by name. Shapes are named after real runs; most are read from presets."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def timed_cases() -> list[Case]:
 
 
 def memory_cases() -> list[Case]:
-    """Cases of which only the memory is taken, and only for ours."""
+    """Cases whose memory alone is measured, only for ours."""
     return [AttentionCase(LONG, torch.float32, "forward+backward")]
 
 

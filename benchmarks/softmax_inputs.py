@@ -83,20 +83,20 @@ class SoftmaxInputs(NamedTuple):
             named |= {f"{name}[{k}]": x for k, x in enumerate(getattr(self, name))}
         return named
 
-    def convert(self, dtype: torch.dtype) -> SoftmaxInputs:
-        """The same values, as leaves of their own in `dtype`."""
+    def convert(self, dtype: torch.dtype, device: str | None = None) -> SoftmaxInputs:
+        """The same values, as leaves of their own in `dtype`; on `device` if it is given."""
 
         def leaf(x: Tensor) -> Tensor:
-            return x.detach().to(dtype).clone().requires_grad_()
+            return x.detach().to(device, dtype).clone().requires_grad_()
 
         hidden, target, weight, bias, *lists = self
         lists = [[leaf(x) for x in part] for part in lists]
-        return SoftmaxInputs(leaf(hidden), target, leaf(weight), leaf(bias), *lists)
+        return SoftmaxInputs(leaf(hidden), target.to(device), leaf(weight), leaf(bias), *lists)
 
 
-def random_softmax(shape: SoftmaxShape, dtype: torch.dtype) -> SoftmaxInputs:
-    """Normal values, such that logits have variance 1; contiguous leaves, always the same."""
-    generator = torch.Generator().manual_seed(1)
+def random_softmax(shape: SoftmaxShape, dtype: torch.dtype, seed: int = 1) -> SoftmaxInputs:
+    """Normal values, such that logits have variance 1; contiguous leaves, the same for one seed."""
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int, std: float) -> Tensor:
         return (torch.randn(*size, generator=generator) * std).to(dtype).requires_grad_()

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks import machine, peak_memory
+from benchmarks import device, machine, peak_memory
 from benchmarks.cases import OURS, Case, WrongResultError
 from benchmarks.measure import (
     Comparison,
@@ -92,16 +92,20 @@ def take(case: Case, probe: Probe, effort: Effort) -> Figures:
 
 
 def take_memory(case: Case, contenders: tuple[str, ...], figures: Figures) -> None:
-    """Peak growth of each contender that runs in a Python process of ours."""
+    """Peak growth of each contender that runs in a Python process of ours, or on the device."""
     for name in contenders:
         with _noting(figures, name):
+            if case.device != "cpu":
+                with case.contender(name) as run:
+                    figures.peak_mib[name] = device.peak_mib(run)
+                continue
             figures.peak_mib[name] = peak_memory.in_child(case.name, name)
 
 
 def _take_speed(case: Case, ours: Timed, probe: Probe, effort: Effort, figures: Figures) -> None:
     """Our own seconds and rate, and the limit of the same minute."""
     if case.flop is not None:
-        figures.limit = machine.limit(case.dtype)
+        figures.limit = machine.limit(case.dtype, device=case.device)
     rounds = take_rounds((ours,), probe, wanted=effort.pairs, sample_seconds=effort.sample_seconds)
     figures.seconds, figures.quiet = rounds.seconds(0), rounds.quiet
     if case.flop is not None:

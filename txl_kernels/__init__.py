@@ -14,7 +14,7 @@ from txl_kernels.ops.adaptive_softmax import (
 )
 from txl_kernels.ops.rel_attention import rel_attention
 from txl_kernels.ops.rel_shift import rel_shift
-from txl_kernels.ops.warmup import warmup
+from txl_kernels.ops.warmup import verify, warmup
 
 __all__ = [
     "BackendUnavailableError",
@@ -28,5 +28,6 @@ __all__ = [
     "rel_attention",
     "rel_shift",
     "resolve",
+    "verify",
     "warmup",
 ]

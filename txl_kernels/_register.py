@@ -11,7 +11,7 @@ from txl_kernels import _register_adaptive
 from txl_kernels._derivatives import refuse_second_derivative, register_autograd, register_vmap
 
 # `chunk` holds size, left and phase; a size of 0 means no chunks.
-_REL_ATTENTION = (
+REL_ATTENTION = (
     "Tensor q, Tensor k, Tensor v, Tensor r, "
     "Tensor? r_w_bias, Tensor? r_r_bias, Tensor? mem_k, Tensor? mem_v, Tensor? q_pos, "
     "Tensor? key_start, Tensor? key_lens, Tensor? mask, Tensor? bias, Tensor? dropout_seed, "
@@ -32,10 +32,10 @@ def register(namespace: str) -> None:
 def _register_rel_attention(namespace: str) -> None:
     fwd, bwd = f"{namespace}::rel_attention_fwd", f"{namespace}::rel_attention_bwd"
     grads = ", ".join(["Tensor"] * len(_REL_ATTENTION_GRADS))
-    torch.library.define(fwd, f"({_REL_ATTENTION}) -> (Tensor out, Tensor lse)")
+    torch.library.define(fwd, f"({REL_ATTENTION}) -> (Tensor out, Tensor lse)")
     torch.library.define(
         bwd,
-        f"(Tensor dout, {_REL_ATTENTION}, Tensor out, Tensor lse, bool[] needs_grad) -> ({grads})",
+        f"(Tensor dout, {REL_ATTENTION}, Tensor out, Tensor lse, bool[] needs_grad) -> ({grads})",
     )
 
     def fake_fwd(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,8 @@ from txl_kernels._derivatives import (
 )
 from txl_kernels.transforms import inside_transform, is_batched
 
-_LOSS = "Tensor hidden, Tensor target, Tensor[] clusters, int ignore_index"
-_EMBEDDING = "Tensor tokens, Tensor[] tables, Tensor[] projections, float scale, bool sparse"
+LOSS = "Tensor hidden, Tensor target, Tensor[] clusters, int ignore_index"
+EMBEDDING = "Tensor tokens, Tensor[] tables, Tensor[] projections, float scale, bool sparse"
 
 
 def register(namespace: str) -> None:
@@ -43,10 +43,10 @@ def _register_nll(namespace: str) -> None:
     their sum would round the second part away.
     """
     fwd, bwd = f"{namespace}::adaptive_nll_fwd", f"{namespace}::adaptive_nll_bwd"
-    torch.library.define(fwd, f"({_LOSS}) -> (Tensor nll, Tensor lse)")
+    torch.library.define(fwd, f"({LOSS}) -> (Tensor nll, Tensor lse)")
     torch.library.define(
         bwd,
-        f"(Tensor dnll, {_LOSS}, Tensor lse, bool[] needs_grad) "
+        f"(Tensor dnll, {LOSS}, Tensor lse, bool[] needs_grad) "
         "-> (Tensor dhidden, Tensor[] dclusters)",
     )
 
@@ -96,7 +96,7 @@ def _register_loss(namespace: str) -> None:
     fwd, bwd = f"{namespace}::adaptive_loss_fwd", f"{namespace}::adaptive_loss_bwd"
     torch.library.define(
         fwd,
-        f"({_LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor[] grads)",
+        f"({LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor[] grads)",
     )
     torch.library.define(bwd, "(Tensor dloss, Tensor(a!)[] grads) -> ()")
 
@@ -166,10 +166,10 @@ def _register_embedding(namespace: str) -> None:
     gradients there are 0. Without `sparse`, `rows` is empty.
     """
     fwd, bwd = f"{namespace}::adaptive_embedding_fwd", f"{namespace}::adaptive_embedding_bwd"
-    torch.library.define(fwd, f"({_EMBEDDING}) -> Tensor")
+    torch.library.define(fwd, f"({EMBEDDING}) -> Tensor")
     torch.library.define(
         bwd,
-        f"(Tensor dout, {_EMBEDDING}, bool[] needs_grad) "
+        f"(Tensor dout, {EMBEDDING}, bool[] needs_grad) "
         "-> (Tensor rows, Tensor[] dtables, Tensor[] dprojections)",
     )
 

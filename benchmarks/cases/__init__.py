@@ -26,6 +26,7 @@ class Case(Protocol):
     Attributes:
         name: unique, `<op or model>/<shape>/<dtype>/<pass>`.
         dtype: of the inputs, or of autocast.
+        device: "cpu" or "cuda".
         peers: names of the contenders beside `OURS`, all computing the same.
         yardsticks: names of contenders that compute something else, of the same size.
         in_process: names of the contenders whose memory this process can measure.
@@ -35,6 +36,7 @@ class Case(Protocol):
 
     name: str
     dtype: torch.dtype
+    device: str
     peers: tuple[str, ...]
     yardsticks: tuple[str, ...]
     in_process: tuple[str, ...]

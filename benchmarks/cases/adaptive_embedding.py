@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class EmbeddingCase:
     shape: SoftmaxShape
     dtype: torch.dtype
     gradients: Gradients
+    device: ClassVar[str] = "cpu"
 
     @property
     def name(self) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import OURS, WrongResultError
-from benchmarks.measure import Timed, stopwatch
+from benchmarks.device import INPUT_SETS, timer
+from benchmarks.measure import Timed
 from benchmarks.peers import adaptive_softmax as peers
 from benchmarks.peers.hf_softmax import SoftmaxWorker
 from benchmarks.softmax_inputs import SoftmaxInputs, SoftmaxShape, random_softmax
@@ -40,6 +41,7 @@ class SoftmaxCase:
     shape: SoftmaxShape
     dtype: torch.dtype
     work: Work
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -48,12 +50,16 @@ class SoftmaxCase:
 
     @property
     def peers(self) -> tuple[str, ...]:
+        if self.device != "cpu":
+            return (TORCH,)
         return (TORCH, HF) if self.dtype == torch.float32 else (TORCH, HF, TORCH_F32, HF_F32)
 
     @property
     def yardsticks(self) -> tuple[str, ...]:
         """Ten times as slow, so only once: the whole softmax, where the model has one table for
         it, and the specification, which puts every token through every cluster."""
+        if self.device != "cpu":
+            return CHUNKED, FULL
         once = self.shape.div_val == 1 and self.dtype == torch.float32 and self.work == "loss"
         return (CHUNKED, FULL, REFERENCE) if once else ()
 
@@ -64,6 +70,11 @@ class SoftmaxCase:
     @property
     def flop(self) -> int:
         return self.shape.flop
+
+    def flop_of(self, name: str) -> int:
+        """Useful operations of a contender: the whole softmax multiplies with all V rows."""
+        shape = self.shape
+        return 6 * shape.N * shape.V * shape.d if name in (CHUNKED, FULL) else shape.flop
 
     @property
     def tokens(self) -> int:
@@ -78,12 +89,15 @@ class SoftmaxCase:
             with self._worker(name) as worker:
                 yield lambda: worker.ask("run", per_token=self.work == "nll")["seconds"]
         elif name in (FULL, CHUNKED):
-            yield stopwatch(self._whole_softmax(name))
+            yield timer([self._whole_softmax(name)], torch.device(self.device))
         else:
-            inputs = self._inputs(name)
-            loss, leaves = self._loss(name, inputs), list(inputs.leaves().values())
-            dout = self._dout()
-            yield stopwatch(lambda: torch.autograd.grad(loss(), leaves, dout))
+            n_sets = 1 if self.device == "cpu" else INPUT_SETS
+            runs = [self._run(name, self._inputs(name, 1 + n)) for n in range(n_sets)]
+            yield timer(runs, torch.device(self.device))
+
+    def _run(self, name: str, inputs: SoftmaxInputs) -> Callable[[], object]:
+        loss, leaves, dout = self._loss(name, inputs), inputs.leaves().values(), self._dout()
+        return lambda: torch.autograd.grad(loss(), list(leaves), dout)
 
     def result_bytes(self, name: str) -> int:
         """Of the loss and the gradients, which the caller asked for."""
@@ -102,7 +116,7 @@ class SoftmaxCase:
         else:
             got = self._results(name)
         per_token = self.work == "nll" or name in (HF, HF_F32)
-        expected = expected_results(self.shape, self.dtype, per_token)
+        expected = expected_results(self.shape, self.dtype, per_token, self.device)
         for label, right in expected.items():
             error = float((got[label].double() - right).norm() / right.norm())
             if not error <= GATE[self.dtype]:  # NaN is an error too
@@ -127,12 +141,13 @@ class SoftmaxCase:
             return lambda: module(inputs.hidden, inputs.target).loss
         return lambda: -module(inputs.hidden, inputs.target).output
 
-    def _inputs(self, name: str) -> SoftmaxInputs:
-        inputs = random_softmax(self.shape, self.dtype)
-        return inputs.convert(torch.float32) if name == TORCH_F32 else inputs
+    def _inputs(self, name: str, seed: int = 1) -> SoftmaxInputs:
+        inputs = random_softmax(self.shape, self.dtype, seed)
+        dtype = torch.float32 if name == TORCH_F32 else self.dtype
+        return inputs.convert(dtype, self.device)
 
     def _dout(self) -> Tensor | None:
-        return token_gradients(self.shape) if self.work == "nll" else None
+        return token_gradients(self.shape).to(self.device) if self.work == "nll" else None
 
     def _worker(self, name: str) -> SoftmaxWorker:
         inputs = random_softmax(self.shape, self.dtype)
@@ -142,14 +157,18 @@ class SoftmaxCase:
 
     def _whole_leaves(self) -> tuple[Tensor, Tensor]:
         """Hidden states and one table of all V."""
-        inputs = random_softmax(self.shape, self.dtype)
-        words = inputs.head_weight[: self.shape.sizes[0]]
-        table = torch.cat([words, *inputs.tail_weights]).detach().requires_grad_()
-        return inputs.hidden, table
+        inputs = self._inputs(FULL)
+        if self.shape.div_val > 1:
+            table = torch.randn(self.shape.V, self.shape.d, device=self.device)
+            table = (table * self.shape.d**-0.5).to(self.dtype)
+        else:
+            words = inputs.head_weight[: self.shape.sizes[0]]
+            table = torch.cat([words, *inputs.tail_weights])
+        return inputs.hidden, table.detach().requires_grad_()
 
     def _whole_softmax(self, name: str) -> Callable[[], object]:
         loss = peers.full_loss if name == FULL else peers.chunked_full_loss
-        leaves, target = self._whole_leaves(), self.shape.targets()
+        leaves, target = self._whole_leaves(), self.shape.targets().to(self.device)
         return lambda: torch.autograd.grad(loss(*leaves, target), leaves)
 
 
@@ -175,13 +194,15 @@ def token_gradients(shape: SoftmaxShape) -> Tensor:
 
 
 @functools.lru_cache(maxsize=2)
-def expected_results(shape: SoftmaxShape, dtype: torch.dtype, per_token: bool) -> dict[str, Tensor]:
+def expected_results(
+    shape: SoftmaxShape, dtype: torch.dtype, per_token: bool, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Loss ("nll": [N], or the mean) and gradients by the formula in float64, each cluster for its
     own tokens, on the inputs as `dtype` rounds them."""
-    inputs = random_softmax(shape, dtype).convert(torch.float64)
+    inputs = random_softmax(shape, dtype).convert(torch.float64, device)
     target = inputs.target
     column = target.clamp(max=shape.cutoffs[0] - 1)
-    nll = torch.zeros(shape.N, dtype=torch.float64)
+    nll = inputs.hidden.new_zeros(shape.N)
     for k, (first, end) in enumerate(itertools.pairwise(shape.ends[1:])):
         rows = ((target >= first) & (target < end)).nonzero()[:, 0]
         column[rows] = shape.cutoffs[0] + k
@@ -193,7 +214,7 @@ def expected_results(shape: SoftmaxShape, dtype: torch.dtype, per_token: bool) -
     logits = inputs.hidden @ inputs.head_weight.T + inputs.head_bias
     nll = nll - logits.log_softmax(1).gather(1, column[:, None])[:, 0]
     loss = nll if per_token else nll.mean()
-    dout = token_gradients(shape).double() if per_token else None
+    dout = token_gradients(shape).to(device).double() if per_token else None
     leaves = inputs.leaves()
     grads = torch.autograd.grad(loss, list(leaves.values()), dout)
     return {"nll": loss.detach(), **dict(zip(leaves, grads, strict=True))}

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class ModelCase:
     shape: ModelShape
     dtype: torch.dtype
     work: Work
+    device: ClassVar[str] = "cpu"
 
     @property
     def name(self) -> str:

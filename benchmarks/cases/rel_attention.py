@@ -1,4 +1,4 @@
-"""`rel_attention` on a named shape: forward, backward and both, beside four other ways."""
+"""`rel_attention` on a named shape: forward, backward and both, with other implementations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import OURS, PeerUnavailableError, WrongResultError
+from benchmarks.device import INPUT_SETS, timer
 from benchmarks.inputs import AttentionInputs, AttentionShape, random_inputs
-from benchmarks.measure import Timed, stopwatch
-from benchmarks.peers import eager, sdpa
+from benchmarks.measure import Timed
+from benchmarks.peers import eager, flex, sdpa
 from txl_kernels import rel_attention
 
 Pass = Literal["forward", "backward", "forward+backward"]
@@ -24,22 +25,27 @@ Attend = Callable[[AttentionInputs], Tensor]
 
 REFERENCE = "reference"
 EAGER, COMPILED, SDPA_BIAS, SDPA_PLAIN = "eager", "compiled", "sdpa+bias", "sdpa"
+FLEX, FLASH, CUDNN = "flex", "flash", "cudnn"
+COMPILED_PEERS = (COMPILED, FLEX)  # which take many seconds before their first run
 
-# Per attended pair and dimension of a head. Forward: q·k, q·r and P·v are products of 2 each.
-# Backward: both score products again, dP, dv, dk, dr, and dq's two.
-USEFUL_FLOP: dict[Pass, int] = {"forward": 6, "backward": 16, "forward+backward": 22}
+# Per dimension of a head, for each attended pair and for each pair with a position term. Forward:
+# q·k and P·v, q·r. Backward: q·k again, dP, dv, dk and a part of dq; q·r again, dr, a part of dq.
+CONTENT_FLOP: dict[Pass, int] = {"forward": 4, "backward": 10, "forward+backward": 14}
+POSITION_FLOP: dict[Pass, int] = {"forward": 2, "backward": 6, "forward+backward": 8}
 
-# Relative error against float64, by Frobenius norm, above which a result is another one.
+CHECKED_QUERIES = 256  # on a GPU: the last ones of the first head
+# The largest allowed relative error against float64, by Frobenius norm.
 GATE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
-    """A call of `rel_attention`; "backward" is timed for ours alone, as its rate."""
+    """A call of `rel_attention`. On a CPU "backward" is timed for ours alone, as its rate."""
 
     shape: AttentionShape
     dtype: torch.dtype
     direction: Pass
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -48,44 +54,74 @@ class AttentionCase:
 
     @property
     def peers(self) -> tuple[str, ...]:
+        if self.device != "cpu":
+            return EAGER, SDPA_BIAS, FLEX
         return () if self.direction == "backward" else (EAGER, COMPILED, SDPA_BIAS)
 
     @property
     def yardsticks(self) -> tuple[str, ...]:
+        if self.device != "cpu":
+            return FLASH, CUDNN
         return () if self.direction == "backward" else (SDPA_PLAIN,)
 
     @property
     def in_process(self) -> tuple[str, ...]:
+        if self.device != "cpu":
+            return OURS, *self.peers, *self.yardsticks
         return () if self.direction == "backward" else (OURS, EAGER, SDPA_BIAS, SDPA_PLAIN)
 
     @property
     def flop(self) -> int:
-        return USEFUL_FLOP[self.direction] * self.shape.D * self.shape.attended_pairs
+        return self.flop_of(OURS)
 
     @property
     def tokens(self) -> None:
         return None
+
+    def flop_of(self, name: str) -> int:
+        """Useful operations of a contender; a yardstick has its own pairs and no positions."""
+        shape, content, position = self.shape, CONTENT_FLOP, POSITION_FLOP
+        if name in self.yardsticks:
+            n_queries = self._yardstick_queries(name)
+            shape = dataclasses.replace(shape, Tq=n_queries, Tm=shape.n_keys - n_queries)
+            shape = dataclasses.replace(shape, window=None)
+            return content[self.direction] * shape.D * shape.attended_pairs
+        pairs = content[self.direction] * shape.attended_pairs
+        return shape.D * (pairs + position[self.direction] * shape.position_pairs)
 
     def tiny(self) -> AttentionCase:
         return dataclasses.replace(self, shape=self.shape.tiny())
 
     @contextlib.contextmanager
     def contender(self, name: str) -> Iterator[Timed]:
-        attend, leaves = self._bound(name)
-        dout = self._dout()
+        n_sets = 1 if self.device == "cpu" else INPUT_SETS
+        bound = [self._bound(name, seed) for seed in range(n_sets)]
+        yield timer([self._run(*each) for each in bound], torch.device(self.device))
+
+    def _run(
+        self, attend: Callable[[], Tensor], leaves: tuple[Tensor, ...]
+    ) -> Callable[[], object]:
         if self.direction == "forward":
-            yield stopwatch(torch.no_grad()(attend))
-        elif self.direction == "backward":
-            out = attend()
-            yield stopwatch(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
-        else:
-            yield stopwatch(lambda: torch.autograd.grad(attend(), leaves, dout))
+            return torch.no_grad()(attend)
+        dout = self._dout(leaves[0])
+        if self.direction == "forward+backward":
+            return lambda: torch.autograd.grad(attend(), leaves, dout)
+        out = attend()
+        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
     def check(self, name: str) -> None:
         if name in self.yardsticks:
             return
-        labels, expected = _reference_results(self.shape, self.dtype, self.direction)
-        for label, right, got in zip(labels, expected, self._results(name), strict=True):
+        if self.device == "cpu":
+            labels, expected = _reference_results(self.shape, self.dtype, self.direction)
+            self._compare(name, labels, expected, self._results(name))
+        else:
+            self._compare(name, ["out"], *self._last_queries(name))
+
+    def _compare(
+        self, name: str, labels: list[str], expected: list[Tensor], results: list[Tensor]
+    ) -> None:
+        for label, right, got in zip(labels, expected, results, strict=True):
             error = float((got.double() - right).norm() / right.norm())
             if not error <= GATE[self.dtype]:  # NaN is an error too
                 raise WrongResultError(
@@ -99,33 +135,67 @@ class AttentionCase:
             with torch.no_grad():
                 return [attend()]
         out = attend()
-        return [out.detach(), *torch.autograd.grad(out, leaves, self._dout())]
+        return [out.detach(), *torch.autograd.grad(out, leaves, self._dout(out))]
 
-    def _bound(self, name: str) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+    def _last_queries(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
+        """The first head's output for the last queries: in float64, and a contender's."""
+        attend, _ = self._bound(name)
+        shape, n = self.shape, min(self.shape.Tq, CHECKED_QUERIES)
+        inputs = self._inputs()
+        first = {key: x if x is None else x[:1, :1] for key, x in inputs._asdict().items()}
+        first |= {key: getattr(inputs, key)[:1] for key in ("r_w_bias", "r_r_bias")}
+        first["q"] = inputs.q[:1, :1, -n:]
+        with torch.no_grad():
+            right = rel_attention(
+                **{key: x if x is None else x.double() for key, x in first.items()},
+                **_options(shape) | {"offset": shape.offset - (shape.Tq - n)},
+                key_lens=_key_lens(dataclasses.replace(shape, B=1), self.device),
+                scale=shape.D**-0.5,
+                backend="reference",
+            )
+            return [right], [attend()[:1, :1, -n:]]
+
+    def _inputs(self, seed: int = 0) -> AttentionInputs:
+        requires_grad = self.direction != "forward"
+        return random_inputs(
+            self.shape, self.dtype, requires_grad=requires_grad, seed=seed, device=self.device
+        )
+
+    def _bound(self, name: str, seed: int = 0) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
         """A contender with its inputs, and those of them that get gradients."""
-        inputs = random_inputs(self.shape, self.dtype, requires_grad=self.direction != "forward")
-        if name == SDPA_PLAIN:
-            joined = eager.with_memory(inputs)
-            leaves = [x.detach().requires_grad_(x.requires_grad) for x in (inputs.q, *joined)]
-            return functools.partial(sdpa.plain, *leaves), tuple(leaves)
-        return functools.partial(_attend(name, self.shape), inputs), inputs.leaves()
+        inputs = self._inputs(seed)
+        if name in (SDPA_PLAIN, FLASH, CUDNN):
+            n, joined = self._yardstick_queries(name), eager.with_memory(inputs)
+            q = inputs.q.repeat(1, 1, -(-n // self.shape.Tq), 1)[:, :, :n]
+            leaves = [x.detach().requires_grad_(x.requires_grad) for x in (q, *joined)]
+            way = {SDPA_PLAIN: sdpa.plain, FLASH: sdpa.flash, CUDNN: sdpa.cudnn}[name]
+            causal = {} if name == SDPA_PLAIN else {"causal": self.shape.causal}
+            return functools.partial(way, *leaves, **causal), tuple(leaves)
+        attend = _attend(name, self.shape, self.device)
+        return functools.partial(attend, inputs), inputs.leaves()
 
-    def _dout(self) -> Tensor:
-        shape = self.shape
-        generator = torch.Generator().manual_seed(1)
-        dout = torch.randn(shape.B, shape.H, shape.Tq, shape.D, generator=generator)
-        return dout.to(self.dtype)
+    def _yardstick_queries(self, name: str) -> int:
+        """cuDNN's causal mask is for as many queries as keys."""
+        is_square = name == CUDNN and self.shape.causal and self.shape.Tq > 1
+        return self.shape.n_keys if is_square else self.shape.Tq
+
+    def _dout(self, out: Tensor) -> Tensor:
+        """A gradient for a tensor like `out`."""
+        generator = torch.Generator(out.device).manual_seed(1)
+        return torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
 
 
-def _attend(name: str, shape: AttentionShape) -> Attend:
-    """The implementation `name` with everything bound that is no input of the case."""
-    key_lens = None if shape.key_lens is None else torch.tensor(shape.key_lens)
+def _attend(name: str, shape: AttentionShape, device: str = "cpu") -> Attend:
+    """The implementation `name`, with all arguments bound but the inputs."""
+    key_lens = _key_lens(shape, device)
     if name in (OURS, REFERENCE):
         backend = "auto" if name == OURS else "reference"
-        return functools.partial(
-            _rel_attention, causal=shape.causal, key_lens=key_lens, backend=backend
-        )
-    hidden = eager.hidden_keys(shape.Tq, shape.n_keys, key_lens, shape.causal)
+        options = _options(shape)
+        return functools.partial(_rel_attention, **options, key_lens=key_lens, backend=backend)
+    if name == FLEX:
+        mask = flex.block_mask(shape, torch.device(device))
+        return functools.partial(flex.compiled(), shape, mask)
+    hidden = eager.hidden_keys(shape.Tq, shape.n_keys, key_lens, shape.causal, device, shape.window)
     if name == SDPA_BIAS:
         return functools.partial(sdpa.with_position_bias, hidden=hidden)
     if name == EAGER:
@@ -136,6 +206,17 @@ def _attend(name: str, shape: AttentionShape) -> Attend:
         raise PeerUnavailableError("torch.compile needs a C++ compiler, and none is here")
     torch.compiler.reset()  # each shape its own code: recompiling is limited, then silently eager
     return functools.partial(torch.compile(eager.rel_attention, dynamic=False), hidden=hidden)
+
+
+def _options(shape: AttentionShape) -> dict[str, Any]:
+    window = None if shape.window is None else (shape.window, None)
+    return {"causal": shape.causal, "offset": shape.offset, "window": window}
+
+
+def _key_lens(shape: AttentionShape, device: str) -> Tensor | None:
+    if shape.key_lens is None:
+        return None
+    return torch.tensor(shape.key_lens[: shape.B], device=device)
 
 
 def _rel_attention(inputs: AttentionInputs, **options: Any) -> Tensor:
@@ -153,7 +234,7 @@ def _reference_results(
     out = _attend(REFERENCE, shape)(precise)
     if direction == "forward":
         return ["out"], [out]
-    dout = AttentionCase(shape, dtype, direction)._dout().double()
+    dout = AttentionCase(shape, dtype, direction)._dout(inputs.q).double()
     names = [name for name, tensor in inputs._asdict().items() if tensor is not None]
     grads = torch.autograd.grad(out, precise.leaves(), dout)
     return ["out", *(f"d{name}" for name in names)], [out.detach(), *grads]

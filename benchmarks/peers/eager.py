@@ -27,14 +27,18 @@ def rel_attention(inputs: AttentionInputs, hidden: Tensor | None) -> Tensor:
 
 
 def with_memory(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, Tk, D], copied behind those of the memory."""
+    """Keys and values [B, H, Tk, D]: a copy of those of memory and segment."""
     if inputs.mem_k is None or inputs.mem_v is None:
         return inputs.k, inputs.v
     return torch.cat([inputs.mem_k, inputs.k], dim=2), torch.cat([inputs.mem_v, inputs.v], dim=2)
 
 
 def rel_shift(x: Tensor, Tk: int) -> Tensor:
-    """out[i, j] = x[i, j - i + Tq - 1] for [..., Tq, R] and j < Tk, by a pad and two views."""
+    """out[i, j] = x[i, j - i + Tq - 1] for [..., Tq, R] and j < Tk, by a pad and two views.
+
+    If there are fewer rows R than keys, the last one is distance 0 and the missing ones are 0.
+    """
+    x = F.pad(x, (max(Tk - x.shape[-1], 0), 0))
     Tq, R = x.shape[-2:]
     padded = F.pad(x, (1, 0)).view(*x.shape[:-2], R + 1, Tq)
     return padded[..., 1:, :].reshape(x.shape)[..., :Tk]
@@ -46,11 +50,17 @@ def hidden_keys(
     key_lens: Tensor | None,
     causal: bool,
     device: torch.device | str = "cpu",
+    window: int | None = None,
 ) -> Tensor | None:
-    """bool, True where a query must not see a key; broadcastable to [B, H, Tq, Tk]."""
+    """bool, True where a query must not attend to a key; broadcastable to [B, H, Tq, Tk].
+
+    `window`: as in `AttentionShape`, for causal shapes.
+    """
     hidden = None
     if causal:
         hidden = torch.ones(Tq, Tk, dtype=torch.bool, device=device).triu(1 + Tk - Tq)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(Tk - Tq - window - 1)
     if key_lens is not None:
         padding = torch.arange(Tk, device=device) >= key_lens[:, None, None, None]
         hidden = padding if hidden is None else hidden | padding

@@ -1,11 +1,17 @@
-"""PyTorch's `scaled_dot_product_attention`: with the position scores as a float mask, and bare."""
+"""PyTorch's `scaled_dot_product_attention`, with the position scores as a float mask or without."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.cases import PeerUnavailableError
 from benchmarks.inputs import AttentionInputs
 from benchmarks.peers.eager import rel_shift, with_memory
 
@@ -13,7 +19,7 @@ from benchmarks.peers.eager import rel_shift, with_memory
 def with_position_bias(inputs: AttentionInputs, hidden: Tensor | None) -> Tensor:
     """The same attention, its position scores [B, H, Tq, Tk] materialised as the mask.
 
-    `hidden` as `eager.rel_attention` takes it.
+    `hidden`: the argument of `eager.rel_attention`.
     """
     q = inputs.q
     keys, values = with_memory(inputs)
@@ -25,5 +31,23 @@ def with_position_bias(inputs: AttentionInputs, hidden: Tensor | None) -> Tensor
 
 
 def plain(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """No positions, no mask, no memory to join: the yardstick, which computes something else."""
+    """No positions, no mask, no memory to join: a yardstick, which computes a different result."""
     return scaled_dot_product_attention(q, keys, values)
+
+
+def flash(q: Tensor, keys: Tensor, values: Tensor, *, causal: bool) -> Tensor:
+    """torch's flash attention, without positions; the last query attends to all keys."""
+    if not can_use_flash_attention(SDPAParams(q, keys, values, None, 0.0, False, False)):
+        raise PeerUnavailableError("torch's flash attention does not support this call")
+    # `is_causal` lets the first query attend to the first key alone, also if there are more keys.
+    mask: Any = causal_lower_right(q.shape[2], keys.shape[2]) if causal else None
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+def cudnn(q: Tensor, keys: Tensor, values: Tensor, *, causal: bool) -> Tensor:
+    """cuDNN's attention, without positions; causal if there are as many queries as keys."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return scaled_dot_product_attention(
+            q, keys, values, is_causal=causal and q.shape[2] == keys.shape[2]
+        )

@@ -43,7 +43,7 @@ def uncompiled(monkeypatch):
 
     monkeypatch.setattr(AttentionCase, "contender", without_compiler)
     monkeypatch.setattr(AttentionCase, "check", lambda case, name: None)
-    monkeypatch.setattr(machine, "limit", lambda dtype: machine.Limit("brgemm_f32", 300.0))
+    monkeypatch.setattr(machine, "limit", lambda dtype, device: machine.Limit("brgemm_f32", 300.0))
 
 
 def test_a_case_is_taken_and_reported(uncompiled, tmp_path):

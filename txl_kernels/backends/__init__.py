@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from txl_kernels import _flop_formulas
 from txl_kernels._register import register
-from txl_kernels.backends import cuda_device, native, triton
-from txl_kernels.backends.fallback import warn_of_fallback
+from txl_kernels.backends import cuda_device, native, triton, verification
+from txl_kernels.backends.fallback import MANY_BYTES, warn_of_fallback
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.transforms import is_jit_tracing, kernel_refusal
 
@@ -123,12 +123,29 @@ def resolve(
     if backend != "auto" and backend not in BACKENDS:
         names = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"{op}: backend must be one of {names}; got {backend!r}")
-    device_type = torch.device(device).type
+    call = (torch.device(device).type, dtype, Tq, max(D, Dv or D), needs_grad, uses)
+    return _resolve(op, backend, {}, *call)
+
+
+def _resolve(
+    op: str,
+    backend: str,
+    failures: Mapping[str, str],
+    device_type: str,
+    dtype: torch.dtype,
+    Tq: int,
+    head_size: int,
+    needs_grad: bool,
+    uses: Collection[str],
+) -> Resolution:
+    """`resolve` without the backends in `failures`, {backend: why it is not used}."""
     if backend == "auto" and is_jit_tracing():
         return Resolution("reference", "torch.jit.trace would make constants of a kernel's lengths")
     reasons = []
     for name in _AUTO.get(device_type, ()) if backend == "auto" else (backend,):
-        reason = _refusal(name, op, device_type, dtype, Tq, max(D, Dv or D), needs_grad, uses)
+        reason = failures.get(name) or _refusal(
+            name, op, device_type, dtype, Tq, head_size, needs_grad, uses
+        )
         if reason is None and name != "reference" and _exports_onnx():
             reason = f'ONNX has no {name} kernel: export with backend="reference"'
             return Resolution(None, reason)
@@ -141,22 +158,62 @@ def resolve(
     return Resolution("reference", "; ".join(reasons) or no_kernels)
 
 
-def choose(op: str, *tensors: Tensor, dtype: torch.dtype, n_scores: int = 0, **call: Any) -> str:
-    """The backend that `resolve` returns for a call of a public op; warns of a costly fallback.
+def choose(
+    op: str,
+    *tensors: Tensor,
+    backend: str,
+    dtype: torch.dtype,
+    arguments: Callable[[str], Sequence[Any]] | None = None,
+    n_scores: int = 0,
+    Tq: int = 1,
+    D: int = 64,
+    Dv: int | None = None,
+    needs_grad: bool = False,
+    uses: Collection[str] = (),
+) -> str:
+    """The backend for a call of a public op: `resolve`'s, if its kernels pass their self-test.
+
+    Only "auto" on a GPU tests kernels. Warns of a failed test and of a costly fallback.
 
     Args:
-        tensors: tensors of the call, by which a traced call is recognised.
+        tensors: tensors of the call; the first one gives the device.
+        arguments: returns the arguments of a backend's operator; None where it has no kernels.
         n_scores: attention scores that the reference stores.
-        dtype, call: the arguments of `resolve`.
+        backend, dtype, Tq, D, Dv, needs_grad, uses: the arguments of `resolve`.
 
     Raises:
-        BackendUnavailableError: with `resolve`'s sentence, where no backend runs the call.
+        BackendUnavailableError: no backend runs the call, or only the reference does after a
+            failed test and its scores need more than 256 MiB.
     """
-    name, reason = resolve(op, dtype=dtype, **call)
+    device_type = tensors[0].device.type
+    sizes = (Tq, max(D, Dv or D))
+    failures: dict[str, str] = {}
+    name, reason = resolve(
+        op,
+        backend=backend,
+        device=device_type,
+        dtype=dtype,
+        Tq=Tq,
+        D=sizes[1],
+        needs_grad=needs_grad,
+        uses=uses,
+    )
+    is_tested = backend == "auto" and device_type in verification.DEVICE_TYPES
+    while is_tested and arguments is not None and name is not None and name != "reference":
+        failure = verification.failure_of(op, name, arguments(name))
+        if failure is None:
+            break
+        failures[name] = failure
+        name, reason = _resolve(op, backend, failures, device_type, dtype, *sizes, needs_grad, uses)
     if name is None:
         raise BackendUnavailableError(f"{op}: {reason}")
     if reason is not None:
         score_bytes = n_scores * (8 if dtype == torch.float64 else 4)
+        if failures and score_bytes > MANY_BYTES:
+            raise BackendUnavailableError(
+                f"{op}: the reference would store {score_bytes // 2**20} MiB of scores, because "
+                f"{reason}"
+            )
         warn_of_fallback(op, reason, score_bytes, tensors)
     return name
 

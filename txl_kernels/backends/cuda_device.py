@@ -14,6 +14,10 @@ def unavailable_reason() -> str | None:
     """None where torch's current CUDA device serves, else one sentence that says why none does."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
-        return "the CUDA and Triton kernels need compute capability 8.0 or newer"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < _OLDEST_CAPABILITY:
+        return (
+            "the CUDA and Triton kernels need compute capability 8.0 or newer, "
+            f"and this device has {major}.{minor}"
+        )
     return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from txl_kernels.backends import native
 from txl_kernels.transforms import is_jit_tracing
 
-_MANY_BYTES = 256 * 2**20
+MANY_BYTES = 256 * 2**20
 _warned: set[str] = set()  # reasons
 
 
@@ -33,7 +33,7 @@ def warn_of_fallback(op: str, reason: str, score_bytes: int, tensors: Sequence[T
     not_built = native.unavailable_reason()
     if not_built is not None and not_built in reason:
         text = f"{reason}. This command builds the kernels: {native.build_command()}"
-    elif score_bytes > _MANY_BYTES:
+    elif score_bytes > MANY_BYTES:
         text = f"it stores {score_bytes // 2**20} MiB of scores, because {reason}"
     else:
         return

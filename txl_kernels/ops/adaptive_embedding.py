@@ -82,12 +82,14 @@ def adaptive_embedding(
             f"{OP}: sparse gradients exist in eager mode only, neither under torch.compile nor "
             "inside the transforms of torch.func; got sparse=True"
         )
+    absent = tables[0].new_empty(0)
+    given = [absent if projection is None else projection for projection in projections]
     chosen = choose(
         OP,
         tokens,
         *tables,
+        arguments=lambda _backend: (tokens, tables, given, scale, sparse),
         backend=backend,
-        device=tokens.device,
         dtype=tables[0].dtype,
         Tq=tokens.numel(),
         needs_grad=needs_grad(*tables, *projections),
@@ -96,8 +98,6 @@ def adaptive_embedding(
         if chosen == "reference":
             check_tokens(OP, "tokens", tokens, n_tokens)
             return reference.embed(tokens, tables, projections, scale, sparse)
-        absent = tables[0].new_empty(0)
-        given = [absent if projection is None else projection for projection in projections]
         embedded = operators(chosen).adaptive_embedding_fwd(tokens, tables, given, scale, sparse)
         return cast_type(Tensor, embedded)
 

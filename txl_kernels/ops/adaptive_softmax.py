@@ -9,8 +9,8 @@ Transformer-XL's (Dai et al., ACL 2019; Baevski and Auli, ICLR 2019).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,11 @@ def adaptive_nll(
     )
     _check_target(op, target, hidden)
     ignore_index = check_int(op, "ignore_index", ignore_index)
-    chosen = choose_backend(op, backend, hidden, head, clusters)
+
+    def arguments(_backend: str) -> tuple[Any, ...]:
+        return hidden, target, _flat(hidden, head, clusters), ignore_index
+
+    chosen = choose_backend(op, backend, hidden, head, clusters, arguments)
     with outside_autocast(hidden.device):
         if chosen == "reference":
             check_tokens(op, "target", target, n_tokens_of(head, clusters), ignore_index)
@@ -114,7 +118,14 @@ def adaptive_loss(
     )
     _check_target(op, target, hidden)
     ignore_index = check_int(op, "ignore_index", ignore_index)
-    chosen = choose_backend(op, backend, hidden, head, clusters)
+    members = [x for cluster in (head, *clusters) for x in cluster]
+
+    def arguments(_backend: str) -> tuple[Any, ...]:
+        needed = [any_needs_grad(x) for x in (hidden, *members)]
+        flat = _flat(hidden, head, clusters)
+        return hidden, target, flat, ignore_index, reduction == "mean", needed
+
+    chosen = choose_backend(op, backend, hidden, head, clusters, arguments)
     with outside_autocast(hidden.device):
         if chosen == "reference":
             check_tokens(op, "target", target, n_tokens_of(head, clusters), ignore_index)
@@ -123,7 +134,6 @@ def adaptive_loss(
         if is_jit_tracing():  # it records no list of flags
             nll, _lse = operators(chosen).adaptive_nll_fwd(hidden, target, flat, ignore_index)
             return reference.reduced(nll, target, ignore_index, reduction)
-        members = [x for cluster in (head, *clusters) for x in cluster]
         needed = [any_needs_grad(x) for x in (hidden, *members)]
         if chosen == "native" and is_one_table(flat, needed):
             needed.append(True)
@@ -199,15 +209,23 @@ def _check_target(op: str, target: Tensor, hidden: Tensor) -> None:
 
 
 def choose_backend(
-    op: str, backend: str, hidden: Tensor, head: Cluster, tails: Sequence[Cluster]
+    op: str,
+    backend: str,
+    hidden: Tensor,
+    head: Cluster,
+    tails: Sequence[Cluster],
+    arguments: Callable[[str], Sequence[Any]] | None = None,
 ) -> str:
-    """The backend that runs the call; raises BackendUnavailableError if there is none."""
+    """The backend that runs the call; raises BackendUnavailableError if there is none.
+
+    `arguments` returns those of the operator, where the op has kernels.
+    """
     weights = [tensor for cluster in (head, *tails) for tensor in cluster]
     return choose(
         op,
         hidden,
+        arguments=arguments,
         backend=backend,
-        device=hidden.device,
         dtype=hidden.dtype,
         Tq=hidden.shape[0],
         needs_grad=any_needs_grad(hidden, *weights),

@@ -123,12 +123,21 @@ def rel_attention(
         uses.append("dead_rows='uniform'")
     if dropout_p > 0:
         uses.append("dropout_p")
+
+    def arguments(_backend: str) -> tuple[Any, ...]:
+        """In the order of the operator's schema; the seed is drawn after the choice."""
+        tensors = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, key_start, key_lens)
+        full_mask = None if mask is None else mask.expand(*q.shape[:3], Tk)
+        seed = q.new_empty((), dtype=torch.int64) if dropout_p > 0 else None
+        *numbers, dead_uniform = {**options, "chunk": options["chunk"] or NO_CHUNK}.values()
+        return (*tensors, full_mask, bias, seed, *numbers, dropout_p, dead_uniform)
+
     chosen = choose(
         "rel_attention",
         q,
+        arguments=arguments,
         n_scores=q.shape[0] * q.shape[1] * q.shape[2] * Tk,
         backend=backend,
-        device=q.device,
         dtype=q.dtype,
         Tq=q.shape[2],
         D=q.shape[3],

@@ -48,7 +48,13 @@ def rel_shift(
     n_keys = check_int(OP, "n_keys", R if n_keys is None else n_keys, at_least=0)
     offset = check_int(OP, "offset", Tq - 1 if offset is None else offset)
     chosen = choose(
-        OP, x, backend=backend, device=x.device, dtype=x.dtype, Tq=Tq, needs_grad=needs_grad(x)
+        OP,
+        x,
+        arguments=lambda _backend: (x, n_keys, offset),
+        backend=backend,
+        dtype=x.dtype,
+        Tq=Tq,
+        needs_grad=needs_grad(x),
     )
     if chosen == "reference":
         return reference.rel_shift(x, n_keys, offset)

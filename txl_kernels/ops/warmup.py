@@ -1,46 +1,122 @@
-"""`warmup`: compiles kernels before the first call whose time matters."""
+"""`warmup` and `verify`: compile and test kernels before the first call whose time matters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from txl_kernels.backends import verification
+from txl_kernels.errors import BackendUnavailableError
+from txl_kernels.ops.adaptive_embedding import adaptive_embedding
+from txl_kernels.ops.adaptive_softmax import adaptive_loss, adaptive_nll
 from txl_kernels.ops.checks import check_int
 from txl_kernels.ops.rel_attention import rel_attention
+from txl_kernels.ops.rel_shift import rel_shift
 
 
 def warmup(shapes: Iterable[Mapping[str, Any]], *, device: torch.device | str = "cuda") -> None:
-    """Runs `rel_attention` once per shape on zeros, so that no later call of its kind compiles.
+    """Runs each call once on zeros, so that no later call of its kind compiles or tests a kernel.
 
     Triton compiles a kernel at its first call, in seconds: too late inside a timed run or during
-    the capture of a CUDA graph. A kernel depends on the dtype, the head size, whether there are
-    more than 16 queries, which optional arguments are given, and whether strides are multiples of
-    16 elements; not on lengths, batch size or numbers. The zeros are contiguous.
+    the capture of a CUDA graph. A kernel of `rel_attention` depends on the dtype, the head size,
+    whether there are more than 16 queries, which optional arguments are given, and whether strides
+    are multiples of 16 elements; not on lengths, batch size or numbers. The kernels of the adaptive
+    ops depend on all sizes. The zeros are contiguous. On CUDA `verify` tests the kernels first.
 
     Args:
         shapes: one mapping per kind of call, with
-            B, H, Tq, D: sizes; Ts (default Tq), Tm (default 0), Dv (default D), R (default Tk);
+            op: default "rel_attention"; "rel_shift", "adaptive_nll", "adaptive_loss" or
+            "adaptive_embedding";
             dtype: default torch.bfloat16; gradients: whether to run backward too, default True;
-            biases, key_start, key_lens, mask: whether such tensors are given; biases by default;
-            any option of `rel_attention` that is not a tensor, such as causal or dropout_p.
+            for `rel_attention` B, H, Tq, D: sizes; Ts (default Tq), Tm (default 0), Dv (default D),
+            R (default Tk); biases, key_start, key_lens, mask: whether such tensors are given;
+            biases by default;
+            for `rel_shift` shape: that of x;
+            for the adaptive ops N: tokens; d: width of hidden or of the result; sizes: tokens of
+            each cluster, the head first; widths (default d for all): row widths of the clusters,
+            which have a projection where they differ from d; bias (default True, not for
+            `adaptive_embedding`);
+            any option of the op that is not a tensor, such as causal or dropout_p.
         device: device of the later calls.
 
     Raises:
         TypeError: a size is missing or not an integer, or an option is unknown.
-        ValueError: a size is out of range.
+        ValueError: a size is out of range, or no such op.
 
     >>> warmup([{"B": 8, "H": 16, "Tq": 512, "Tm": 512, "D": 64, "causal": True}])
     """
+    shapes = list(shapes)
+    device = torch.device(device)
+    if device.type == "cuda":
+        verify(shapes, device=device)
     for shape in shapes:
-        _run(torch.device(device), **shape)
-    if torch.device(device).type == "cuda":
+        _run(device, **shape)
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+def verify(shapes: Iterable[Mapping[str, Any]], *, device: torch.device | str) -> list[str]:
+    """Tests exactly the GPU kernels that these calls launch, where they have no record yet.
+
+    "auto" does so at a first call; during the capture of a CUDA graph and under `torch.export` it
+    cannot. Allocates tensors of a few tiles only. Kernels that pass are recorded in the user's
+    cache folder, `$XDG_CACHE_HOME/transformer-xl`. A step that builds an image may set
+    XDG_CACHE_HOME to `<sys.prefix>/share`: records there are read too, and never written.
+
+    Args:
+        shapes: as for `warmup`; `device` as well. On a CPU there is nothing to test.
+
+    Returns:
+        The errors of the kernels that failed, of which "auto" has warned; an empty list where all
+        passed.
+
+    Raises:
+        TypeError, ValueError: as `warmup`.
+
+    >>> verify([{"B": 8, "H": 16, "Tq": 512, "D": 64}], device="cuda")
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    with verification.collected() as failures, FakeTensorMode():
+        for shape in shapes:
+            try:
+                _run(device, backward=False, **shape)
+            except BackendUnavailableError as error:
+                failures.append(str(error))
+    return list(dict.fromkeys(failures))
+
+
 def _run(
+    device: torch.device,
+    *,
+    op: str = "rel_attention",
+    dtype: torch.dtype = torch.bfloat16,
+    gradients: bool = True,
+    backward: bool = True,
+    **shape: Any,
+) -> None:
+    """Runs one call on zeros, and its backward pass if both flags are true."""
+    if op not in _CALLS:
+        raise ValueError(f"warmup: op must be one of {', '.join(_CALLS)}; got {op!r}")
+    leaves: list[Tensor] = []
+
+    def zeros(*sizes: int) -> Tensor:
+        leaves.append(torch.zeros(sizes, dtype=dtype, device=device, requires_grad=gradients))
+        return leaves[-1]
+
+    with torch.set_grad_enabled(gradients):
+        out = _CALLS[op](zeros, device, **shape)
+        if gradients and backward:
+            torch.autograd.grad(out, leaves, out.detach())
+
+
+def _rel_attention(
+    zeros: Callable[..., Tensor],
     device: torch.device,
     *,
     B: int,
@@ -51,41 +127,101 @@ def _run(
     Tm: int = 0,
     Dv: int | None = None,
     R: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    gradients: bool = True,
     biases: bool = True,
     key_start: bool = False,
     key_lens: bool = False,
     mask: bool = False,
     **options: Any,
-) -> None:
+) -> Tensor:
     sizes = {"B": B, "H": H, "Tq": Tq, "D": D, "Ts": Tq if Ts is None else Ts, "Tm": Tm}
-    B, H, Tq, D, Ts, Tm = (
-        check_int("warmup", name, size, at_least=0) for name, size in sizes.items()
-    )
+    B, H, Tq, D, Ts, Tm = (_size(name, size, at_least=0) for name, size in sizes.items())
     Tk = Tm + Ts
-    Dv = D if Dv is None else check_int("warmup", "Dv", Dv, at_least=1)
-    R = Tk if R is None else check_int("warmup", "R", R, at_least=1)
-
-    def zeros(*sizes: int) -> Tensor:
-        return torch.zeros(sizes, dtype=dtype, device=device, requires_grad=gradients)
-
+    Dv = D if Dv is None else _size("Dv", Dv)
+    R = Tk if R is None else _size("R", R)
     call: dict[str, Any] = {
         "q": zeros(B, H, Tq, D),
         "k": zeros(B, H, Ts, D),
         "v": zeros(B, H, Ts, Dv),
+        "r": zeros(1, H, R, D),
     }
-    call["r"] = zeros(1, H, R, D)
     if Tm:
         call |= {"mem_k": zeros(B, H, Tm, D), "mem_v": zeros(B, H, Tm, Dv)}
     if biases:
         call |= {"r_w_bias": zeros(H, D), "r_r_bias": zeros(H, D)}
-    leaves = list(call.values())
     for name, given in (("key_start", key_start), ("key_lens", key_lens)):
         if given:
             call[name] = torch.full((B,), Tk, dtype=torch.int64, device=device)
     if mask:
         call["mask"] = torch.ones(B, 1, Tq, Tk, dtype=torch.bool, device=device)
-    out = rel_attention(**call, **options)
-    if gradients:
-        torch.autograd.grad(out, leaves, out.detach())
+    out: Tensor = rel_attention(**call, **options)
+    return out
+
+
+def _rel_shift(
+    zeros: Callable[..., Tensor], _device: torch.device, *, shape: Sequence[int], **options: Any
+) -> Tensor:
+    return rel_shift(zeros(*(_size("shape", n) for n in shape)), **options)
+
+
+def _adaptive_softmax(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(
+        zeros: Callable[..., Tensor],
+        device: torch.device,
+        *,
+        N: int,
+        d: int,
+        sizes: Sequence[int],
+        widths: Sequence[int] | None = None,
+        bias: bool = True,
+        **options: Any,
+    ) -> Tensor:
+        cutoffs = _cutoffs(sizes)
+        target = torch.zeros(_size("N", N, at_least=0), dtype=torch.int64, device=device)
+        hidden = zeros(N, d)
+        head, *tails = (
+            (
+                None if width == d else zeros(width, d),
+                zeros(size + (len(cutoffs) if k == 0 else 0), width),
+                zeros(size + (len(cutoffs) if k == 0 else 0)) if bias else None,
+            )
+            for k, (size, width) in enumerate(zip(sizes, widths or [d] * len(sizes), strict=True))
+        )
+        clusters = {"cutoffs": cutoffs, "head_proj": head[0], "head_bias": head[2]}
+        return op(hidden, target, head[1], tails, **clusters, **options)
+
+    return run
+
+
+def _adaptive_embedding(
+    zeros: Callable[..., Tensor],
+    device: torch.device,
+    *,
+    N: int,
+    d: int,
+    sizes: Sequence[int],
+    widths: Sequence[int] | None = None,
+    **options: Any,
+) -> Tensor:
+    widths = widths or [d] * len(sizes)
+    tables = [zeros(size, width) for size, width in zip(sizes, widths, strict=True)]
+    projections = [None if width == d else zeros(d, width) for width in widths]
+    tokens = torch.zeros(_size("N", N, at_least=0), dtype=torch.int64, device=device)
+    return adaptive_embedding(tokens, tables, projections, _cutoffs(sizes), **options)
+
+
+def _size(name: str, size: object, *, at_least: int = 1) -> int:
+    return check_int("warmup", name, size, at_least=at_least)
+
+
+def _cutoffs(sizes: Sequence[int]) -> list[int]:
+    """The first token of each cluster but the first."""
+    return [sum(_size("sizes", n) for n in sizes[:k]) for k in range(1, len(sizes))]
+
+
+_CALLS: dict[str, Callable[..., Tensor]] = {
+    "rel_attention": _rel_attention,
+    "rel_shift": _rel_shift,
+    "adaptive_nll": _adaptive_softmax(adaptive_nll),
+    "adaptive_loss": _adaptive_softmax(adaptive_loss),
+    "adaptive_embedding": _adaptive_embedding,
+}

@@ -29,14 +29,14 @@ class AdaptiveSoftmaxCase:
     def __str__(self) -> str:
         return f"{self.name}-V{self.V}N{self.N}d{self.d}"
 
-    def inputs(self, dtype: torch.dtype) -> Inputs:
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
         """hidden, target, head and tails, the floating ones leaves; the last target is ignored."""
         generator = torch.Generator().manual_seed(3)
 
         def normal(*shape: int) -> Tensor:
             drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
             x: Tensor = drawn / shape[-1] ** 0.5
-            return x.to(dtype).requires_grad_()
+            return x.to(device, dtype).requires_grad_()
 
         edges = (*self.cutoffs, self.V)
         n_tails = len(self.cutoffs)
@@ -52,7 +52,7 @@ class AdaptiveSoftmaxCase:
         target = torch.randint(0, self.V, (self.N,), generator=generator, device="cpu")
         if self.N:
             target[-1] = -100
-        return hidden, target, head, tails
+        return hidden, target.to(device), head, tails
 
     def call(self, op: Callable[..., Any], inputs: Inputs, **options: Any) -> Any:
         """One public op on these inputs; with a target if it takes one."""

@@ -1,4 +1,4 @@
-"""The error budget: how far a kernel may be from the float64 reference."""
+"""The error budget: the largest allowed difference between a kernel and the float64 reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# The oracle has no more digits than a float64 kernel: such a one may differ by 256 roundings.
+# The float64 reference is no more exact than a float64 kernel, which may differ by 256 roundings.
 _FLOAT64_EPS = 2.0**-44
 
 
@@ -23,40 +23,77 @@ def check_budget(
 ) -> None:
     """Asserts |actual - ref64| ≤ 2·(|ref_dtype - ref64| + eps·magnitude), per tensor.
 
-    |·| is the largest absolute value, or the Frobenius norm where `is_sum`, and the magnitude then
-    counts once per element. Infinite elements must agree exactly.
+    |·| is the largest absolute value. With `is_sum` it is the Frobenius norm, and the magnitude is
+    then multiplied by the square root of the number of elements. Infinite elements must be equal.
 
     Args:
-        name: what the tensor is, for the message.
-        actual: the kernel's result.
-        ref64: the reference's in float64, from the same rounded inputs.
-        ref_dtype: plain eager PyTorch's in the kernel's dtype, intermediates rounded.
-        dtype: the kernel's, which gives eps.
-        magnitude: for an output the largest |ref64| (the default); for a gradient the largest
-            product of magnitudes that enters it, since it may cancel to 0.
+        name: name of the tensor, for the message.
+        actual: result of the kernel.
+        ref64: result of the reference in float64, from the same rounded inputs.
+        ref_dtype: result of plain eager PyTorch in the kernel's dtype, every intermediate rounded.
+        dtype: dtype of the kernel, which defines eps.
+        magnitude: for an output the largest |ref64| (the default); for a gradient, which may cancel
+            to 0, the largest product of magnitudes that it contains.
         is_sum: for gradients that are sums over many elements (r, biases, weights).
 
     Raises:
-        AssertionError: over budget, or NaN, or infinite in other places than the oracle.
+        AssertionError: the error exceeds the budget or is NaN, or the infinite elements differ.
     """
-    assert actual.shape == ref64.shape, f"{name}: shape {actual.shape}, due {ref64.shape}"
+    error, budget, terms = _error_and_budget(
+        name, actual, ref64, ref_dtype, dtype, magnitude, is_sum
+    )
+    assert error <= budget, f"{name}: error {error:.3g} over the budget of {budget:.3g} ({terms})"
+
+
+def error_over_budget(
+    name: str,
+    actual: Tensor,
+    ref64: Tensor,
+    ref_dtype: Tensor,
+    *,
+    dtype: torch.dtype,
+    magnitude: float | None = None,
+    is_sum: bool = False,
+) -> float:
+    """The error as a share of the budget of `check_budget`, which accepts shares of at most 1.
+
+    The share of a NaN is infinite.
+
+    Raises:
+        AssertionError: the shapes or the infinite elements differ.
+    """
+    error, budget, _ = _error_and_budget(name, actual, ref64, ref_dtype, dtype, magnitude, is_sum)
+    if error == 0.0:
+        return 0.0
+    share = error / budget if budget else math.inf
+    return math.inf if math.isnan(share) else share
+
+
+def _error_and_budget(
+    name: str,
+    actual: Tensor,
+    ref64: Tensor,
+    ref_dtype: Tensor,
+    dtype: torch.dtype,
+    magnitude: float | None,
+    is_sum: bool,
+) -> tuple[float, float, str]:
+    """The error, the budget, and the budget's two terms as text."""
+    assert actual.shape == ref64.shape, f"{name}: shape {actual.shape}, expected {ref64.shape}"
     actual, ref_dtype = actual.detach().double(), ref_dtype.detach().double()
     ref64 = ref64.detach()
     finite = ref64.isfinite()
     assert torch.equal(actual[~finite], ref64[~finite]), f"{name}: infinite elements differ"
     actual, ref64, ref_dtype = actual[finite], ref64[finite], ref_dtype[finite]
     if ref64.numel() == 0:
-        return
+        return 0.0, 0.0, "no finite elements"
     eps = max(torch.finfo(dtype).eps, _FLOAT64_EPS)
     if magnitude is None:
         magnitude = float(ref64.abs().max())
-    error, due = _norm(actual - ref64, is_sum), _norm(ref_dtype - ref64, is_sum)
+    error, eager = _norm(actual - ref64, is_sum), _norm(ref_dtype - ref64, is_sum)
     slack = eps * magnitude * (math.sqrt(ref64.numel()) if is_sum else 1.0)
-    budget = 2.0 * (due + slack)
-    assert error <= budget, (
-        f"{name}: error {error:.3g} over the budget of {budget:.3g} "
-        f"(eager {dtype}: {due:.3g}, eps · magnitude: {slack:.3g})"
-    )
+    terms = f"eager {dtype}: {eager:.3g}, eps · magnitude: {slack:.3g}"
+    return error, 2.0 * (eager + slack), terms
 
 
 def _norm(difference: Tensor, is_sum: bool) -> float:

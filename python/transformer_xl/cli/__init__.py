@@ -1,11 +1,11 @@
-"""The command `transformer-xl`: train, evaluate, generate, doctor, demo, benchmark."""
+"""The command `transformer-xl`: train, evaluate, generate, doctor, demo."""
 
 from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
 
-# What the extra [lm] brings beside torch, by the names under which it is imported.
+# Modules that the extra [lm] installs in addition to torch.
 NEEDED = (
     "accelerate",
     "filelock",
@@ -20,13 +20,13 @@ NEEDED = (
 
 
 def main() -> None:
-    """Run the command line; without the extra [lm], say how to get it."""
+    """Run the command line; exit with the command that installs [lm] if a module is missing."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         sys.exit(
             f"transformer-xl: {', '.join(missing)} not installed; the commands need the extra "
-            'that brings it: pip install "transformer-xl[lm]"'
+            '[lm]: pip install "transformer-xl[lm]"'
         )
-    from transformer_xl.cli.app import app  # needs what was looked for above
+    from transformer_xl.cli.app import app  # imports the modules checked above
 
     app()

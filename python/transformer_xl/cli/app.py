@@ -1,4 +1,4 @@
-"""The commands in one application, and how it speaks of errors."""
+"""The application with all commands, and its error messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from transformer_xl.cli.benchmark import benchmark
 from transformer_xl.cli.demo import demo
 from transformer_xl.cli.doctor import doctor
 from transformer_xl.cli.evaluate import evaluate
@@ -26,7 +25,7 @@ EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, BackendUnavailab
 
 
 class Commands(TyperGroup):
-    """Commands that end with one sentence and an exit status where they cannot go on.
+    """Commands that print one sentence and return an exit status if they cannot continue.
 
     The status is 1 for a run that diverged, 2 for other expected errors, and 128 + N, as in a
     shell, for a command that signal N stopped. A closed pipe (`| head`) is no error: the status is
@@ -90,4 +89,3 @@ def options(
 
 for command in (train, evaluate, generate, doctor, demo):
     app.command()(command)
-app.add_typer(benchmark, name="benchmark")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
@@ -16,17 +17,18 @@ def embed(
     projections: Sequence[Tensor | None],  # [d, d_k]
     scale: float,
     sparse: bool = False,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Row of the token's table, projected, times scale: [..., d] in the tables' dtype.
 
     Every table is indexed with every token, with row 0 for tokens of other tables, and the rows
-    read for those are masked: the host never reads a token. All sums are float32 (float64 for
-    float64), the gradients' too: tables are cast before they are indexed. With `sparse` only the
-    distinct rows are cast, which the host must count, so that each row's sum is rounded once too;
-    the gradient may hold zeros for row 0.
+    read for those are masked: the host never reads a token. All sums, the gradients' too, are in
+    `compute_dtype`, by default float32 (float64 for float64): tables are cast before they are
+    indexed. With `sparse` only the distinct rows are cast, which the host must count, so that each
+    row's sum is rounded once too; the gradient may hold zeros for row 0.
     """
     dtype = tables[0].dtype
-    work = work_dtype(dtype)
+    work = compute_dtype or work_dtype(dtype)
     tables = tables if sparse else widened(tables, work)
     parts = []
     first = 0

@@ -37,9 +37,13 @@ def nll(
     head: Cluster,
     tails: Sequence[Cluster],
     ignore_index: int,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Each token's -log p in nats, in token order, 0 where the target is ignored: [N]."""
-    hidden, head, *tails = widened_rows(hidden, head, *tails)
+    """Each token's -log p in nats, in token order, 0 where the target is ignored: [N].
+
+    All arithmetic is in `compute_dtype`, by default that of `widened_rows`.
+    """
+    hidden, head, *tails = widened_rows(hidden, head, *tails, dtype=compute_dtype)
     c0 = head.weight.shape[0] - len(tails)
     n_tokens = c0 + sum(tail.weight.shape[0] for tail in tails)
     counted = target != ignore_index
@@ -161,14 +165,15 @@ def _log_probs(hidden: Tensor, cluster: Cluster) -> Tensor:
     return logits_of(projected(hidden, cluster), cluster).log_softmax(1)
 
 
-def widened_rows(hidden: Tensor, *clusters: Cluster) -> Any:
+def widened_rows(hidden: Tensor, *clusters: Cluster, dtype: torch.dtype | None = None) -> Any:
     """`hidden` and the clusters, with hidden and the projections in the dtype of all sums.
 
-    That is float32, or float64 for float64. Each is cast once for all clusters, so that its
-    gradient is rounded once; weights and biases are cast piece by piece, in `logits_of`.
+    That is `dtype`, by default float32, or float64 for float64. Each is cast once for all clusters,
+    so that its gradient is rounded once; weights and biases are cast piece by piece, in
+    `logits_of`.
     """
     tensors = (hidden, *(cluster.projection for cluster in clusters))
-    hidden, *projections = widened(tensors, work_dtype(hidden.dtype))
+    hidden, *projections = widened(tensors, dtype or work_dtype(hidden.dtype))
     pairs = zip(projections, clusters, strict=True)
     return hidden, *(Cluster(wide, cluster.weight, cluster.bias) for wide, cluster in pairs)
 

@@ -1,4 +1,4 @@
-"""The Triton backend's door: whether Triton can run here, and its ops. Imports no Triton itself."""
+"""The Triton backend: availability check and operators. Does not import Triton itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 from txl_kernels.backends import cuda_device
 
 NAMESPACE = "txl_triton"
-# Operator: the module here that has a function of that name, with the operator's own signature.
+# The machine code of the kernels was checked with the oldest and the newest of these versions.
+CHECKED_TRITON_VERSIONS = ("3.6.0", "3.9.0")
+# Operator name: the module of this package that defines it as a function of the same name.
 _KERNELS = {
     "rel_attention_fwd": "rel_attention",
     "rel_attention_bwd": "rel_attention_bwd",
@@ -27,11 +29,14 @@ _KERNELS = {
     "adaptive_embedding_bwd": "adaptive_embedding",
 }
 
+# The versions of Triton whose compiled kernels `make gates` checks.
+CHECKED_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+
 
 def register_kernels() -> None:
-    """Adds kernels to the operators of `torch.ops.txl_triton`; Triton is imported at a first call.
+    """Adds kernels to the operators of `torch.ops.txl_triton`; the first call imports Triton.
 
-    The ones for CPU tensors raise unless Triton interprets.
+    Kernels for CPU tensors raise an error unless Triton's interpreter is on.
     """
     for operator, module in _KERNELS.items():
         kernel = _at_first_use(module, operator)
@@ -58,7 +63,7 @@ def _when_interpreting(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def unavailable_reason(device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """None where Triton kernels can run on this kind of device, else one sentence saying why not.
+    """None if Triton kernels can run on this kind of device, else the reason in one sentence.
 
     Never raises.
     """
@@ -77,12 +82,26 @@ def unavailable_reason(device_type: str, dtype: torch.dtype = torch.float32) -> 
 
 @functools.cache
 def interprets() -> bool:
-    """Whether Triton interprets in this process, which it fixes when a kernel is decorated."""
+    """Whether Triton's interpreter is on. Triton decides this when it decorates a kernel."""
     if not _is_installed():
         return False
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def unchecked_version() -> str | None:
+    """One sentence if the installed Triton is not one that the gates check, else None."""
+    import triton
+
+    if ".".join(triton.__version__.split(".")[:2]) in CHECKED_VERSIONS:
+        return None
+    return (
+        f"Triton {triton.__version__} was not checked with these kernels, only "
+        f"{CHECKED_VERSIONS[0]} to {CHECKED_VERSIONS[-1]}: each kernel is tested on this device "
+        "before its first use"
+    )
 
 
 def _is_installed() -> bool:

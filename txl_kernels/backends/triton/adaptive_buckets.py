@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from txl_kernels.backends.triton.launching import launch
+
 _BLOCK = 512
 _WARPS = 4
 
@@ -108,7 +110,9 @@ def sort_by_cluster(
     order, column = tokens.new_empty(2, N, dtype=torch.int32)
     first = tokens.new_zeros(n_clusters + 2, dtype=torch.int32)
     if N > 0:
-        _adaptive_buckets_kernel[(triton.cdiv(N, _BLOCK),)](
+        launch(
+            _adaptive_buckets_kernel,
+            (triton.cdiv(N, _BLOCK),),
             tokens.contiguous(),
             order,
             column,

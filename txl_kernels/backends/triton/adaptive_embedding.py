@@ -13,6 +13,7 @@ from torch import Tensor
 from txl_kernels._register_adaptive import is_present
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, first_tokens, sort_by_cluster
 from txl_kernels.backends.triton.adaptive_products import load_block, multiply_rows, sum_outer
+from txl_kernels.backends.triton.launching import launch
 
 _BLOCK_ROWS, _BLOCK_D = 16, 128
 
@@ -119,7 +120,9 @@ def _write_dtables(
         widths=[dout.shape[1]] * len(tables),
     )
     grid = (dout.shape[0], triton.cdiv(max(widths), _BLOCK_D))
-    _adaptive_embedding_dtables_kernel[grid](
+    launch(
+        _adaptive_embedding_dtables_kernel,
+        grid,
         drows,
         runs.token,
         runs.end,

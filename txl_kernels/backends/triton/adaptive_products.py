@@ -15,6 +15,7 @@ from torch import Tensor
 
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, n_tiles, tile_of
 from txl_kernels.backends.triton.adaptive_configs import product_config
+from txl_kernels.backends.triton.launching import launch
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -182,7 +183,9 @@ def multiply_rows(
         n_tiles(N, len(inputs), config.BLOCK_ROWS),
         triton.cdiv(max(widths_out), config.BLOCK_OUT),
     )
-    _adaptive_rows_kernel[grid](
+    launch(
+        _adaptive_rows_kernel,
+        grid,
         tuple(inputs),
         tuple(x if matrix is None else matrix for x, matrix in zip(inputs, matrices, strict=True)),
         out,
@@ -278,7 +281,9 @@ def sum_outer(
         tiles.append(tiles[-1] + triton.cdiv(m, config.BLOCK_OUT) * triton.cdiv(n, config.BLOCK_IN))
     if tiles[-1] == 0:
         return
-    _adaptive_outer_kernel[(tiles[-1],)](
+    launch(
+        _adaptive_outer_kernel,
+        (tiles[-1],),
         tuple(lefts),
         tuple(rights),
         tuple(left if out is None else out for left, out in zip(lefts, outs, strict=True)),

@@ -21,6 +21,7 @@ from txl_kernels.backends.triton.adaptive_products import multiply_rows, sum_dty
 from txl_kernels.backends.triton.adaptive_softmax_head_rows import Targets
 from txl_kernels.backends.triton.adaptive_softmax_tails import Tails, add_tails_nll, project
 from txl_kernels.backends.triton.adaptive_softmax_tails_bwd import tails_dx, write_tails_dweight
+from txl_kernels.backends.triton.launching import launch
 
 
 def adaptive_nll_fwd(
@@ -94,8 +95,14 @@ def adaptive_loss_bwd(dloss: Tensor, grads: Sequence[Tensor]) -> None:
     with torch.cuda.device_of(dloss):
         for grad in grads:
             if grad.numel() > 0:
-                _adaptive_scale_kernel[(triton.cdiv(grad.numel(), 4096),)](
-                    grad, dloss, grad.numel(), BLOCK=4096, num_warps=8
+                launch(
+                    _adaptive_scale_kernel,
+                    (triton.cdiv(grad.numel(), 4096),),
+                    grad,
+                    dloss,
+                    grad.numel(),
+                    BLOCK=4096,
+                    num_warps=8,
                 )
 
 

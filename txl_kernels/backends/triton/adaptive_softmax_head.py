@@ -7,6 +7,8 @@ backward: four. `docs/mathematics.md` has the costs.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,15 @@ MAX_LOGITS = 2**25
 
 More only if the logits of 256 tokens, or of all tokens for 256 columns, are more.
 """
+
+
+class _Limit(threading.local):
+    """Of this thread: replaces MAX_LOGITS where a self-test with few tokens needs small blocks."""
+
+    logits = MAX_LOGITS
+
+
+limit = _Limit()
 
 _MIN_TOKENS = 512
 """With fewer tokens to a block, adding each block's gradient to the weight's float32 sum takes
@@ -52,6 +63,8 @@ def add_product(a: Tensor, b: Tensor, out: Tensor, adds: bool) -> None:
 
     A float32 `a` beside float16 `b` is a gradient: it keeps its range.
     """
+    if out.is_meta:  # torch 2.11 fails there with `out_dtype`, and nothing is computed
+        return
     if a.dtype == torch.float32 and b.dtype == torch.float16 and a.numel() > 0:
         a, unit = in_float16_range(a)
         product = torch.empty_like(out)
@@ -105,12 +118,12 @@ class _Block:
 
 def block_of_columns(N: int, n_columns: int) -> int:
     """Columns to a block of all tokens' logits."""
-    return min(n_columns, max(256, MAX_LOGITS // max(N, 1) // 128 * 128))
+    return min(n_columns, max(256, limit.logits // max(N, 1) // 128 * 128))
 
 
 def block_of_tokens(N: int, n_columns: int) -> int | None:
     """Tokens to a block of whole rows, or None where going by columns is cheaper."""
-    block = MAX_LOGITS // n_columns // 128 * 128
+    block = limit.logits // n_columns // 128 * 128
     return None if block < _MIN_TOKENS and block < N else max(1, min(N, block))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from txl_kernels.backends.triton.adaptive_buckets import cluster_of, first_tokens
 from txl_kernels.backends.triton.adaptive_configs import head_options
+from txl_kernels.backends.triton.launching import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # The largest logit of a row before the first: finite, as differences of infinities are NaN.
@@ -200,7 +201,8 @@ def take_columns(
 ) -> None:
     """Adds a block of columns to `state`; with the last one writes `nll` and `lse`."""
     N, n_columns = logits.shape
-    _adaptive_head_lse_kernel[(N,)](
+    launch(
+        _adaptive_head_lse_kernel, (N,),
         logits, logits if bias is None else bias, targets.target, state, nll, *lse,
         first_tokens(targets.sizes), N, sum(targets.sizes), targets.ignore_index,
         first_column, n_columns, logits.stride(0),
@@ -223,7 +225,8 @@ def to_gradient(
     """Reads `lse` [2, n] and `factor` [n] if given; else rows are whole, and it writes `nll`."""
     n, n_columns = logits.shape
     largest, log_sum = (None, None) if lse is None else lse
-    _adaptive_head_grad_kernel[(n,)](
+    launch(
+        _adaptive_head_grad_kernel, (n,),
         logits, grad, logits if bias is None else bias, targets.target,
         *(logits if x is None else x for x in (nll, largest, log_sum, factor)),
         first_tokens(targets.sizes), sum(targets.sizes), targets.ignore_index,

@@ -15,18 +15,15 @@ from torch import Tensor
 
 from txl_kernels.backends.reference.adaptive_softmax import Cluster
 from txl_kernels.backends.triton.adaptive_buckets import Buckets, n_tiles, tile_of
-from txl_kernels.backends.triton.adaptive_configs import (
-    Splits,
-    TailConfig,
-    splits,
-    tail_config,
-)
+from txl_kernels.backends.triton.adaptive_configs import splits, tail_config
 from txl_kernels.backends.triton.adaptive_products import load_block, multiply_rows
 from txl_kernels.backends.triton.adaptive_softmax_head_rows import LOG2E, LOWEST
+from txl_kernels.backends.triton.launch_table import SplitConfig, TailConfig
+from txl_kernels.backends.triton.launching import launch
 
 
 class Tails(NamedTuple):
-    """The tails in the form that their kernels read, and their tokens' projected rows."""
+    """The tails' tensors as the kernels read them, and the projected rows of their tokens."""
 
     x: Tensor  # [N, max(widths)]: at each sorted position projection · hidden, in hidden's dtype
     weights: tuple[Tensor, ...]  # [sizes[k], widths[k]]
@@ -302,7 +299,7 @@ def _adaptive_tails_join_kernel(
     tl.store(p_nll + o_token, nll + ((largest - at_target) + log_sum), mask=m_row)
 
 
-def n_programs(N: int, sizes: tuple[int, ...], config: TailConfig, split: Splits) -> int:
+def n_programs(N: int, sizes: tuple[int, ...], config: TailConfig, split: SplitConfig) -> int:
     """The most programs that the tokens of a kernel with `split_of` may need.
 
     Σ tiles_k · splits_k, with tiles_k ≤ n_k / BLOCK_ROWS + 1 and splits_k ≤ sizes_k / columns + 1.
@@ -317,13 +314,15 @@ def add_tails_nll(nll: Tensor, lse: Tensor, tails: Tails, buckets: Buckets) -> N
     config, split = tail_config("fwd", device, tails.x.dtype, tails.widths), splits("fwd", device)
     largest, total = nll.new_empty(2, split.N_PARTIALS + N)
     at_target = torch.empty_like(nll)
-    _adaptive_tails_fwd_kernel[(n_programs(N, tails.sizes, config, split),)](
+    launch(
+        _adaptive_tails_fwd_kernel, (n_programs(N, tails.sizes, config, split),),
         tails.x, tails.weights, tails.biases, buckets.column, buckets.first,
         largest, total, at_target, tails.x.stride(0),
         **tails.options(config), **split._asdict(),
     )  # fmt: skip
     rows = 128
-    _adaptive_tails_join_kernel[(n_tiles(N, len(tails.sizes), rows),)](
+    launch(
+        _adaptive_tails_join_kernel, (n_tiles(N, len(tails.sizes), rows),),
         largest, total, at_target, buckets.order, buckets.first, nll, *lse,
         SIZES=tails.sizes, **split._asdict(), BLOCK_V=config.BLOCK_V, BLOCK_ROWS=rows, num_warps=4,
     )  # fmt: skip

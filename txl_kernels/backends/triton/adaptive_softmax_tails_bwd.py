@@ -21,6 +21,7 @@ from txl_kernels.backends.triton.adaptive_softmax_tails import (
     split_of,
     wide_product,
 )
+from txl_kernels.backends.triton.launching import launch
 
 
 @triton.jit
@@ -315,7 +316,8 @@ def tails_dx(tails: Tails, buckets: Buckets, lse: Tensor, factor: Tensor) -> Ten
     partial = lse.new_empty(split.N_PARTIALS + N, widest)
     per_token = factor.dim() == 1
     grid = (n_programs(N, tails.sizes, config, split), triton.cdiv(widest, config.MAX_WIDTH))
-    _adaptive_tails_dx_kernel[grid](
+    launch(
+        _adaptive_tails_dx_kernel, grid,
         tails.x, tails.weights, tails.biases, buckets.order, buckets.column, buckets.first,
         *lse, factor, partial, tails.x.stride(0),
         IS_PER_TOKEN=per_token, **tails.options(config), **split._asdict(),
@@ -323,7 +325,8 @@ def tails_dx(tails: Tails, buckets: Buckets, lse: Tensor, factor: Tensor) -> Ten
     dx = torch.empty_like(tails.x, dtype=sum_dtype(tails.x))
     rows, width = 32, 64
     grid = (n_tiles(N, len(tails.sizes), rows), triton.cdiv(widest, width))
-    _adaptive_tails_dx_join_kernel[grid](
+    launch(
+        _adaptive_tails_dx_join_kernel, grid,
         partial, buckets.first, factor, dx, tails.x.stride(0),
         SIZES=tails.sizes, WIDTHS=tails.widths, IS_PER_TOKEN=per_token,
         **split._asdict(), BLOCK_V=config.BLOCK_V, BLOCK_ROWS=rows, BLOCK_OUT=width, num_warps=4,
@@ -353,7 +356,8 @@ def write_tails_dweight(
     if tiles[-1] == 0:
         return
     grid = (tiles[-1], triton.cdiv(max(*tails.widths, 1), config.MAX_WIDTH))
-    _adaptive_tails_dweight_kernel[grid](
+    launch(
+        _adaptive_tails_dweight_kernel, grid,
         tails.x, tails.weights, tails.biases, buckets.order, buckets.column, buckets.first,
         *lse, factor,
         tuple(tails.x if out is None else out for out in outs),

@@ -1,17 +1,19 @@
-"""`torch.ops.txl_triton.rel_attention_fwd`: checks nothing, allocates, launches."""
+"""The kernel of `torch.ops.txl_triton.rel_attention_fwd`: allocates the outputs and launches.
+
+It does not check its arguments.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from txl_kernels.backends.triton.rel_attention_call import kernel_arguments, query_sign
+from txl_kernels.backends.triton.launching import launch
+from txl_kernels.backends.triton.rel_attention_call import kernel_arguments
 from txl_kernels.backends.triton.rel_attention_config import (
-    architecture,
     block_size,
     forward_config,
 )
@@ -43,14 +45,9 @@ def rel_attention_fwd(
     softcap: float,
     dropout_p: float,
     dead_uniform: bool,
-    *,
-    position: Tensor | None = None,  # [B, H, Tq, R]
 ) -> tuple[Tensor, Tensor]:
-    """Returns out [B, H, Tq, Dv] in q's dtype and lse [B, H, Tq] in float32.
-
-    `position`, where given, is read instead of multiplying with r in the kernel.
-    """
-    assert q_pos is None, "resolve refuses these"
+    """Returns out [B, H, Tq, Dv] in q's dtype and lse [B, H, Tq] in float32."""
+    assert q_pos is None, "`resolve` refuses calls with this argument and the two below"
     assert bias is None
     assert not dead_uniform
     arguments = kernel_arguments(
@@ -63,13 +60,13 @@ def rel_attention_fwd(
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    arch = architecture(q.device)
-    config = forward_config(arch, D, Dv, q.dtype, Tq, mask is not None, dropout_p > 0)
+    config = forward_config(q.device, D, Dv, q.dtype, Tq, mask is not None, dropout_p > 0)
     grid = (triton.cdiv(Tq, config.BLOCK_Q) * B * H,)
     with torch.cuda.device_of(q):
-        _rel_attention_fwd_kernel[grid](
+        launch(
+            _rel_attention_fwd_kernel,
+            grid,
             **arguments,
-            p_position=position,
             p_out=out,
             p_lse=lse,
             BLOCK_D=block_size(D),
@@ -77,17 +74,3 @@ def rel_attention_fwd(
             **config.options(),
         )
     return out, lse
-
-
-def rel_attention_fwd_materialised(
-    q: Tensor, k: Tensor, v: Tensor, r: Tensor, r_w_bias: Tensor | None, r_r_bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`rel_attention_fwd` with all products with r from one of torch's, [B, H, Tq, R] float32.
-
-    An oracle for the chunks and their rotation at sizes where the reference does not fit, as
-    `make gpu` uses it. `"auto"` never takes it, for the fused kernel runs wherever this one does.
-    """
-    queries = q.float() if r_r_bias is None else q.float() + r_r_bias.float()[:, None]
-    position = (query_sign(rest[-4]) * queries).to(q.dtype).float() @ r.float().mT
-    return rel_attention_fwd(q, k, v, r, r_w_bias, r_r_bias, *rest, position=position.contiguous())

@@ -1,4 +1,7 @@
-"""`torch.ops.txl_triton.rel_attention_bwd`: checks nothing, allocates, launches three kernels."""
+"""The kernels of `torch.ops.txl_triton.rel_attention_bwd`: allocates and launches three kernels.
+
+It does not check its arguments.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ import torch
 import triton
 from torch import Tensor
 
+from txl_kernels.backends.triton.launching import launch
 from txl_kernels.backends.triton.rel_attention_bwd_dkdv import _rel_attention_bwd_dkdv_kernel
 from txl_kernels.backends.triton.rel_attention_bwd_dqdr import _rel_attention_bwd_dqdr_kernel
 from txl_kernels.backends.triton.rel_attention_bwd_rows import prepared_rows
 from txl_kernels.backends.triton.rel_attention_call import kernel_arguments, near_rows, strides
 from txl_kernels.backends.triton.rel_attention_config import (
-    architecture,
     block_size,
     dkdv_config,
     dqdr_config,
 )
 
-# Deterministic dr: programs to fill a GPU twice over, as far as their buffers fit in this.
+# Deterministic dr: enough programs for two on each multiprocessor, if their copies of dr fit in
+# this many bytes.
 _SPLIT_PROGRAMS = 264
 _SPLIT_BYTES = 2**28
 
@@ -57,12 +61,12 @@ def rel_attention_bwd(
 ) -> tuple[Tensor, ...]:
     """Returns dq, dk, dv, dr, dr_w_bias, dr_r_bias, dmem_k, dmem_v and two empty tensors.
 
-    A gradient that `needs_grad` does not ask for is an empty tensor too, and nothing is computed
-    for it alone. dr's additions are atomic; under `torch.are_deterministic_algorithms_enabled()`
-    launches follow each other in which every program has a copy of dr to itself, and copies are
-    summed in order.
+    A gradient that `needs_grad` does not request is an empty tensor too, and no kernel computes
+    it. Programs add to dr atomically. Under `torch.are_deterministic_algorithms_enabled()` each
+    program of a launch has its own copy of dr instead; several launches use the same copies, which
+    are summed in a fixed order.
     """
-    assert q_pos is None, "resolve refuses these"
+    assert q_pos is None, "`resolve` refuses calls with this argument and the two below"
     assert bias is None
     assert not dead_uniform
     arguments = kernel_arguments(
@@ -96,11 +100,11 @@ def _launch_dkdv(
     dmem_k: Tensor | None,
     dmem_v: Tensor | None,
 ) -> None:
-    """Writes the gradients that are not None; skips key tiles of which none is requested."""
+    """Writes the gradients that are not None; skips tiles of keys without a requested gradient."""
     B, H, _, D = q.shape
     Tm, Tk = arguments["Tm"], arguments["Tk"]
-    config = dkdv_config(architecture(q.device), D, arguments["DV"], q.dtype)
-    memory_tiles = triton.cdiv(Tm, config.BLOCK_K)  # no tile is of memory and segment
+    config = dkdv_config(q.device, D, arguments["DV"], q.dtype)
+    memory_tiles = triton.cdiv(Tm, config.BLOCK_K)  # a tile is of the memory or of the segment
     needs_memory = dmem_k is not None or dmem_v is not None
     first_tile = 0 if needs_memory else memory_tiles
     n_tiles = memory_tiles - first_tile
@@ -109,7 +113,9 @@ def _launch_dkdv(
     if n_tiles * B * H == 0:
         return
     with torch.cuda.device_of(q):
-        _rel_attention_bwd_dkdv_kernel[(n_tiles * B * H,)](
+        launch(
+            _rel_attention_bwd_dkdv_kernel,
+            (n_tiles * B * H,),
             **arguments,
             p_dk=dk,
             p_dv=dv,
@@ -134,10 +140,10 @@ def _launch_dqdr(
     if dq is None and r is None and r_w_bias is None and r_r_bias is None:
         return None, None, None
     B, H, Tq, D = q.shape
-    by_pair = arguments["p_seed"] is not None or arguments["p_mask"] is not None
-    config = dqdr_config(architecture(q.device), D, arguments["DV"], q.dtype, by_pair)
+    has_mask, has_dropout = (arguments[name] is not None for name in ("p_mask", "p_seed"))
+    config = dqdr_config(q.device, D, arguments["DV"], q.dtype, has_mask, has_dropout)
     n_tiles = triton.cdiv(Tq, config.BLOCK_Q)
-    # Items are the tiles that add to one table of r: those of all batch rows where they share it.
+    # Items are the tiles that add to the same rows of dr: of all batch rows if these share r.
     rows = B if arguments["p_r"].shape[0] == 1 else 1
     n_items = n_splits = rows * n_tiles
     copies = None
@@ -154,7 +160,9 @@ def _launch_dqdr(
         with torch.cuda.device_of(q):
             for first_item in range(0, n_items, n_splits):
                 n_programs = min(n_splits, n_items - first_item)
-                _rel_attention_bwd_dqdr_kernel[(n_programs * H * (B // rows),)](
+                launch(
+                    _rel_attention_bwd_dqdr_kernel,
+                    (n_programs * H * (B // rows),),
                     **arguments,
                     p_dq=dq,
                     p_dr=copies,
@@ -178,6 +186,6 @@ def _launch_dqdr(
 
 
 def _split_count(n_items: int, n_groups: int, copy_bytes: int) -> int:
-    """Copies of dr for each group of programs: as many as fill a GPU and fit in memory."""
+    """The number of copies of dr for each group of programs."""
     affordable = _SPLIT_BYTES // max(1, n_groups * copy_bytes)
     return max(1, min(n_items, -(-_SPLIT_PROGRAMS // max(1, n_groups)), affordable))

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from txl_kernels.backends.triton.launching import launch
 from txl_kernels.backends.triton.rel_attention_call import strides
 from txl_kernels.backends.triton.rel_attention_config import block_size
 from txl_kernels.backends.triton.rel_attention_tile import (
@@ -88,7 +89,9 @@ def prepared_rows(
     qv = None if r_w_bias is None and r_r_bias is None else torch.empty_like(qu)
     if lse.numel() > 0:
         with torch.cuda.device_of(out):
-            _rel_attention_bwd_rows_kernel[(n_rows // _ROWS * B * H,)](
+            launch(
+                _rel_attention_bwd_rows_kernel,
+                (n_rows // _ROWS * B * H,),
                 p_dout=dout,
                 p_out=out,
                 p_lse=lse.contiguous(),

@@ -16,7 +16,6 @@ from txl_kernels.backends.triton.rel_attention_tile import (
     load_block,
     load_position_block,
     load_rows,
-    load_skewed,
     mask_tile,
     visible_keys,
 )
@@ -39,7 +38,6 @@ def _rel_attention_fwd_kernel(
     p_key_lens,  # [B]
     p_mask,  # [B, H, Tq, Tk]
     p_seed,  # one int64
-    p_position,  # [B, H, Tq, R], contiguous, float32: products with r; or None
     p_out,  # [B, H, Tq, DV], contiguous
     p_lse,  # [B, H, Tq], contiguous, float32
     s_q_b,
@@ -92,9 +90,9 @@ def _rel_attention_fwd_kernel(
 
     Reads its queries once, and keys, values and rows of r once per block of BLOCK_K keys; writes
     out and lse. Each chunk of BLOCK_K rows of r is multiplied once and used for two neighbouring
-    blocks of keys; if p_position is given, it is read instead. Scores, softmax and sums are
-    float32; probabilities are rounded to the inputs' dtype for the product with v. Deterministic:
-    each sum is computed by one program in a fixed order.
+    blocks of keys. Scores, softmax and sums are float32; probabilities are rounded to the inputs'
+    dtype for the product with v. Deterministic: each sum is computed by one program in a fixed
+    order.
     """
     n_tiles = tl.cdiv(Tq, BLOCK_Q)
     i_bh = tl.program_id(0) // n_tiles
@@ -135,21 +133,15 @@ def _rel_attention_fwd_kernel(
     # Blocks of keys are aligned to the segment's first key: each block is of the memory or of the
     # segment, so that one choice of pointers and strides holds for all its keys.
     begin -= (begin + tl.cdiv(Tm, BLOCK_K) * BLOCK_K - Tm) % BLOCK_K
-    if p_position is not None:
-        p_position += i_bh.to(tl.int64) * Tq * R
-    else:
-        begin_m = begin - begin_i + offset - BLOCK_K
-        b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
-        earlier = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+    begin_m = begin - begin_i + offset - BLOCK_K
+    b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
+    earlier = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
     for begin_j in tl.range(begin, end, BLOCK_K):
-        if p_position is not None:
-            b_scores = load_skewed(p_position, o_i, begin_j, offset, Tq, R, CLAMP, BLOCK_K)
-        else:
-            begin_m = begin_j - begin_i + offset
-            b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
-            chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
-            b_scores = skew(chunk, earlier, BLOCK_Q, BLOCK_K)
-            earlier = chunk
+        begin_m = begin_j - begin_i + offset
+        b_r = load_position_block(p_r, s_r_m, begin_m, R, o_d, D, CLAMP, BLOCK_K)
+        chunk = tl.dot(b_qv, tl.trans(b_r), input_precision="ieee")
+        b_scores = skew(chunk, earlier, BLOCK_Q, BLOCK_K)
+        earlier = chunk
         p_rows, s_row, low, high = key_block(
             p_k, s_k_j, p_mem_k, s_mem_k_j, begin_j, p_key_start, first, last, Tm
         )

@@ -114,23 +114,6 @@ def load_rows(p_rows, o_row, stride, n_rows, o_d, D: tl.constexpr):
 
 
 @triton.jit
-def load_skewed(
-    p_position, o_i, begin_j, offset, Tq, R, CLAMP: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """float32 [queries, keys from begin_j on]: x[i, j - i + offset] of a contiguous x, [Tq, R].
-
-    Outside [0, R) 0, or with CLAMP the nearest column.
-    """
-    o_m = (begin_j + offset + tl.arange(0, COLUMNS))[None, :] - o_i[:, None]
-    inside = (o_i < Tq)[:, None]
-    if CLAMP:
-        o_m = tl.minimum(tl.maximum(o_m, 0), R - 1)
-    else:
-        inside = inside & (o_m >= 0) & (o_m < R)
-    return tl.load(p_position + o_i.to(tl.int64)[:, None] * R + o_m, mask=inside, other=0.0)
-
-
-@triton.jit
 def padded_rows(Tq):
     """Rows per (batch, head) in backward's copies of the queries: a multiple of every tile."""
     return (Tq + 127) // 128 * 128

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from txl_kernels.backends.triton.launching import launch
+
 _BLOCK_I = 4
 _BLOCK_C = 256
 
@@ -34,7 +36,9 @@ def _shifted(x: Tensor, n_columns: int, offset: int, step: int) -> Tensor:
     grid = (matrices.shape[0] * triton.cdiv(n_rows, _BLOCK_I) * column_blocks,)
     far = n_rows + n_columns + n_from  # beyond it no column of x is met
     with torch.cuda.device_of(x):
-        _rel_shift_kernel[grid](
+        launch(
+            _rel_shift_kernel,
+            grid,
             matrices,
             out,
             *matrices.stride(),

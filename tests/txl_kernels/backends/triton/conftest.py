@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 
 from txl_kernels.backends import triton as door
+from txl_kernels.testing.poison import filled_with_nan
 
 
 @pytest.fixture
-def poison(monkeypatch):
-    """A context in which memory that nobody has written to holds NaN, or the largest integer."""
-
-    def poisoned(make):
-        def made(*args, **kwargs):
-            x = make(*args, **kwargs)
-            if x.device.type == "meta":
-                return x
-            return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
-
-        return made
-
-    @contextlib.contextmanager
-    def context():
-        with monkeypatch.context() as patch:
-            for owner, name in (
-                (torch, "empty"),
-                (torch, "empty_like"),
-                (torch.Tensor, "new_empty"),
-            ):
-                patch.setattr(owner, name, poisoned(getattr(owner, name)))
-            yield
-
-    return context
+def poison():
+    """A context in which memory without a value holds NaN, or the largest integer."""
+    return filled_with_nan
 
 
 class Bounds:

@@ -1,7 +1,7 @@
-"""What the host does in the Triton adaptive ops: it launches, and never reads what a GPU holds.
+"""The host code of the adaptive Triton ops only launches kernels; it never waits for a result.
 
-The calls run on tensors without storage, of the device "meta", whose elements nobody can read, and
-their launches are noted instead of run.
+The calls run on tensors of the device "meta", which have no elements to read, and their launches
+are recorded instead of run.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from txl_kernels.backends import triton as door
-from txl_kernels.testing.aot.record import recording
-from txl_kernels.testing.aot.shipped import running_on
+from txl_kernels.backends import triton as package
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or door.interprets(),
-    reason="Triton is not there, or interprets: nothing is launched",
+    importlib.util.find_spec("triton") is None or package.interprets(),
+    reason="needs Triton; a process interprets or compiles",
 )
 
 N, D, SIZES = 8192, 1024, (20_000, 20_000, 160_000, 67_735)
@@ -27,7 +25,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "item", "i
 
 
 class _NoWaiting(TorchDispatchMode):
-    """Refuses operators whose result the host must wait for, copies to the host among them."""
+    """Refuses operators that make the host wait for the device, such as copies to the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::")
@@ -85,7 +83,9 @@ def _embedding(clusters):
 
 
 def _launched(call, clusters=None):
-    with recording(90) as launches, running_on(90), _NoWaiting():
+    from tools.gates.shipped import recording
+
+    with recording(90) as launches, _NoWaiting():
         call(_clusters() if clusters is None else clusters)
     return launches
 
@@ -96,19 +96,20 @@ def test_the_host_reads_nothing_from_the_device(call):
 
 
 def test_all_tails_go_in_one_launch_each_way():
-    names = [launch.name for launch in _launched(_nll)]
+    names = [launch.kernel.__name__ for launch in _launched(_nll)]
     for kernel in ("tails_fwd", "tails_join", "tails_dx", "tails_dx_join", "tails_dweight"):
         assert names.count(f"_adaptive_{kernel}_kernel") == 1
-    # Four products with the head's weight by blocks of columns; the tails' count does not matter.
-    fewer = [launch.name for launch in _launched(_nll, _clusters(SIZES[:2], WIDTHS[:2]))]
+    # The number of launches does not depend on the number of tails.
+    fewer = [launch.kernel.__name__ for launch in _launched(_nll, _clusters(SIZES[:2], WIDTHS[:2]))]
     assert sorted(names) == sorted(fewer)
 
 
 def test_the_loss_holds_one_block_of_logits():
+    from tools.gates.shipped import recording
     from txl_kernels.backends.triton import adaptive_softmax_head as heads
 
     class Largest(TorchDispatchMode):
-        """Notes the largest float32 tensor that is made beside the weight's own sum."""
+        """Records the size of the largest float32 matrix, except the gradient of the weight."""
 
         found = 0
 
@@ -119,6 +120,6 @@ def test_the_loss_holds_one_block_of_logits():
                 self.found = max(self.found, out.numel())
             return out
 
-    with recording(90), running_on(90), Largest() as largest:
+    with recording(90), Largest() as largest:
         _loss(_clusters())
     assert 0 < largest.found <= 1.01 * heads.MAX_LOGITS

@@ -1,4 +1,4 @@
-"""The numbers that kernels are given do not overflow where they multiply in 32 bits."""
+"""Products of 32-bit arguments in the kernels do not overflow."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import importlib
 import pytest
 import torch
 
-from txl_kernels.backends import triton as door
-from txl_kernels.testing.aot.record import recording
-from txl_kernels.testing.aot.shipped import running_on
+from txl_kernels.backends import triton as package
 
 pytestmark = pytest.mark.skipif(
-    not door._is_installed() or door.interprets(), reason="nothing is launched here"
+    not package._is_installed() or package.interprets(), reason="a process interprets or compiles"
 )
-FAR, BLOCK = 2**28, 128  # elements between rows, most rows of a block
+FAR, BLOCK = 2**28, 128  # elements from one row to the next, rows of the largest tile
 
 
 def launched(stride):
-    """The launches of a call and its backward whose tensors all have rows so far apart."""
+    """The launches of a call and its backward pass; rows of all tensors are `stride` apart."""
+    from tools.gates.shipped import recording
+
     fwd, bwd = (
-        getattr(importlib.import_module(f"{door.__name__}.{name}"), function)
+        getattr(importlib.import_module(f"{package.__name__}.{name}"), function)
         for name, function in (
             ("rel_attention", "rel_attention_fwd"),
             ("rel_attention_bwd", "rel_attention_bwd"),
@@ -34,7 +34,7 @@ def launched(stride):
     tensors = [far(40), far(40), far(40), far(80), None, None, far(40), far(40), *[None] * 6]
     options = (39, True, True, None, None, (0, 0, 0), 0.125, 0.0, 0.0, False)
     needed = [tensor is not None for tensor in (*tensors[:9], None)]
-    with recording(90) as found, running_on(90):
+    with recording(90) as found:
         out, lse = fwd(*tensors, *options)
         bwd(far(40), *tensors, *options, out, lse, needed)
     return found
@@ -44,13 +44,13 @@ def launched(stride):
 def test_no_stride_of_rows_overflows_within_a_block(stride):
     for launch in launched(stride):
         for name in launch.kernel.arg_names:
-            given = launch.values.get(name)
+            given = launch.arguments.get(name)
             if name.startswith("s_") and name[-1] in "ijm" and given is not None:
-                assert given * BLOCK < 2**31, (launch.name, name, given)
+                assert given * BLOCK < 2**31, (launch.kernel.__name__, name, given)
                 assert given == 64
 
 
-def test_rows_that_are_near_are_read_where_they_are():
-    call = importlib.import_module(f"{door.__name__}.rel_attention_call")
+def test_adjacent_rows_are_not_copied():
+    call = importlib.import_module(f"{package.__name__}.rel_attention_call")
     x = torch.zeros(2, 40, 3, 64).transpose(1, 2)
     assert call.near_rows(x) is x

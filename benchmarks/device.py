@@ -1,0 +1,76 @@
+"""Time and memory on a GPU: CUDA events, several sets of inputs in turn, L2 flushed before runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks.measure import Timed, sample, stopwatch
+
+INPUT_SETS = 2
+_FLUSH_BYTES = 2**30  # at least; 4 times L2 if that is more
+
+
+class Flush:
+    """Writes more than L2 holds. For about half a millisecond: meanwhile the host enqueues the run
+    that follows, so that the events enclose no launch latency."""
+
+    def __init__(self, device: torch.device) -> None:
+        L2 = torch.cuda.get_device_properties(device).L2_cache_size
+        room = torch.cuda.mem_get_info(device)[0] // 8
+        n_bytes = max(4 * L2, min(_FLUSH_BYTES, room))
+        self._buffer = torch.empty(n_bytes // 4, dtype=torch.int32, device=device)
+        self._fills = max(1, round(2 * _FLUSH_BYTES / n_bytes))
+
+    def __call__(self) -> None:
+        for _ in range(self._fills):
+            self._buffer.fill_(1)
+
+
+class OneProgramAtATime:
+    """A probe for `take_rounds`: nothing else runs on a GPU, so that every round counts."""
+
+    best = 1.0
+
+    def rate(self) -> float:
+        return 1.0
+
+
+def timer(runs: Sequence[Callable[[], object]], device: torch.device) -> Timed:
+    """Returns the seconds of one run; the runs are the same work on different inputs, in turn."""
+    turns = itertools.cycle(runs)
+    if device.type != "cuda":
+        return stopwatch(lambda: next(turns)())
+    flush = Flush(device)
+
+    def timed() -> float:
+        run = next(turns)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return timed
+
+
+def peak_mib(run: Callable[[], object]) -> float:
+    """Growth of the device's allocated memory at its peak during one run, in MiB."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """FLOP/s of torch's product of two square matrices of normal numbers."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timed = timer([lambda: a @ b], device)
+    timed()
+    return 2 * size**3 / sample(timed, min_seconds=0.02)

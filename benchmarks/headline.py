@@ -1,0 +1,66 @@
+"""The headline shapes and cases on a GPU, in the order of their importance; needs torch alone."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.cases.adaptive_softmax import SoftmaxCase
+from benchmarks.cases.rel_attention import AttentionCase
+from benchmarks.inputs import AttentionShape
+from benchmarks.softmax_inputs import SoftmaxShape
+
+# A training segment after a memory of its length; head sizes of WikiText-103 and of enwik8's large
+# model.
+TRAIN = tuple(
+    AttentionShape(name=f"train_d{D}", B=8, H=16, Tq=2048, Tm=2048, D=D, causal=True)
+    for D in (64, 128)
+)
+# Ten minutes of speech in an encoder of NVIDIA's Parakeet family.
+PARAKEET = AttentionShape(
+    name="parakeet_10min", B=1, H=8, Tq=7500, Tm=0, D=64, causal=False, key_lens=(7500,)
+)
+# One token after enwik8's evaluation memory, a batch of them.
+DECODE = AttentionShape(name="decode", B=32, H=16, Tq=1, Tm=3799, D=64, causal=True)
+
+
+def _inkling(tokens: int, *, sliding: bool) -> AttentionShape:
+    """A layer of Inkling-Small, with two differences that the Triton kernels still require: each
+    query head has keys of its own (the model shares 8 key heads), and the position term is a
+    product of D 128 with q itself (the model's has 16 dimensions and a query of its own, `q_pos`).
+    """
+    kind, extent = ("sliding", 512) if sliding else ("global", 1024)
+    return AttentionShape(
+        name=f"inkling_{kind}_{tokens // 1024}k",
+        B=1,
+        H=32,
+        Tq=tokens,
+        Tm=0,
+        D=128,
+        causal=True,
+        rel_extent=extent,
+        window=extent - 1 if sliding else None,
+    )
+
+
+INKLING = tuple(
+    _inkling(tokens, sliding=sliding) for tokens in (8192, 32768, 2048) for sliding in (False, True)
+)
+ATTENTION = (*TRAIN, DECODE, *INKLING[:2], PARAKEET, *INKLING[2:])
+# WikiText-103's large model.
+SOFTMAX = SoftmaxShape(
+    name="wt103_large", N=8192, d=1024, V=267_735, cutoffs=(20_000, 40_000, 200_000), div_val=4
+)
+
+
+def device_cases(device: str = "cuda") -> list[Case]:
+    """The timed cases, in bfloat16; the most important are first."""
+    dtype = torch.bfloat16
+    attention: list[Case] = [
+        AttentionCase(shape, dtype, direction, device)
+        for shape in ATTENTION
+        for direction in (("forward",) if shape is DECODE else ("forward", "backward"))
+    ]
+    softmaxes: list[Case] = [SoftmaxCase(SOFTMAX, dtype, work, device) for work in ("loss", "nll")]
+    n_first = 2 * len(TRAIN) + 1  # attention of training and decoding
+    return [*attention[:n_first], *softmaxes, *attention[n_first:]]

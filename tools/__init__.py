@@ -1,0 +1,1 @@
+"""Commands for development that are not part of the installed packages."""

@@ -1,0 +1,243 @@
+"""Descriptions of operator calls: the kernels that a call compiles depend on nothing else.
+
+A description holds the arguments in the order of the operator's schema, with a `Spec` for each
+tensor. From it follow the key under which a verdict is kept, tensors without memory on which
+launches are recorded, and a problem of a few tiles with the same specialisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Queries and keys of a problem: several tiles of every launch configuration, the last one partial.
+_LONG = 144
+_FEW_TOKENS = 48
+# Axes of the tensors of `rel_attention`, in the order of its schema; S and T are Ts and Tq.
+_AXES = ("BHTD", "BHSD", "BHSV", "BHRD", "HD", "HD", "BHMD", "BHMV", "BHTD", "B", "B", "BHTK")
+
+
+class Spec(NamedTuple):
+    """A tensor without its values; `offset` is in elements, from an address aligned to 16 bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    requested: bool  # whether its gradient is
+
+
+class Description(NamedTuple):
+    """One call of an operator of `torch.ops.txl_<backend>`."""
+
+    op: str
+    backend: str
+    arguments: tuple[Any, ...]
+    deterministic: bool
+
+    @property
+    def label(self) -> str:
+        """The op, the direction and the dtype, for records and messages."""
+        spec = next(iter(x for x in specs(self.arguments) if x.dtype.is_floating_point))
+        return f"{self.op}/{self.backend}/{str(spec.dtype).removeprefix('torch.')}"
+
+    @property
+    def needs_backward(self) -> bool:
+        return any(spec.requested for spec in specs(self.arguments))
+
+
+def describe(
+    op: str, backend: str, arguments: Sequence[Any], grad: bool, symbol: int = 0
+) -> Description:
+    """The description of a call.
+
+    Args:
+        arguments: in the order of the operator's schema.
+        grad: whether gradients of the tensors that require them are requested.
+        symbol: the value of every symbolic size, where torch traces with sizes left open.
+    """
+
+    def number(value: Any) -> Any:
+        if not isinstance(value, (torch.SymInt, torch.SymFloat)):
+            return value
+        expression = value.node.expr
+        number = expression.subs(dict.fromkeys(expression.free_symbols, symbol))
+        return int(number) if isinstance(value, torch.SymInt) else float(number)
+
+    def described(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            size = value.dtype.itemsize
+            offset = number(value.storage_offset()) * size % 16 // size
+            shape, strides = (tuple(map(number, x)) for x in (value.shape, value.stride()))
+            requested = grad and value.requires_grad
+            is_copied = op == "rel_attention" and value.dtype.is_floating_point
+            if is_copied and len(shape) == 4 and strides[-1] != 1:
+                strides, offset = _contiguous(shape), 0
+            return Spec(value.dtype, shape, strides, offset, requested)
+        if isinstance(value, (list, tuple)):
+            return tuple(described(part) for part in value)
+        return number(value)
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return Description(op, backend, described(tuple(arguments)), deterministic)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(max(size, 1) for size in shape[n + 1 :]) for n in range(len(shape)))
+
+
+def specs(value: Any) -> Iterator[Spec]:
+    """All tensors of a description, in order."""
+    if isinstance(value, Spec):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from specs(part)
+
+
+def replaced(value: Any, make: Callable[[Spec], Any]) -> Any:
+    """The arguments with another object for each tensor."""
+    if isinstance(value, Spec):
+        return make(value)
+    return [replaced(part, make) for part in value] if isinstance(value, tuple) else value
+
+
+def key(call: Description) -> tuple[Any, ...]:
+    """Equal for two calls that compile the same kernels.
+
+    A kernel of `rel_attention` or `rel_shift` is specialised by which sizes are 1, by which
+    strides are 1 or multiples of 16, and by head sizes, but not by lengths: decoding with ever
+    more keys has at most 16 keys here. The adaptive kernels are specialised by every size.
+    """
+    if call.op not in ("rel_attention", "rel_shift"):
+        return call
+    is_attention = call.op == "rel_attention"
+    parts: list[Any] = [call.op, call.backend, call.deterministic]
+    for n, value in enumerate(call.arguments):
+        if not isinstance(value, Spec):
+            # Lengths such as the offset count only by the integer type that they need, and of
+            # chunks the size and the number to the left.
+            is_length = isinstance(value, int) and not isinstance(value, bool)
+            chunk = value[:2] if isinstance(value, tuple) else value
+            parts.append(abs(value) >> 31 != 0 if is_length else chunk)
+            continue
+        shape, strides = value.shape, value.strides
+        has_width = is_attention and n < 9  # the last size is D or Dv
+        parts += value.dtype, value.offset, value.requested, shape[-1] if has_width else 0
+        for size, stride in zip(shape, strides, strict=True):
+            parts.append((size == 1, size % 16, stride == 1, stride % 16, stride == 0))
+    if is_attention:
+        Tq = call.arguments[0].shape[2]
+        parts.append(Tq if Tq <= 16 else 17)
+        if call.deterministic and call.arguments[0].shape[3] % 16:
+            # The number of copies of dr, which follows from all sizes, is in their strides.
+            parts.append(tuple(spec.shape for spec in specs(call.arguments)))
+    return tuple(parts)
+
+
+def problems(call: Description) -> Iterator[tuple[Description, int | None]]:
+    """Problems that may compile the same kernels, the shortest first, the call itself last.
+
+    With each: the limit of the logits that `adaptive_softmax` holds at a time, None for its own.
+    """
+    if call.op == "rel_attention":
+        yield call._replace(arguments=_short_attention(call.arguments)), None
+    elif call.op == "rel_shift":
+        yield call._replace(arguments=_short_shift(call.arguments)), None
+    else:
+        N, (short, n) = _n_tokens(call.arguments), _short_tokens(call)
+        yield short, None
+        if n < N and call.backend == "triton" and call.op != "adaptive_embedding":
+            from txl_kernels.backends.triton.adaptive_softmax_head import MAX_LOGITS
+
+            yield short, MAX_LOGITS // N * n
+    yield call, None
+
+
+def _shortened(n: int, limit: int) -> int:
+    """At most `limit` + 15, and the same as n modulo 16, as alignment depends on that."""
+    return n if n < limit + 16 else limit + n % 16
+
+
+def _resized(spec: Spec, shape: Sequence[int]) -> Spec:
+    """A tensor of another shape, whose strides have the same order and the same remainders."""
+    strides, extent = list(spec.strides), 1
+    for axis in sorted(range(len(shape)), key=lambda axis: spec.strides[axis]):
+        old = spec.strides[axis]
+        if old <= 1 or spec.shape[axis] == 1:
+            stride = old if old <= 1 else min(old, 16 + old % 16)
+        else:
+            stride = max(extent, 2)
+            stride += (old - stride) % 16
+        strides[axis] = stride
+        if shape[axis] > 1:
+            extent = max(extent, (shape[axis] - 1) * stride + extent)
+    return spec._replace(shape=tuple(shape), strides=tuple(strides))
+
+
+def _short_attention(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    q, k, v, r, *_ = arguments
+    (B, H, Tq, D), Ts, R = q.shape, k.shape[2], r.shape[2]
+    Tm = 0 if arguments[6] is None else arguments[6].shape[2]
+    Tk = Tm + Ts
+    sizes = {"B": min(B, 2), "H": _shortened(H, 16), "D": D, "V": v.shape[3]}
+    sizes |= {"T": _shortened(Tq, _LONG), "S": _shortened(Ts, _LONG), "M": _shortened(Tm, _LONG)}
+    sizes["K"] = sizes["M"] + sizes["S"]
+    fewer_keys = Tk - sizes["K"]
+    both_sides = Tk + Tq - 1 <= R
+    fewer_rows = fewer_keys + (Tq - sizes["T"] if both_sides else 0)
+    sizes["R"] = R - fewer_rows if fewer_rows < R else _shortened(R, _LONG)
+    short: list[Any] = list(arguments)
+    for n, axes in enumerate(_AXES):
+        spec = arguments[n]
+        if spec is not None:
+            shape = [
+                1 if size == 1 else sizes[axis]
+                for axis, size in zip(axes[-len(spec.shape) :], spec.shape, strict=True)
+            ]
+            short[n] = _resized(spec, shape)
+    offset = arguments[14]
+    if offset == Tq - 1:
+        short[14] = sizes["T"] - 1
+    else:  # keeps the distance of the last row
+        moved = offset + (Tk - Tq) - (sizes["K"] - sizes["T"]) - (R - sizes["R"])
+        short[14] = max(-sizes["K"], min(moved, sizes["R"] + sizes["T"]))
+    for n in (17, 18):  # window
+        if arguments[n] is not None and arguments[n] < Tk:
+            short[n] = min(arguments[n], sizes["K"] // 3)
+    size, left, phase = (*arguments[19], 0, 0, 0)[:3]
+    if _LONG < size < 2**30:
+        short[19] = (_LONG // 3, min(left, 1), phase % (_LONG // 3))
+    return tuple(short)
+
+
+def _short_shift(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, n_keys, offset = arguments
+    *lead, Tq, R = x.shape
+    rows, columns = _shortened(Tq, 32), _shortened(R, 272)
+    shape = (*(min(size, 2) for size in lead), rows, columns)
+    keys = max(_shortened(n_keys, 272), 1)
+    moved = rows - 1 if offset == Tq - 1 else max(-columns, min(offset, columns))
+    return _resized(x, shape), keys, moved
+
+
+def _n_tokens(arguments: tuple[Any, ...]) -> int:
+    """Tokens of an adaptive op: rows of hidden, or elements of tokens."""
+    spec = arguments[0]
+    return spec.shape[0] if spec.dtype.is_floating_point else torch.Size(spec.shape).numel()
+
+
+def _short_tokens(call: Description) -> tuple[Description, int]:
+    """Vocabulary and widths are compiled into the adaptive kernels and are kept."""
+    first, *rest = call.arguments
+    n = _shortened(_n_tokens(call.arguments), _FEW_TOKENS)
+    if call.op == "adaptive_embedding":
+        first = first._replace(shape=(n,), strides=(1,), offset=0)
+    else:
+        first = _resized(first, (n, first.shape[1]))
+        rest[0] = _resized(rest[0], (n,))
+    return call._replace(arguments=(first, *rest)), n
