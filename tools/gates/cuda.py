@@ -44,10 +44,7 @@ def nvcc() -> str | None:
 def build(
     folder: Path, arches: Sequence[str], targets: Sequence[str] = ("txl_cuda",)
 ) -> dict[tuple[str, str], sass.Code]:
-    """Builds CMake's targets with TXL_CUDA=COMPILE_ONLY for "80", "90a" and so on.
-
-    Returns:
-        The kernels by (architecture, demangled name).
+    """The kernels of CMake's targets, compiled for "80", "90a" and so on, as `read` returns them.
 
     Raises:
         RuntimeError: CMake or a compiler fails.

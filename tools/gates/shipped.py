@@ -59,6 +59,8 @@ _ATTENTION: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("padding", False, {"tensors": ("key_start", "key_lens")}),
     ("dropout", True, {"dropout_p": 0.1}),
     ("dropout_d128", False, {"dropout_p": 0.1, "D": 128}),
+    ("dropout_d256", False, {"dropout_p": 0.1, "D": 256}),
+    ("mask_d128", False, {"tensors": ("mask",), "causal": False, "D": 128}),
     ("mask_and_dropout", False, {"tensors": ("mask",), "dropout_p": 0.1}),
     ("clamp", False, {"clamp": True, "offset": 1000}),
     ("window", False, {"window_left": 1000}),
