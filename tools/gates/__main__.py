@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
     started = time.monotonic()
+    warnings.filterwarnings("ignore", module="triton")  # in the worker processes too
     if _VERSION not in CHECKED_TRITON_VERSIONS:
         checked = " and ".join(CHECKED_TRITON_VERSIONS)
         console.print(f"Triton {_VERSION} is not among the checked versions ({checked}).")
@@ -101,7 +102,6 @@ def _is_selected(call: shipped.Call, options: argparse.Namespace) -> bool:
 
 def _compile(job: int) -> Row:
     arch, found = _jobs[job]
-    warnings.filterwarnings("ignore", module="triton")
     try:
         binary = compiling.compile_launch(found.launch)
     except Exception as error:  # a failed compilation must not hide the other results
