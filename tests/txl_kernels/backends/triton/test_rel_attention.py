@@ -62,7 +62,7 @@ def test_float16_is_within_the_error_budget(name):
     check_rel_attention(BY_NAME[name], "triton", torch.float16)
 
 
-@pytest.mark.parametrize("blocks", [(16, 64), (32, 32), (64, 64), (64, 128)], ids=str)
+@pytest.mark.parametrize("blocks", [(16, 64), (32, 32), (64, 128)], ids=str)
 def test_tiles_that_are_shipped(blocks, tile):
     tile(*blocks)
     check_rel_attention(BY_NAME["everything"], "triton", torch.float32)
