@@ -5,6 +5,8 @@ Triton keeps a compiled kernel in its cache, where the other stages' processes f
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
@@ -37,7 +39,7 @@ def run(context: Context) -> None:
     """
     limits = REHEARSED if context.is_rehearsal else launch_table.device_limits(context.device)
     names, _launches[:] = zip(*launches(limits)[: 1 if context.is_rehearsal else None], strict=True)
-    n_headline = sum(not name.startswith("sweep/") for name in names)
+    n_first = sum(not name.startswith(("sweep/", "others/")) for name in names)
     seconds, failed = context.results.setdefault("seconds", {}), []
     fork = multiprocessing.get_context("fork")
     with fork.Pool(len(os.sched_getaffinity(0))) as pool, ThreadPoolExecutor(1) as thread:
@@ -50,7 +52,7 @@ def run(context: Context) -> None:
                 failed.append(f"time ran out at {name}")
                 break
             failed += [f"{name}: {error}"] if error else []
-            if len(seconds) >= n_headline and native.done():
+            if len(seconds) >= n_first and native.done():
                 context.results["ready"] = ["parity"]
             context.save()
         summary = [f"{len(seconds)} kernels compiled, {native.result()}", *failed]
@@ -72,12 +74,20 @@ def _compile(number: int) -> tuple[float, str | None]:
 
 
 def launches(limits: Limits) -> list[tuple[str, Launch]]:
-    """Name and launch of every kernel, the headline calls' before the sweep's."""
+    """Name and launch of every kernel: parity's and the timings', the sweep's, then the others."""
     (major, minor), shared = limits
     arch = 10 * major + minor
-    calls = [call for call in shipped_calls() if call.headline or "/float16/" in call.name]
+    calls = shipped_calls()
+    first = [call for call in calls if call.headline or "/float16/" in call.name]
+    others = [call for call in calls if call.name.startswith("adaptive") and call not in first]
+    first += [  # as parity makes them
+        dataclasses.replace(call, run=functools.partial(call.run, B=1, H=2, dtype=dtype))
+        for call in first
+        for dtype in (torch.bfloat16, torch.float16)
+        if call.name.startswith("rel_attention/bfloat16/")
+    ]
     with mock.patch.dict(SHARED_LIMIT, {arch: shared}):
-        found = [(each.name, each.launch) for each in shipped_launches(calls, arch)]
+        found = [(each.name, each.launch) for each in shipped_launches(first, arch)]
         with recording(arch):
             row_class = launch_table.launch_class(torch.device("meta"))
         for D, kernel in itertools.product(sweep.HEAD_SIZES, sweep.KERNELS):
@@ -86,4 +96,5 @@ def launches(limits: Limits) -> list[tuple[str, Launch]]:
                     attention(D=D)
                 name = f"sweep/{kernel}/D{D}/{tuple(config)}"
                 found += [(name, x) for x in recorded if x.kernel.__name__ == f"_{kernel}_kernel"]
+        found += [(f"others/{x.name}", x.launch) for x in shipped_launches(others, arch)]
     return found
