@@ -17,7 +17,7 @@ _FLUSH_BYTES = 2**30  # at least; 4 times L2 if that is more
 
 
 class Flush:
-    """Writes more than L2 holds. For about half a millisecond: meanwhile the host enqueues the run
+    """Writes more than L2 holds. That takes about a millisecond, in which the host enqueues the run
     that follows, so that the events enclose no launch latency."""
 
     def __init__(self, device: torch.device) -> None:
@@ -25,7 +25,7 @@ class Flush:
         room = torch.cuda.mem_get_info(device)[0] // 8
         n_bytes = max(4 * L2, min(_FLUSH_BYTES, room))
         self._buffer = torch.empty(n_bytes // 4, dtype=torch.int32, device=device)
-        self._fills = max(1, round(2 * _FLUSH_BYTES / n_bytes))
+        self._fills = max(1, round(3 * _FLUSH_BYTES / n_bytes))
 
     def __call__(self) -> None:
         for _ in range(self._fills):
@@ -85,7 +85,10 @@ def preferred_backend(op: str, device: str, **call: Any) -> str:
 
 
 def peak_mib(run: Callable[[], object]) -> float:
-    """Growth of the device's allocated memory at its peak during one run, in MiB."""
+    """Growth of the GPU's allocated memory at its peak during one run, in MiB; without CUDA 0."""
+    if not torch.cuda.is_available():
+        run()
+        return 0.0
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

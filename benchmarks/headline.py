@@ -24,27 +24,23 @@ PARAKEET = AttentionShape(
 DECODE = AttentionShape(name="decode", B=32, H=16, Tq=1, Tm=3799, D=64, causal=True)
 
 
-def _inkling(tokens: int, *, sliding: bool) -> AttentionShape:
-    """A layer of Inkling-Small, with two differences that the Triton kernels still require: each
-    query head has keys of its own (the model shares 8 key heads), and the position term is a
-    product of D 128 with q itself (the model's has 16 dimensions and a query of its own, `q_pos`).
-    """
-    kind, extent = ("sliding", 512) if sliding else ("global", 1024)
-    return AttentionShape(
-        name=f"inkling_{kind}_{tokens // 1024}k",
-        B=1,
-        H=32,
-        Tq=tokens,
-        Tm=0,
-        D=128,
-        causal=True,
-        rel_extent=extent,
-        window=extent - 1 if sliding else None,
-    )
+# Layers of Inkling-Small. INKLING_NOTE: what the Triton kernels still require.
+INKLING_NOTE = (
+    "inkling: each query head has keys of its own (the model shares 8 key heads), and the position "
+    "term is a product of 128 dimensions with q (the model's has 16 and a query of its own, q_pos)"
+)
+
+
+def _inkling(tokens: int, kind: str, extent: int, window: int | None) -> AttentionShape:
+    name = f"inkling_{kind}_{tokens // 1024}k"
+    sizes = {"B": 1, "H": 32, "Tq": tokens, "Tm": 0, "D": 128, "rel_extent": extent}
+    return AttentionShape(name=name, causal=True, window=window, **sizes)
 
 
 INKLING = tuple(
-    _inkling(tokens, sliding=sliding) for tokens in (8192, 32768, 2048) for sliding in (False, True)
+    _inkling(tokens, *layer)
+    for tokens in (8192, 32768, 2048)
+    for layer in (("global", 1024, None), ("sliding", 512, 511))
 )
 ATTENTION = (*TRAIN, DECODE, *INKLING[:2], PARAKEET, *INKLING[2:])
 # WikiText-103's large model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from benchmarks import device, headline
 from benchmarks.cases import OURS, PeerUnavailableError, WrongResultError
 from benchmarks.cases import rel_attention as attention
 from benchmarks.cases.rel_attention import CUDNN, EAGER, FLASH, SDPA_BIAS, AttentionCase
-from benchmarks.peers import flex, sdpa
+from benchmarks.peers import flex
 from txl_kernels import BackendUnavailableError
 from txl_kernels.backends import Resolution
 
@@ -60,45 +61,27 @@ def test_peers_agree_in_the_last_queries(shape, name, monkeypatch):
         tiny._compare(name, ["out"], *tiny._last_queries(name))
 
 
-def test_yardsticks_get_as_many_queries_as_their_mask_needs(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(sdpa, "cudnn", lambda q, k, v, causal: seen.update({CUDNN: q.shape[2]}))
-    monkeypatch.setattr(sdpa, "flash", lambda q, k, v, causal: seen.update({FLASH: q.shape[2]}))
+def test_yardsticks_get_as_many_queries_as_their_mask_needs():
     for name in (CUDNN, FLASH):
-        case(TINY[0])._bound(name)[0]()
-    assert seen == {CUDNN: TINY[0].n_keys, FLASH: TINY[0].Tq}
-    monkeypatch.undo()
+        attend, (q, keys, _) = case(TINY[0])._bound(name)
+        assert q.shape[2] == (TINY[0].n_keys if name == CUDNN else TINY[0].Tq)
+        assert keys.shape[2] == TINY[0].n_keys
     with pytest.raises(PeerUnavailableError, match="flash"):
-        case(TINY[0])._bound(FLASH)[0]()
-
-
-class Event:
-    """Each event is recorded one millisecond after the one before."""
-
-    now = 0
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        Event.now += 1
-        self.at = Event.now
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, end):
-        return float(end.at - self.at)
+        attend()
 
 
 def test_time_on_a_gpu_is_between_events_and_inputs_take_turns(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    flushed, ran = [], []
-    monkeypatch.setattr(device, "_flush", lambda _: lambda: flushed.append(len(ran)))
+    events = mock.Mock()
+    events.elapsed_time.return_value = 2.0
+    ran = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: events)
+    monkeypatch.setattr(device, "_flush", lambda _: lambda: ran.append("flush"))
     timed = device.timer([lambda: ran.append("a"), lambda: ran.append("b")], torch.device("cuda"))
-    assert [timed() for _ in range(3)] == [1e-3] * 3
-    assert ran == ["a", "b", "a"]
-    assert flushed == [0, 1, 2]
+    assert [timed(), timed(), timed()] == [2e-3] * 3
+    assert ran == ["flush", "a", "flush", "b", "flush", "a"]
+    assert [call[0] for call in events.method_calls[:4]] == [
+        "record", "record", "synchronize", "elapsed_time"
+    ]  # fmt: skip
 
 
 def test_ours_on_a_gpu_never_falls_back(monkeypatch):

@@ -1,7 +1,6 @@
-"""The ATen bindings of the CUDA kernels, called with CPU tensors and linked to emulated kernels.
+"""The ATen bindings of the CUDA kernels, on CPU tensors and with the emulated kernels.
 
-The tests check the conversion of tensors, strides and options to pointers and numbers, and the
-refusals.
+Tensors, strides and options must become the right pointers and numbers, and some are refused.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import pytest
 import torch
 
 TORCH = Path(torch.__file__).parent
-# CPU tensors have no stream: only the class that reads it is replaced.
+# Replaces the only header that needs a device: a CPU tensor's stream has no handle.
 DEVICE_CALL = """
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 namespace txl {
 struct DeviceCall {
   explicit DeviceCall(const at::Tensor&) {}
@@ -27,7 +26,7 @@ struct DeviceCall {
 };
 }  // namespace txl
 """
-# Calls the CUDA kernels with CPU tensors, in a separate process: loading registers the kernels.
+# Dispatches CPU tensors to the key CUDA. In a separate process, because it registers kernels.
 USE = """
 import sys, torch
 from txl_kernels import rel_attention

@@ -1,6 +1,6 @@
 """Every named case of every op on a GPU against float64, with all gradients; equal bits of runs.
 
-New memory holds NaN. Tests marked "sanitizer" are the ones that compute-sanitizer runs.
+New memory holds NaN. compute-sanitizer runs the tests marked "sanitizer".
 """
 
 from __future__ import annotations
@@ -28,55 +28,51 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SANITIZED = {"transformer_xl", "wild_lengths", "head_41", "dropout", "one_query", "two_tails"}
 REPEATED = ("transformer_xl", "conformer", "long", "window", "dropout", "head_41", "everything")
 DETERMINISTIC = functools.partial(filled_with_nan, deterministic=True)
+# Leading sizes, Tq, R; keys; offset.
+SHIFTS = (((2, 3, 5, 9), None, None), ((2, 7, 3), 20, 4), ((3, 4, 6), 5, -2), ((0, 4, 6), 3, 2**40))
+SHIFTS += (((2, 17, 401), 230, None), ((2, 3, 5), 0, None), ((8, 4, 256, 1000), 513, None))
 
 
 def params(cases, *backends):
-    """Each case with each backend and dtype; small ones in float16 for the sanitizer."""
+    """Each case with each backend and dtype; the sanitizer runs small ones in float16."""
     found = []
     for case in cases:
         for backend in backends:
             for dtype in DTYPES:
-                marks = []
-                if case.name in SANITIZED and dtype == torch.float16:
-                    marks = [pytest.mark.sanitizer]
+                is_sanitized = case.name in SANITIZED and dtype == torch.float16
+                marks = [pytest.mark.sanitizer] if is_sanitized else []
                 name = f"{backend}-{str(dtype).removeprefix('torch.')}-{case}"
                 found.append(pytest.param(case, backend, dtype, marks=marks, id=name))
     return pytest.mark.parametrize(("case", "backend", "dtype"), found)
 
 
-def require(op, backend, dtype, device, **call):
-    _, reason = resolve(op, backend=backend, device=device, dtype=dtype, **call)
+def require(op, backend, dtype, device, case=None, needs_grad=True):
+    sizes = {}
+    if op == "rel_attention":
+        sizes = {"Tq": case.Tq, "D": case.D, "Dv": case.Dv, "uses": case.uses}
+    options = {"device": device, "dtype": dtype, "needs_grad": needs_grad, **sizes}
+    _, reason = resolve(op, backend=backend, **options)
     if reason is not None:
         pytest.skip(reason)
 
 
-def require_attention(case, backend, dtype, device, needs_grad):
-    sizes = {"Tq": case.Tq, "D": case.D, "Dv": case.Dv, "uses": case.uses}
-    require("rel_attention", backend, dtype, device, needs_grad=needs_grad, **sizes)
-
-
 @params(REL_ATTENTION_CASES, "triton")
 def test_attention(case, backend, dtype, device):
-    require_attention(case, backend, dtype, device, needs_grad=True)
+    require("rel_attention", backend, dtype, device, case)
     check_rel_attention(case, backend, dtype, device, within=filled_with_nan)
-
-
-@params([case for case in REL_ATTENTION_CASES if case.name in REPEATED], "triton")
-def test_three_runs_of_attention_have_the_same_bits(case, backend, dtype, device):
-    require_attention(case, backend, dtype, device, needs_grad=True)
-    check_rel_attention(case, backend, dtype, device, runs=3, within=DETERMINISTIC)
+    if case.name in REPEATED:
+        check_rel_attention(case, backend, dtype, device, runs=3, within=DETERMINISTIC)
 
 
 @params(DECODE_CASES, "native", "triton")
 def test_decoding(case, backend, dtype, device):
-    require_attention(case, backend, dtype, device, needs_grad=False)
+    require("rel_attention", backend, dtype, device, case, needs_grad=False)
 
     def run(**call):
+        call |= {"return_lse": True, "backend": backend}
         with DETERMINISTIC():
-            first, *others = (
-                rel_attention(**call, return_lse=True, backend=backend) for _ in range(3)
-            )
-        assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
+            first, *others = (rel_attention(**call) for _ in range(3))
+        assert all(all(map(torch.equal, first, other)) for other in others)
         return first
 
     check_rel_attention_output(case, dtype, run, device)
@@ -85,34 +81,18 @@ def test_decoding(case, backend, dtype, device):
 @params(ADAPTIVE_SOFTMAX_CASES, "triton")
 @pytest.mark.parametrize("op", ["adaptive_loss", "adaptive_nll", "adaptive_embedding"])
 def test_softmax_and_embedding(op, case, backend, dtype, device):
-    require(op, backend, dtype, device, needs_grad=True)
-    options = {"runs": 3, "within": filled_with_nan}
-    inputs = case.inputs(dtype, device)
-    if op == "adaptive_embedding":
-        check_adaptive_embedding(inputs, case.cutoffs, backend, **options)
-    else:
-        check_adaptive_softmax(op, inputs, case.cutoffs, backend, **options)
+    require(op, backend, dtype, device)
+    check = functools.partial(check_adaptive_softmax, op)
+    check = check_adaptive_embedding if op == "adaptive_embedding" else check
+    check(case.inputs(dtype, device), case.cutoffs, backend, runs=3, within=filled_with_nan)
 
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", ["native", "triton"])
-@pytest.mark.parametrize(
-    ("shape", "n_keys", "offset"),
-    [
-        ((2, 3, 5, 9), None, None),
-        ((2, 7, 3), 20, 4),
-        ((1, 2, 3, 17, 401), 230, None),
-        ((3, 4, 6), 5, -2),
-        ((3, 4, 60), 50, 2**40),
-        ((0, 4, 6), None, None),
-        ((2, 3, 5), 0, None),
-        ((8, 4, 256, 1000), 513, None),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("shape", "n_keys", "offset"), SHIFTS, ids=str)
 def test_the_shift_is_the_reference_bit_by_bit(shape, n_keys, offset, backend, dtype, device):
-    require("rel_shift", backend, dtype, device, needs_grad=True)
+    require("rel_shift", backend, dtype, device)
     # One element into an allocation: rows begin at every alignment.
     memory = torch.randn(1 + torch.Size(shape).numel(), device=device).to(dtype)
     x = memory[1:].view(shape).requires_grad_()
@@ -121,5 +101,4 @@ def test_the_shift_is_the_reference_bit_by_bit(shape, n_keys, offset, backend, d
         out = rel_shift(x, n_keys=n_keys, offset=offset, backend=name)
         dout = torch.arange(out.numel(), device=device).remainder(251).to(dtype).view(out.shape)
         results.append((out, *torch.autograd.grad(out, x, dout)))
-    for found, expected in zip(*results, strict=True):
-        assert torch.equal(found, expected)
+    assert all(map(torch.equal, *results))

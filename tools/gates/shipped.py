@@ -28,7 +28,7 @@ from txl_kernels.backends.triton import (
 from txl_kernels.backends.triton.launching import Launch
 
 _F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
-_INKLING: dict[str, Any] = {"B": 1, "H": 64, "Tm": 0, "D": 128}
+_INKLING: dict[str, Any] = {"B": 1, "H": 64, "Tm": 0, "D": 128, "biases": False}
 _DECODE: dict[str, Any] = {"B": 32, "Tq": 1, "Tm": 3799, "backward": False}
 _CONFORMER: dict[str, Any] = {"B": 1, "H": 8, "Tq": 7500, "Tm": 0, "R": 14_999, "causal": False}
 _WT103_BASE: dict[str, Any] = {"d": 410, "div_val": 1}
@@ -174,6 +174,7 @@ def attention(
     D: int = 64,
     Dv: int | None = None,
     R: int | None = None,
+    biases: bool = True,
     tensors: Sequence[str] = (),
     backward: bool = True,
     deterministic: bool = False,
@@ -186,11 +187,12 @@ def attention(
     Tk, Dv = Tm + Tq, Dv or D
     made = functools.partial(torch.empty, dtype=dtype, device="meta")
     integers = functools.partial(torch.empty, dtype=torch.int64, device="meta")
-    floats = {"q": (B, H, Tq, D), "k": (B, H, Tq, D), "v": (B, H, Tq, Dv), "r": (1, H, R or Tk, D)}
-    floats |= {"r_w_bias": (H, D), "r_r_bias": (H, D)}  # type: ignore[dict-item]
+    floats: dict[str, tuple[int, ...]] = {"q": (B, H, Tq, D), "k": (B, H, Tq, D)}
+    floats |= {"v": (B, H, Tq, Dv), "r": (1, H, R or Tk, D)}
+    floats |= {"r_w_bias": (H, D), "r_r_bias": (H, D)} if biases else {}
     floats |= {"mem_k": (B, H, Tm, D), "mem_v": (B, H, Tm, Dv)} if Tm else {}
-    absent = ("mem_k", "mem_v", "q_pos", "key_start", "key_lens", "mask", "bias", "dropout_seed")
-    call: dict[str, Any] = dict.fromkeys(absent)
+    absent = "r_w_bias r_r_bias mem_k mem_v q_pos key_start key_lens mask bias dropout_seed"
+    call: dict[str, Any] = dict.fromkeys(absent.split())
     call |= {name: made(shape) for name, shape in floats.items()}
     call |= {name: integers(B) for name in tensors if name != "mask"}
     if "mask" in tensors:

@@ -1,4 +1,4 @@
-"""Stage "memory": peak memory of headline calls, and a training step replayed as a CUDA graph."""
+"""Stage "memory": a training step replayed as a CUDA graph, and peak memory of headline calls."""
 
 from __future__ import annotations
 
@@ -9,28 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import device as gpu
 from benchmarks import headline
 from benchmarks.cases import OURS
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.rel_attention import COMPILED_PEERS, AttentionCase
+from benchmarks.device import peak_mib
 from tools.gpu.stages import Context
+from tools.gpu.timings import sentence
 from transformer_xl.config import ModelConfig
 from transformer_xl.model import TransformerXL
 
-SHAPES = ("train_d64", "train_d128", "inkling_global_8k", "inkling_sliding_8k", "parakeet_10min")
-MODEL = ModelConfig(
-    vocab_size=1000,
-    cutoffs=(200, 500),
-    div_val=2,
-    n_layer=2,
-    d_model=128,
-    n_head=2,
-    d_head=64,
-    d_inner=256,
-    mem_len=64,
-    dropout=0.0,
-)
+SHAPES = (*headline.TRAIN, headline.PARAKEET, *headline.INKLING[:2])
+SIZES = {"n_layer": 2, "d_model": 128, "n_head": 2, "d_inner": 256, "mem_len": 64}
+MODEL = ModelConfig(vocab_size=1000, cutoffs=(200, 500), div_val=2, dropout=0.0, **SIZES)
 B, T, STEPS = 4, 64, 3
 TOLERANCE = 1e-4  # of the change of the parameters; sums for r's gradient are atomic
 Step = Callable[[], None]
@@ -38,55 +29,35 @@ Step = Callable[[], None]
 
 def run(context: Context) -> None:
     """Results: "graph_difference", the relative difference that the replay makes to the change of
-    the parameters; "peak_mib" of forward and backward by call and contender.
+    the parameters; "peak_mib" of forward and backward, by call and contender.
 
     Raises:
         AssertionError: the replay trains otherwise than the step itself.
     """
     difference = graph_difference(context.device)
     context.results["graph_difference"] = difference
+    context.results["summary"] = [f"graph replay: relative difference {difference:.1e}"]
     context.save()
     assert difference <= TOLERANCE, f"a replayed training step differs by {difference:.1e}"
     gc.collect()
     gc.freeze()  # later collections skip the imported modules
     peaks: dict[str, dict[str, Any]] = context.results.setdefault("peak_mib", {})
-    for case in _cases(context.device):
+    dtype, device = torch.bfloat16, context.device.type
+    cases: list[Any] = [AttentionCase(x, dtype, "forward+backward", device) for x in SHAPES]
+    for case in (*cases, SoftmaxCase(headline.SOFTMAX, dtype, "loss", device)):
         found = peaks.setdefault(case.shape.name, {})
         for name in (OURS, *case.peers, *case.yardsticks):
             if context.seconds_left() < 1 or name in COMPILED_PEERS:
                 continue
             try:
-                with case.contender(name) as timed:
-                    found[name] = _peak(timed, context.device)
+                with (case.tiny() if device == "cpu" else case).contender(name) as timed:
+                    found[name] = peak_mib(timed)
             except Exception as error:
-                found[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+                found[name] = sentence(error)
             gc.collect()
-            context.save()
-    context.results["summary"] = [f"graph replay: relative difference {difference:.1e}"]
-    context.results["summary"] += [
-        f"{shape:<20} MiB: {', '.join(f'{name} {_figure(x)}' for name, x in found.items())}"
-        for shape, found in peaks.items()
-        if found
-    ]
-    context.save()
-
-
-def _cases(device: torch.device) -> list[Any]:
-    cases: list[Any] = [
-        AttentionCase(shape, torch.bfloat16, "forward+backward", device.type)
-        for shape in headline.ATTENTION
-        if shape.name in SHAPES
-    ]
-    cases.append(SoftmaxCase(headline.SOFTMAX, torch.bfloat16, "loss", device.type))
-    return cases if device.type == "cuda" else [case.tiny() for case in cases]
-
-
-def _peak(run: Callable[[], object], device: torch.device) -> float:
-    """MiB; 0 on a CPU, where the call runs all the same."""
-    if device.type == "cuda":
-        return gpu.peak_mib(run)
-    run()
-    return 0.0
+        figures = [f"{x} {y:.0f}" for x, y in found.items() if isinstance(y, float)]
+        context.results["summary"].append(f"{case.shape.name:<20} MiB: {', '.join(figures)}")
+        context.save()
 
 
 def graph_difference(device: torch.device) -> float:
@@ -134,7 +105,3 @@ def captured(step: Step, device: torch.device) -> Step:
     with torch.cuda.graph(graph):
         step()
     return graph.replay
-
-
-def _figure(peak: float | str) -> str:
-    return f"{peak:.0f}" if isinstance(peak, float) else peak.partition(":")[0]

@@ -19,17 +19,12 @@ from benchmarks import headline
 from benchmarks.cases import OURS
 from benchmarks.cases.rel_attention import COMPILED_PEERS
 from benchmarks.device import OneProgramAtATime
-from benchmarks.inputs import AttentionShape
-from benchmarks.measure import Quartiles, take_rounds
+from benchmarks.measure import Timed, take_rounds
 from tools.gpu.stages import Context
 
-ROUNDS, FEW_ROUNDS = 11, 3
-LONG = 0.1  # seconds of one round: of longer ones only few are taken
+ROUNDS, FEW_ROUNDS, LONG = 11, 3, 0.1  # few rounds if one takes longer than LONG seconds
 LEAST = 2.0  # seconds: with less, no case is started
-NOTE = (
-    "inkling: as the Triton kernels can run it; each query head has keys of its own, and the "
-    "position term is a product of 128 dimensions instead of 16"
-)
+COPY, PRODUCT = "copy_bytes_per_second", "gemm_flop_per_second"
 Rows = dict[str, dict[str, Any]]
 
 
@@ -40,24 +35,23 @@ def run(context: Context) -> None:
     Raises:
         AssertionError: a call of ours is wrong or raises, or no time was left for any.
     """
-    cases: dict[str, Rows] = context.results.setdefault("cases", {})
-    context.results["note"] = NOTE
     gc.collect()
     gc.freeze()  # later collections skip the imported modules: a third of a second each
+    cases: dict[str, Rows] = context.results.setdefault("cases", {})
+    context.results["note"] = headline.INKLING_NOTE
     for case, contenders in plan(context.device):
         if context.seconds_left() < LEAST:
             context.results["stopped"] = f"no time was left for {case.name}, {contenders[-1]}"
             break
-        rows = cases.setdefault(case.name, {})
-        measure(case, contenders, rows, context.ceilings)
-        context.results["summary"] = list(summary(cases))
+        measure(case, contenders, cases.setdefault(case.name, {}), context.ceilings)
+        context.results["summary"] = [
+            "ours: ms, TFLOP/s, share of the ceiling; others: time / ours"
+        ]
+        context.results["summary"] += [_line(name, rows) for name, rows in cases.items()]
         context.save()
         gc.collect()
-        if context.device.type == "cuda":
-            torch.cuda.empty_cache()
-    context.save()
     failed = [
-        f"{name}: {rows[OURS]['note']}" for name, rows in cases.items() if "ms" not in rows[OURS]
+        f"{name}: {rows[OURS]['note']}" for name, rows in cases.items() if "note" in rows[OURS]
     ]
     assert not failed, "; ".join(failed)
     assert cases, "no time was left"
@@ -65,89 +59,70 @@ def run(context: Context) -> None:
 
 def plan(device: torch.device) -> Iterator[tuple[Any, tuple[str, ...]]]:
     """Cases with the contenders to time, in order; a case comes up to three times."""
+    on_gpu = device.type == "cuda"
     cases: list[Any] = headline.device_cases(device.type)
-    if device.type == "cpu":
-        cases = [case.tiny() for case in cases]
-    for case in cases:
-        yield case, (OURS,)
-    for is_compiled in (False, True) if device.type == "cuda" else (False,):
+    cases = cases if on_gpu else [case.tiny() for case in cases]
+    yield from ((case, (OURS,)) for case in cases)
+    for is_compiled in (False, True) if on_gpu else (False,):
         for case in cases:
             others = (*case.peers, *case.yardsticks)
-            chosen = [name for name in others if (name in COMPILED_PEERS) == is_compiled]
-            if chosen:
+            if chosen := [name for name in others if (name in COMPILED_PEERS) == is_compiled]:
                 yield case, (OURS, *chosen)
 
 
 def measure(case: Any, names: Sequence[str], rows: Rows, ceilings: Mapping[str, float]) -> None:
     """Fills the rows of the contenders; ours keeps the figures of its first time."""
+    timed: dict[str, Timed] = {}
     with contextlib.ExitStack() as stack:
-        timed = {}
         for name in names:
             try:
                 if name not in rows:
                     case.check(name)
-                timed[name] = stack.enter_context(case.contender(name))
-                timed[name]()
+                run = stack.enter_context(case.contender(name))
+                run()
+                timed[name] = run
             except Exception as error:
-                timed.pop(name, None)
-                rows.setdefault(name, {"note": _sentence(error)})
+                rows.setdefault(name, {"note": sentence(error)})
         try:
-            once = sum(run() for run in timed.values())
-            wanted = ROUNDS if once < LONG else FEW_ROUNDS
-            rounds = take_rounds(
-                tuple(timed.values()), OneProgramAtATime(), wanted=wanted, sample_seconds=1e-6
-            )
+            wanted = ROUNDS if sum(run() for run in timed.values()) < LONG else FEW_ROUNDS
+            options = {"wanted": wanted, "sample_seconds": 1e-6}
+            rounds = take_rounds(tuple(timed.values()), OneProgramAtATime(), **options)
         except Exception as error:
             for name in timed:
-                rows.setdefault(name, {"note": _sentence(error)})
+                rows.setdefault(name, {"note": sentence(error)})
             return
     for n, name in enumerate(timed):
         if name in rows:
             continue
         seconds = rounds.seconds(n)
-        rows[name] = _row(case, name, seconds, ceilings)
+        rate, ceiling = case.flop_of(name) / seconds.median, PRODUCT
+        rows[name] = row = {
+            "ms": {key: 1e3 * value for key, value in dataclasses.asdict(seconds).items()},
+            "tflops": rate / 1e12,
+        }
+        if case.shape.name == headline.DECODE.name:  # it reads keys, values, and r once per head
+            shape, ceiling = case.shape, COPY
+            n_rows = 2 * shape.B * shape.n_keys + shape.n_rows
+            rate = 2 * shape.H * shape.D * n_rows / seconds.median
+        if ceiling in ceilings:
+            row["of_ceiling"] = rate / ceilings[ceiling]
         if n > 0 and OURS in timed:
             ratios = [taken.seconds[n] / taken.seconds[0] for taken in rounds.kept]
-            rows[name]["over_ours"] = statistics.median(ratios)
+            row["over_ours"] = statistics.median(ratios)
 
 
-def _row(case: Any, name: str, seconds: Quartiles, ceilings: Mapping[str, float]) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "ms": {key: 1e3 * value for key, value in dataclasses.asdict(seconds).items()}
-    }
-    rate = case.flop_of(name) / seconds.median
-    row["tflops"] = rate / 1e12
-    if case.shape.name == headline.DECODE.name:
-        rate, ceiling = _bytes(case.shape) / seconds.median, "copy_bytes_per_second"
-        row["terabytes_per_second"] = rate / 1e12
-    else:
-        ceiling = "gemm_flop_per_second"
-    if ceiling in ceilings:
-        row["of_ceiling"] = rate / ceilings[ceiling]
-    return row
-
-
-def _bytes(shape: AttentionShape) -> int:
-    """Read in decoding, in 16 bits: keys and values once, r once for each head."""
-    return 2 * shape.H * shape.D * (2 * shape.B * shape.n_keys + shape.n_rows)
-
-
-def summary(cases: Mapping[str, Rows]) -> Iterator[str]:
-    """A line for each case: ours, and the times of the others as multiples of ours."""
-    yield "ours: ms, TFLOP/s, share of the ceiling; the others: their time / ours"
-    for name, rows in cases.items():
-        ours = rows[OURS]
-        shape = name.removeprefix("rel_attention/").replace("/bfloat16", "")
-        if "ms" not in ours:
-            yield f"{shape:<36} {ours['note']}"
-            continue
-        share = f"{ours['of_ceiling']:.0%}" if "of_ceiling" in ours else "–"
-        others = ", ".join(
-            f"{other} {row['over_ours']:.2f}" for other, row in rows.items() if "over_ours" in row
-        )
-        ms = ours["ms"]["median"]
-        yield f"{shape:<34} {ms:8.3f} {ours['tflops']:4.0f} {share:>4}  {others}"
-
-
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """The first line of an error."""
     return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+
+
+def _line(name: str, rows: Rows) -> str:
+    ours, shape = rows[OURS], name.removeprefix("rel_attention/").replace("/bfloat16", "")
+    if "note" in ours:
+        return f"{shape:<34} {ours['note']}"
+    others = [
+        f"{other} {row['over_ours']:.2f}" for other, row in rows.items() if "over_ours" in row
+    ]
+    share = f"{ours['of_ceiling']:.0%}" if "of_ceiling" in ours else "–"
+    figures = f"{ours['ms']['median']:8.3f} {ours['tflops']:4.0f} {share:>4}"
+    return f"{shape:<34} {figures}  {', '.join(others)}"

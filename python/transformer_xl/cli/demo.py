@@ -78,7 +78,7 @@ def _compare(
         console.rule(f"training with mem_len {mem_len}: {run.train.max_step:,} steps")
         finished[name] = training.train(run, out / name, console=console)
         if finished[name].stopped:
-            raise Stopped(None)  # one training alone compares nothing
+            raise Stopped(None)  # a comparison needs both trainings
     with_memory = LoadedModel.open(out / MEMORY / "best", default_device())
     without = LoadedModel.open(out / NO_MEMORY / "best", default_device())
 
@@ -101,7 +101,7 @@ def _compare(
 
 
 def _remove_earlier_demo(out: Path) -> None:
-    """Remove the runs of an earlier demo, and mark `out` as the folder of a demo by its results.
+    """Remove the runs of an earlier demo, and create the results file that marks a demo's folder.
 
     Raises:
         CheckpointError: the runs are not those of a demo.
@@ -123,7 +123,7 @@ def _without_memory(config: RunConfig) -> RunConfig:
 
 
 def _within(config: RunConfig, corpus: Corpus, seconds: float) -> RunConfig:
-    """Return `config` with no more steps than both trainings can take in `seconds`."""
+    """Return `config` with at most the steps that both trainings can run in `seconds`."""
     step_seconds = sum(_step_seconds(run, corpus) for run in (config, _without_memory(config)))
     affordable = max(1, int(seconds / step_seconds))
     if affordable >= config.train.max_step:
@@ -132,8 +132,7 @@ def _within(config: RunConfig, corpus: Corpus, seconds: float) -> RunConfig:
 
 
 def _step_seconds(config: RunConfig, corpus: Corpus) -> float:
-    """Return the duration of the fastest step once the memory is full: a momentary delay does not
-    predict the speed of the training."""
+    """Return the duration of the fastest step with full memory, which has no momentary delay."""
     trainer = Trainer(training.fit_vocabulary(config, corpus), corpus, join_processes())
     warm_up = 4 + config.model.mem_len // config.train.tgt_len
     times = []
@@ -183,7 +182,7 @@ def _show(console: Console, scores: dict[str, Score], metric: str) -> None:
 
 
 def _draw(out: Path, config: RunConfig, metric: str) -> str | None:
-    """Draw both runs; returns why that failed, as `plot_curves`."""
+    """Plot both runs; returns the reason of a failure, as `plot_curves`."""
     runs = {
         f"with memory (mem_len {config.model.mem_len})": read_log(out / MEMORY),
         "without memory (mem_len 0)": read_log(out / NO_MEMORY),

@@ -22,6 +22,7 @@ from rich.table import Table
 from transformer_xl.training.precision import cpu_flags, processor, uses_bf16
 from txl_kernels.backends import BACKENDS, OPS, native, resolve
 from txl_kernels.backends.triton import CHECKED_TRITON_VERSIONS
+from txl_kernels.backends.verification import records
 from txl_kernels.testing.op_checks import OpCheck, check_ops
 
 PACKAGES = ("txl_kernels", "transformer_xl", "torch")
@@ -72,6 +73,9 @@ def print_checks(console: Console, checks: Iterable[OpCheck]) -> bool:
     for check in checks:
         peers.setdefault(check.peer, {})[check.op] = None
     lines = [LEGEND, *(f"  {peer}: {'; '.join(ops)}" for peer, ops in peers.items())]
+    for device in dict.fromkeys(check.device for check in checks):
+        if {check.backend for check in checks if check.device == device} == {"reference"}:
+            lines.append(f"No kernel runs on {device} here, so the reference was checked.")
     failures = [check for check in checks if check.failure is not None]
     for check in failures:
         call = f"{check.op}, {check.backend} on {check.device}, {_name(check.dtype)}"
@@ -128,7 +132,16 @@ def _machine() -> Table:
     table.add_row("torch sees", torch.backends.cpu.get_cpu_capability())
     bf16 = "faster here" if uses_bf16("auto", torch.device("cpu")) else "not faster here"
     table.add_row("bf16 autocast", f"{bf16} (cpu)")
+    table.add_row("self-tests", f"recorded in {escape(_records())}")
     return table
+
+
+def _records() -> str:
+    """The folder for the records of GPU kernels that passed a self-test."""
+    try:
+        return str(records.cache_folder())
+    except RuntimeError:  # from Path.home()
+        return "memory only: there is no home folder"
 
 
 def _backends(device: str) -> Table:

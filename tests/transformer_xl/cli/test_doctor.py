@@ -54,6 +54,12 @@ def test_doctor_does_not_warn_of_no_triton(monkeypatch):
     assert doctor._triton_note() == ""
 
 
+def test_the_folder_of_the_records_is_shown(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/a/cache")
+    output = CliRunner().invoke(app, ["doctor"]).stdout
+    assert "recorded in /a/cache/transformer-xl/verified" in output
+
+
 def test_checks_that_pass_end_with_status_0(monkeypatch):
     result = verify(monkeypatch, check(), check(backend="reference"))
     assert result.exit_code == 0, result.output
@@ -62,6 +68,12 @@ def test_checks_that_pass_end_with_status_0(monkeypatch):
     assert "native on cpu" in words
     assert "reference on cpu" in words
     assert "2 of 2 checks passed." in words
+    assert "No kernel" not in words
+
+
+def test_without_kernels_it_says_that_the_reference_was_checked(monkeypatch):
+    result = verify(monkeypatch, check(backend="reference"))
+    assert "No kernel runs on cpu here, so the reference was checked." in result.stdout
 
 
 def test_a_failed_check_ends_with_status_1_and_its_reason(monkeypatch):

@@ -24,7 +24,7 @@ class _Runs(NamedTuple):
     token: Tensor  # [N] int64
     order: Tensor  # [N] int32: original index of the token at each sorted position
     end: Tensor  # [N] int64: position after the last token equal to this one
-    number: Tensor  # [N] int64: number of distinct tokens before this one
+    number: Tensor  # [N] int64: number of distinct tokens up to this one
 
 
 def adaptive_embedding_fwd(

@@ -1,8 +1,8 @@
-"""The head of the adaptive softmax: products by cuBLAS, a block of logits at a time.
+"""The head of the adaptive softmax: products by cuBLAS, one block of logits at a time.
 
-The loss goes by blocks of tokens and forms the gradient from the logits it holds: three products.
-The loss per token goes by blocks of columns with an online log-sum-exp and recomputes the logits in
-backward: four. `docs/mathematics.md` has the costs.
+The loss uses blocks of tokens and computes the gradient from their logits: three products. The loss
+per token uses blocks of columns with an online log-sum-exp and recomputes the logits in backward:
+four products. `docs/mathematics.md` has the costs.
 """
 
 from __future__ import annotations
@@ -37,21 +37,20 @@ class _Limit(threading.local):
 limit = _Limit()
 
 _MIN_TOKENS = 512
-"""With fewer tokens per block, "by columns" is used: adding the gradients of many blocks to the
-weight's float32 sum moves more bytes than a fourth product and a second pass over the logits. Not
-measured on a GPU."""
+"""The fewest tokens of a block. With fewer, adding each block's gradient to the float32 sum of the
+weight would cost more than the fourth product of blocks of columns. Not measured on a GPU."""
 
 
 def in_float16_range(a: Tensor) -> tuple[Tensor, Tensor]:
     """float16 `a` · 2^k and float32 2^-k [rows, 1], for float32 `a` [rows, columns].
 
-    The power of two of a row brings its largest element near 2^15, so that float16 rounds each
-    element whose share of the row's products counts, however large or small the row is.
+    The largest element of a row becomes about 2^15. So rounding to float16 keeps all elements that
+    are not negligible in the row's products, for rows of any magnitude.
     """
     largest = torch.linalg.vector_norm(a, torch.inf, dim=1, keepdim=True)
     unit = torch.exp2(torch.frexp(largest).exponent.clamp(min=-100) - 15.0)
     rows, columns = a.shape
-    if a.stride(0) == 1 and rows > 1:  # a transposed matrix remains one
+    if a.stride(0) == 1 and rows > 1:  # keeps the layout of a transposed matrix
         scaled = a.new_empty(columns, padded(rows), dtype=torch.float16)[:, :rows].mT
     else:
         scaled = a.new_empty(rows, padded(columns), dtype=torch.float16)[:, :columns]
@@ -59,11 +58,11 @@ def in_float16_range(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_product(a: Tensor, b: Tensor, out: Tensor, adds: bool) -> None:
-    """out (+)= a · b with float32 `out`; sums are float32, 16-bit inputs go to the tensor cores.
+    """out (+)= a · b with float32 `out`; sums are float32, 16-bit products use tensor cores.
 
-    A float32 `a` beside float16 `b` is a gradient: it keeps its range.
+    A float32 `a` with a float16 `b` is a gradient and keeps its range.
     """
-    if out.is_meta:  # torch 2.11 fails there with `out_dtype`, and nothing is computed
+    if out.is_meta:  # torch 2.11 fails with `out_dtype`; there is nothing to compute
         return
     if a.dtype == torch.float32 and b.dtype == torch.float16 and a.numel() > 0:
         a, unit = in_float16_range(a)
@@ -74,7 +73,7 @@ def add_product(a: Tensor, b: Tensor, out: Tensor, adds: bool) -> None:
         else:
             torch.mul(product, unit, out=out)
         return
-    if a.dtype == torch.float32 or a.device.type == "cpu":  # whose products have no wider result
+    if a.dtype == torch.float32 or a.device.type == "cpu":  # no `out_dtype` there
         a, b = a.float(), b.float()
         if adds:
             torch.addmm(out, a, b, out=out)
@@ -87,7 +86,7 @@ def add_product(a: Tensor, b: Tensor, out: Tensor, adds: bool) -> None:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a · b, summed in float32 and rounded once, whatever torch lets cuBLAS reduce in."""
+    """out = a · b, summed in float32 and rounded once, for any setting of torch's reductions."""
     total = out
     if out.dtype != torch.float32:
         total = out.new_empty(out.shape, dtype=torch.float32)
@@ -117,18 +116,18 @@ class _Block:
 
 
 def block_of_columns(N: int, n_columns: int) -> int:
-    """Columns to a block of all tokens' logits."""
+    """Columns per block, if a block has all tokens."""
     return min(n_columns, max(256, limit.logits // max(N, 1) // 128 * 128))
 
 
 def block_of_tokens(N: int, n_columns: int) -> int | None:
-    """Tokens to a block of whole rows, or None where going by columns is cheaper."""
+    """Tokens per block, if a block has whole rows; None if blocks of columns are cheaper."""
     block = limit.logits // n_columns // 128 * 128
     return None if block < _MIN_TOKENS and block < N else max(1, min(N, block))
 
 
 def head_nll(x: Tensor, head: Cluster, targets: Targets, nll: Tensor, lse: Tensor) -> None:
-    """Writes the head's part of the loss, and its `lse` [2, N], of projected rows x [N, d_0]."""
+    """Writes the head's part of the loss and its `lse` [2, N], from projected rows x [N, d_0]."""
     N, V0 = x.shape[0], head.weight.shape[0]
     size = block_of_columns(N, V0)
     block = _Block(N, size, x, with_grad=False)
@@ -152,7 +151,7 @@ def head_bwd(
     dbias: Tensor | None,
     needs_dx: bool,
 ) -> Tensor | None:
-    """By columns: writes dweight and dbias, each piece once; returns dx [N, d_0] in float32."""
+    """Blocks of columns: writes each part of dweight and dbias; returns dx [N, d_0], float32."""
     N, V0 = x.shape[0], head.weight.shape[0]
     size = block_of_columns(N, V0)
     block = _Block(N, size, x, with_grad=True)
@@ -184,9 +183,9 @@ def head_loss(
     dbias: Tensor | None,
     needs_dx: bool,
 ) -> Tensor | None:
-    """By tokens: writes the head's part of the loss, and its gradients times `scale`.
+    """Blocks of tokens: writes the head's part of the loss, and its gradients times `scale`.
 
-    Returns dx [N, d_0] in the dtype that gradients of x are summed in.
+    Returns dx [N, d_0] in the dtype in which gradients of x are summed.
     """
     N, V0 = x.shape[0], head.weight.shape[0]
     block = _Block(block_size, V0, x, with_grad=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from txl_kernels.transforms import unwrapped
 
 # Queries and keys of a problem: several tiles of every launch configuration, the last one partial.
-_LONG = 144
+# With few queries as many keys as the kernels for decoding split between several programs.
+_LONG, _FEW_QUERIES, _LONG_FOR_FEW = 144, 16, 1040
 _FEW_TOKENS = 48
 # Axes of the tensors of `rel_attention`, in the order of its schema; S and T are Ts and Tq.
 _AXES = ("BHTD", "BHSD", "BHSV", "BHRD", "HD", "HD", "BHMD", "BHMV", "BHTD", "B", "B", "BHTK")
@@ -134,7 +135,7 @@ def key(call: Description) -> tuple[Any, ...]:
             parts.append((size == 1, size % 16, stride == 1, stride % 16, stride == 0))
     if is_attention:
         Tq = call.arguments[0].shape[2]
-        parts.append(Tq if Tq <= 16 else 17)
+        parts.append(min(Tq, _FEW_QUERIES + 1))
         if call.deterministic and call.arguments[0].shape[3] % 16:
             # The number of copies of dr, which follows from all sizes, is in their strides.
             parts.append(tuple(spec.shape for spec in specs(call.arguments)))
@@ -187,12 +188,13 @@ def _short_attention(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     Tm = 0 if arguments[6] is None else arguments[6].shape[2]
     Tk = Tm + Ts
     sizes = {"B": min(B, 2), "H": _shortened(H, 16), "D": D, "V": v.shape[3]}
-    sizes |= {"T": _shortened(Tq, _LONG), "S": _shortened(Ts, _LONG), "M": _shortened(Tm, _LONG)}
+    long = _LONG if Tq > _FEW_QUERIES else _LONG_FOR_FEW
+    sizes |= {"T": _shortened(Tq, long), "S": _shortened(Ts, long), "M": _shortened(Tm, long)}
     sizes["K"] = sizes["M"] + sizes["S"]
     fewer_keys = Tk - sizes["K"]
     both_sides = Tk + Tq - 1 <= R
     fewer_rows = fewer_keys + (Tq - sizes["T"] if both_sides else 0)
-    sizes["R"] = R - fewer_rows if fewer_rows < R else _shortened(R, _LONG)
+    sizes["R"] = R - fewer_rows if fewer_rows < R else _shortened(R, long)
     short: list[Any] = list(arguments)
     for n, axes in enumerate(_AXES):
         spec = arguments[n]

@@ -141,14 +141,14 @@ def _spread(tokens: Tensor, sizes: Sequence[int]) -> None:
     tokens.remainder_(size[cluster]).add_(first[cluster])
 
 
-def _leaves(call: Description, arguments: Any) -> list[Tensor]:
+def _leaves(arguments: Any) -> list[Tensor]:
     """The tensors whose gradients are requested, in order."""
     flat: list[Tensor] = []
     for value in arguments:
         if isinstance(value, Tensor) and value.requires_grad:
             flat.append(value)
         elif isinstance(value, list):
-            flat += _leaves(call, value)
+            flat += _leaves(value)
     return flat
 
 
@@ -178,7 +178,7 @@ def _run(call: Description, arguments: Sequence[Any], dout: Tensor | None) -> _R
     outputs = tuple(x for x in outputs if isinstance(x, Tensor))
     if call.op.startswith("adaptive"):
         outputs = outputs[:1]  # lse is for backward
-    return _with_gradients(outputs, _leaves(call, arguments), dout)
+    return _with_gradients(outputs, _leaves(arguments), dout)
 
 
 def _with_gradients(
@@ -225,8 +225,8 @@ def _check_budgets(
 ) -> None:
     dtype = next(x.dtype for x in specs(call.arguments) if x.dtype.is_floating_point)
     exact = [_as_double(value) for value in arguments]
-    ref64 = _with_gradients(_reference(call.op, exact, torch.float64), _leaves(call, exact), dout)
-    eager = _with_gradients(_reference(call.op, arguments, dtype), _leaves(call, arguments), dout)
+    ref64 = _with_gradients(_reference(call.op, exact, torch.float64), _leaves(exact), dout)
+    eager = _with_gradients(_reference(call.op, arguments, dtype), _leaves(arguments), dout)
     for n, tensors in enumerate(zip(actual.outputs, ref64.outputs, eager.outputs, strict=True)):
         check_budget(f"{call.label}: output {n}", *tensors, dtype=dtype)
     if dout is None:
@@ -258,7 +258,7 @@ def _magnitudes(call: Description, arguments: Sequence[Any], dout: Tensor) -> Ma
         return gradient_magnitudes(floats, dout, named)
     if call.op == "rel_shift":
         return {"": largest}
-    leaf = max(float(x.detach().abs().max()) for x in _leaves(call, arguments) if x.numel() > 0)
+    leaf = max(float(x.detach().abs().max()) for x in _leaves(arguments) if x.numel() > 0)
     if call.op == "adaptive_embedding":
         return {"": largest * abs(arguments[3]) * leaf}
     if call.op == "adaptive_loss" and arguments[4]:

@@ -12,6 +12,7 @@ import torch
 from txl_kernels.backends import triton as package
 
 pytest.importorskip("triton", exc_type=ImportError)
+launch_table = pytest.importorskip("txl_kernels.backends.triton.launch_table", exc_type=ImportError)
 launching = pytest.importorskip("txl_kernels.backends.triton.launching", exc_type=ImportError)
 if package.interprets():
     pytest.skip("a process interprets or compiles", allow_module_level=True)
@@ -23,7 +24,7 @@ def hashes(capability=(9, 0), D=64, storage_offset=0, **options):
     from txl_kernels.backends.triton.rel_attention import rel_attention_fwd
 
     arch = capability[0] * 10 + capability[1]
-    limits = mock.patch.object(torch.cuda, "get_device_capability", return_value=capability)
+    limits = mock.patch.object(launch_table, "device_limits", return_value=(capability, 232448))
     with launching.recording(GPUTarget("cuda", arch, 32)) as launches, limits:
         x = torch.empty(2 * 3 * 40 * D + storage_offset, dtype=torch.bfloat16, device="meta")
         q = x[storage_offset:].view(2, 3, 40, D)

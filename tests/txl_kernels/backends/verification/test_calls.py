@@ -11,6 +11,7 @@ from txl_kernels.backends import triton as package
 from txl_kernels.backends.verification import calls, kernels
 
 pytest.importorskip("triton", exc_type=ImportError)
+launch_table = pytest.importorskip("txl_kernels.backends.triton.launch_table", exc_type=ImportError)
 launching = pytest.importorskip("txl_kernels.backends.triton.launching", exc_type=ImportError)
 if package.interprets():
     pytest.skip("a process interprets or compiles", allow_module_level=True)
@@ -23,7 +24,7 @@ def _sm_90(monkeypatch):
     from triton.backends.compiler import GPUTarget
 
     monkeypatch.setattr(launching, "current_target", lambda: GPUTarget("cuda", 90, 32))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(launch_table, "device_limits", lambda _: ((9, 0), 232448))
     yield
     torch.use_deterministic_algorithms(False)
 
