@@ -29,15 +29,15 @@ DEVICE_TYPES = ("cuda",)  # tests add "cpu"
 # Values of the sizes that a tracer leaves open: multiples of 16 and others, many and few.
 _SYMBOL_VALUES = (64, 65, 16, 5)
 _FEW_QUERIES = 16  # of the native kernels on CUDA
-# "" where the kernels passed, else the errors: by the key of a call, and for calls that passed
-# also by their plain arguments, which saves the key of a repeated call.
-_verdicts: dict[Any, str] = {}
+# "" where the kernels passed, else the errors: by device and key of a call, and for calls that
+# passed also by their plain arguments, so that a repeated call needs no key.
+_verdicts: dict[tuple[Any, ...], str] = {}
 _MOST_VERDICTS = 4096
 _lock = threading.RLock()
 
 
 class _Thread(threading.local):
-    """Of this thread: the result for a traced program; what `collected` and `untested` fill."""
+    """Of this thread: the result for a traced program; the containers of two contexts below."""
 
     failure: str | None = None
     error: str | None = None
@@ -81,8 +81,9 @@ def failure_of(op: str, backend: str, arguments: Sequence[Any]) -> str | None:
         return _failure(op, backend, arguments, grad, exports)
     failure = _failure(op, backend, arguments, grad, exports)
     if failure is None:
-        if len(_verdicts) >= _MOST_VERDICTS:
-            _verdicts.clear()
+        if len(_verdicts) >= _MOST_VERDICTS:  # a decoding loop has other lengths in every call
+            for key in [key for key in _verdicts if len(key) == len(call)]:
+                del _verdicts[key]
         _verdicts[call] = ""
     return failure
 
@@ -168,10 +169,8 @@ def _failure(
 
 def _symbol_values(backend: str, arguments: Sequence[Any]) -> tuple[int, ...]:
     """The values to try for symbolic sizes; one if there are none."""
-    sizes = (
-        size for x in tree_leaves(list(arguments)) if isinstance(x, Tensor) for size in x.shape
-    )
-    if not any(isinstance(size, torch.SymInt) for size in sizes):
+    tensors = (x for x in tree_leaves(list(arguments)) if isinstance(x, Tensor))
+    if not any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape):
         return (0,)
     few_only = backend == "native" and _device(arguments).type == "cuda"
     return tuple(n for n in _SYMBOL_VALUES if n <= _FEW_QUERIES or not few_only)
@@ -274,8 +273,8 @@ def _warn_of_unchecked_version(backend: str) -> None:
 def _register(op: str, schema: str) -> None:
     """An operator that `torch.compile` runs on fake tensors while it traces.
 
-    It is composite, and its result is unused: later passes leave it out of their graphs. Where a
-    program keeps it (`torch.export` with strict=True), it does nothing on real tensors.
+    It is composite and returns nothing: later passes leave it out of their graphs. Where a program
+    keeps it (`torch.export` with strict=True), it does nothing on real tensors.
     """
     operator = f"txl_verify::{op}"
     torch.library.define(operator, f"(str backend, bool grad, bool exports, {schema}) -> ()")
