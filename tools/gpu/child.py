@@ -1,4 +1,4 @@
-"""A stage in a process of its own, which leaves a record whatever happens."""
+"""Runs a stage in a process of its own, and keeps its record in a file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Child:
     def kill(self) -> None:
         """Ends the process and its workers."""
         try:
-            os.killpg(self._process.pid or 0, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         except ProcessLookupError:  # it has not begun, or has ended
             self._process.kill()
         self._process.join(1)  # not longer: a process can hang in the driver
@@ -60,9 +60,6 @@ def run_stage(stage: Stage, record: Path, deadline: float, device: str, ceilings
 
     def save(status: str = FAILED, error: str | None = "it did not finish") -> None:
         write_json(record, {"status": status, "error": error, "results": results})
-
-    def seconds_left() -> float:
-        return deadline - time.monotonic()
 
     try:
         if device != "cpu" or stage.name == "compile":

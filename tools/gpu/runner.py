@@ -92,8 +92,8 @@ class Run:
         if status == 0:
             self._finish(stage, record["status"], record["error"])
         else:
-            how = "was ended at the end of its share" if status is None else f"died: {status}"
-            self._finish(stage, FAILED, f"its process {how}")
+            how = "at the end of its share" if status is None else f"with status {status}"
+            self._finish(stage, FAILED, f"its process was ended {how}")
 
     def _finish(self, stage: Stage, status: str, error: str | None) -> None:
         now, record = self.now() - self.started, self.records[stage.name]

@@ -124,7 +124,7 @@ def test_a_stage_that_hangs_is_ended_and_keeps_its_results(name):
 def test_a_crash_keeps_the_other_stages():
     run = FakeRun(parity=FakeStage(3, exit=-6))
     assert run.failed == ["parity"]
-    assert "died: -6" in run.records["parity"]["error"]
+    assert "with status -6" in run.records["parity"]["error"]
 
 
 def test_measurements_wait_for_the_compilers():

@@ -105,9 +105,9 @@ def test_a_stage_runs_on_a_cpu_at_tiny_shapes(stage, context, tmp_path, monkeypa
 @pytest.mark.slow
 def test_the_launches_of_the_first_call_are_known_in_advance():
     names = [name for name, _ in compiling.launches(compiling.REHEARSED)]
-    swept = [name.startswith("sweep/") for name in names]
+    swept = [name.startswith(("sweep/", "others/")) for name in names]
     assert swept == sorted(swept)
-    assert sum(swept) == 6 * sweep.MOST
+    assert sum(name.startswith("sweep/") for name in names) == 6 * sweep.MOST
     for call in ("train_d64", "train_d128", "parakeet_10min", "inkling_global"):
         assert f"rel_attention/bfloat16/{call}/rel_attention_fwd" in names
 
