@@ -22,8 +22,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 
 def pytest_configure() -> None:
     """Fails at once if CI has no native kernels: their tests would be skipped."""
-    reason = native.unavailable_reason()
-    if os.environ.get("CI") and reason is not None:
+    if os.environ.get("CI") and (reason := native.unavailable_reason()) is not None:
         raise pytest.UsageError(f"CI needs the native kernels: {reason}")
 
 

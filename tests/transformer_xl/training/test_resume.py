@@ -1,10 +1,11 @@
-"""A run killed at a random moment and resumed is the run that was never killed."""
+"""A run that is killed at a random moment and resumed equals an uninterrupted run."""
 
 from __future__ import annotations
 
 import os
 import pty
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ Arguments = Callable[[RunConfig, Path], list[str]]
 
 
 def kill_at_step(arguments: list[str], out: Path, step: int) -> None:
-    """Start a run and SIGKILL it once it has logged `step`, wherever it is by then."""
+    """Starts a run and kills it after it has logged `step`, at any point of a later step."""
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -91,6 +92,7 @@ def test_a_closed_terminal_stops_the_run_with_a_checkpoint(
     arguments = [*MAIN, *train_arguments(config, tmp_path / "run")]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if these tests run under nohup
         os.execv(arguments[0], arguments)
     while not read_log(tmp_path / "run"):
         os.read(terminal, 1 << 16)

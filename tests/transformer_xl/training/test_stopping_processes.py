@@ -1,4 +1,4 @@
-"""Two processes: they agree to stop between logged steps, and wait for a slow encoding."""
+"""Two processes stop together between logged steps, and one waits for the other's encoding."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transformer_xl.config import RunConfig, override
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
-# The command, in a group whose collectives fail after 3 s, with an encoding of 8 s; each process
-# writes a file named by its rank when it trains.
+# Runs the command; collectives fail after 3 s if the encoding is slow. After each step a process
+# creates a file whose name contains its rank and its id.
 TRAIN = """
 import os, pathlib, sys, time
 from torch.distributed import distributed_c10d
@@ -49,7 +49,7 @@ cli.main()
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the command under torchrun; it ends with the test."""
+    """Starts the command under torchrun, and kills it at the end of the test."""
     script, marks = tmp_path / "train.py", tmp_path / "marks"
     script.write_text(TRAIN)
     marks.mkdir()
@@ -77,7 +77,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def trained(process: subprocess.Popen[str], marks: Path) -> list[int]:
-    """Wait until both processes have taken a step; their ids, by rank."""
+    """Waits until both processes have made a step; returns their ids in the order of ranks."""
     while len(found := sorted(marks.iterdir())) < 2:
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.05)
@@ -88,11 +88,18 @@ Arguments = Callable[[RunConfig, Path], list[str]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["launcher", "one process"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGTERM, "launcher"),
+        (signal.SIGINT, "launcher"),
+        (signal.SIGTERM, "one process"),  # a process has one handler for both signals
+    ],
+    ids=["SIGTERM-launcher", "SIGINT-launcher", "SIGTERM-one_process"],
+)
 def test_they_stop_between_logged_steps_with_a_checkpoint(
-    to: str,
     number: signal.Signals,
+    to: str,
     started: Callable[..., subprocess.Popen[str]],
     tmp_path: Path,
     tiny_config: RunConfig,
