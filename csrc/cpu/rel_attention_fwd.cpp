@@ -5,8 +5,8 @@
 // shifted scores into a score tile, a pass over its rows turns them into probabilities relative to
 // a running maximum (online softmax, sums in float32), and a third product adds their products with
 // the values to the output. The position table is packed (transposed) once per table, keys and
-// values once per block. Values that only one tile uses are read from the caller's memory if
-// products can read them there.
+// values once per block. Values that only one tile uses, or whose rows are adjacent, are read from
+// the caller's memory if products can read them there.
 #include "kernels.h"
 #include "philox.h"
 #include "rel_attention_tile.h"
@@ -195,8 +195,9 @@ void fwd_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
   };
   for (int64_t item = first; item <= last; ++item) load_tile<T>(args, b, h, tile(item), ws.ld_acc);
   const KeyRows<T> keys(args, args.mem_k, args.k, b, h), values(args, args.mem_v, args.v, b, h);
-  // Packing costs more than it saves if only one tile uses the values.
-  const bool in_place = kReadable<T> && first == last && values.products_can_read(args.Dv);
+  // Packing costs more than it saves if only one tile uses the values, or if they are adjacent.
+  const bool in_place = kReadable<T> && values.products_can_read(args.Dv) &&
+                        (first == last || values.adjacent(args.Dv));
   const TileKeys seen = tile_keys(args, plan, b, tile(first).rows.begin, tile(last).rows.end);
   for_each_block(seen, [&](Block block) {
     const int64_t end = block.begin + block.padded;
