@@ -165,7 +165,7 @@ void key_product(const RelAttentionArgs& args, const BwdTile<T>& tile, Block blo
 // The five products of a block that read its probabilities and score gradients; `key`: the block's
 // first packed column; `keys`: as in key_product.
 template <typename T>
-void accumulate_block(const RelAttentionArgs& args, const BwdTile<T>& tile, Block block,
+void accumulate_block(const RelAttentionArgs& args, int64_t b, const BwdTile<T>& tile, Block block,
                       Columns columns, int64_t key, const KeyRows<T>* keys,
                       const BwdWorkspace<T>& ws) {
   const int64_t height = tile.rows.height, K = row_length<T>(height), D = args.D;
@@ -182,18 +182,27 @@ void accumulate_block(const RelAttentionArgs& args, const BwdTile<T>& tile, Bloc
     ld_probs = kScoreLd, ld_shifted = kScoreLd + 1;
   }
   constexpr int64_t kPerWord = kRowsPerWord<T>;
-  for_each_column_piece(0, block.padded, [&](int64_t x, int64_t size) {
-    gemm(args.Dv, size, K, tile.dout_t, K, probs + x * kPerWord, ld_probs, ws.dv_t + key + x,
-         ws.ld_k, /*accumulate=*/true);
-    gemm(D, size, K, tile.qu_t, K, dscores + x * kPerWord, ld_probs, ws.dk_t + key + x, ws.ld_k,
-         /*accumulate=*/true);
-  });
+  for_each_column_piece(
+      0, block.padded, height,
+      [&](int64_t x, int64_t n) { return attending_rows(args, b, tile.rows, block.begin + x, n); },
+      [&](int64_t x, int64_t size, RowSpan span) {
+        const int64_t inner = row_length<T>(span.n());
+        const int64_t from = span.begin / kPerWord * ld_probs * kPerWord + x * kPerWord;
+        gemm(args.Dv, size, inner, tile.dout_t + span.begin, K, probs + from, ld_probs,
+             ws.dv_t + key + x, ws.ld_k, /*accumulate=*/true);
+        gemm(D, size, inner, tile.qu_t + span.begin, K, dscores + from, ld_probs, ws.dk_t + key + x,
+             ws.ld_k, /*accumulate=*/true);
+      });
   key_product<T>(args, tile, block, key, keys, dscores_rows, ws);
-  for_each_column_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
-    const int64_t column = x - columns.origin;
-    gemm(D, size, K, tile.qv_t, K, shifted + column * kPerWord, ld_shifted, ws.dr_t.at(x), kPanelLd,
-         /*accumulate=*/true);
-  });
+  for_each_column_piece(
+      columns.first, columns.n, height,
+      [&](int64_t x, int64_t n) { return shifted_rows(tile.rows, block, columns, x, n); },
+      [&](int64_t x, int64_t size, RowSpan span) {
+        const int64_t column = x - columns.origin;
+        gemm(D, size, row_length<T>(span.n()), tile.qv_t + span.begin, K,
+             shifted + span.begin / kPerWord * ld_shifted * kPerWord + column * kPerWord,
+             ld_shifted, ws.dr_t.at(x), kPanelLd, /*accumulate=*/true);
+      });
   for_each_inner_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
     const int64_t column = x - columns.origin;
     gemm(height, D, size, dscores_rows - shift + column, kScoreLd + 1,
@@ -223,15 +232,26 @@ void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
               const BwdWorkspace<T>& ws) {
   const int64_t ld_o = row_length<T>(args.Dv);
   const Columns columns = block_columns(args, plan, tile.rows, part);
-  score_block<T>(tile.rows, part, columns, args.D, tile.qu, tile.qv, ws.k_t + key, ws.ld_k, ws.r_t,
+  score_block<T>(args, b, tile.rows, part, columns, tile.qu, tile.qv, ws.k_t + key, ws.ld_k, ws.r_t,
                  ws.scores);
-  for_each_column_piece(0, part.padded, [&](int64_t x, int64_t size) {
-    gemm(tile.rows.height, size, ld_o, tile.dout, ld_o, operands<T>(ws.v_t + key + x), ws.ld_k,
-         ws.dprobs + x, kScoreLd, /*accumulate=*/false);
-  });
+  // A piece leaves out rows whose probabilities are 0; their gradients must be finite.
+  auto clear = [&](int64_t first, int64_t last, int64_t x, int64_t size) {
+    for (int64_t a = first; a < last; ++a)
+      std::fill(ws.dprobs + a * kScoreLd + x, ws.dprobs + a * kScoreLd + x + size, Acc<T>(0));
+  };
+  for_each_column_piece(
+      0, part.padded, tile.rows.height,
+      [&](int64_t x, int64_t n) { return attending_rows(args, b, tile.rows, part.begin + x, n); },
+      [&](int64_t x, int64_t size, RowSpan span) {
+        gemm(span.n(), size, ld_o, tile.dout + span.begin * ld_o, ld_o,
+             operands<T>(ws.v_t + key + x), ws.ld_k, ws.dprobs + span.begin * kScoreLd + x,
+             kScoreLd, /*accumulate=*/false);
+        clear(0, span.begin, x, size);
+        clear(span.end, tile.rows.height, x, size);
+      });
   finish_scores<T>(args, b, h, tile.rows, part, ws.scores);
   gradient_rows<T>(args, b, h, tile, part, ws);
-  accumulate_block<T>(args, tile, part, columns, key, keys, ws);
+  accumulate_block<T>(args, b, tile, part, columns, key, keys, ws);
 }
 
 // Items [first, last] of one pair: those of its query tiles that belong to this chunk.

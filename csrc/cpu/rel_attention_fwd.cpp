@@ -165,7 +165,7 @@ template <typename T>
 void fwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t h,
               const FwdTile<T>& tile, Block part, int64_t key, const KeyRows<T>* values,
               const FwdWorkspace<T>& ws) {
-  score_block<T>(tile.rows, part, block_columns(args, plan, tile.rows, part), args.D, tile.qu,
+  score_block<T>(args, b, tile.rows, part, block_columns(args, plan, tile.rows, part), tile.qu,
                  tile.qv, ws.k_t + key, ws.ld_k, ws.r_t, ws.scores);
   finish_scores<T>(args, b, h, tile.rows, part, ws.scores);
   Operand<T>* probs;
