@@ -31,14 +31,16 @@ _FLOAT32, _16_BITS = "rel_attention/float32/", "rel_attention/b?float16/"
 _DQDR = "/rel_attention_bwd_dqdr"
 _SMALLEST = "tiles of 16 x 16 are the smallest"
 _HALF = "tiles of half as many queries spill less, but read k, v and r and add to dr twice as often"
-_BEFORE = "the operands fill the registers before the loop, which spills none"
+_HEAD_256 = "(head_256|dropout_d256|head_192_values_40)"
+_CHUNK = "the divisions for the borders of chunks need registers, and calls without chunks use this row too"
 _NUMBERS = "the random numbers of a tile fill the registers; a tile of 32 keys would not use HGMMA"
 
 SPILLS = (
-    Spill(_FLOAT32 + "head_256/rel_attention_fwd", (80, 90, 100), 1288, _BEFORE),
     Spill(_FLOAT32 + "head_256" + _DQDR, (80, 86, 89, 90, 100, 120), 2304, _SMALLEST),
-    Spill(_16_BITS + "(head|dropout|mask)_d?256" + _DQDR, (80, 86, 89, 100, 120), 768, _SMALLEST),
+    Spill(_16_BITS + "dropout_d256" + _DQDR, (80,), 2088, _SMALLEST),
+    Spill(_16_BITS + _HEAD_256 + _DQDR, (80, 86, 89, 120), 768, _SMALLEST),
     Spill(_16_BITS + ".*" + _DQDR, (90,), 1000, _HALF),
+    Spill(_16_BITS + "chunk/rel_attention_fwd", (100, 120), 40, _CHUNK, ("3.9.0",)),
     Spill(_16_BITS + "dropout_d128/rel_attention_bwd_dkdv", (90,), 696, _NUMBERS, ("3.9.0",)),
 )
 
