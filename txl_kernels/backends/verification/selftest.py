@@ -40,7 +40,8 @@ def in_clean_thread(function: Callable[[], _Result], device: torch.device) -> _R
     """The function's result, from a thread of its own, which has torch's default state.
 
     Gradient mode, autocast, transforms, traces, fake tensors, the default device, the current
-    device and the current stream belong to a thread: the caller's stay as they are.
+    device and the current stream belong to a thread: the caller's stay as they are. Backward
+    passes run in the same thread too, where the limit of `kernels.limited` is set.
     """
     results: list[_Result] = []
     errors: list[BaseException] = []
@@ -49,7 +50,8 @@ def in_clean_thread(function: Callable[[], _Result], device: torch.device) -> _R
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            results.append(function())
+            with torch.autograd.set_multithreading_enabled(False):
+                results.append(function())
         except BaseException as error:
             errors.append(error)
 

@@ -198,3 +198,28 @@ def test_verify_tests_exactly_the_kernels_of_the_calls(device):
     rel_attention(q, q, q, r, causal=True, **both)
     assert len(device) == 1
     assert not torch.is_inference_mode_enabled()
+
+
+def test_without_a_home_folder_every_process_tests_once(device, new_process, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError()))
+    for n in (1, 2):
+        shift()
+        shift()
+        assert len(device) == n
+        new_process()
+
+
+def test_a_damaged_record_does_not_matter_beside_a_good_one(device, new_process, monkeypatch):
+    shift()
+    (path,) = files()
+    good = records.image_folder() / path.relative_to(records.cache_folder())
+    good.parent.mkdir(parents=True)
+    path.rename(good)
+    path.touch()
+    new_process()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shift()
+    assert len(device) == 1
