@@ -35,6 +35,10 @@ def x(*shape, **options):
     return torch.randn(shape or (2, 20, 30), **options)
 
 
+def as_tuple(found):
+    return (found,) if isinstance(found, torch.Tensor) else found
+
+
 def one_bit(out, count=itertools.count()):  # noqa: B008
     out.view(-1)[0] += 2.0**-22 * (next(count) % 2)
     return out
@@ -67,7 +71,7 @@ def test_correct_16_bit_kernels_pass(device, op, dtype):
 @pytest.mark.parametrize("op", SHAPES)
 def test_a_wrong_forward_pass_of_every_op_is_found(device, plant, op):
     def wrong(*arguments):
-        out, *rest = selftest._reference(op, arguments, None)
+        out, *rest = as_tuple(selftest.reference(op, arguments))
         out = out + 0.05
         if op == "rel_attention":
             return out, rest[0]
