@@ -35,7 +35,8 @@ def check_adaptive_softmax(
     dout = torch.ones((), dtype=dtype, device=inputs[0].device)
     if op == "adaptive_nll":
         dout = random_like(inputs[0].new_empty(inputs[0].shape[0], dtype=dtype))
-    _check(op, arguments, backend, dout, runs, within)
+    label = f"{op} {list(cutoffs)} {backend} {inputs[0].dtype}"
+    _check(label, op, arguments, backend, dout, runs, within)
 
 
 def check_adaptive_embedding(
@@ -48,13 +49,20 @@ def check_adaptive_embedding(
 ) -> None:
     """The same for `adaptive_embedding`: the weights are its tables, the targets its tokens."""
     arguments = embedding_arguments(inputs, _EMBEDDING_SCALE)
-    _check("adaptive_embedding", arguments, backend, inputs[0].detach(), runs, within)
+    op, dout = "adaptive_embedding", inputs[0].detach()
+    label = f"{op} {list(cutoffs)} {backend} {dout.dtype}"
+    _check(label, op, arguments, backend, dout, runs, within)
 
 
 def _check(
-    op: str, arguments: list[Any], backend: str, dout: Tensor, runs: int, within: _Within
+    label: str,
+    op: str,
+    arguments: list[Any],
+    backend: str,
+    dout: Tensor,
+    runs: int,
+    within: _Within,
 ) -> None:
-    label = f"{op} {backend} {dout.dtype}"
     with within():
         actual = repeated(label, op, arguments, lambda x: call(op, backend, x), [dout] * runs)
     check_results(label, op, arguments, actual, dout)
