@@ -64,7 +64,7 @@ def call(op: str, backend: str, arguments: Sequence[Any]) -> Any:
         )
     hidden, target, flat, ignore_index, *flags = arguments
     (head_proj, head_weight, head_bias), *tails = clusters(flat)
-    head = {"head_bias": head_bias, "head_proj": head_proj, "backend": backend}
+    head: dict[str, Any] = {"head_bias": head_bias, "head_proj": head_proj, "backend": backend}
     sizes = [len(head_weight) - len(tails), *(len(tail.weight) for tail in tails)]
     head["cutoffs"] = _cutoffs(sizes)
     if op == "adaptive_log_prob":

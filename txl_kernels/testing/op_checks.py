@@ -49,14 +49,6 @@ class OpCheck(NamedTuple):
     failure: str | None
 
 
-class _Call(NamedTuple):
-    op: str
-    backend: str
-    device: str
-    dtype: torch.dtype
-    direction: str
-
-
 def check_ops(
     device: str, dtypes: Sequence[torch.dtype] = DTYPES, *, min_seconds: float = 0.1
 ) -> Iterator[OpCheck]:
@@ -110,7 +102,7 @@ def _check(
         ]
         with torch.set_grad_enabled(gradient is not None):
             row = _row(
-                _Call(problem.name or op, backend, device, dtype, direction),
+                (problem.name or op, backend, device, dtype, direction),
                 functools.partial(_largest_error, op, arguments, ours, gradient),
                 sides,
                 problem.peer_name,
@@ -139,13 +131,20 @@ def _largest_error(
 
 
 def _row(
-    call: _Call,
+    call: tuple[str, str, str, torch.dtype, str],
     error: Callable[[], tuple[float, str]],
     sides: Sequence[Callable[[], Any]],
     peer: str,
     min_seconds: float,
 ) -> OpCheck:
-    """The check of a call: its error and the times of ours and of the peer."""
+    """The check of a call: its error and the times of ours and of the peer.
+
+    Args:
+        call: the first five members of `OpCheck`.
+        error: returns the error and the name of the result that has it.
+        sides: one call of ours, and one of the peer.
+        peer, min_seconds: the peer's name; time of one measurement.
+    """
     share, seconds = math.nan, None
     try:
         share, name = error()
@@ -201,7 +200,7 @@ def _check_sampling(device: str, dtype: torch.dtype, min_seconds: float) -> OpCh
         assert bias is not None
         bias[-len(cutoffs) :] += 6.0  # each cluster is drawn about as often as the shortlist
         return _row(
-            _Call("adaptive_sample", "reference", device, dtype, "forward"),
+            ("adaptive_sample", "reference", device, dtype, "forward"),
             error,
             [lambda: draw(hidden), lambda: torch.multinomial(probabilities(dtype), 1)],
             "torch.multinomial of all probabilities",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,16 +52,19 @@ def problems() -> tuple[Problem, ...]:
     return (
         _rel_attention(training),
         _rel_attention(decoding, name="rel_attention, Tq 1", has_gradients=False),
-        Problem("rel_shift", _shift_arguments, _pad_and_view, "the original's pad and view", Tq=128),
+        Problem(
+            "rel_shift", _shift_arguments, _pad_and_view, "the original's pad and view", Tq=128
+        ),
         _softmax("adaptive_loss"),
         _softmax("adaptive_nll"),
         _softmax("adaptive_log_prob"),
         _softmax("adaptive_topk", has_gradients=False),
         Problem(
             "adaptive_embedding",
-            lambda dtype, device: embedding_arguments(softmax_inputs(dtype, device), 16.0),
+            lambda dtype, device: embedding_arguments(softmax_inputs(dtype, device, 1024), 16.0),
             _table_by_table,
             "F.embedding and F.linear, table by table",
+            Tq=1024,
         ),
     )
 
@@ -115,9 +118,9 @@ def _softmax(op: str, *, has_gradients: bool = True) -> Problem:
 
 
 def _softmax_arguments(op: str, dtype: torch.dtype, device: str) -> list[Any]:
-    hidden, target, (_, *head), tails = softmax_inputs(dtype, device)
-    tails = [(projection, weight, None) for projection, weight, _ in tails]
-    arguments = softmax_arguments(op, (hidden, target, (None, head[0], head[1]), tails))
+    hidden, target, (_, weight, bias), tails = softmax_inputs(dtype, device)
+    tails = [(*tail[:2], None) for tail in tails]
+    arguments = softmax_arguments(op, (hidden, target, (None, weight, bias), tails))
     if op == "adaptive_loss":
         arguments[4] = True  # the mean, as torch's
     return arguments
@@ -128,8 +131,8 @@ class _TorchSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
 
     def forward(self, op: str, hidden: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
         if op in ("adaptive_nll", "adaptive_loss"):
-            output, loss = super().forward(hidden, target)
-            return -output if op == "adaptive_nll" else loss
+            found: tuple[Tensor, Tensor] = super().forward(hidden, target)
+            return -found[0] if op == "adaptive_nll" else found[1]
         log_probs = self.log_prob(hidden)
         return log_probs if op == "adaptive_log_prob" else log_probs.topk(TOP)[0]
 
@@ -144,7 +147,7 @@ def torch_softmax(op: str, arguments: list[Any]) -> Tensor:
     """The result of torch's module."""
     hidden, target, flat, *_ = arguments
     head, *tails = clusters(flat)
-    weights = {"head.weight": head.weight, "head.bias": head.bias}
+    weights: dict[str, Any] = {"head.weight": head.weight, "head.bias": head.bias}
     for k, tail in enumerate(tails):
         weights |= {f"tail.{k}.0.weight": tail.projection, f"tail.{k}.1.weight": tail.weight}
     result: Tensor = torch.func.functional_call(_torch_module(), weights, (op, hidden, target))
@@ -160,12 +163,12 @@ def _table_by_table(arguments: list[Any]) -> Tensor:
         rows = F.embedding(tokens[places] - first, table)
         out = out.index_copy(0, places, F.linear(rows, projection))
         first += len(table)
-    return out * scale
+    return out.mul(scale)
 
 
-def softmax_inputs(dtype: torch.dtype, device: str) -> Inputs:
+def softmax_inputs(dtype: torch.dtype, device: str, N: int = SOFTMAX.N) -> Inputs:
     """Inputs whose tokens are frequent for small numbers, as words are: P(<= v) ~ log v."""
-    hidden, _, head, tails = SOFTMAX.inputs(dtype, device)
+    hidden, _, head, tails = replace(SOFTMAX, N=N).inputs(dtype, device)
     generator = torch.Generator().manual_seed(11)
-    uniform = torch.rand(SOFTMAX.N, generator=generator, device="cpu", dtype=torch.float64)
+    uniform = torch.rand(N, generator=generator, device="cpu", dtype=torch.float64)
     return hidden, (SOFTMAX.V**uniform).long().sub(1).to(device), head, tails

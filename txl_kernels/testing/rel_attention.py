@@ -70,13 +70,9 @@ def attention_arguments(
     case: RelAttentionCase, floats: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> list[Any]:
     """The operator's arguments for a case and its inputs."""
-    options: dict[str, Any] = {
-        **{"offset": case.Tq - 1, "clamp": False, "causal": False, "chunk": ()},
-        **{"scale": case.D**-0.5, "softcap": 0.0, "dropout_p": 0.0},
-        **floats,
-        **others,
-        **case.options,
-    }
+    usual = {"offset": case.Tq - 1, "clamp": False, "causal": False, "chunk": ()}
+    usual |= {"scale": case.D**-0.5, "softcap": 0.0, "dropout_p": 0.0}
+    options: dict[str, Any] = {**usual, **floats, **others, **case.options}
     options["window_left"], options["window_right"] = options.pop("window", (None, None))
     options["chunk"] = (*options["chunk"], 0, 0, 0)[:3]
     options["dead_uniform"] = options.pop("dead_rows", "zero") == "uniform"

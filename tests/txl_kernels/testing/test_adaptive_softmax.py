@@ -25,7 +25,9 @@ def test_the_reference_is_within_the_budget(case, dtype):
 def test_errors_and_other_bits_are_found(op, monkeypatch):
     right = getattr(comparison, op)
     factors = iter([1.01, 1.0, 1.0 + 1e-6])
-    monkeypatch.setattr(comparison, op, lambda *args, **options: right(*args, **options) * next(factors))
+    monkeypatch.setattr(
+        comparison, op, lambda *args, **options: right(*args, **options) * next(factors)
+    )
 
     def checked(runs):
         inputs = CASE.inputs(torch.float32)

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from txl_kernels.ops import rel_attention as op
-from txl_kernels.testing import RelAttentionCase, check_rel_attention
-from txl_kernels.testing import comparison
+from txl_kernels.testing import RelAttentionCase, check_rel_attention, comparison
 
 CASE = RelAttentionCase(
     "sliding", H=2, Tq=24, Tm=4, R=6, options={"causal": True, "offset": 1, "window": (5, None)}

@@ -57,7 +57,8 @@ def check(call: Description, device: torch.device) -> None:
     """
     arguments = _values(call, device)
     operator = getattr(getattr(torch.ops, f"txl_{call.backend}"), f"{call.op}_fwd")
-    dout, douts = None, [None] * 3
+    dout: Tensor | None = None
+    douts: list[Tensor | None] = [None] * 3
     if call.needs_backward:
         with torch.no_grad():
             found = reference(call.op, arguments)
