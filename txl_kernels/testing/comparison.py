@@ -185,8 +185,8 @@ def compared(
     op: str, arguments: list[Any], actual: Mapping[str, Tensor], dout: Tensor | None = None
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor], dict[str, Any]]]:
     """For each result its name, and the arguments of `check_budget` but for the name."""
-    floating = [x for x in tree_leaves(arguments) if isinstance(x, Tensor) and _is_float(x)]
-    dtype = floating[0].dtype
+    tensors = (x for x in tree_leaves(arguments) if isinstance(x, Tensor))
+    dtype = next(x.dtype for x in tensors if x.is_floating_point())
     exact = tree_map_only(Tensor, _as_double, arguments)
     ref64 = results(op, exact, lambda x: reference(op, x, torch.float64), dout)
     eager = results(op, arguments, lambda x: reference(op, x, dtype), dout)
@@ -214,12 +214,10 @@ def check_results(
         check_budget(f"{label}: {name}", *tensors, **options)
 
 
-def _is_float(x: Tensor) -> bool:
-    return x.is_floating_point()
-
-
 def _as_double(x: Tensor) -> Tensor:
-    return x.detach().double().requires_grad_(x.requires_grad) if _is_float(x) else x
+    if not x.is_floating_point():
+        return x
+    return x.detach().double().requires_grad_(x.requires_grad)
 
 
 def _magnitudes(op: str, arguments: Sequence[Any], dout: Tensor) -> dict[str, float]:
@@ -243,7 +241,7 @@ def _attention_magnitudes(call: Mapping[str, Any], dout: Tensor) -> dict[str, fl
     kept, scale = 1.0 - call["dropout_p"], abs(call["scale"])
     given = [call[name] for name in ("mem_v", "v") if call[name] is not None]
     values = torch.cat([x.detach().double() for x in given], dim=2)
-    dP = float((dout.double() @ values.mT).abs().max()) / kept
+    dP = _largest(dout.double() @ values.mT) / kept
     content_query = largest("q") + largest("r_w_bias")
     position_query = largest("q" if call["q_pos"] is None else "q_pos") + largest("r_r_bias")
     keys = largest("k", "mem_k")

@@ -113,16 +113,21 @@ _traced_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def untested() -> Iterator[dict[str, str]]:
+def _within(name: str, container: Any) -> Iterator[Any]:
+    before = getattr(_thread, name)
+    setattr(_thread, name, container)
+    try:
+        yield container
+    finally:
+        setattr(_thread, name, before)
+
+
+def untested() -> contextlib.AbstractContextManager[dict[str, str]]:
     """Within it this thread's calls run without a self-test.
 
     The dict receives {hash: label} of the kernels that calls of "auto" launch.
     """
-    before, _thread.untested = _thread.untested, {}
-    try:
-        yield _thread.untested
-    finally:
-        _thread.untested = before
+    return _within("untested", {})
 
 
 class Examined(Exception):  # noqa: N818
@@ -135,17 +140,12 @@ def stop_if_collecting() -> None:
         raise Examined
 
 
-@contextlib.contextmanager
-def collected() -> Iterator[list[str]]:
+def collected() -> contextlib.AbstractContextManager[list[str]]:
     """Within it this thread's calls raise `Examined` when their kernels are tested.
 
     The failures are added to the list.
     """
-    before, _thread.failures = _thread.failures, []
-    try:
-        yield _thread.failures
-    finally:
-        _thread.failures = before
+    return _within("failures", [])
 
 
 def _failure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import multiprocessing
 import warnings
@@ -166,6 +167,20 @@ def test_the_kernels_of_untested_calls_are_named(device):
     assert sorted(kernels.values()) == labels
     shift(requires_grad=True)
     assert {path.stem for path in files()} == kernels.keys()
+
+
+def test_the_kernels_of_untested_compiled_calls_are_named(device):
+    with verification.untested() as kernels:
+        torch.compile(rel_shift, fullgraph=True, backend="eager")(torch.randn(2, 20, 30))
+    assert device == []
+    assert set(kernels.values()) == {"rel_shift/native/float32/forward"}
+
+
+def test_threads_that_call_at_once_share_one_test(device):
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for call in [threads.submit(shift) for _ in range(8)]:
+            call.result()
+    assert len(device) == 1
 
 
 def test_the_shipped_file_is_readable():
