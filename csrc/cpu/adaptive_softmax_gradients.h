@@ -176,13 +176,13 @@ void cluster_gradients(const ClusterArgs& args, const ClusterPlan& plan, const C
       softmax_gradients(args, plan, slot, vocab, tokens, shared, ws);
       target_gradients(args, vocab, tokens, given, shared, ws);
       if (grads.dweight != nullptr) {
-        gemm(vocab.rows, width, plan.tile, ws.g_t, shared.ld_t,
-             reinterpret_cast<const Operand<T>*>(shared.x_n + t * shared.size_x_n), shared.ld_d,
-             ws.dweight, ws.ld_d, t > 0);
+        column_product<T>(vocab.rows, width, plan.tile, ws.g_t, shared.ld_t,
+                          reinterpret_cast<const Operand<T>*>(shared.x_n + t * shared.size_x_n),
+                          shared.ld_d, ws.dweight, ws.ld_d, t > 0);
       }
       if (grads.dx != nullptr) {
-        gemm(plan.tile, width, vocab.rows, ws.g, ws.ld_v, weight_rows, ws.ld_d,
-             ws.dx + tokens.at * ws.ld_d, ws.ld_d, index > first);
+        column_product<T>(plan.tile, width, vocab.rows, ws.g, ws.ld_v, weight_rows, ws.ld_d,
+                          ws.dx + tokens.at * ws.ld_d, ws.ld_d, index > first);
       }
     }
     if (grads.dweight != nullptr) add_weight_gradient(args, plan, grads, vocab, block, ws);

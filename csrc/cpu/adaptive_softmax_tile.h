@@ -33,6 +33,24 @@ struct TokenRows {
   }
 };
 
+// C[M, N] = A · B (+ C if `accumulate`), in pieces of columns. With AVX2 a product is slower while
+// B does not fit into the second-level cache beside A and C: on an AMD EPYC (family 25 model 17, 1
+// MiB), two threads, [64, 512]·[512, 256] runs at 206 GFLOP/s, and in pieces of 64 columns at 225.
+// Wider vectors finish a piece so fast that the call's own time counts.
+template <typename T>
+void column_product(int64_t M, int64_t N, int64_t K, const Operand<T>* A, int64_t lda,
+                    const Operand<T>* B, int64_t ldb, Acc<T>* C, int64_t ldc, bool accumulate) {
+#if defined(CPU_CAPABILITY_AVX2)
+  const int64_t widest = std::is_same_v<Operand<T>, float> ? 64 : N;
+#else
+  const int64_t widest = N;
+#endif
+  for (int64_t x = 0; x < N; x += widest) {
+    gemm(M, std::min(widest, N - x), K, A, lda, B + x * kRowsPerWord<T>, ldb, C + x, ldc,
+         accumulate);
+  }
+}
+
 // Writes zeros after the `n` columns of each row, so that products run over whole vectors.
 template <typename W>
 void clear_padding(W* matrix, int64_t rows, int64_t n, int64_t ld) {
@@ -155,9 +173,10 @@ inline int64_t token_tiles(const ClusterArgs& args, const ClusterPlan& plan, int
 template <typename T>
 void logits_product(const ClusterArgs& args, const ClusterPlan& plan, const VocabTile<T>& vocab,
                     const TokenTile& tokens, const ClusterShared<T>& shared, Acc<T>* logits) {
-  gemm(vocab.rows, plan.tile, row_length<T>(args.d), vocab.weight, vocab.ld,
-       reinterpret_cast<const Operand<T>*>(shared.x_t + tokens.index * shared.size_x_t),
-       shared.ld_t, logits, shared.ld_t, /*accumulate=*/false);
+  column_product<T>(
+      vocab.rows, plan.tile, row_length<T>(args.d), vocab.weight, vocab.ld,
+      reinterpret_cast<const Operand<T>*>(shared.x_t + tokens.index * shared.size_x_t), shared.ld_t,
+      logits, shared.ld_t, /*accumulate=*/false);
 }
 
 // Calls f(token within the tile, column within the tile) for tokens whose column is in the tile.

@@ -68,17 +68,22 @@ bool has_avx512() {
   return yes;
 }
 
-// On processors that its micro-kernels do not support, ATen's brgemm throws.
-bool brgemm_runs() {
-  const float a = 1, b = 1;
-  float c = 0;
+// A product of ones. ATen's brgemm throws if oneDNN has no micro-kernel for this processor, or if
+// ONEDNN_MAX_CPU_ISA forbids it.
+template <typename T>
+bool brgemm_runs(bool is_vnni) {
+  constexpr int64_t N = 16, K = 32;
+  T a[K], b[K * N];
+  float c[N] = {};
+  std::fill_n(a, K, T(1.f));
+  std::fill_n(b, K * N, T(1.f));
   try {
-    brgemm(1, 1, 1, 1, 1, 1, false, &a, &b, &c);
+    brgemm(1, N, K, K, N, N, false, a, b, c, is_vnni);
     at::native::cpublas::brgemm_release();
   } catch (const std::exception&) {
     return false;
   }
-  return c == 1;
+  return c[0] == K;
 }
 
 // With AVX-512 brgemm is faster for every shape that our kernels use. With AVX2 it is up to 1.25
@@ -95,12 +100,13 @@ bool prefers_brgemm(int64_t N, int64_t K) {
 }  // namespace
 
 bool has_brgemm() {
-  static const bool yes = at::get_cpu_capability() != "DEFAULT" && brgemm_runs();
+  static const bool yes = at::get_cpu_capability() != "DEFAULT" && brgemm_runs<float>(false);
   return yes;
 }
 
 bool has_packed_products() {
-  static const bool yes = has_avx512() && has_brgemm() && __builtin_cpu_supports("avx512bf16");
+  static const bool yes =
+      has_avx512() && __builtin_cpu_supports("avx512bf16") && brgemm_runs<c10::BFloat16>(true);
   return yes;
 }
 

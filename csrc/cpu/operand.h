@@ -72,44 +72,55 @@ constexpr int64_t leading_dimension(int64_t n) {
   return (round_up(n, 16) / 16 | 1) * 16;
 }
 
-// e^f for |f| <= ln(2) / 2: minimax polynomial of degree 6 with e^0 = 1 exactly.
+// The bits of 2^(k/8), k from 0 to 7, less k · 2^20: adding m · 2^20 for any m with m mod 8 = k
+// gives the bits of 2^(m/8). Twice, because AVX-512 reads four bits of an index.
+alignas(64) constexpr uint32_t kPowersOfTwo[16] = {
+    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
+    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+
+// e^f - 1 for |f| <= ln(2) / 16.
 template <typename V, typename Set, typename Fma>
-V exp_polynomial(V f, Set&& set, Fma&& fma) {
-  V y = set(0.0014061423f);
-  y = fma(y, f, set(0.008379059f));
-  y = fma(y, f, set(0.04166477f));
-  y = fma(y, f, set(0.16666365f));
-  y = fma(y, f, set(0.50000006f));
-  y = fma(y, f, set(1.f));
-  return fma(y, f, set(1.f));
+V expm1_polynomial(V f, Set&& set, Fma&& fma) {
+  V y = fma(set(1.f / 24), f, set(1.f / 6));
+  y = fma(y, f, set(0.5f));
+  return fma(f * f, y, f);
 }
 
-// e^x for x <= 0; 0 for -inf, NaN for NaN. Relative error at most 1.0e-7 (float) where the result
-// is a normal number; below, AVX2 gives 0.
+// e^x = 2^(m/8) · e^f for x <= 0; 0 for -inf, NaN for NaN. Relative error at most 1.0e-7 (float) if
+// the result is a normal number; below, it is between 0 and the smallest normal number. Adding
+// `kShift` rounds to eighths, and leaves m in the last bits.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+constexpr float kShift = 1572864.f;          // 1.5 · 2^23 / 8
+constexpr float kLeastExponent = -88.0297f;  // m = -127 · 8, and 2^(m/8) has the bits of 0
+#endif
 #if defined(CPU_CAPABILITY_AVX512)
 inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
   auto set = [](float value) { return _mm512_set1_ps(value); };
   auto fma = [](__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); };
-  const __m512 bounded = _mm512_max_ps(set(-110.f), x);
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(bounded, set(1.44269504f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 bounded = _mm512_max_ps(set(kLeastExponent), x);
+  const __m512 shifted = fma(bounded, set(1.44269504f), set(kShift));
+  const __m512 n = _mm512_sub_ps(shifted, set(kShift));
   __m512 f = _mm512_fnmadd_ps(n, set(0.693359375f), bounded);  // ln 2 in two parts
   f = _mm512_fnmadd_ps(n, set(-2.12194440e-4f), f);
-  return _mm512_scalef_ps(exp_polynomial(f, set, fma), n);
+  const __m512i m = _mm512_castps_si512(shifted);
+  const __m512i fraction = _mm512_permutexvar_epi32(m, _mm512_load_si512(kPowersOfTwo));
+  const __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(fraction, _mm512_slli_epi32(m, 20)));
+  return fma(power, expm1_polynomial(f, set, fma), power);
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
   auto set = [](float value) { return _mm256_set1_ps(value); };
   auto fma = [](__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); };
-  const __m256 bounded = _mm256_max_ps(set(-88.f), x);
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(bounded, set(1.44269504f)),
-                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 bounded = _mm256_max_ps(set(kLeastExponent), x);
+  const __m256 shifted = fma(bounded, set(1.44269504f), set(kShift));
+  const __m256 n = _mm256_sub_ps(shifted, set(kShift));
   __m256 f = _mm256_fnmadd_ps(n, set(0.693359375f), bounded);  // ln 2 in two parts
   f = _mm256_fnmadd_ps(n, set(-2.12194440e-4f), f);
-  // The bits of 2^n, n from -126 to 0; those of n = -127 are 0.
-  const __m256i power =
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(exp_polynomial(f, set, fma), _mm256_castsi256_ps(power));
+  const __m256i m = _mm256_castps_si256(shifted);
+  const __m256i fractions = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPowersOfTwo));
+  const __m256i fraction = _mm256_permutevar8x32_epi32(fractions, m);
+  const __m256 power = _mm256_castsi256_ps(_mm256_add_epi32(fraction, _mm256_slli_epi32(m, 20)));
+  return fma(power, expm1_polynomial(f, set, fma), power);
 }
 #else
 inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
@@ -208,6 +219,56 @@ __attribute__((always_inline)) inline void transpose_16x16(const float* src, int
   }
 }
 #endif
+
+#if defined(CPU_CAPABILITY_AVX2)
+// dst = src transposed, in registers.
+__attribute__((always_inline)) inline void transpose_8x8(const float* src, int64_t ld_src,
+                                                         float* dst, int64_t ld_dst) {
+  auto halves = [&](int64_t row, int64_t column) {  // rows `row` and `row + 4`, four columns each
+    const float* at = src + row * ld_src + column;
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)),
+                                _mm_loadu_ps(at + 4 * ld_src), 1);
+  };
+  auto low = [](__m256 a, __m256 b) {
+    return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+  };
+  auto high = [](__m256 a, __m256 b) {
+    return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+  };
+#pragma GCC unroll 2
+  for (int64_t c = 0; c < 8; c += 4) {
+    const __m256 row0 = halves(0, c), row1 = halves(1, c), row2 = halves(2, c), row3 = halves(3, c);
+    const __m256 low01 = _mm256_unpacklo_ps(row0, row1), high01 = _mm256_unpackhi_ps(row0, row1);
+    const __m256 low23 = _mm256_unpacklo_ps(row2, row3), high23 = _mm256_unpackhi_ps(row2, row3);
+    _mm256_storeu_ps(dst + c * ld_dst, low(low01, low23));
+    _mm256_storeu_ps(dst + (c + 1) * ld_dst, high(low01, low23));
+    _mm256_storeu_ps(dst + (c + 2) * ld_dst, low(high01, high23));
+    _mm256_storeu_ps(dst + (c + 3) * ld_dst, high(high01, high23));
+  }
+}
+#endif
+
+// dst[n, m] = src[m, n] for m and n up to 16. ATen's routine takes twice as long, since it goes
+// through memory.
+template <typename W>
+void transpose_block(const W* src, int64_t ld_src, W* dst, int64_t ld_dst, int64_t m, int64_t n) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<W, float>) {
+    if (m == 16 && n == 16) return transpose_16x16(src, ld_src, dst, ld_dst);
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<W, float>) {
+    if (m == 16 && n == 16) {
+      for (int64_t c = 0; c < 16; c += 8) {
+        transpose_8x8(src + c, ld_src, dst + c * ld_dst, ld_dst);
+        transpose_8x8(src + 8 * ld_src + c, ld_src, dst + c * ld_dst + 8, ld_dst);
+      }
+      return;
+    }
+  }
+#endif
+  at::vec::transpose_mxn<W>(src, ld_src, dst, ld_dst, static_cast<int>(m), static_cast<int>(n));
+}
 
 // Row loops process whole vectors: row lengths are multiples of 16, or the tail is explicit.
 template <typename acc_t>

@@ -41,6 +41,8 @@ struct KeyRows {
     auto fits = [&](int64_t stride) { return D <= stride && stride <= kMax; };
     return fits(stride_segment) && (Tm == 0 || fits(stride_memory));
   }
+  // Whether the rows are adjacent in memory, so that products read them as fast as packed ones.
+  bool adjacent(int64_t D) const { return stride_segment == D && (Tm == 0 || stride_memory == D); }
   // The longest run of rows that starts at key j.
   RowRun<T> from(int64_t j) const {
     if (j < valid.begin) return {nullptr, 0, valid.begin - j};
@@ -92,17 +94,9 @@ void stage_rows(const Rows& rows, int64_t begin, int64_t D, Operand<T>* stage, i
 // dst[n, m] = src[m, n] for a block of 16 rows and `n` columns.
 template <typename W>
 void transpose_16_rows(const W* src, int64_t ld_src, W* dst, int64_t ld_dst, int64_t n) {
-  int64_t column = 0;
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<W, float>) {  // ATen's goes through memory: twice the time
-    for (; column + 16 <= n; column += 16) {
-      transpose_16x16(src + column, ld_src, dst + column * ld_dst, ld_dst);
-    }
-  }
-#endif
-  if (column < n) {
-    at::vec::transpose_mxn<W>(src + column, ld_src, dst + column * ld_dst, ld_dst, 16,
-                              static_cast<int>(n - column));
+  for (int64_t column = 0; column < n; column += 16) {
+    transpose_block(src + column, ld_src, dst + column * ld_dst, ld_dst, 16,
+                    std::min<int64_t>(16, n - column));
   }
 }
 

@@ -22,9 +22,8 @@ void transpose_tile(const operand_t* src, int64_t ld_src, int64_t rows, int64_t 
                     int64_t K) {
   for (int64_t a = 0; a < rows; a += 16) {
     for (int64_t d = 0; d < n; d += 16) {
-      at::vec::transpose_mxn<operand_t>(src + a * ld_src + d, ld_src, dst + d * K + a, K,
-                                        static_cast<int>(std::min<int64_t>(16, rows - a)),
-                                        static_cast<int>(std::min<int64_t>(16, n - d)));
+      transpose_block(src + a * ld_src + d, ld_src, dst + d * K + a, K,
+                      std::min<int64_t>(16, rows - a), std::min<int64_t>(16, n - d));
     }
   }
   for (int64_t d = 0; rows < K && d < n; ++d)
@@ -145,11 +144,30 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, const Bwd
   }
 }
 
-// The five products of a block that read its probabilities and score gradients; `key`: the block's
-// first packed column.
+// dqu += dscores · k, from the packed keys or, if `keys` is not null, from the caller's memory.
 template <typename T>
-void accumulate_block(const RelAttentionArgs& args, const BwdTile<T>& tile, Block block,
-                      Columns columns, int64_t key, const BwdWorkspace<T>& ws) {
+void key_product(const RelAttentionArgs& args, const BwdTile<T>& tile, Block block, int64_t key,
+                 const KeyRows<T>* keys, const Operand<T>* dscores, const BwdWorkspace<T>& ws) {
+  if constexpr (kReadable<T>) {
+    if (keys != nullptr) {
+      product_in_place<T>(tile.rows.height, args.D, *keys, block.begin, block.padded, dscores,
+                          kScoreLd, ws.stage, tile.dqu, ws.ld_acc);
+      return;
+    }
+  }
+  for_each_inner_piece(0, block.padded, [&](int64_t x, int64_t size) {
+    gemm(tile.rows.height, args.D, size, dscores + x, kScoreLd,
+         operands<T>(ws.k + (key + x) / kRowsPerWord<T> * ws.ld_row), ws.ld_row, tile.dqu,
+         ws.ld_acc, /*accumulate=*/true);
+  });
+}
+
+// The five products of a block that read its probabilities and score gradients; `key`: the block's
+// first packed column; `keys`: as in key_product.
+template <typename T>
+void accumulate_block(const RelAttentionArgs& args, int64_t b, const BwdTile<T>& tile, Block block,
+                      Columns columns, int64_t key, const KeyRows<T>* keys,
+                      const BwdWorkspace<T>& ws) {
   const int64_t height = tile.rows.height, K = row_length<T>(height), D = args.D;
   // Element (a, x) of a shifted tile is the score gradient of query a and table column x.
   const int64_t shift = height - 1;
@@ -164,22 +182,27 @@ void accumulate_block(const RelAttentionArgs& args, const BwdTile<T>& tile, Bloc
     ld_probs = kScoreLd, ld_shifted = kScoreLd + 1;
   }
   constexpr int64_t kPerWord = kRowsPerWord<T>;
-  for_each_column_piece(0, block.padded, [&](int64_t x, int64_t size) {
-    gemm(args.Dv, size, K, tile.dout_t, K, probs + x * kPerWord, ld_probs, ws.dv_t + key + x,
-         ws.ld_k, /*accumulate=*/true);
-    gemm(D, size, K, tile.qu_t, K, dscores + x * kPerWord, ld_probs, ws.dk_t + key + x, ws.ld_k,
-         /*accumulate=*/true);
-  });
-  for_each_inner_piece(0, block.padded, [&](int64_t x, int64_t size) {
-    gemm(height, D, size, dscores_rows + x, kScoreLd,
-         operands<T>(ws.k + (key + x) / kPerWord * ws.ld_row), ws.ld_row, tile.dqu, ws.ld_acc,
-         /*accumulate=*/true);
-  });
-  for_each_column_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
-    const int64_t column = x - columns.origin;
-    gemm(D, size, K, tile.qv_t, K, shifted + column * kPerWord, ld_shifted, ws.dr_t.at(x), kPanelLd,
-         /*accumulate=*/true);
-  });
+  for_each_column_piece(
+      0, block.padded, height,
+      [&](int64_t x, int64_t n) { return attending_rows(args, b, tile.rows, block.begin + x, n); },
+      [&](int64_t x, int64_t size, RowSpan span) {
+        const int64_t inner = row_length<T>(span.n());
+        const int64_t from = span.begin / kPerWord * ld_probs * kPerWord + x * kPerWord;
+        gemm(args.Dv, size, inner, tile.dout_t + span.begin, K, probs + from, ld_probs,
+             ws.dv_t + key + x, ws.ld_k, /*accumulate=*/true);
+        gemm(D, size, inner, tile.qu_t + span.begin, K, dscores + from, ld_probs, ws.dk_t + key + x,
+             ws.ld_k, /*accumulate=*/true);
+      });
+  key_product<T>(args, tile, block, key, keys, dscores_rows, ws);
+  for_each_column_piece(
+      columns.first, columns.n, height,
+      [&](int64_t x, int64_t n) { return shifted_rows(tile.rows, block, columns, x, n); },
+      [&](int64_t x, int64_t size, RowSpan span) {
+        const int64_t column = x - columns.origin;
+        gemm(D, size, row_length<T>(span.n()), tile.qv_t + span.begin, K,
+             shifted + span.begin / kPerWord * ld_shifted * kPerWord + column * kPerWord,
+             ld_shifted, ws.dr_t.at(x), kPanelLd, /*accumulate=*/true);
+      });
   for_each_inner_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
     const int64_t column = x - columns.origin;
     gemm(height, D, size, dscores_rows - shift + column, kScoreLd + 1,
@@ -205,18 +228,30 @@ void load_tile(const RelAttentionArgs& args, const RelAttentionGrads& grads, int
 // One tile against the part of a block to which it attends; `key`: the part's first packed column.
 template <typename T>
 void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t h,
-              const BwdTile<T>& tile, Block part, int64_t key, const BwdWorkspace<T>& ws) {
+              const BwdTile<T>& tile, Block part, int64_t key, const KeyRows<T>* keys,
+              const BwdWorkspace<T>& ws) {
   const int64_t ld_o = row_length<T>(args.Dv);
   const Columns columns = block_columns(args, plan, tile.rows, part);
-  score_block<T>(tile.rows, part, columns, args.D, tile.qu, tile.qv, ws.k_t + key, ws.ld_k, ws.r_t,
+  score_block<T>(args, b, tile.rows, part, columns, tile.qu, tile.qv, ws.k_t + key, ws.ld_k, ws.r_t,
                  ws.scores);
-  for_each_column_piece(0, part.padded, [&](int64_t x, int64_t size) {
-    gemm(tile.rows.height, size, ld_o, tile.dout, ld_o, operands<T>(ws.v_t + key + x), ws.ld_k,
-         ws.dprobs + x, kScoreLd, /*accumulate=*/false);
-  });
+  // A piece leaves out rows whose probabilities are 0; their gradients must be finite.
+  auto clear = [&](int64_t first, int64_t last, int64_t x, int64_t size) {
+    for (int64_t a = first; a < last; ++a)
+      std::fill(ws.dprobs + a * kScoreLd + x, ws.dprobs + a * kScoreLd + x + size, Acc<T>(0));
+  };
+  for_each_column_piece(
+      0, part.padded, tile.rows.height,
+      [&](int64_t x, int64_t n) { return attending_rows(args, b, tile.rows, part.begin + x, n); },
+      [&](int64_t x, int64_t size, RowSpan span) {
+        gemm(span.n(), size, ld_o, tile.dout + span.begin * ld_o, ld_o,
+             operands<T>(ws.v_t + key + x), ws.ld_k, ws.dprobs + span.begin * kScoreLd + x,
+             kScoreLd, /*accumulate=*/false);
+        clear(0, span.begin, x, size);
+        clear(span.end, tile.rows.height, x, size);
+      });
   finish_scores<T>(args, b, h, tile.rows, part, ws.scores);
   gradient_rows<T>(args, b, h, tile, part, ws);
-  accumulate_block<T>(args, tile, part, columns, key, ws);
+  accumulate_block<T>(args, b, tile, part, columns, key, keys, ws);
 }
 
 // Items [first, last] of one pair: those of its query tiles that belong to this chunk.
@@ -232,18 +267,21 @@ void bwd_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan,
   std::fill(ws.dbias, ws.dbias + 2 * args.D, Acc<T>(0));
 
   const KeyRows<T> keys(args, args.mem_k, args.k, b, h), values(args, args.mem_v, args.v, b, h);
+  const bool in_place = kReadable<T> && keys.adjacent(args.D);
   const TileKeys seen = tile_keys(args, plan, b, tile(first).rows.begin, tile(last).rows.end);
   clear_other_keys<T>(args, grads, partials, b, h, {seen.aligned_begin, seen.end}, slot, ws);
   for_each_block(seen, [&](Block block) {
     const int64_t end = block.begin + block.padded;
     pack_transposed<T>(keys, block.begin, end, args.D, ws.stage, ws.k_t, ws.ld_k);
     pack_transposed<T>(values, block.begin, end, args.Dv, ws.stage, ws.v_t, ws.ld_k);
-    pack_natural<T>(keys, block.begin, end, args.D, ws.stage, ws.k, ws.ld_row);
+    if (!in_place) pack_natural<T>(keys, block.begin, end, args.D, ws.stage, ws.k, ws.ld_row);
     std::fill(ws.dk_t, ws.dk_t + args.D * ws.ld_k, Acc<T>(0));
     std::fill(ws.dv_t, ws.dv_t + args.Dv * ws.ld_k, Acc<T>(0));
     for (int64_t item = first; item <= last; ++item) {
       const Block part = seen_part(args, b, tile(item).rows, block);
-      if (part.n > 0) bwd_tile<T>(args, plan, b, h, tile(item), part, part.begin - block.begin, ws);
+      if (part.n == 0) continue;
+      bwd_tile<T>(args, plan, b, h, tile(item), part, part.begin - block.begin,
+                  in_place ? &keys : nullptr, ws);
     }
     write_keys<T>(args, grads, partials, b, h, block, slot, ws);
   });

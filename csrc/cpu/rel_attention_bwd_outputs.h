@@ -115,9 +115,8 @@ void write_transposed(const acc_t* accumulated, int64_t ld, int64_t first, int64
   for (int64_t x = begin; x < end; x += 16) {
     const int64_t n = std::min<int64_t>(16, end - x);
     for (int64_t d = 0; d < D; d += 16) {
-      at::vec::transpose_mxn<acc_t>(accumulated + d * ld + (x - first), ld, tile + d, D,
-                                    static_cast<int>(std::min<int64_t>(16, D - d)),
-                                    static_cast<int>(n));
+      transpose_block(accumulated + d * ld + (x - first), ld, tile + d, D,
+                      std::min<int64_t>(16, D - d), n);
     }
     for (int64_t t = 0; t < n * D; ++t) tile[t] *= factor;
     convert_row(tile, rows + (x - begin) * D, n * D);

@@ -58,15 +58,31 @@ void for_each_piece(int64_t largest, int64_t begin, int64_t n, F&& f) {
   }
 }
 
-// Pieces of a product's columns. With AVX2 a piece of 64 columns stays in the first-level cache: on
-// an AMD EPYC (family 25 model 1), two threads, [64, 64]·[64, N] runs at 184 GFLOP/s for N 64 and
-// at 170 for N 256. Wider vectors finish a piece of 64 so fast that the call's own time counts.
-template <typename F>
-void for_each_column_piece(int64_t begin, int64_t n, F&& f) {
+// Rows [begin, end) of a tile.
+struct RowSpan {
+  int64_t begin, end;
+  int64_t n() const { return end - begin; }
+  bool operator==(const RowSpan&) const = default;
+};
+
+// Pieces of a product's columns: f(x, size, rows). With AVX2 a piece of 64 columns stays in the
+// first-level cache: on an AMD EPYC (family 25 model 1), two threads, [64, 64]·[64, N] runs at 184
+// GFLOP/s for N 64 and at 170 for N 256. A piece is divided into halves that need different rows of
+// the tile, `rows_of(x, size)`: at the diagonal, a quarter of its product is left out. Wider
+// vectors finish a piece of 64 so fast that the call's own time counts.
+template <typename R, typename F>
+void for_each_column_piece(int64_t begin, int64_t n, [[maybe_unused]] int64_t height,
+                           [[maybe_unused]] R&& rows_of, F&& f) {
 #if defined(CPU_CAPABILITY_AVX512)
-  for_each_piece(256, begin, n, f);
+  for_each_piece(256, begin, n, [&](int64_t x, int64_t size) { f(x, size, RowSpan{0, height}); });
 #else
-  for_each_piece(64, begin, n, f);
+  for_each_piece(64, begin, n, [&](int64_t x, int64_t size) {
+    if (size < 64) return f(x, size, RowSpan{0, height});
+    const RowSpan left = rows_of(x, size / 2), right = rows_of(x + size / 2, size / 2);
+    if (left == right) return f(x, size, left);
+    f(x, size / 2, left);
+    f(x + size / 2, size / 2, right);
+  });
 #endif
 }
 
@@ -169,6 +185,32 @@ inline Columns block_columns(const RelAttentionArgs& args, const RelAttentionPla
   return {origin, first, std::max<int64_t>(0, last - first)};
 }
 
+// The halves of a full tile that keys [begin, begin + n) concern: those with a row that attends to
+// one of them. Other tiles are not divided.
+inline RowSpan attending_rows(const RelAttentionArgs& args, int64_t b, TileRows rows, int64_t begin,
+                              int64_t n) {
+  constexpr int64_t kHalf = kQueryTile / 2;
+  if (rows.count() < kQueryTile) return {0, rows.height};
+  auto attends = [&](int64_t first) {
+    return args.keys_of(b, first).begin < begin + n &&
+           args.keys_of(b, first + kHalf - 1).end > begin;
+  };
+  const bool upper = attends(rows.begin), lower = attends(rows.begin + kHalf);
+  if (upper == lower) return {0, kQueryTile};
+  return upper ? RowSpan{0, kHalf} : RowSpan{kHalf, kQueryTile};
+}
+
+// The halves of a full tile that columns [x, x + n) of the position table concern: those with a row
+// in which one of the columns belongs to a key of the block.
+inline RowSpan shifted_rows(TileRows rows, Block block, Columns columns, int64_t x, int64_t n) {
+  constexpr int64_t kHalf = kQueryTile / 2;
+  if (rows.count() < kQueryTile) return {0, rows.height};
+  const int64_t column = x - columns.origin;  // column c + kQueryTile - 1 - a belongs to key c
+  const bool upper = column + n > kHalf;
+  const bool lower = column < block.padded + kHalf - 1;
+  return {upper ? 0 : kHalf, lower ? kQueryTile : kHalf};
+}
+
 // A packed matrix as products read it.
 template <typename T>
 const Operand<T>* operands(const Word<T>* words) {
@@ -178,19 +220,26 @@ const Operand<T>* operands(const Word<T>* words) {
 // scores[a, c] = qu_a · k_c + qv_a · r[c - a + ...]: the position product, written with the shift,
 // then the content product on top.
 template <typename T>
-void score_block(TileRows rows, Block block, Columns columns, int64_t D, const Operand<T>* qu,
-                 const Operand<T>* qv, const Word<T>* k_t, int64_t ld_k, TablePanels<Word<T>> r_t,
-                 Acc<T>* scores) {
-  const int64_t K = row_length<T>(D);
+void score_block(const RelAttentionArgs& args, int64_t b, TileRows rows, Block block,
+                 Columns columns, const Operand<T>* qu, const Operand<T>* qv, const Word<T>* k_t,
+                 int64_t ld_k, TablePanels<Word<T>> r_t, Acc<T>* scores) {
+  const int64_t K = row_length<T>(args.D);
   Acc<T>* shifted = scores - (rows.height - 1);
-  for_each_column_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
-    gemm(rows.height, size, K, qv, K, operands<T>(r_t.at(x)), kPanelLd,
-         shifted + (x - columns.origin), kScoreLd + 1, /*accumulate=*/false);
-  });
-  for_each_column_piece(0, block.padded, [&](int64_t x, int64_t size) {
-    gemm(rows.height, size, K, qu, K, operands<T>(k_t + x), ld_k, scores + x, kScoreLd,
-         /*accumulate=*/true);
-  });
+  for_each_column_piece(
+      columns.first, columns.n, rows.height,
+      [&](int64_t x, int64_t n) { return shifted_rows(rows, block, columns, x, n); },
+      [&](int64_t x, int64_t size, RowSpan span) {
+        gemm(span.n(), size, K, qv + span.begin * K, K, operands<T>(r_t.at(x)), kPanelLd,
+             shifted + span.begin * (kScoreLd + 1) + (x - columns.origin), kScoreLd + 1,
+             /*accumulate=*/false);
+      });
+  for_each_column_piece(
+      0, block.padded, rows.height,
+      [&](int64_t x, int64_t n) { return attending_rows(args, b, rows, block.begin + x, n); },
+      [&](int64_t x, int64_t size, RowSpan span) {
+        gemm(span.n(), size, K, qu + span.begin * K, K, operands<T>(k_t + x), ld_k,
+             scores + span.begin * kScoreLd + x, kScoreLd, /*accumulate=*/true);
+      });
 }
 
 // tanh(scale · product / softcap).

@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(kThreads) rel_shift_kernel(const ShiftArgs arg
     if (from >= row.n_src || from + row.kSlot <= 0) {
       slots[s] = uint4{0, 0, 0, 0};
     } else {
+#pragma unroll 1
       for (int e = 0; e < row.kSlot; ++e) {
         const int64_t column = row.head + s * row.kSlot + e;
         row.dst[column] = row.at(column);

@@ -53,8 +53,10 @@ _recorder = _Recorder()
 def launch(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **named: Any) -> None:
     """Runs `kernel` with these arguments and options; within `recording` only records the launch.
 
-    All launches in this package go through this function.
+    All launches in this package go through this function. Products and sums are fused unless the
+    caller turns that off: the default depends on Triton's version.
     """
+    named = {"enable_fp_fusion": True, **named}
     if _recorder.launches is None:
         kernel[grid](*arguments, **named)
         return

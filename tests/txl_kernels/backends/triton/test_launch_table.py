@@ -69,7 +69,9 @@ def test_a_capability_below_8_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     reason = cuda_device.unavailable_reason.__wrapped__()
-    assert reason == "the CUDA and Triton kernels need compute capability 8.0 or newer"
+    assert reason == (
+        "the CUDA and Triton kernels need compute capability 8.0 or newer, and this device has 7.5"
+    )
 
 
 @pytest.mark.parametrize("launch_class", [*LIMITS, "interpreter"])
