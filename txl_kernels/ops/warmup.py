@@ -1,4 +1,4 @@
-"""`warmup` and `verify`: compile and test kernels before the first call whose time matters."""
+"""`warmup` and `verify`: compile and test kernels before a timed run, a capture or an export."""
 
 from __future__ import annotations
 
@@ -76,6 +76,8 @@ def verify(shapes: Iterable[Mapping[str, Any]], *, device: torch.device | str) -
 
     Raises:
         TypeError, ValueError: as `warmup`.
+        BackendUnavailableError: a kernel failed in a distributed program, or a CUDA graph is
+            being captured and kernels have no record.
 
     >>> verify([{"B": 8, "H": 16, "Tq": 512, "D": 64}], device="cuda")
     """

@@ -1,4 +1,4 @@
-"""Named cases of the adaptive softmax: shapes that every backend is held to."""
+"""Named cases of the adaptive softmax: shapes that every backend is tested with."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class AdaptiveSoftmaxCase:
         return hidden, target.to(device), head, tails
 
     def call(self, op: Callable[..., Any], inputs: Inputs, **options: Any) -> Any:
-        """One public op on these inputs; with a target if it takes one."""
+        """One public op on these inputs; with the target if it has one."""
         hidden, target, (head_proj, head_weight, head_bias), tails = inputs
         given = (hidden, target) if op.__name__ in ("adaptive_nll", "adaptive_loss") else (hidden,)
         weights: dict[str, Any] = {

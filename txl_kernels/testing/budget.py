@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,13 +40,26 @@ def check_budget(
     Raises:
         AssertionError: the error exceeds the budget or is NaN, or the infinite elements differ.
     """
-    error, budget, terms = _error_and_budget(
-        name, actual, ref64, ref_dtype, dtype, magnitude, is_sum
+    share, reason = _share(
+        name, actual, ref64, ref_dtype, dtype=dtype, magnitude=magnitude, is_sum=is_sum
     )
-    assert error <= budget, f"{name}: error {error:.3g} over the budget of {budget:.3g} ({terms})"
+    assert share <= 1, reason
 
 
 def error_over_budget(
+    name: str, actual: Tensor, ref64: Tensor, ref_dtype: Tensor, **options: Any
+) -> float:
+    """The error as a share of the budget of `check_budget`, which accepts shares of at most 1.
+
+    The share of a NaN is infinite. The arguments are those of `check_budget`.
+
+    Raises:
+        AssertionError: the shapes or the infinite elements differ.
+    """
+    return _share(name, actual, ref64, ref_dtype, **options)[0]
+
+
+def _share(
     name: str,
     actual: Tensor,
     ref64: Tensor,
@@ -54,31 +68,8 @@ def error_over_budget(
     dtype: torch.dtype,
     magnitude: float | None = None,
     is_sum: bool = False,
-) -> float:
-    """The error as a share of the budget of `check_budget`, which accepts shares of at most 1.
-
-    The share of a NaN is infinite.
-
-    Raises:
-        AssertionError: the shapes or the infinite elements differ.
-    """
-    error, budget, _ = _error_and_budget(name, actual, ref64, ref_dtype, dtype, magnitude, is_sum)
-    if error == 0.0:
-        return 0.0
-    share = error / budget if budget else math.inf
-    return math.inf if math.isnan(share) else share
-
-
-def _error_and_budget(
-    name: str,
-    actual: Tensor,
-    ref64: Tensor,
-    ref_dtype: Tensor,
-    dtype: torch.dtype,
-    magnitude: float | None,
-    is_sum: bool,
-) -> tuple[float, float, str]:
-    """The error, the budget, and the budget's two terms as text."""
+) -> tuple[float, str]:
+    """The error as a share of the budget, and both as text."""
     assert actual.shape == ref64.shape, f"{name}: shape {actual.shape}, expected {ref64.shape}"
     actual, ref_dtype = actual.detach().double(), ref_dtype.detach().double()
     ref64 = ref64.detach()
@@ -86,14 +77,18 @@ def _error_and_budget(
     assert torch.equal(actual[~finite], ref64[~finite]), f"{name}: infinite elements differ"
     actual, ref64, ref_dtype = actual[finite], ref64[finite], ref_dtype[finite]
     if ref64.numel() == 0:
-        return 0.0, 0.0, "no finite elements"
+        return 0.0, ""
     eps = max(torch.finfo(dtype).eps, _FLOAT64_EPS)
     if magnitude is None:
         magnitude = float(ref64.abs().max())
     error, eager = _norm(actual - ref64, is_sum), _norm(ref_dtype - ref64, is_sum)
     slack = eps * magnitude * (math.sqrt(ref64.numel()) if is_sum else 1.0)
+    budget = 2.0 * (eager + slack)
     terms = f"eager {dtype}: {eager:.3g}, eps · magnitude: {slack:.3g}"
-    return error, 2.0 * (eager + slack), terms
+    reason = f"{name}: error {error:.3g} over the budget of {budget:.3g} ({terms})"
+    if error <= budget:
+        return (error / budget if error else 0.0), reason
+    return (error / budget if budget and not math.isnan(error) else math.inf), reason
 
 
 def _norm(difference: Tensor, is_sum: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,19 +12,11 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from txl_kernels.backends import BACKENDS, resolve, triton
+from txl_kernels.backends.reference import adaptive_softmax as softmax
 from txl_kernels.ops.adaptive_sample import adaptive_sample
+from txl_kernels.testing import comparison
 from txl_kernels.testing.budget import error_over_budget
-from txl_kernels.testing.problems import (
-    CUTOFFS,
-    SOFTMAX_PEER,
-    Leaves,
-    Problem,
-    V,
-    problems,
-    softmax_arguments,
-    softmax_leaves,
-    torch_softmax,
-)
+from txl_kernels.testing.problems import SOFTMAX, Problem, problems, softmax_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DRAWS = 8  # of each row
@@ -54,14 +47,6 @@ class OpCheck(NamedTuple):
     peer_seconds: float | None
     peer: str
     failure: str | None
-
-
-class _Call(NamedTuple):
-    op: str
-    backend: str
-    device: str
-    dtype: torch.dtype
-    direction: str
 
 
 def check_ops(
@@ -105,41 +90,61 @@ def _backends(problem: Problem, device: str, dtype: torch.dtype) -> list[str]:
 def _check(
     problem: Problem, backend: str, device: str, dtype: torch.dtype, min_seconds: float
 ) -> Iterator[OpCheck]:
-    leaves = {name: leaf.detach() for name, leaf in problem.leaves(dtype, device).items()}
-
-    def ours(x: Leaves) -> Tensor:
-        return problem.call(x, backend)
-
-    def ref64(x: Leaves) -> Tensor:
-        return problem.call({name: leaf.double() for name, leaf in x.items()}, "reference")
-
-    peer = problem.peer or problem.eager
+    op, arguments = problem.op, problem.arguments(dtype, device)
     with torch.no_grad():
-        yield _row(
-            _Call(problem.name or problem.op, backend, device, dtype, "forward"),
-            lambda: _output_error([call(leaves) for call in (ours, ref64, problem.eager)], dtype),
-            [lambda: ours(leaves), lambda: peer(leaves)],
-            problem.peer_name,
-            min_seconds,
-        )
-    if problem.has_gradients:
-        yield _row(
-            _Call(problem.name or problem.op, backend, device, dtype, "backward"),
-            lambda: _gradient_error(problem, ours, ref64, leaves, dtype),
-            [lambda: _gradients(ours, leaves), lambda: _gradients(peer, leaves)],
-            problem.peer_name,
-            min_seconds,
-        )
+        dout = comparison.random_like(_first(comparison.reference(op, arguments)))
+    ours = functools.partial(comparison.call, op, backend)
+    for direction in ("forward", "backward") if problem.has_gradients else ("forward",):
+        gradient = dout if direction == "backward" else None
+        sides = [
+            functools.partial(comparison.results, op, arguments, run, gradient)
+            for run in (ours, problem.peer)
+        ]
+        with torch.set_grad_enabled(gradient is not None):
+            row = _row(
+                (problem.name or op, backend, device, dtype, direction),
+                functools.partial(_largest_error, op, arguments, ours, gradient),
+                sides,
+                problem.peer_name,
+                min_seconds,
+            )
+        yield row
+
+
+def _first(outputs: Any) -> Tensor:
+    found: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return found
+
+
+def _largest_error(
+    op: str, arguments: list[Any], run: comparison.Run, dout: Tensor | None
+) -> tuple[float, str]:
+    """The largest share of the budget among all results, and the name of that result."""
+    actual = comparison.results(op, arguments, run, dout)
+    shares = {
+        name: error_over_budget(name, *tensors, **options)
+        for name, tensors, options in comparison.compared(op, arguments, actual, dout)
+        if dout is None or name not in ("out", "lse")
+    }
+    worst = max(shares, key=lambda name: shares[name])
+    return shares[worst], worst
 
 
 def _row(
-    call: _Call,
+    call: tuple[str, str, str, torch.dtype, str],
     error: Callable[[], tuple[float, str]],
     sides: Sequence[Callable[[], Any]],
     peer: str,
     min_seconds: float,
 ) -> OpCheck:
-    """The check of a call: its error and the times of ours and of the peer."""
+    """The check of a call: its error and the times of ours and of the peer.
+
+    Args:
+        call: the first five members of `OpCheck`.
+        error: returns the error and the name of the result that has it.
+        sides: one call of ours, and one of the peer.
+        peer, min_seconds: the peer's name; time of one measurement.
+    """
     share, seconds = math.nan, None
     try:
         share, name = error()
@@ -163,71 +168,41 @@ def _median_seconds(run: Callable[[], Any], min_seconds: float) -> float:
     return float(timer.blocked_autorange(min_run_time=min_seconds).median)
 
 
-def _output_error(outputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, str]:
-    return error_over_budget("output", *outputs, dtype=dtype), "the output"
-
-
-def _gradient_error(
-    problem: Problem,
-    ours: Callable[[Leaves], Tensor],
-    ref64: Callable[[Leaves], Tensor],
-    leaves: Leaves,
-    dtype: torch.dtype,
-) -> tuple[float, str]:
-    """The largest share of the budget among all gradients, and the name of that gradient."""
-    results = [_gradients(call, leaves) for call in (ours, ref64, problem.eager)]
-    magnitudes = problem.magnitudes(leaves, results[0][1]) if problem.magnitudes else {}
-    shares = {}
-    for name, *gradients in zip(leaves, *(found for found, _ in results), strict=True):
-        root_mean_square = float(gradients[1].square().mean().sqrt())
-        shares[name] = error_over_budget(
-            f"gradient of {name}",
-            *gradients,
-            dtype=dtype,
-            magnitude=magnitudes.get(name, root_mean_square),
-            is_sum=name in problem.sums or name not in magnitudes,
-        )
-    worst = max(shares, key=lambda name: shares[name])
-    return shares[worst], f"the gradient of {worst}"
-
-
-def _gradients(call: Callable[[Leaves], Tensor], x: Leaves) -> tuple[Sequence[Tensor], Tensor]:
-    """The gradients of all leaves, and the gradient of the output that they belong to."""
-    with torch.enable_grad():
-        leaves = {name: leaf.detach().requires_grad_() for name, leaf in x.items()}
-        out = call(leaves)
-        generator = torch.Generator().manual_seed(5)
-        dout = torch.randn(out.shape, generator=generator, device="cpu").to(out)
-        return torch.autograd.grad(out, list(leaves.values()), dout), dout
-
-
 def _check_sampling(device: str, dtype: torch.dtype, min_seconds: float) -> OpCheck:
     """Compares the frequencies of drawn tokens with their probabilities in float64."""
-    x = softmax_leaves(dtype, device)
-    x["head.bias"][-len(CUTOFFS) :] += 6.0  # each cluster is drawn about as often as the shortlist
-    log_prob = torch_softmax("log_prob")
+    hidden, _, (projection, weight, bias), tails = softmax_inputs(dtype, device)
+    cutoffs, head = SOFTMAX.cutoffs, softmax.Cluster(projection, weight, bias)
+    clusters = [softmax.Cluster(*tail) for tail in tails]
 
     def draw(hidden: Tensor) -> Tensor:
         generator = torch.Generator(device).manual_seed(7)
-        return adaptive_sample(**softmax_arguments(x | {"hidden": hidden}), generator=generator)
+        options: dict[str, Any] = {"head_bias": bias, "head_proj": projection}
+        return adaptive_sample(
+            hidden, weight, tails, cutoffs=cutoffs, generator=generator, **options
+        )
+
+    def probabilities(dtype: torch.dtype) -> Tensor:
+        return softmax.log_prob(hidden, head, clusters, compute_dtype=dtype).exp()
 
     def error() -> tuple[float, str]:
-        token = torch.arange(V, device=device)
-        cluster = torch.bucketize(token, torch.tensor(CUTOFFS, device=device), right=True)
+        token = torch.arange(SOFTMAX.V, device=device)
+        cluster = torch.bucketize(token, torch.tensor(cutoffs, device=device), right=True)
         bins = cluster * _BINS + token % _BINS
-        n_bins = (len(CUTOFFS) + 1) * _BINS
-        p = log_prob({name: leaf.double() for name, leaf in x.items()}).exp()  # [N, V]
+        n_bins = (len(cutoffs) + 1) * _BINS
+        p = probabilities(torch.float64)  # [N, V]
         p = torch.zeros(len(p), n_bins, dtype=p.dtype, device=device).index_add(1, bins, p)
-        counts = bins[draw(x["hidden"].repeat(_DRAWS, 1))].bincount(minlength=n_bins)
+        counts = bins[draw(hidden.repeat(_DRAWS, 1))].bincount(minlength=n_bins)
         deviation = (_DRAWS * p * (1 - p)).sum(0).sqrt()
         largest = ((counts - _DRAWS * p.sum(0)) / deviation).abs().max()
         return float(largest) / _MAX_DEVIATION, "the frequencies"
 
     with torch.no_grad():
+        assert bias is not None
+        bias[-len(cutoffs) :] += 6.0  # each cluster is drawn about as often as the shortlist
         return _row(
-            _Call("adaptive_sample", "reference", device, dtype, "forward"),
+            ("adaptive_sample", "reference", device, dtype, "forward"),
             error,
-            [lambda: draw(x["hidden"]), lambda: torch.multinomial(log_prob(x).exp(), 1)],
-            f"torch.multinomial after {SOFTMAX_PEER}",
+            [lambda: draw(hidden), lambda: torch.multinomial(probabilities(dtype), 1)],
+            "torch.multinomial of all probabilities",
             min_seconds,
         )

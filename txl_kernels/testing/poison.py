@@ -1,4 +1,4 @@
-"""Memory that nobody has written to holds NaN, so that a kernel which leaves a gap is found."""
+"""Fills new memory with NaN, so that tests find a kernel that does not write all of its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named cases of `rel_attention`: shapes and options that every backend is held to."""
+"""Named cases of `rel_attention`: shapes and options that every backend is tested with."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 class RelAttentionCase:
     """Shapes and options of one call; the tensors follow from them and a seed.
 
-    `options` are `rel_attention`'s own that are no tensors. `key_start` and `key_lens` are lists;
-    `mask` and `bias` shapes of random tensors; `transposed` ones are stored as [B, T, H, D].
+    `options` are arguments of `rel_attention` that are not tensors. `key_start` and `key_lens` are
+    lists; `mask` and `bias` are shapes of random tensors. With `transposed` the 4-D tensors are
+    stored as [B, T, H, D].
     """
 
     name: str
@@ -45,7 +46,7 @@ class RelAttentionCase:
 
     @property
     def uses(self) -> list[str]:
-        """For `resolve`: the arguments that not every backend takes."""
+        """For `resolve`: the arguments that not every backend supports."""
         used = [name for name, given in (("q_pos", self.Dp), ("bias", self.bias)) if given]
         if self.options.get("dead_rows") == "uniform":
             used.append("dead_rows='uniform'")
@@ -56,8 +57,10 @@ class RelAttentionCase:
     def inputs(
         self, dtype: torch.dtype, device: str = "cpu"
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The floating tensors, which take gradients, and the others; the same in every dtype
-        up to rounding."""
+        """The floating tensors, which require gradients, and the others.
+
+        They are the same in every dtype up to rounding.
+        """
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from txl_kernels.ops import rel_attention as op
-from txl_kernels.testing import RelAttentionCase, check_rel_attention
-from txl_kernels.testing import rel_attention as check
+from txl_kernels.testing import RelAttentionCase, check_rel_attention, comparison
 
 CASE = RelAttentionCase(
     "sliding", H=2, Tq=24, Tm=4, R=6, options={"causal": True, "offset": 1, "window": (5, None)}
@@ -24,7 +23,7 @@ def faulty(monkeypatch, fault):
         out, lse = op.rel_attention(*args, **options)
         return (fault(out) if options["backend"] == "native" else out), lse
 
-    monkeypatch.setattr(check, "rel_attention", call)
+    monkeypatch.setattr(comparison, "rel_attention", call)
 
 
 def test_the_last_queries_alone_agree(require_backend):
@@ -44,7 +43,7 @@ def test_a_run_with_other_bits_is_found(monkeypatch, require_backend):
     require_backend("rel_attention", "native", needs_grad=True)
     faults = iter([1.0, 1.0, 1.0 + 1e-6])
     faulty(monkeypatch, lambda out: out * next(faults))
-    with pytest.raises(AssertionError, match="out has other bits"):
+    with pytest.raises(AssertionError, match="two runs differ in the bits of out"):
         check_rel_attention(CASE, "native", torch.float32, runs=3)
 
 

@@ -82,9 +82,14 @@ def reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -
     return losses.sum() / (target != ignore_index).sum().clamp(min=1)
 
 
-def log_prob(hidden: Tensor, head: Cluster, tails: Sequence[Cluster]) -> Tensor:
-    """log p of every token: [N, V]."""
-    hidden, head, *tails = widened_rows(hidden, head, *tails)
+def log_prob(
+    hidden: Tensor,
+    head: Cluster,
+    tails: Sequence[Cluster],
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """log p of every token: [N, V]; `compute_dtype` as for `nll`."""
+    hidden, head, *tails = widened_rows(hidden, head, *tails, dtype=compute_dtype)
     c0 = head.weight.shape[0] - len(tails)
     head_log_probs = _log_probs(hidden, head)  # [N, c0 + n_tails]
     parts = [head_log_probs[:, :c0]]

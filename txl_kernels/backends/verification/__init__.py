@@ -18,21 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
 
 from txl_kernels._register import REL_ATTENTION
 from txl_kernels._register_adaptive import EMBEDDING, LOSS
 from txl_kernels.errors import BackendUnavailableError
-from txl_kernels.transforms import unwrapped
 
 DEVICE_TYPES = ("cuda",)  # tests add "cpu"
-# Values of the sizes that a tracer leaves open: multiples of 16 and others, many and few.
-_SYMBOL_VALUES = (64, 65, 16, 5)
-_FEW_QUERIES = 16  # of the native kernels on CUDA
-# "" where the kernels passed, else the errors: by device and key of a call, and for calls that
-# passed also by their plain arguments, so that a repeated call needs no key.
+# By device and key of a call, and by device and the hashes of the kernels: "" where the kernels
+# passed, else the errors.
 _verdicts: dict[tuple[Any, ...], str] = {}
-_MOST_VERDICTS = 4096
+# Eager calls whose kernels passed, in a form that costs a few microseconds.
+_passed_calls: set[tuple[Any, ...]] = set()
+_MOST_CALLS = 4096  # a decoding loop has other lengths in every call
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_NUMBERS = frozenset((type(None), bool, int, float))
 _lock = threading.RLock()
 
 
@@ -66,34 +65,40 @@ def failure_of(op: str, backend: str, arguments: Sequence[Any]) -> str | None:
         # The tracer runs both lines at once: the operator on fake tensors, the function as it is.
         getattr(torch.ops.txl_verify, op)(backend, grad, exports, *arguments)
         return _traced_failure()
-    if _thread.untested is not None:
-        from txl_kernels.backends.verification import calls, kernels
-
-        plain = calls.describe(op, backend, arguments, grad)
-        for part in kernels.hashes(plain, _device(arguments)):
-            _thread.untested.update(part)
-        return None
-    call = (op, backend, grad, torch.are_deterministic_algorithms_enabled(), _plain(arguments))
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        if call in _verdicts:
+        call = (op, backend, grad, is_deterministic, arguments[0].device, _layout(arguments))
+        if call in _passed_calls and _thread.untested is None:
             return None
-    except TypeError:  # symbolic sizes have no hash
+    except (TypeError, RuntimeError):  # see `_layout`
         return _failure(op, backend, arguments, grad, exports)
     failure = _failure(op, backend, arguments, grad, exports)
-    if failure is None:
-        if len(_verdicts) >= _MOST_VERDICTS:  # a decoding loop has other lengths in every call
-            for key in [key for key in _verdicts if len(key) == len(call)]:
-                del _verdicts[key]
-        _verdicts[call] = ""
+    if failure is None and _thread.untested is None:
+        if len(_passed_calls) >= _MOST_CALLS:
+            _passed_calls.clear()
+        _passed_calls.add(call)
     return failure
 
 
-def _plain(value: Any) -> Any:
-    """Arguments as tuples that can be compared."""
-    if isinstance(value, Tensor):
-        layout = (value.shape, value.stride(), value.storage_offset() % 16)
-        return (value.dtype, value.device, *layout, unwrapped(value).requires_grad)
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+def _layout(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """All properties of eager arguments that decide which kernels run, as a tuple.
+
+    Raises:
+        TypeError, RuntimeError: a tensor has no memory of its own, or a size is open.
+    """
+    parts: list[Any] = []
+    add = parts.append
+    for x in arguments:
+        kind = type(x)
+        if kind in _NUMBERS:
+            add(x)
+        elif kind in _TENSORS:
+            add((x.dtype, x.shape, x.stride(), x.data_ptr() & 15, x.requires_grad))
+        elif kind in (list, tuple):
+            add(_layout(x))
+        else:
+            raise TypeError(f"no memory in {kind}")
+    return tuple(parts)
 
 
 def _traced_failure() -> str | None:
@@ -108,17 +113,21 @@ _traced_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def untested() -> Iterator[dict[str, str]]:
+def _within(name: str, container: Any) -> Iterator[Any]:
+    before = getattr(_thread, name)
+    setattr(_thread, name, container)
+    try:
+        yield container
+    finally:
+        setattr(_thread, name, before)
+
+
+def untested() -> contextlib.AbstractContextManager[dict[str, str]]:
     """Within it this thread's calls run without a self-test.
 
-    The dict receives {hash: label} of the kernels that eager calls of "auto" launch.
+    The dict receives {hash: label} of the kernels that calls of "auto" launch.
     """
-    before = _thread.untested
-    _thread.untested = {}
-    try:
-        yield _thread.untested
-    finally:
-        _thread.untested = before
+    return _within("untested", {})
 
 
 class Examined(Exception):  # noqa: N818
@@ -131,28 +140,28 @@ def stop_if_collecting() -> None:
         raise Examined
 
 
-@contextlib.contextmanager
-def collected() -> Iterator[list[str]]:
+def collected() -> contextlib.AbstractContextManager[list[str]]:
     """Within it this thread's calls raise `Examined` when their kernels are tested.
 
     The failures are added to the list.
     """
-    before = _thread.failures
-    _thread.failures = []
-    try:
-        yield _thread.failures
-    finally:
-        _thread.failures = before
+    return _within("failures", [])
 
 
 def _failure(
     op: str, backend: str, arguments: Sequence[Any], grad: bool, exports: bool
 ) -> str | None:
-    from txl_kernels.backends.verification import calls
+    from txl_kernels.backends.verification import calls, kernels, selftest
 
-    device = _device(arguments)
-    for symbol in _symbol_values(backend, arguments):
-        call = calls.describe(op, backend, arguments, grad, symbol)
+    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    for call in calls.descriptions(op, backend, arguments, grad):
+        if _thread.untested is not None:
+            hashes = functools.partial(kernels.hashes, call, device)
+            for part in selftest.in_clean_thread(hashes, device):
+                _thread.untested.update(part)
+            continue
         key = device, calls.key(call)
         verdict = _verdicts.get(key)
         if verdict is None:
@@ -161,26 +170,15 @@ def _failure(
                 if verdict is None:
                     verdict = _verdicts[key] = _examined(call, device, exports)
         if verdict:
+            if _is_distributed():
+                raise BackendUnavailableError(
+                    f"{op}: {verdict}; in a distributed program all processes must use the same "
+                    "kernels, so none is replaced: pass another backend= in all of them"
+                )
             if _thread.failures is not None:
                 _thread.failures.append(verdict)
             return verdict
     return None
-
-
-def _symbol_values(backend: str, arguments: Sequence[Any]) -> tuple[int, ...]:
-    """The values to try for symbolic sizes; one if there are none."""
-    tensors = (x for x in tree_leaves(list(arguments)) if isinstance(x, Tensor))
-    if not any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape):
-        return (0,)
-    few_only = backend == "native" and _device(arguments).type == "cuda"
-    return tuple(n for n in _SYMBOL_VALUES if n <= _FEW_QUERIES or not few_only)
-
-
-def _device(arguments: Sequence[Any]) -> torch.device:
-    device = next(x.device for x in arguments if isinstance(x, Tensor))
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 @functools.cache
@@ -193,7 +191,7 @@ def _examined(call: Any, device: torch.device, exports: bool) -> str:
     """ "" if all kernels have records or pass the test, else the errors.
 
     Raises:
-        BackendUnavailableError: see `failure_of`.
+        BackendUnavailableError: no test may run here.
     """
     from txl_kernels.backends.verification import kernels, records, selftest
 
@@ -203,6 +201,9 @@ def _examined(call: Any, device: torch.device, exports: bool) -> str:
     except Exception as error:
         return _reported(call, name, error)
     found = {**forward, **backward}
+    launched = device, frozenset(found)
+    if launched in _verdicts:
+        return _verdicts[launched]
     if all(records.is_verified(name, kernel_hash) for kernel_hash in found):
         return ""
     if exports or _is_capturing(device):
@@ -215,7 +216,8 @@ def _examined(call: Any, device: torch.device, exports: bool) -> str:
     try:
         selftest.in_clean_thread(lambda: _test(call, device, found), device)
     except Exception as error:
-        return _reported(call, name, error)
+        _verdicts[launched] = _reported(call, name, error)
+        return _verdicts[launched]
     records.add(name, found)
     return ""
 
@@ -234,17 +236,12 @@ def _test(call: Any, device: torch.device, needed: dict[str, str]) -> None:
 
 
 def _reported(call: Any, name: str, error: Exception) -> str:
-    """Warns of a failed test, or raises in a distributed program."""
+    """The message of a failed test, of which it warns unless the caller raises it."""
     kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
     message = f"the {call.backend} kernels failed their self-test on {name}: {kind}{error}"
-    if _is_distributed():
-        raise BackendUnavailableError(
-            f"{call.op}: {message}; in a distributed program all processes must use the same "
-            "kernels, so none is replaced: pass another backend= in all of them"
-        ) from error
-    warnings.warn(
-        f"{call.op}: {message}; the next backend is used instead", RuntimeWarning, stacklevel=2
-    )
+    if not _is_distributed():
+        text = f"{call.op}: {message}; the next backend is used instead"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     return message
 
 

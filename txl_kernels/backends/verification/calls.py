@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from txl_kernels.transforms import unwrapped
 
@@ -20,6 +21,8 @@ from txl_kernels.transforms import unwrapped
 # With few queries as many keys as the kernels for decoding split between several programs.
 _LONG, _FEW_QUERIES, _LONG_FOR_FEW = 144, 16, 1040
 _FEW_TOKENS = 48
+# Values of the sizes that a tracer leaves open: multiples of 16 and others, many and few.
+_SYMBOL_VALUES = (64, 65, 16, 5)
 # Axes of the tensors of `rel_attention`, in the order of its schema; S and T are Ts and Tq.
 _AXES = ("BHTD", "BHSD", "BHSV", "BHRD", "HD", "HD", "BHMD", "BHMV", "BHTD", "B", "B", "BHTK")
 
@@ -53,34 +56,57 @@ class Description(NamedTuple):
         return any(spec.requested for spec in specs(self.arguments))
 
 
+def descriptions(
+    op: str, backend: str, arguments: Sequence[Any], grad: bool
+) -> Iterator[Description]:
+    """The description of an eager call; of a call with open sizes one for each kind of sizes.
+
+    Args: as `describe`.
+    """
+    tensors = [x for x in tree_leaves(list(arguments)) if isinstance(x, Tensor)]
+    if not any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape):
+        yield describe(op, backend, arguments, grad)
+        return
+    few_only = backend == "native" and tensors[0].device.type == "cuda"
+    values = (n for n in _SYMBOL_VALUES if n <= _FEW_QUERIES or not few_only)
+    found = (describe(op, backend, arguments, grad, n) for n in values)
+    possible = [call for call in found if all(min(x.shape, default=0) >= 0 for x in specs(call))]
+    yield from possible or [describe(op, backend, arguments, grad)]
+
+
 def describe(
-    op: str, backend: str, arguments: Sequence[Any], grad: bool, symbol: int = 0
+    op: str, backend: str, arguments: Sequence[Any], grad: bool, symbol: int | None = None
 ) -> Description:
     """The description of a call.
 
     Args:
         arguments: in the order of the operator's schema.
         grad: whether gradients of the tensors that require them are requested.
-        symbol: the value of every symbolic size, where torch traces with sizes left open.
+        symbol: the value of every symbolic size, where torch traces with sizes left open; None:
+            that of the traced call.
     """
 
     def number(value: Any) -> Any:
         if not isinstance(value, (torch.SymInt, torch.SymFloat)):
             return value
+        if symbol is None:
+            return value.node.hint
         expression = value.node.expr
         number = expression.subs(dict.fromkeys(expression.free_symbols, symbol))
         return int(number) if isinstance(value, torch.SymInt) else float(number)
 
     def described(value: Any) -> Any:
         if isinstance(value, Tensor):
-            size = value.dtype.itemsize
-            offset = number(value.storage_offset()) * size % 16 // size
+            memory, size = unwrapped(value), value.dtype.itemsize
+            if type(memory) in (Tensor, torch.nn.Parameter):
+                offset = memory.data_ptr() % 16 // size
+            else:
+                offset = number(value.storage_offset()) * size % 16 // size
             shape, strides = (tuple(map(number, x)) for x in (value.shape, value.stride()))
-            requested = grad and unwrapped(value).requires_grad
             is_copied = op == "rel_attention" and value.dtype.is_floating_point
             if is_copied and len(shape) == 4 and strides[-1] != 1:
                 strides, offset = _contiguous(shape), 0
-            return Spec(value.dtype, shape, strides, offset, requested)
+            return Spec(value.dtype, shape, strides, offset, grad and memory.requires_grad)
         if isinstance(value, (list, tuple)):
             return tuple(described(part) for part in value)
         return number(value)

@@ -27,9 +27,15 @@ _passed: set[tuple[str, str]] = set()
 
 
 def cache_folder() -> Path:
-    """The folder that records are written to: `$XDG_CACHE_HOME/transformer-xl/verified`."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return Path(home or Path.home() / ".cache") / "transformer-xl" / "verified"
+    """The folder that records are written to: `$XDG_CACHE_HOME/transformer-xl/verified`.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not home.is_absolute():  # the standard says to ignore it
+        home = Path.home() / ".cache"
+    return home / "transformer-xl" / "verified"
 
 
 def image_folder() -> Path:
@@ -44,10 +50,23 @@ def is_verified(device_name: str, kernel_hash: str) -> bool:
     """Whether this kernel passed a self-test, or a committed run of `make gpu`, on this device."""
     if (device_name, kernel_hash) in _passed or kernel_hash in _shipped().get(device_name, {}):
         return True
-    for folder in (cache_folder(), image_folder()):
-        if _is_valid(_path(folder, device_name, kernel_hash), device_name):
+    folders = [image_folder()]
+    with contextlib.suppress(RuntimeError):
+        folders.insert(0, cache_folder())
+    faults = []
+    for folder in folders:
+        path = _path(folder, device_name, kernel_hash)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            continue
+        fault = _fault(content, device_name)
+        if fault is None:
             _passed.add((device_name, kernel_hash))
             return True
+        faults.append(f"the record {path} {fault} and is ignored: the kernel is tested again")
+    for text in faults:
+        _warn(text)
     return False
 
 
@@ -59,7 +78,7 @@ def add(device_name: str, kernels: Mapping[str, str]) -> None:
     once.
     """
     _passed.update((device_name, kernel_hash) for kernel_hash in kernels)
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
+    with contextlib.suppress(OSError, RuntimeError):
         for kernel_hash, label in kernels.items():
             path = _path(cache_folder(), device_name, kernel_hash)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +100,8 @@ def write_shipped(device_name: str, kernels: Mapping[str, str]) -> None:
 @functools.cache
 def _shipped() -> Mapping[str, Mapping[str, str]]:
     try:
-        content: dict[str, dict[str, str]] = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content: dict[str, dict[str, str]] = dict(json.loads(SHIPPED.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         _warn(f"{SHIPPED} is unreadable ({error}) and is ignored: install transformer-xl again")
         return {}
     return content
@@ -92,23 +111,16 @@ def _path(folder: Path, device_name: str, kernel_hash: str) -> Path:
     return folder / re.sub(r"[^\w.-]+", "_", device_name) / f"{kernel_hash}.json"
 
 
-def _is_valid(path: Path, device_name: str) -> bool:
-    """Whether the file holds a record of this version; warns if it is another."""
+def _fault(content: bytes, device_name: str) -> str | None:
+    """None if a file holds a record of this version and device, else why it does not."""
     try:
-        record: Any = json.loads(path.read_bytes())
+        record: Any = json.loads(content)
         version, device = record["version"], record["device"]
-    except OSError:
-        return False
     except (ValueError, KeyError, TypeError):
-        _warn(f"the record {path} is damaged and is ignored: the kernel is tested again")
-        return False
+        return "is damaged"
     if version != VERSION:
-        _warn(
-            f"the record {path} has version {version}, not {VERSION}, and is ignored: "
-            "the kernel is tested again"
-        )
-        return False
-    return bool(device == device_name)
+        return f"has version {version}, not {VERSION},"
+    return None if device == device_name else f"is one of {device}"
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

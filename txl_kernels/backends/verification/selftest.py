@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from txl_kernels._register_adaptive import is_present
-from txl_kernels.backends.reference import adaptive_embedding, adaptive_softmax
-from txl_kernels.backends.reference import rel_attention as attention
-from txl_kernels.backends.reference.rel_shift import rel_shift
-from txl_kernels.backends.verification.calls import Description, Spec, replaced, specs
+from txl_kernels.backends.verification.calls import Description, Spec, replaced
 from txl_kernels.backends.verification.kernels import empty, layouts
-from txl_kernels.testing.budget import check_budget
+from txl_kernels.testing.comparison import check_results, random_like, reference, repeated
 
 _Result = TypeVar("_Result")
-# Names of the tensors of `rel_attention`, in the order of its schema, and of its numbers.
-_TENSORS = (
-    *("q", "k", "v", "r", "r_w_bias", "r_r_bias", "mem_k", "mem_v", "q_pos"),
-    *("key_start", "key_lens", "mask", "bias", "dropout_seed"),
-)
-_NUMBERS = (
-    *("offset", "clamp", "causal", "window_left", "window_right", "chunk"),
-    *("scale", "softcap", "dropout_p", "dead_uniform"),
-)
-
-
-class _Results(NamedTuple):
-    """Outputs and requested gradients of one run."""
-
-    outputs: tuple[Tensor, ...]
-    grads: tuple[Tensor, ...]
 
 
 def in_clean_thread(function: Callable[[], _Result], device: torch.device) -> _Result:
     """The function's result, from a thread of its own, which has torch's default state.
 
     Gradient mode, autocast, transforms, traces, fake tensors, the default device, the current
-    device and the current stream belong to a thread: the caller's stay as they are.
+    device and the current stream belong to a thread: the caller's stay as they are. Backward
+    passes run in the same thread too, where the limit of `kernels.limited` is set.
     """
     results: list[_Result] = []
     errors: list[BaseException] = []
@@ -49,7 +31,8 @@ def in_clean_thread(function: Callable[[], _Result], device: torch.device) -> _R
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            results.append(function())
+            with torch.autograd.set_multithreading_enabled(False):
+                results.append(function())
         except BaseException as error:
             errors.append(error)
 
@@ -73,24 +56,19 @@ def check(call: Description, device: torch.device) -> None:
         Exception: the kernel does not compile or does not run.
     """
     arguments = _values(call, device)
-    dout = _dout(call, arguments, device)
-    douts = layouts(dout) if call.op == "rel_attention" and dout is not None else (dout,)
-    first = _run(call, arguments, dout)
-    _check_budgets(call, arguments, dout, first)
-    names = [f"output {n}" for n in range(len(first.outputs))] + _gradient_names(call)
-    for n in (1, 2):
-        again = _run(call, arguments, douts[n % len(douts)])
-        pairs = zip(names, sum(first, ()), sum(again, ()), strict=True)
-        for name, x, y in pairs:
-            if name == "dr" and not call.deterministic:
-                continue
-            same = torch.equal(_bits(x), _bits(y))
-            assert same, f"{call.label}: two runs differ in the bits of {name}"
-
-
-def _bits(x: Tensor) -> Tensor:
-    x = x.to_dense() if x.is_sparse else x
-    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    operator = getattr(getattr(torch.ops, f"txl_{call.backend}"), f"{call.op}_fwd")
+    dout: Tensor | None = None
+    douts: list[Tensor | None] = [None] * 3
+    if call.needs_backward:
+        with torch.no_grad():
+            found = reference(call.op, arguments)
+        dout = random_like(found if isinstance(found, Tensor) else found[0])
+        first, other = layouts(dout) if call.op == "rel_attention" else (dout, dout)
+        douts = [first, other, first]
+    unordered = () if call.deterministic else ("dr",)
+    run = partial(repeated, call.label, call.op, arguments, unordered=unordered)
+    actual = run(lambda x: operator(*x), douts)
+    check_results(call.label, call.op, arguments, actual, dout)
 
 
 def _values(call: Description, device: torch.device) -> list[Any]:
@@ -139,129 +117,3 @@ def _spread(tokens: Tensor, sizes: Sequence[int]) -> None:
     size = torch.tensor(sizes, device=tokens.device)
     first = size.cumsum(0) - size
     tokens.remainder_(size[cluster]).add_(first[cluster])
-
-
-def _leaves(arguments: Any) -> list[Tensor]:
-    """The tensors whose gradients are requested, in order."""
-    flat: list[Tensor] = []
-    for value in arguments:
-        if isinstance(value, Tensor) and value.requires_grad:
-            flat.append(value)
-        elif isinstance(value, list):
-            flat += _leaves(value)
-    return flat
-
-
-def _gradient_names(call: Description) -> list[str]:
-    if call.op == "rel_attention":
-        pairs = zip(_TENSORS, call.arguments, strict=False)
-        return [f"d{name}" for name, spec in pairs if spec is not None and spec.requested]
-    n = sum(spec.requested for spec in specs(call.arguments))
-    return [f"gradient {position}" for position in range(n)]
-
-
-def _dout(call: Description, arguments: Sequence[Any], device: torch.device) -> Tensor | None:
-    """A random gradient of the first output, or None where no gradient is requested."""
-    if not call.needs_backward:
-        return None
-    with torch.no_grad():
-        out = _reference(call.op, arguments, None)[0]
-    generator = torch.Generator(device).manual_seed(2019)
-    return torch.randn(out.shape, generator=generator, device=device).to(out.dtype)
-
-
-def _run(call: Description, arguments: Sequence[Any], dout: Tensor | None) -> _Results:
-    """One run of the operator, with gradients if any is requested."""
-    operator = getattr(getattr(torch.ops, f"txl_{call.backend}"), f"{call.op}_fwd")
-    found = operator(*arguments)
-    outputs = (found,) if isinstance(found, Tensor) else found
-    outputs = tuple(x for x in outputs if isinstance(x, Tensor))
-    if call.op.startswith("adaptive"):
-        outputs = outputs[:1]  # lse is for backward
-    return _with_gradients(outputs, _leaves(arguments), dout)
-
-
-def _with_gradients(
-    outputs: tuple[Tensor, ...], leaves: Sequence[Tensor], dout: Tensor | None
-) -> _Results:
-    grads: tuple[Tensor, ...] = ()
-    if dout is not None:
-        grads = torch.autograd.grad(outputs[0], leaves, dout.to(outputs[0].dtype))
-    return _Results(tuple(x.detach() for x in outputs), grads)
-
-
-def _reference(op: str, arguments: Sequence[Any], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """The specification in `dtype`, or in its usual one."""
-    if op == "rel_attention":
-        named = dict(zip((*_TENSORS, *_NUMBERS), arguments, strict=True))
-        chunk = named["chunk"]
-        named["chunk"] = chunk if chunk and chunk[0] else ()
-        q, k, v, r = (named.pop(name) for name in "qkvr")
-        return attention.rel_attention(q, k, v, r, **named, compute_dtype=dtype)
-    if op == "rel_shift":
-        return (rel_shift(*arguments),)
-    if op == "adaptive_embedding":
-        tokens, tables, projections, scale, _sparse = arguments
-        given = [x if is_present(x) else None for x in projections]
-        return (adaptive_embedding.embed(tokens, tables, given, scale, compute_dtype=dtype),)
-    hidden, target, flat, ignore_index, *_ = arguments
-    parts: list[Any] = [x if is_present(x) else None for x in flat]
-    head, *tails = (adaptive_softmax.Cluster(*parts[n : n + 3]) for n in range(0, len(parts), 3))
-    nll = adaptive_softmax.nll(hidden, target, head, tails, ignore_index, compute_dtype=dtype)
-    if op == "adaptive_nll":
-        return (nll,)
-    reduction = "mean" if arguments[4] else "sum"
-    return (adaptive_softmax.reduced(nll, target, ignore_index, reduction),)
-
-
-def _as_double(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().double().requires_grad_(value.requires_grad)
-    return [_as_double(part) for part in value] if isinstance(value, list) else value
-
-
-def _check_budgets(
-    call: Description, arguments: list[Any], dout: Tensor | None, actual: _Results
-) -> None:
-    dtype = next(x.dtype for x in specs(call.arguments) if x.dtype.is_floating_point)
-    exact = [_as_double(value) for value in arguments]
-    ref64 = _with_gradients(_reference(call.op, exact, torch.float64), _leaves(exact), dout)
-    eager = _with_gradients(_reference(call.op, arguments, dtype), _leaves(arguments), dout)
-    for n, tensors in enumerate(zip(actual.outputs, ref64.outputs, eager.outputs, strict=True)):
-        check_budget(f"{call.label}: output {n}", *tensors, dtype=dtype)
-    if dout is None:
-        return
-    magnitudes = _magnitudes(call, arguments, dout)
-    grads = zip(actual.grads, ref64.grads, eager.grads, strict=True)
-    for name, tensors in zip(_gradient_names(call), grads, strict=True):
-        dense = (x.to_dense() if x.is_sparse else x for x in tensors)
-        is_sum = call.op.startswith("adaptive") or name in ("dr", "dr_w_bias", "dr_r_bias")
-        check_budget(
-            f"{call.label}: {name}",
-            *dense,
-            dtype=dtype,
-            magnitude=magnitudes.get(name, magnitudes.get("")),
-            is_sum=is_sum,
-        )
-
-
-def _magnitudes(call: Description, arguments: Sequence[Any], dout: Tensor) -> Mapping[str, float]:
-    """The largest product of magnitudes that enters each gradient; "" stands for all of them."""
-    largest = float(dout.abs().max())
-    if call.op == "rel_attention":
-        from txl_kernels.testing.rel_attention import gradient_magnitudes
-
-        named = dict(zip((*_TENSORS, *_NUMBERS), arguments, strict=True))
-        floats = {
-            name: x for name, x in named.items() if isinstance(x, Tensor) and x.is_floating_point()
-        }
-        return gradient_magnitudes(floats, dout, named)
-    if call.op == "rel_shift":
-        return {"": largest}
-    leaf = max(float(x.detach().abs().max()) for x in _leaves(arguments) if x.numel() > 0)
-    if call.op == "adaptive_embedding":
-        return {"": largest * abs(arguments[3]) * leaf}
-    if call.op == "adaptive_loss" and arguments[4]:
-        counted = int((arguments[1] != arguments[3]).sum())
-        return {"": largest * leaf / max(counted, 1)}
-    return {"": largest * leaf}

@@ -24,6 +24,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(verification, "DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(verification, "device_name", lambda device: DEVICE)
     monkeypatch.setattr(verification, "_verdicts", {})
+    monkeypatch.setattr(verification, "_passed_calls", set())
     monkeypatch.setattr(records, "_passed", set())
     monkeypatch.setattr(records, "image_folder", lambda: tmp_path / "image")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -44,6 +45,7 @@ def new_process(monkeypatch):
 
     def forget():
         verification._verdicts.clear()
+        verification._passed_calls.clear()
         records._passed.clear()
 
     return forget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import multiprocessing
 import warnings
@@ -168,6 +169,20 @@ def test_the_kernels_of_untested_calls_are_named(device):
     assert {path.stem for path in files()} == kernels.keys()
 
 
+def test_the_kernels_of_untested_compiled_calls_are_named(device):
+    with verification.untested() as kernels:
+        torch.compile(rel_shift, fullgraph=True, backend="eager")(torch.randn(2, 20, 30))
+    assert device == []
+    assert set(kernels.values()) == {"rel_shift/native/float32/forward"}
+
+
+def test_threads_that_call_at_once_share_one_test(device):
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for call in [threads.submit(shift) for _ in range(8)]:
+            call.result()
+    assert len(device) == 1
+
+
 def test_the_shipped_file_is_readable():
     assert isinstance(json.loads(records.SHIPPED.read_text()), dict)
 
@@ -198,3 +213,28 @@ def test_verify_tests_exactly_the_kernels_of_the_calls(device):
     rel_attention(q, q, q, r, causal=True, **both)
     assert len(device) == 1
     assert not torch.is_inference_mode_enabled()
+
+
+def test_without_a_home_folder_every_process_tests_once(device, new_process, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError()))
+    for n in (1, 2):
+        shift()
+        shift()
+        assert len(device) == n
+        new_process()
+
+
+def test_a_damaged_record_does_not_matter_beside_a_good_one(device, new_process, monkeypatch):
+    shift()
+    (path,) = files()
+    good = records.image_folder() / path.relative_to(records.cache_folder())
+    good.parent.mkdir(parents=True)
+    path.rename(good)
+    path.touch()
+    new_process()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shift()
+    assert len(device) == 1

@@ -19,7 +19,7 @@ from txl_kernels import (
     verify,
 )
 from txl_kernels.backends import verification
-from txl_kernels.backends.verification import selftest
+from txl_kernels.backends.verification import kernels, selftest
 
 F32 = {"dtype": torch.float32}
 SHAPES = {
@@ -33,6 +33,10 @@ SHAPES = {
 
 def x(*shape, **options):
     return torch.randn(shape or (2, 20, 30), **options)
+
+
+def as_tuple(found):
+    return (found,) if isinstance(found, torch.Tensor) else found
 
 
 def one_bit(out, count=itertools.count()):  # noqa: B008
@@ -67,7 +71,7 @@ def test_correct_16_bit_kernels_pass(device, op, dtype):
 @pytest.mark.parametrize("op", SHAPES)
 def test_a_wrong_forward_pass_of_every_op_is_found(device, plant, op):
     def wrong(*arguments):
-        out, *rest = selftest._reference(op, arguments, None)
+        out, *rest = as_tuple(selftest.reference(op, arguments))
         out = out + 0.05
         if op == "rel_attention":
             return out, rest[0]
@@ -146,16 +150,39 @@ def test_the_reference_runs_only_where_its_scores_are_small(device, plant, monke
         rel_attention(q, q, q, q)
 
 
-def test_a_failed_test_raises_in_a_distributed_program(device, plant_in_shift, monkeypatch):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failed_test_raises_in_a_distributed_program(device, plant_in_shift, monkeypatch, when):
     plant_in_shift("forward", FAULTS["wrong"][0])
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    if when == "before":  # the first call comes before the other processes are known
+        with pytest.warns(RuntimeWarning, match="over the budget"):
+            rel_shift(x())
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     for _ in range(2):
         with pytest.raises(BackendUnavailableError, match="all processes must use the same"):
             rel_shift(x())
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert len(device) == 1
+
+
+def test_a_kernel_that_failed_is_not_tested_again_for_another_call(
+    device, plant_in_shift, monkeypatch
+):
+    plant_in_shift("forward", FAULTS["wrong"][0])
+    monkeypatch.setattr(kernels, "hashes", lambda *_: ({"one kernel": ""}, {}))
     with pytest.warns(RuntimeWarning, match="over the budget"):
         rel_shift(x())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rel_shift(x(2, 21, 30))
+    assert len(device) == 1
+
+
+def test_another_alignment_is_another_call(device):
+    memory = x(601)
+    for start in (0, 1, 0, 1):
+        rel_shift(memory[start : start + 600].view(20, 30))
+    assert len(device) == 2
 
 
 def test_a_backend_requested_by_name_is_not_tested(device, plant_in_shift):

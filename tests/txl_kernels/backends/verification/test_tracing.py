@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -65,6 +67,16 @@ def test_sizes_left_open_are_tested_for_lengths_of_every_kind(device):
     for T in (31, 48, 77):
         compiled(*inputs(T))
     assert len(device) == n
+
+
+def test_open_sizes_are_replaced_by_possible_ones_only(device):
+    compiled = torch.compile(
+        lambda x: rel_shift(x[:, 70:].contiguous()), fullgraph=True, backend="eager", dynamic=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(torch.randn(3, 100))
+    assert device == ["rel_shift/native/float32"]
 
 
 def test_a_compiled_program_uses_the_next_backend(device, plant_in_shift):
