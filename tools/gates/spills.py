@@ -32,7 +32,7 @@ _DQDR = "/rel_attention_bwd_dqdr"
 _SMALLEST = "tiles of 16 x 16 are the smallest"
 _HALF = "tiles of half as many queries spill less, but read k, v and r and add to dr twice as often"
 _HEAD_256 = "(head_256|dropout_d256|head_192_values_40)"
-_CHUNK = "the divisions for the borders of chunks need registers, and calls without chunks use this row too"
+_CHUNK = "the divisions for chunk borders need registers; calls without chunks use this row too"
 _NUMBERS = "the random numbers of a tile fill the registers; a tile of 32 keys would not use HGMMA"
 
 SPILLS = (
