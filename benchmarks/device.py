@@ -8,28 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import Timed, sample, stopwatch
 from txl_kernels import BackendUnavailableError, resolve
 
 INPUT_SETS = 2
-_FLUSH_BYTES = 2**30  # at least; 4 times L2 if that is more
-
-
-class Flush:
-    """Writes more than L2 holds. That takes about a millisecond, in which the host enqueues the run
-    that follows, so that the events enclose no launch latency."""
-
-    def __init__(self, device: torch.device) -> None:
-        L2 = torch.cuda.get_device_properties(device).L2_cache_size
-        room = torch.cuda.mem_get_info(device)[0] // 8
-        n_bytes = max(4 * L2, min(_FLUSH_BYTES, room))
-        self._buffer = torch.empty(n_bytes // 4, dtype=torch.int32, device=device)
-        self._fills = max(1, round(3 * _FLUSH_BYTES / n_bytes))
-
-    def __call__(self) -> None:
-        for _ in range(self._fills):
-            self._buffer.fill_(1)
+_FLUSH_BYTES, _FILLS = 2**28, 12  # more than L2 holds
 
 
 class OneProgramAtATime:
@@ -42,22 +27,27 @@ class OneProgramAtATime:
 
 
 @functools.cache
-def _flush(device: torch.device) -> Flush:
-    """One for all timers, since its buffer is large."""
-    return Flush(device)
+def _flush_buffer(device: torch.device) -> Tensor:
+    """One for all timers."""
+    return torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
 
 def timer(runs: Sequence[Callable[[], object]], device: torch.device) -> Timed:
-    """Returns the seconds of one run; the runs are the same work on different inputs, in turn."""
+    """Returns the seconds of one run; the runs are the same work on different inputs, in turn.
+
+    Writes to a buffer flush L2. They take about a millisecond, in which the host enqueues the run
+    that follows, so that the events enclose no launch latency.
+    """
     turns = itertools.cycle(runs)
     if device.type != "cuda":
         return stopwatch(lambda: next(turns)())
-    flush = _flush(device)
+    buffer = _flush_buffer(device)
 
     def timed() -> float:
         run = next(turns)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush()
+        for _ in range(_FILLS):
+            buffer.fill_(1)
         start.record()
         run()
         end.record()
@@ -100,6 +90,17 @@ def peak_mib(run: Callable[[], object]) -> float:
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
     """FLOP/s of torch's product of two square matrices of normal numbers."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    timed = timer([lambda: a @ b], device)
+    return 2 * size**3 / _seconds(lambda: a @ b, device)
+
+
+def copy_rate(device: torch.device, n_bytes: int = 2**30) -> float:
+    """Bytes/s of a copy, reads and writes counted."""
+    source = torch.randint(2**31 - 1, (n_bytes // 4,), dtype=torch.int32, device=device)
+    out = torch.empty_like(source)
+    return 2 * n_bytes / _seconds(lambda: out.copy_(source), device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    timed = timer([run], device)
     timed()
-    return 2 * size**3 / sample(timed, min_seconds=0.02)
+    return sample(timed, min_seconds=0.02)

@@ -1,117 +1,137 @@
-"""Starts the stages, ends those that overrun, and writes the JSON while they run."""
+"""Starts the stages, each in a process of its own, and ends those that overrun."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tools.gpu.child import Child
-from tools.gpu.stages import FAILED, NOT_RUN, Stage
+from tools.gpu import STARTED, stages
+from tools.gpu.stages import FAILED, NOT_RUN, ROOT, Stage, write_json
 
 LEAST = 5.0  # seconds of a stage; with less before the end of the run, it is not started
 GRACE = 2.0  # seconds after a stage's deadline until its process is killed
 POLL = 0.1
 
-Record = dict[str, Any]  # {"status", "error", "results", "start", "seconds"}
+
+class StageProcess:
+    """A running stage; its record and its output are files in build/gpu."""
+
+    def __init__(self, stage: Stage, deadline: float, device: str) -> None:
+        self._record = stages.BUILD / f"{stage.name}.json"
+        write_json(self._record, {"status": FAILED, "error": "it did not start", "results": {}})
+        paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        if device != "cpu" or stage.name.startswith("compile"):
+            environment.pop("TRITON_INTERPRET", None)
+        arguments = [stage.function, device, str(deadline), str(self._record)]
+        with self._record.with_suffix(".log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tools.gpu.child", *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.exit_status = self._process.poll
+
+    def record(self) -> dict[str, Any]:
+        return dict(json.loads(self._record.read_text(encoding="utf-8")))
+
+    def kill(self) -> None:
+        """Ends the process and its workers."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)  # not longer: a process can hang in the driver
 
 
-@dataclasses.dataclass
-class Run:
+class Runner:
     """All stages of one run.
 
-    Attributes:
+    Args:
         plan: the stages in order.
-        ends: the deadline of each, on the clock.
-        records: receives the record of each stage.
-        write: writes the JSON, whenever a stage has saved.
-        start: starts a stage, given its deadline and the ceilings.
-        started: when the command began, on the clock.
+        device: "cuda"; "cpu" for a rehearsal.
+        end: when all must have ended, on the monotonic clock.
+        records: receives {"start", "seconds", "status", "error", "results"} of each stage.
+        write: writes the JSON.
     """
 
-    plan: Sequence[Stage]
-    ends: dict[str, float]
-    records: dict[str, Record]
-    write: Callable[[], None]
-    start: Callable[[Stage, float, Record], Child]
-    started: float
-    now: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
-    running: dict[Stage, Child] = dataclasses.field(default_factory=dict)
+    def __init__(
+        self,
+        plan: Sequence[Stage],
+        device: str,
+        end: float,
+        records: dict[str, dict[str, Any]],
+        write: Callable[[], None],
+    ) -> None:
+        self._plan, self._device, self._end = plan, device, end
+        self._records, self._write = records, write
+        self._deadlines = deadlines(plan, time.monotonic(), end)
+        self._running: dict[str, StageProcess] = {}
 
     def run(self) -> None:
-        """Runs the stages in order, beside those in the background; returns when all have ended."""
+        """Returns when all stages have ended."""
         try:
-            for stage in self.plan:
-                while not (stage.is_background or self._is_ready(stage)):
-                    self._look_after_all()
+            for stage in self._plan:
+                while self._running.keys() - {stage.beside}:
+                    self._wait()
                 self._begin(stage)
-                while not stage.is_background and stage in self.running:
-                    self._look_after_all()
-            while self.running:
-                self._look_after_all()
+            while self._running:
+                self._wait()
         finally:
-            for stage, child in self.running.items():
-                child.kill()
-                self._finish(stage, FAILED, "the run was interrupted")
-
-    def _look_after_all(self) -> None:
-        self.sleep(POLL)
-        for stage, child in list(self.running.items()):
-            self._look_after(stage, child)
-
-    def _is_ready(self, stage: Stage) -> bool:
-        """Whether all stages in the background list this one, or it has waited long enough."""
-        ready = [self.records[x.name].get("results", {}).get("ready", ()) for x in self.running]
-        is_late = self.now() - self.started >= stage.patience
-        return is_late or all(stage.name in names for names in ready)
+            for name in list(self._running):
+                self._stop(name, "the run was interrupted")
 
     def _begin(self, stage: Stage) -> None:
-        now, last = self.now(), max(self.ends.values())
-        start = round(now - self.started, 1)
-        self.records[stage.name] = {"status": FAILED, "error": "no record", "start": start}
-        if last - now < LEAST:
-            self._finish(stage, NOT_RUN, "no time was left")
+        now = time.monotonic()
+        self._records[stage.name] = {"start": round(now - STARTED, 1)}
+        if self._end - now < LEAST:
+            self._finish(stage.name, {"status": NOT_RUN, "error": "no time was left"})
             return
-        end = self.ends[stage.name] = min(last, max(self.ends[stage.name], now + LEAST))
-        measured = self.records.get("ceilings", {}).get("results", {})
-        ceilings = {key: rate for key, rate in measured.items() if key.endswith("per_second")}
-        self.running[stage] = self.start(stage, end, ceilings)
+        deadline = min(self._end, max(self._deadlines[stage.name], now + LEAST))
+        self._deadlines[stage.name] = deadline
+        self._running[stage.name] = StageProcess(stage, deadline, self._device)
 
-    def _look_after(self, stage: Stage, child: Child) -> None:
-        """Writes what the stage has saved, and ends it if it has finished or overruns."""
-        status, record, saved = child.exit_status(), self.records[stage.name], child.record()
-        if record != record | saved:
-            record |= saved
-            self.write()
-        if status is None and self.now() < self.ends[stage.name] + GRACE:
-            return
-        child.kill()
-        del self.running[stage]
-        if status == 0:
-            self._finish(stage, record["status"], record["error"])
-        else:
-            how = "at the end of its share" if status is None else f"with status {status}"
-            self._finish(stage, FAILED, f"its process was ended {how}")
+    def _wait(self) -> None:
+        """Waits for a moment; then stops the stages that have ended or overrun."""
+        time.sleep(POLL)
+        for name, process in list(self._running.items()):
+            status = process.exit_status()
+            if status is not None:
+                self._stop(name, f"its process ended with status {status}" if status else None)
+            elif time.monotonic() >= self._deadlines[name] + GRACE:
+                self._stop(name, "it was ended at the end of its share")
 
-    def _finish(self, stage: Stage, status: str, error: str | None) -> None:
-        now, record = self.now() - self.started, self.records[stage.name]
-        record |= {"status": status, "error": error, "seconds": round(now - record["start"], 1)}
-        self.write()
-        print(
-            f"{now:4.0f} s  {stage.name} {status}{f': {error}' if error else ''}"[:110], flush=True
-        )
+    def _stop(self, name: str, error: str | None) -> None:
+        process = self._running.pop(name)
+        process.kill()
+        failure = {"status": FAILED, "error": error} if error else {}
+        self._finish(name, process.record() | failure)
+
+    def _finish(self, name: str, found: dict[str, Any]) -> None:
+        record, now = self._records[name], time.monotonic() - STARTED
+        record |= {"seconds": round(now - record["start"], 1), **found}
+        self._write()
+        error = f": {record['error']}" if record["error"] else ""
+        print(f"{now:4.0f} s  {name} {record['status']}{error}"[:110], flush=True)
 
 
 def deadlines(plan: Sequence[Stage], begin: float, end: float) -> dict[str, float]:
     """When each stage's share ends. More time lengthens all shares by the same factor; less leaves
     the last stages without time."""
-    foreground = [stage for stage in plan if not stage.is_background]
-    factor = max(1.0, (end - begin) / sum(stage.seconds for stage in foreground or plan))
-    found, total = {}, 0.0
+    planned: dict[str, tuple[float, float]] = {}  # start and end, in seconds
+    last = 0.0
     for stage in plan:
-        total += 0.0 if stage.is_background else stage.seconds
-        share = stage.seconds if stage.is_background else total
-        found[stage.name] = min(begin + factor * share, end)
-    return found
+        start = planned[stage.beside][0] if stage.beside in planned else last
+        planned[stage.name] = start, start + stage.seconds
+        last = max(last, start + stage.seconds)
+    factor = max(1.0, (end - begin) / last)
+    return {name: min(begin + factor * stop, end) for name, (_, stop) in planned.items()}

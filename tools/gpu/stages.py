@@ -30,17 +30,15 @@ class Context:
         results: this stage's part of the JSON. Lines in `results["summary"]` are printed after the
             verdict. `results["verified"]` maps the hash of each kernel that passed, and needs no
             self-test on this kind of device, to its name.
-        save: writes `results` to the JSON; call it after each finding.
+        save: keeps `results` in case the stage is ended; call it after each finding.
         seconds_left: seconds until this stage's share of the budget ends.
         device: the GPU; in a rehearsal the CPU, on which a stage runs the same code at tiny shapes.
-        ceilings: "copy_bytes_per_second" and "gemm_flop_per_second"; empty if not measured.
     """
 
     results: dict[str, Any]
     save: Callable[[], None]
     seconds_left: Callable[[], float]
     device: torch.device
-    ceilings: Mapping[str, float]
 
     @property
     def is_rehearsal(self) -> bool:
@@ -49,36 +47,35 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of the run: `function`, as "module:name"; `run` in the module of its name if empty.
+    """A part of the run.
 
     Attributes:
+        function: "module:name"; it receives a `Context`.
         seconds: its share; time that earlier stages did not use is added.
-        is_background: it runs beside the other stages, from the start.
-        patience: seconds since the start, until which it waits for a stage in the background to
-            list it in its results as "ready"; by default until that stage has ended.
+        beside: an earlier stage that may still run when this one starts; all others have ended.
     """
 
     name: str
+    function: str
     seconds: float
-    function: str = ""
-    is_background: bool = False
-    patience: float = float("inf")
+    beside: str | None = None
 
 
 FIRST_CALL = (
-    Stage("compile", 75, is_background=True),
-    Stage("ceilings", 25, patience=0),
-    Stage("parity", 65, patience=40),
-    Stage("timings", 80),
-    Stage("sweep", 50),
-    Stage("memory", 20 - MARGIN),
+    Stage("compile", "tools.gpu.compile:run", 60),
+    Stage("ceilings", "tools.gpu.ceilings:run", 25, beside="compile"),
+    Stage("compile_sweep", "tools.gpu.compile:run_sweep", 40),
+    Stage("parity", "tools.gpu.parity:run", 40, beside="compile_sweep"),
+    Stage("timings", "tools.gpu.timings:run", 70),
+    Stage("sweep", "tools.gpu.sweep:run", 50),
+    Stage("memory", "tools.gpu.memory:run", 20 - MARGIN),
 )
 LATER = (
-    Stage("full_parity", 240, "tools.gpu.programs:full_parity"),
-    Stage("ncu", 100, "tools.gpu.programs:ncu"),
-    Stage("sanitizer", 200, "tools.gpu.programs:sanitizer"),
-    Stage("training", 120),
-    Stage("cpu_threads", 120),
+    Stage("full_parity", "tools.gpu.programs:full_parity", 240),
+    Stage("ncu", "tools.gpu.programs:ncu", 100),
+    Stage("sanitizer", "tools.gpu.programs:sanitizer", 200),
+    Stage("training", "tools.gpu.training:run", 120),
+    Stage("cpu_threads", "tools.gpu.cpu_threads:run", 120),
 )
 STAGES = {stage.name: stage for stage in (*FIRST_CALL, *LATER)}
 

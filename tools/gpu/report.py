@@ -1,0 +1,81 @@
+"""The machine for the JSON; the printed verdict, timeline and findings of a finished run."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from tools.gpu.stages import FAILED, NOT_RUN, PASSED, ROOT, SKIPPED
+
+WIDTH, LINES, BAR = 110, 40, 40  # columns; lines of one stage; columns of the budget in a bar
+
+
+def describe_machine() -> dict[str, Any]:
+    """The GPU, the versions and the commit; "device" is "CPU" if there is no GPU."""
+    described: dict[str, Any] = {"device": "CPU"}
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        described = {
+            "device": found.name,
+            "capability": f"{found.major}.{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "memory_mib": found.total_memory >> 20,
+            "shared_memory_bytes": found.shared_memory_per_block_optin,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return described | {
+        "torch": torch.__version__,
+        "triton": metadata.version("triton"),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "changed": bool(_output("git", "status", "--porcelain", "-uno")),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _output(*command: str) -> str | None:
+    """The command's output; None if it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def exit_status(report: Mapping[str, Any]) -> int:
+    """1 if a stage failed or none passed, else 0."""
+    states = {record["status"] for record in report["stages"].values()}
+    return int(FAILED in states or PASSED not in states)
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Prints the verdict, the machine, the timeline, then each stage's error and findings."""
+    stages, machine = report["stages"], report["machine"]
+    print(f"\nVERDICT: {'FAILED' if exit_status(report) else 'PASSED'}")
+    for status in (FAILED, PASSED, SKIPPED, NOT_RUN):
+        if names := [name for name, record in stages.items() if record["status"] == status]:
+            print(f"  {status}: {', '.join(names)}")
+    commit = f"commit {str(machine['commit'])[:12]}{' with changes' * machine['changed']}"
+    print(
+        f"\n{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, {commit}\n"
+    )
+    print(*timeline(stages, report["budget"]), sep="\n")
+    for name, record in stages.items():
+        text = "\n".join([record["error"] or "", *record.get("results", {}).get("summary", [])])
+        lines = [f"  {line}"[:WIDTH] for line in text.splitlines() if line]
+        if lines:
+            print("", name, *lines[:LINES], sep="\n")
+
+
+def timeline(stages: Mapping[str, Mapping[str, Any]], budget: float) -> Iterator[str]:
+    """A row for each stage, in seconds since the start, with a bar."""
+    yield f"{'stage':<13} {'start':>6} {'end':>6}  {'status':<8} |{f'0 to {budget:.0f} s':<{BAR}}|"
+    for name, record in stages.items():
+        start, end = record["start"], record["start"] + record["seconds"]
+        first, last = (min(BAR, round(x / budget * BAR)) for x in (start, end))
+        bar = " " * first + "#" * (last - first)
+        yield f"{name:<13} {start:>6.1f} {end:>6.1f}  {record['status']:<8} |{bar:<{BAR}}|"
