@@ -81,16 +81,16 @@ def take(
     figures = figures or Figures(case.name)
     is_new = figures.seconds is None
     if is_new and not figures.notes:
-        with _noting(figures, OURS):
+        with noting(figures, OURS):
             case.check(OURS)
     if OURS in figures.notes:
         return figures
-    with _noting(figures, OURS), case.contender(OURS) as ours:
+    with noting(figures, OURS), case.contender(OURS) as ours:
         if is_new:
             _take_speed(case, ours, probe, effort, figures)
         for name in (*case.peers, *case.yardsticks) if others is None else others:
             taken = figures.peers if name in case.peers else figures.yardsticks
-            with _noting(figures, name):
+            with noting(figures, name):
                 case.check(name)
                 with case.contender(name) as peer:
                     taken[name] = compare(
@@ -108,7 +108,7 @@ def take(
 def take_memory(case: Case, contenders: tuple[str, ...], figures: Figures) -> None:
     """Peak growth of each contender that runs in a Python process of ours, or on the device."""
     for name in contenders:
-        with _noting(figures, name):
+        with noting(figures, name):
             if case.device != "cpu":
                 with case.contender(name) as run:
                     figures.peak_mib[name] = device.peak_mib(run)
@@ -129,7 +129,7 @@ def _take_speed(case: Case, ours: Timed, probe: Probe, effort: Effort, figures: 
 
 
 @contextlib.contextmanager
-def _noting(figures: Figures, contender: str) -> Iterator[None]:
+def noting(figures: Figures, contender: str) -> Iterator[None]:
     """Turns an error of a contender into a note, of its first line."""
     try:
         yield

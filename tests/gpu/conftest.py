@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from txl_kernels import resolve
+from txl_kernels import BackendUnavailableError, resolve
 
 
 @pytest.fixture
@@ -16,3 +16,12 @@ def device():
         pytest.skip(reason)
     torch.set_float32_matmul_precision("highest")
     return "cuda"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """Skips the calls that a backend does not support."""
+    try:
+        return (yield)
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tools.gpu.memory import TOLERANCE, captured, graph_difference
-from txl_kernels import rel_attention, resolve
+from txl_kernels import rel_attention
 from txl_kernels.testing import DECODE_CASES, REL_ATTENTION_CASES
 from txl_kernels.testing.poison import filled_with_nan
 
@@ -18,11 +18,6 @@ TRAINED = ("transformer_xl", "conformer", "long", "window", "everything")
 
 
 def check_replay(case, backend, device, trains):
-    options = {"Tq": case.Tq, "D": case.D, "needs_grad": trains, "uses": case.uses}
-    options |= {"device": device, "dtype": torch.float16}
-    _, reason = resolve("rel_attention", backend=backend, **options)
-    if reason is not None:
-        pytest.skip(reason)
     floats, others = case.inputs(torch.float16, device)
     leaves, dout = list(floats.values()), case.dout(torch.float16, device)
     attend = functools.partial(rel_attention, **floats, **others, **case.options, backend=backend)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tools.gpu.parity import RUNS, check_attention, check_decoding
-from txl_kernels import rel_shift, resolve
+from txl_kernels import rel_shift
 from txl_kernels.testing import (
     ADAPTIVE_SOFTMAX_CASES,
     DECODE_CASES,
@@ -43,30 +43,19 @@ def params(cases, *backends):
     return pytest.mark.parametrize(("case", "backend", "dtype"), found)
 
 
-def require(op, backend, case=None, **options):
-    if case is not None:
-        options |= {"Tq": case.Tq, "D": case.D, "Dv": case.Dv, "uses": case.uses}
-    _, reason = resolve(op, backend=backend, **options)
-    if reason is not None:
-        pytest.skip(reason)
-
-
 @params(REL_ATTENTION_CASES, "triton")
 def test_attention(case, backend, dtype, device):
-    require("rel_attention", backend, case, dtype=dtype, device=device, needs_grad=True)
     check_attention(case, backend, dtype, device)
 
 
 @params(DECODE_CASES, "native", "triton")
 def test_decoding(case, backend, dtype, device):
-    require("rel_attention", backend, case, dtype=dtype, device=device)
     check_decoding(case, backend, dtype, device)
 
 
 @params(ADAPTIVE_SOFTMAX_CASES, "triton")
 @pytest.mark.parametrize("op", ["adaptive_loss", "adaptive_nll", "adaptive_embedding"])
 def test_softmax_and_embedding(op, case, backend, dtype, device):
-    require(op, backend, dtype=dtype, device=device, needs_grad=True)
     check = functools.partial(check_adaptive_softmax, op)
     check = check_adaptive_embedding if op == "adaptive_embedding" else check
     check(case.inputs(dtype, device), case.cutoffs, backend, runs=RUNS, within=filled_with_nan)
@@ -77,7 +66,6 @@ def test_softmax_and_embedding(op, case, backend, dtype, device):
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize(("shape", "n_keys", "offset"), SHIFTS, ids=str)
 def test_the_shift_is_the_reference_bit_by_bit(shape, n_keys, offset, backend, dtype, device):
-    require("rel_shift", backend, dtype=dtype, device=device)
     # One element into an allocation: rows begin at every alignment.
     memory = torch.randn(1 + torch.Size(shape).numel(), device=device).to(dtype)
     x = memory[1:].view(shape).requires_grad_()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tools.gpu import STARTED, report
-from tools.gpu.runner import Runner
+from tools.gpu.runner import Run, deadlines
 from tools.gpu.stages import BUILD, FIRST_CALL, MARGIN, ROOT, STAGES, write_json
 
 
@@ -27,10 +27,10 @@ def main() -> int:
     found = {"machine": machine, "budget": options.budget, "stages": records}
     out = options.out or _path(machine, options.rehearse)
     plan = [stage for stage in STAGES.values() if stage.name in options.stages]
-    end = STARTED + options.budget - MARGIN
+    ends = deadlines(plan, time.monotonic(), STARTED + options.budget - MARGIN)
     write = functools.partial(write_json, out, found)
     try:
-        Runner(plan, "cpu" if options.rehearse else "cuda", end, records, write).run()
+        Run("cpu" if options.rehearse else "cuda", ends, records, write).run(plan)
     finally:
         report.show(found)
         print(f"\n{time.monotonic() - STARTED:.0f} of {options.budget:.0f} s; written: {out}")

@@ -15,6 +15,7 @@ from benchmarks.cases import OURS
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.rel_attention import COMPILED_PEERS, AttentionCase
 from benchmarks.device import peak_mib
+from benchmarks.suite import Figures, noting
 from tools.gpu.stages import Context
 from transformer_xl.config import ModelConfig
 from transformer_xl.model import TransformerXL
@@ -29,7 +30,7 @@ Step = Callable[[], None]
 
 def run(context: Context) -> None:
     """Results: "graph_difference", the relative difference that the replay makes to the change of
-    the parameters; "peak_mib" of forward and backward, by call and contender.
+    the parameters; by call, "peak_mib" of forward and backward by contender.
 
     Raises:
         AssertionError: the replay trains otherwise than the step itself.
@@ -39,22 +40,21 @@ def run(context: Context) -> None:
     context.results["summary"] = [f"graph replay: relative difference {difference:.1e}"]
     context.save()
     assert difference <= TOLERANCE, f"a replayed training step differs by {difference:.1e}"
-    peaks: dict[str, dict[str, Any]] = context.results.setdefault("peak_mib", {})
     dtype, device = torch.bfloat16, context.device.type
     cases: list[Any] = [AttentionCase(x, dtype, "forward+backward", device) for x in SHAPES]
     for case in (*cases, SoftmaxCase(headline.SOFTMAX, dtype, "loss", device)):
-        found = peaks.setdefault(case.shape.name, {})
+        figures = Figures(case.name)
         for name in (OURS, *case.peers, *case.yardsticks):
             if context.seconds_left() < 1 or name in COMPILED_PEERS:
                 continue
-            try:
-                with (case.tiny() if device == "cpu" else case).contender(name) as timed:
-                    found[name] = peak_mib(timed)
-            except Exception as error:  # such as too little memory
-                found[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+            tiny = case.tiny() if context.is_rehearsal else case
+            with noting(figures, name), tiny.contender(name) as timed:
+                figures.peak_mib[name] = peak_mib(timed)
             gc.collect()
-        figures = [f"{x} {y:.0f}" for x, y in found.items() if isinstance(y, float)]
-        context.results["summary"].append(f"{case.shape.name:<20} MiB: {', '.join(figures)}")
+        found = {"peak_mib": figures.peak_mib, "notes": figures.notes}
+        context.results[case.shape.name] = found
+        line = ", ".join(f"{name} {mib:.0f}" for name, mib in figures.peak_mib.items())
+        context.results["summary"].append(f"{case.shape.name:<20} MiB: {line}")
         context.save()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -36,16 +36,6 @@ ATTENTION = tuple(s for s in headline.ATTENTION if s.name != "inkling_sliding_2k
 DETERMINISTIC = functools.partial(filled_with_nan, deterministic=True)
 
 
-class Call(NamedTuple):
-    """A headline call; `options` are the arguments of `resolve`."""
-
-    name: str
-    op: str
-    backend: str
-    options: dict[str, Any]
-    check: Callable[[], None]
-
-
 def run(context: Context) -> None:
     """Results: for each call the seconds it took, or why it failed or did not run; "verified", the
     hashes of the kernels that passed.
@@ -55,20 +45,20 @@ def run(context: Context) -> None:
     """
     found: dict[str, str] = context.results.setdefault("calls", {})
     verified: dict[str, str] = context.results.setdefault("verified", {})
-    for call in calls(context.device):
+    for name, options, check in calls(context.device):
         start, reason = time.perf_counter(), "no time was left"
         if context.seconds_left() > 1:
-            reason = resolve(call.op, backend=call.backend, **call.options).reason or ""
+            reason = resolve(**options).reason or ""
+        auto = mock.patch.dict(backends._AUTO, {context.device.type: (options["backend"],)})
         try:
             if not reason:
-                backend = {context.device.type: (call.backend,)}
-                with mock.patch.dict(backends._AUTO, backend), verification.untested() as hashes:
-                    call.check()
+                with auto, verification.untested() as hashes:
+                    check()
                 verified |= hashes
             passed = f"passed in {time.perf_counter() - start:.1f} s"
-            found[call.name] = f"not run: {reason}" if reason else passed
+            found[name] = f"not run: {reason}" if reason else passed
         except Exception as error:
-            found[call.name] = f"failed: {type(error).__name__}: {error}"
+            found[name] = f"failed: {type(error).__name__}: {error}"
         others = [f"{name}: {text}" for name, text in found.items() if "passed in" not in text]
         n_passed = len(found) - len(others)
         context.results["summary"] = [f"{n_passed} of {len(found)} calls passed", *others]
@@ -78,8 +68,8 @@ def run(context: Context) -> None:
     assert n_passed, "nothing was compared"
 
 
-def calls(device: torch.device) -> Iterator[Call]:
-    """All calls; on a CPU with tiny shapes."""
+def calls(device: torch.device) -> Iterator[tuple[str, dict[str, Any], Callable[[], None]]]:
+    """Names, arguments of `resolve`, and checks; on a CPU with tiny shapes."""
     on_gpu = device.type == "cuda"
     names = ("triton", "native") if on_gpu else ("native",)
     for dtype in (torch.bfloat16, torch.float16):
@@ -89,12 +79,13 @@ def calls(device: torch.device) -> Iterator[Call]:
             case, decodes = _case(shape if on_gpu else shape.tiny()), shape is headline.DECODE
             check = check_decoding if decodes else check_attention
             check = functools.partial(check, case, "auto", dtype, device.type)
-            sizes = options | {"Tq": case.Tq, "D": case.D, "needs_grad": not decodes}
+            sizes = {"op": "rel_attention", "Tq": case.Tq, "D": case.D, "needs_grad": not decodes}
             for name in names if decodes else names[:1]:
-                yield Call(f"{shape.name}/{word}/{name}", "rel_attention", name, sizes, check)
+                yield f"{shape.name}/{word}/{name}", options | sizes | {"backend": name}, check
         softmax = headline.SOFTMAX if on_gpu else headline.SOFTMAX.tiny()
         check = functools.partial(_check_softmax, softmax, dtype, device.type)
-        yield Call(f"{softmax.name}/{word}/{names[0]}", "adaptive_loss", names[0], options, check)
+        call = {"op": "adaptive_loss", "backend": names[0]}
+        yield f"{softmax.name}/{word}/{names[0]}", options | call, check
 
 
 def _case(shape: AttentionShape) -> RelAttentionCase:

@@ -19,15 +19,10 @@ def describe_machine() -> dict[str, Any]:
     """The GPU, the versions and the commit; "device" is "CPU" if there is no GPU."""
     described: dict[str, Any] = {"device": "CPU"}
     if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        described = {
-            "device": found.name,
-            "capability": f"{found.major}.{found.minor}",
-            "multiprocessors": found.multi_processor_count,
-            "memory_mib": found.total_memory >> 20,
-            "shared_memory_bytes": found.shared_memory_per_block_optin,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        }
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        properties = str(torch.cuda.get_device_properties(0))
+        described = {"device": torch.cuda.get_device_name(0), "properties": properties}
+        described["driver"] = driver
     return described | {
         "torch": torch.__version__,
         "triton": metadata.version("triton"),

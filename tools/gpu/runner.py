@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -30,16 +31,11 @@ class StageProcess:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         if device != "cpu" or stage.name.startswith("compile"):
             environment.pop("TRITON_INTERPRET", None)
-        arguments = [stage.function, device, str(deadline), str(self._record)]
+        command = [sys.executable, "-m", "tools.gpu.child", stage.function, device]
+        command += [str(deadline), str(self._record)]
         with self._record.with_suffix(".log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tools.gpu.child", *arguments],
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            output = {"stdout": log, "stderr": log, "start_new_session": True}
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, **output)
         self.exit_status = self._process.poll
 
     def record(self) -> dict[str, Any]:
@@ -53,73 +49,65 @@ class StageProcess:
             self._process.wait(1)  # not longer: a process can hang in the driver
 
 
-class Runner:
+@dataclasses.dataclass
+class Run:
     """All stages of one run.
 
-    Args:
-        plan: the stages in order.
+    Attributes:
         device: "cuda"; "cpu" for a rehearsal.
-        end: when all must have ended, on the monotonic clock.
+        deadlines: when each stage must have ended, on the monotonic clock.
         records: receives {"start", "seconds", "status", "error", "results"} of each stage.
         write: writes the JSON.
     """
 
-    def __init__(
-        self,
-        plan: Sequence[Stage],
-        device: str,
-        end: float,
-        records: dict[str, dict[str, Any]],
-        write: Callable[[], None],
-    ) -> None:
-        self._plan, self._device, self._end = plan, device, end
-        self._records, self._write = records, write
-        self._deadlines = deadlines(plan, time.monotonic(), end)
-        self._running: dict[str, StageProcess] = {}
+    device: str
+    deadlines: dict[str, float]
+    records: dict[str, dict[str, Any]]
+    write: Callable[[], None]
+    running: dict[str, StageProcess] = dataclasses.field(default_factory=dict)
 
-    def run(self) -> None:
-        """Returns when all stages have ended."""
+    def run(self, plan: Sequence[Stage]) -> None:
+        """Runs the stages in order; returns when all have ended."""
         try:
-            for stage in self._plan:
-                while self._running.keys() - {stage.beside}:
+            for stage in plan:
+                while self.running.keys() - {stage.beside}:
                     self._wait()
                 self._begin(stage)
-            while self._running:
+            while self.running:
                 self._wait()
         finally:
-            for name in list(self._running):
-                self._stop(name, "the run was interrupted")
+            for name in list(self.running):
+                self._end(name, "the run was interrupted")
 
     def _begin(self, stage: Stage) -> None:
-        now = time.monotonic()
-        self._records[stage.name] = {"start": round(now - STARTED, 1)}
-        if self._end - now < LEAST:
-            self._finish(stage.name, {"status": NOT_RUN, "error": "no time was left"})
+        name, now, last = stage.name, time.monotonic(), max(self.deadlines.values())
+        self.records[name] = {"start": round(now - STARTED, 1)}
+        if last - now < LEAST:
+            self._finish(name, {"status": NOT_RUN, "error": "no time was left"})
             return
-        deadline = min(self._end, max(self._deadlines[stage.name], now + LEAST))
-        self._deadlines[stage.name] = deadline
-        self._running[stage.name] = StageProcess(stage, deadline, self._device)
+        self.deadlines[name] = min(last, max(self.deadlines[name], now + LEAST))
+        self.running[name] = StageProcess(stage, self.deadlines[name], self.device)
 
     def _wait(self) -> None:
-        """Waits for a moment; then stops the stages that have ended or overrun."""
+        """Waits for a moment; then ends the stages that have finished or overrun."""
         time.sleep(POLL)
-        for name, process in list(self._running.items()):
+        for name, process in list(self.running.items()):
             status = process.exit_status()
             if status is not None:
-                self._stop(name, f"its process ended with status {status}" if status else None)
-            elif time.monotonic() >= self._deadlines[name] + GRACE:
-                self._stop(name, "it was ended at the end of its share")
+                self._end(name, f"its process ended with status {status}" if status else None)
+            elif time.monotonic() >= self.deadlines[name] + GRACE:
+                self._end(name, "it was ended at the end of its share")
 
-    def _stop(self, name: str, error: str | None) -> None:
-        process = self._running.pop(name)
+    def _end(self, name: str, error: str | None) -> None:
+        process = self.running.pop(name)
         process.kill()
         failure = {"status": FAILED, "error": error} if error else {}
         self._finish(name, process.record() | failure)
 
     def _finish(self, name: str, found: dict[str, Any]) -> None:
-        record, now = self._records[name], time.monotonic() - STARTED
+        record, now = self.records[name], time.monotonic() - STARTED
         record |= {"seconds": round(now - record["start"], 1), **found}
-        self._write()
+        self.write()
         error = f": {record['error']}" if record["error"] else ""
         print(f"{now:4.0f} s  {name} {record['status']}{error}"[:110], flush=True)
 
@@ -127,11 +115,10 @@ class Runner:
 def deadlines(plan: Sequence[Stage], begin: float, end: float) -> dict[str, float]:
     """When each stage's share ends. More time lengthens all shares by the same factor; less leaves
     the last stages without time."""
-    planned: dict[str, tuple[float, float]] = {}  # start and end, in seconds
-    last = 0.0
+    starts: dict[str | None, float] = {}
+    ends: dict[str, float] = {}
     for stage in plan:
-        start = planned[stage.beside][0] if stage.beside in planned else last
-        planned[stage.name] = start, start + stage.seconds
-        last = max(last, start + stage.seconds)
-    factor = max(1.0, (end - begin) / last)
-    return {name: min(begin + factor * stop, end) for name, (_, stop) in planned.items()}
+        starts[stage.name] = starts.get(stage.beside, max(ends.values(), default=0.0))
+        ends[stage.name] = starts[stage.name] + stage.seconds
+    factor = max(1.0, (end - begin) / max(ends.values()))
+    return {name: min(begin + factor * seconds, end) for name, seconds in ends.items()}

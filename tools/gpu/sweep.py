@@ -1,13 +1,15 @@
 """Stage "sweep": times launch configurations of the attention kernels; the fastest become rows.
 
-`python -m tools.gpu.apply RESULT.json` writes these rows into the launch table.
+`python -m tools.gpu.sweep RESULT.json` writes these rows into the launch table.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
+import json
+import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -41,7 +43,7 @@ def run(context: Context) -> None:
     """
     if context.is_rehearsal and not interprets():
         raise UnavailableError("a rehearsal of the sweep needs TRITON_INTERPRET=1")
-    rows = context.results.setdefault("rows", [])
+    rows: list[dict[str, Any]] = context.results.setdefault("rows", [])
     problems = []
     for D, kernel in itertools.product(HEAD_SIZES[: 1 if context.is_rehearsal else None], KERNELS):
         if context.seconds_left() < 2:
@@ -51,9 +53,9 @@ def run(context: Context) -> None:
                 rows += _faster_rows(context, kernel, D)
         except Exception as problem:
             problems.append(f"{kernel} D {D}: {type(problem).__name__}: {problem}"[:300])
+        lines = [f"{x['kernel']} D {x['head_size']}: {x['why']}" for x in rows]
+        context.results["summary"] = [f"{len(rows)} rows are faster than the shipped ones", *lines]
         context.save()
-    context.results["summary"] = [f"{len(rows)} rows are faster than the shipped ones"]
-    context.results["summary"] += [f"{x['kernel']} D {x['head_size']}: {x['why']}" for x in rows]
     assert not problems, "; ".join(problems)
 
 
@@ -67,21 +69,21 @@ def _faster_rows(context: Context, kernel: str, D: int) -> list[dict[str, Any]]:
     for config in [shipped, *others[: 1 if context.is_rehearsal else None]]:
         if context.seconds_left() < 1 and times:
             break
+        name = str(tuple(config))
         try:
             with configured(key, config), case.contender(OURS) as timed:
-                error = max(map(_difference, case.results(OURS), expected))
-                times[config] = round(1e3 * sample(timed, min_seconds=0.03), 4)
+                found = case.results(OURS)
+                times[config] = notes[name] = round(1e3 * sample(timed, min_seconds=0.03), 4)
         except Exception as problem:  # such as too much shared memory
-            notes[str(tuple(config))] = f"{type(problem).__name__}: {problem}"[:200]
+            notes[name] = f"{type(problem).__name__}: {problem}"[:200]
             continue
-        notes[str(tuple(config))] = times[config]
-        assert error <= TOLERANCE, f"{tuple(config)} differs by {error:.1e} of the norm"
-        context.save()
+        error = max(map(_difference, found, expected))
+        assert error <= TOLERANCE, f"{name} differs by {error:.1e} of the norm"
     best = min(times, key=lambda config: times[config] * (1 + GAIN * (config != shipped)))
     if best == shipped:
         return []
-    why = f"{times[best]} ms; {tuple(shipped)}: {times.get(shipped)} ms"
     row = {"kernel": kernel, "class": key.launch_class, "variant": "plain", "bits": 16}
+    why = f"{times[best]} ms; {tuple(shipped)}: {times.get(shipped)} ms"
     return [row | {"head_size": D} | best._asdict() | {"why": why}]
 
 
@@ -112,5 +114,18 @@ def training_case(D: int, direction: Any, device: torch.device) -> AttentionCase
 
 def _difference(found: Tensor, expected: Tensor) -> float:
     """Relative, by the norm; infinite if a result is not finite."""
-    error = float((found.double() - expected.double()).norm() / expected.double().norm())
-    return error if math.isfinite(error) else math.inf
+    difference = (found.double() - expected.double()).norm() / expected.double().norm()
+    return float(difference.nan_to_num(nan=torch.inf))
+
+
+def write_rows(result: Path, table: Path = launch_table.PATH) -> None:
+    """Replaces the rows of the table and prints them; their reason names the device."""
+    report = json.loads(result.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = report["stages"]["sweep"]["results"]["rows"]
+    rows = [row | {"why": f"{report['machine']['device']}: {row['why']}"} for row in rows]
+    launch_table.replace_rows(table, rows)
+    print(*rows, f"{len(rows)} rows written to {table}", sep="\n")
+
+
+if __name__ == "__main__":
+    write_rows(Path(sys.argv[1]))

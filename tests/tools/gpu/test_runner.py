@@ -48,7 +48,8 @@ def run(monkeypatch):
         clock.now, found, written = 0.0, {}, []
         monkeypatch.setattr(runner, "StageProcess", start)
         write = lambda: written.append(copy.deepcopy(found))  # noqa: E731
-        runner.Runner(FIRST_CALL, "cuda", budget - MARGIN, found, write).run()
+        ends = runner.deadlines(FIRST_CALL, 0.0, budget - MARGIN)
+        runner.Run("cuda", ends, found, write).run(FIRST_CALL)
         assert clock.now <= budget
         assert written[-1] == found
         assert [sum("status" in x for x in each.values()) for each in written] == [*range(1, 8)]
