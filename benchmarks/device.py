@@ -58,14 +58,8 @@ def timer(runs: Sequence[Callable[[], object]], device: torch.device) -> Timed:
 
 
 def preferred_backend(op: str, device: str, **call: Any) -> str:
-    """The backend that "auto" prefers, to be named: a named one never falls back to another.
-
-    Args:
-        call: arguments of `resolve`.
-
-    Raises:
-        BackendUnavailableError: no kernel of ours runs the call on a GPU.
-    """
+    """The backend that "auto" prefers for a call, given as the arguments of `resolve`. A backend
+    requested by name never falls back. BackendUnavailableError if no kernel runs on a GPU."""
     if device == "cpu":
         return "auto"
     backend, reason = resolve(op, device=device, **call)

@@ -10,8 +10,7 @@ from benchmarks.cases.rel_attention import AttentionCase
 from benchmarks.inputs import AttentionShape
 from benchmarks.softmax_inputs import SoftmaxShape
 
-# A training segment after a memory of its length; head sizes of WikiText-103 and of enwik8's large
-# model.
+# Training segments after a memory of their length, with the head sizes of published models.
 TRAIN = tuple(
     AttentionShape(name=f"train_d{D}", B=8, H=16, Tq=2048, Tm=2048, D=D, causal=True)
     for D in (64, 128)
@@ -31,16 +30,15 @@ INKLING_NOTE = (
 )
 
 
-def _inkling(tokens: int, kind: str, extent: int, window: int | None) -> AttentionShape:
-    name = f"inkling_{kind}_{tokens // 1024}k"
-    sizes = {"B": 1, "H": 32, "Tq": tokens, "Tm": 0, "D": 128, "rel_extent": extent}
-    return AttentionShape(name=name, causal=True, window=window, **sizes)
-
-
 INKLING = tuple(
-    _inkling(tokens, *layer)
+    AttentionShape(
+        name=f"inkling_{kind}_{tokens // 1024}k",
+        **{"B": 1, "H": 32, "Tq": tokens, "Tm": 0, "D": 128, "causal": True},
+        rel_extent=rel_extent,
+        window=window,
+    )
     for tokens in (8192, 32768, 2048)
-    for layer in (("global", 1024, None), ("sliding", 512, 511))
+    for kind, rel_extent, window in (("global", 1024, None), ("sliding", 512, 511))
 )
 ATTENTION = (*TRAIN, DECODE, *INKLING[:2], PARAKEET, *INKLING[2:])
 # WikiText-103's large model.

@@ -42,9 +42,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=240.0, help="seconds for the whole command")
     parser.add_argument("--stages", default="", help=f"comma-separated; of {', '.join(STAGES)}")
     parser.add_argument("--out", type=Path, help="the JSON file")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="run all on the CPU, at tiny shapes"
-    )
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args()
     default = STAGES if options.rehearse else [stage.name for stage in FIRST_CALL]
     options.stages = options.stages.split(",") if options.stages else default

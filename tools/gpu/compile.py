@@ -5,6 +5,7 @@ Triton keeps a compiled kernel in its cache, where the other stages' processes f
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -43,15 +44,9 @@ def run(context: Context) -> None:
     Raises:
         AssertionError: something was not compiled.
     """
-
-    def native() -> str:
-        return build_native(context)
-
-    def small_model() -> str:
-        # It has other shapes: this compiles its kernels and tests them.
-        return f"graph replay: relative difference {memory.graph_difference(context.device):.1e}"
-
-    _compile_all(context, headline_launches, native, small_model)
+    # The small model has other shapes: a replay compiles its kernels and tests them.
+    replay = functools.partial(memory.graph_difference, context.device)
+    _compile_all(context, headline_launches, functools.partial(build_native, context), replay)
 
 
 def run_sweep(context: Context) -> None:
@@ -64,7 +59,7 @@ def _limits(context: Context) -> tuple[tuple[int, int], int]:
 
 
 def _compile_all(
-    context: Context, find: Callable[[int], Named], *beside: Callable[[], str]
+    context: Context, find: Callable[[int], Named], *beside: Callable[[], object]
 ) -> None:
     """Compiles the launches, in a rehearsal only the first one; runs the other functions beside."""
     (major, minor), shared = _limits(context)
@@ -78,9 +73,9 @@ def _compile_all(
         compiled = pool.imap(_compile, range(len(names)))
         for name, (seconds[name], error) in zip(names, compiled, strict=True):
             failed += [f"{name}: {error}"] if error else []
-            context.results["summary"] = [f"{len(seconds)} of {len(names)} compiled", *failed]
             context.save()
-        context.results["summary"] += [other.result() for other in others]
+        context.results["summary"] = [f"{len(seconds)} kernels", *failed]
+        context.results["summary"] += [str(other.result()) for other in others]
     assert not failed, "not all kernels were compiled"
 
 
@@ -136,9 +131,7 @@ def _add(found: Named, call: str, launches: list[Launch]) -> None:
 
 
 def build_native(context: Context) -> str:
-    """Builds the native part for this GPU alone; returns a line about the build.
-
-    A rehearsal configures a build and compiles nothing.
+    """Builds the native part for this GPU alone, or returns why not; a rehearsal configures only.
 
     Raises:
         RuntimeError: the build failed; with the last lines that the tools printed.
@@ -148,17 +141,16 @@ def build_native(context: Context) -> str:
     except UnavailableError as reason:
         return f"native part not built: {reason}"
     (major, minor), _ = _limits(context)
-    architecture = f"{major}{minor}{'a' * (major == 9)}-real"  # "a": Hopper's own instructions
+    target = f"{major}{minor}{'a' * (major == 9)}-real"  # "a": with Hopper's own instructions
     folder = BUILD / f"native-{sysconfig.get_config_var('SOABI')}"
     output = folder / "built" if context.is_rehearsal else ROOT / "txl_kernels"
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-DTXL_OUTPUT_DIR={output}", f"-DTXL_CUDA_ARCHITECTURES={architecture}"]
+    configure += [f"-DTXL_OUTPUT_DIR={output}", f"-DTXL_CUDA_ARCHITECTURES={target}"]
     make = [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]
     make += ["--target", "help"] if context.is_rehearsal else []
     for step in (configure, make):
         status, lines = run_program(step, context.seconds_left() - 1)
         if status != 0:
             raise RuntimeError("\n".join([f"{step[:2]} ended with {status}", *lines[-20:]]))
-    record = output / "_native_build.json"
-    return f"native part: {record.read_text().strip() if record.exists() else 'not compiled'}"
+    return f"native part {'configured' if context.is_rehearsal else 'built'} for {target}"

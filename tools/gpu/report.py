@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import subprocess
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from subprocess import getoutput
 from typing import Any
 
 import torch
 
-from tools.gpu.stages import FAILED, NOT_RUN, PASSED, ROOT, SKIPPED
+from tools.gpu.stages import FAILED, NOT_RUN, PASSED, SKIPPED
 
 WIDTH, LINES, BAR = 110, 40, 40  # columns; lines of one stage; columns of the budget in a bar
 
@@ -19,26 +19,16 @@ def describe_machine() -> dict[str, Any]:
     """The GPU, the versions and the commit; "device" is "CPU" if there is no GPU."""
     described: dict[str, Any] = {"device": "CPU"}
     if torch.cuda.is_available():
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        properties = str(torch.cuda.get_device_properties(0))
-        described = {"device": torch.cuda.get_device_name(0), "properties": properties}
-        described["driver"] = driver
+        driver = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        described = {"device": torch.cuda.get_device_name(), "driver": getoutput(driver)}
+        described["properties"] = str(torch.cuda.get_device_properties())
     return described | {
         "torch": torch.__version__,
         "triton": metadata.version("triton"),
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "changed": bool(_output("git", "status", "--porcelain", "-uno")),
+        "commit": getoutput("git rev-parse HEAD"),
+        "changed": bool(getoutput("git status --porcelain -uno")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _output(*command: str) -> str | None:
-    """The command's output; None if it is missing or fails."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def exit_status(report: Mapping[str, Any]) -> int:

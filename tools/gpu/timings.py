@@ -22,6 +22,7 @@ from tools.gpu.stages import Context
 
 EFFORT = Effort(pairs=7, sample_seconds=1e-6, memory=False)
 LEAST = 2.0  # seconds: with less, no case is started
+TITLE = "ours: ms, TFLOP/s, share of the ceiling; others: time / ours"
 
 
 def run(context: Context) -> None:
@@ -40,13 +41,11 @@ def run(context: Context) -> None:
         if context.seconds_left() < LEAST:
             context.results["stopped"] = f"no time was left for {case.name}, {peers}"
             break
-        found[case.name] = take(
-            case, OneProgramAtATime(), EFFORT, peers, found.get(case.name, Figures(case.name))
-        )
-        context.results["cases"][case.name] = dataclasses.asdict(found[case.name])
+        figures = found.setdefault(case.name, Figures(case.name))
+        take(case, OneProgramAtATime(), EFFORT, peers, figures)
+        context.results["cases"][case.name] = dataclasses.asdict(figures)
         lines = [_line(figures, copy) for figures in found.values()]
-        title = "ours: ms, TFLOP/s, share of the ceiling; others: time / ours"
-        context.results["summary"] = [title, *lines]
+        context.results["summary"] = [TITLE, *lines]
         context.save()
         gc.collect()
     wrong = [f"{name}: {x.notes[OURS]}" for name, x in found.items() if OURS in x.notes]
@@ -56,7 +55,6 @@ def run(context: Context) -> None:
 
 def plan(device: torch.device) -> Iterator[tuple[Any, list[str]]]:
     """Cases with the contenders beside ours, in order; a case comes up to three times."""
-    is_compiled = COMPILED_PEERS.__contains__
     cases: list[Any] = headline.device_cases(device.type)
     if device.type == "cpu":  # one of each kind; no compilers
         cases = [case.tiny() for case in cases[: headline.N_FIRST]]
@@ -64,7 +62,7 @@ def plan(device: torch.device) -> Iterator[tuple[Any, list[str]]]:
     for compiled in (False, True) if device.type == "cuda" else (False,):
         for case in cases:
             others = (*case.peers, *case.yardsticks)
-            if chosen := [name for name in others if is_compiled(name) == compiled]:
+            if chosen := [name for name in others if (name in COMPILED_PEERS) == compiled]:
                 yield case, chosen
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from benchmarks import headline
-from benchmarks.cases.rel_attention import CUDNN, EAGER, FLASH, FLEX, SDPA_BIAS, AttentionCase
+from benchmarks.cases.rel_attention import EAGER, FLEX, SDPA_BIAS, AttentionCase
 from tools.gpu import compile as compiling
 from tools.gpu import memory, parity, programs, sweep, timings
-from tools.gpu.stages import FIRST_CALL, PASSED, ROOT, STAGES, Context, UnavailableError
+from tools.gpu.stages import FIRST_CALL, ROOT, STAGES, Context, UnavailableError
 from txl_kernels.backends.triton import launch_table
 
 FOLDER = Path(__file__).resolve().parents[2] / "gpu"
@@ -36,18 +36,17 @@ def test_a_rehearsal_runs_every_stage(tmp_path):
     command = [sys.executable, "-m", "tools.gpu", "--rehearse", "--budget", "500", "--out", out]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    stages = json.loads(out.read_text())["stages"]
     assert done.returncode == 0, done.stdout + done.stderr
     assert "VERDICT: PASSED" in done.stdout
-    without_tools = {"ncu", "sanitizer"}
-    passed = {name for name, record in stages.items() if record["status"] == PASSED}
-    assert passed >= STAGES.keys() - without_tools
-    assert all(stages[name]["results"]["summary"] for name in passed)
-    assert stages["parity"]["results"]["summary"] == ["20 of 20 calls passed"]
-    forward = stages["timings"]["results"]["cases"]["rel_attention/train_d64/bfloat16/forward"]
-    assert forward["gflops"] > 0
-    assert set(forward["peers"]) >= {EAGER, SDPA_BIAS}
-    assert stages["memory"]["results"]["wt103_large"]["peak_mib"]["ours"] == 0
+    stages = json.loads(out.read_text())["stages"]
+    passed = {name for name, record in stages.items() if record["status"] == "passed"}
+    assert passed >= STAGES.keys() - {"ncu", "sanitizer"}
+    results = {name: stages[name]["results"] for name in passed}
+    assert all(found["summary"] for found in results.values())
+    assert results["parity"]["summary"] == ["20 of 20 calls passed"]
+    forward = results["timings"]["cases"]["rel_attention/train_d64/bfloat16/forward"]
+    assert (forward["gflops"] > 0, EAGER in forward["peers"]) == (True, True)
+    assert results["memory"]["wt103_large"]["peak_mib"]["ours"] == 0
 
 
 def test_the_stages_of_the_first_call_need_torch_and_triton_alone():
@@ -60,10 +59,9 @@ def test_the_stages_of_the_first_call_need_torch_and_triton_alone():
 
 @pytest.mark.slow
 def test_the_launches_of_the_first_call_are_known_in_advance():
-    names = "".join(name for name, _ in compiling.headline_launches(90).values())
-    for shape in headline.ATTENTION[:6]:
-        assert f"{shape.name}/bfloat16/H{shape.H}/_rel_attention" in names
-    assert "adaptive_nll" in names
+    names = [name for name, _ in compiling.headline_launches(90).values()]
+    for name in ("train_d64", "train_d128", "inkling_global_8k", "parakeet_10min"):
+        assert any(x.startswith(name) and x.endswith("bwd_dqdr_kernel/3") for x in names)
     assert 6 * 12 <= len(compiling.sweep_launches(90)) <= 6 * 13
 
 
@@ -80,9 +78,8 @@ def test_a_failure_of_parity_is_recorded_and_the_others_run(context, monkeypatch
         parity.run(context)
 
 
-def test_parity_has_the_timed_lengths_and_small_references():
+def test_references_of_parity_stay_small_at_the_timed_lengths():
     calls = {name: check.args[0] for name, _, check in parity.calls(torch.device("cuda"))}
-    assert f"{headline.DECODE.name}/bfloat16/native" in calls
     for shape in parity.ATTENTION:
         case = calls[f"{shape.name}/float16/triton"]
         assert (case.Tq, case.Tm, case.D, case.R) == (shape.Tq, shape.Tm, shape.D, shape.n_rows)
@@ -91,15 +88,13 @@ def test_parity_has_the_timed_lengths_and_small_references():
 
 
 def test_ours_is_timed_first_and_compiled_peers_last():
-    plan = [(case.name, names) for case, names in timings.plan(torch.device("cuda"))]
+    plan = list(timings.plan(torch.device("cuda")))
     n = len(headline.device_cases())
     assert all(names == [] for _, names in plan[:n])
-    assert plan[n][1] == [EAGER, SDPA_BIAS, FLASH, CUDNN]
+    assert plan[n][1][:2] == [EAGER, SDPA_BIAS]
     assert plan[-1][1] == [FLEX]
-    shapes = [name.split("/")[1] for name, _ in plan[:n]]
-    assert shapes[:7:2] == ["train_d64", "train_d128", "decode", "wt103_large"]
-    kinds = {f"inkling_{kind}_{k}k" for kind in ("global", "sliding") for k in (2, 8, 32)}
-    assert kinds | {"parakeet_10min"} < set(shapes)
+    shapes = [case.shape.name for case, _ in plan[: headline.N_FIRST : 2]]
+    assert shapes == ["train_d64", "train_d128", "decode", "wt103_large"]
 
 
 def test_a_wrong_call_of_ours_fails_and_time_runs_out(context, monkeypatch):
@@ -108,7 +103,6 @@ def test_a_wrong_call_of_ours_fails_and_time_runs_out(context, monkeypatch):
     context.seconds_left = lambda: next(seconds)
     with pytest.raises(AssertionError, match="train_d64/bfloat16/forward: ZeroDivisionError"):
         timings.run(context)
-    assert len(context.results["cases"]) == 1
     assert "backward" in context.results["stopped"]
 
 
@@ -118,36 +112,32 @@ def test_a_replay_that_ignores_its_batch_fails(context, monkeypatch):
         memory.run(context)
 
 
-@pytest.fixture
-def on_sm_90(monkeypatch):
-    """The sweep sees an H100, and a call whose time and result depend on the configuration."""
-    monkeypatch.setattr(launch_table, "device_limits", lambda _: compiling.REHEARSED)
-    monkeypatch.setattr(Context, "is_rehearsal", False)
+@pytest.mark.parametrize("wrong", [1.0, 2.0])
+def test_the_fastest_right_rows_go_into_the_table(wrong, context, tmp_path, monkeypatch):
+    """On an H100 with a call whose result and time depend on the configuration."""
     shipped = launch_table.rows().copy()
 
     def changed():
         return [row for key, row in launch_table.rows().items() if row != shipped[key]]
 
     def results(*_):
-        row = (changed() or [None])[0]
-        if row is not None and row.num_warps == 8:
+        if any(row.num_warps == 8 for row in changed()):
             raise RuntimeError("out of resources: shared memory")
-        return [torch.full((4,), 2.0 if row is not None and row.BLOCK_Q == 32 else 1.0)]
+        return [torch.full((4,), wrong if changed() else 1.0)]
 
+    monkeypatch.setattr(launch_table, "device_limits", lambda _: compiling.REHEARSED)
+    monkeypatch.setattr(Context, "is_rehearsal", False)
     monkeypatch.setattr(AttentionCase, "results", results)
     monkeypatch.setattr(sweep, "sample", lambda *_, **__: 1e-3 / (1 + len(changed())))
-
-
-def test_the_fastest_rows_go_into_the_table(on_sm_90, context, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "TOLERANCE", 2.0)
+    if wrong > 1:
+        with pytest.raises(AssertionError, match=r"differs by 1\.0e\+00 of the norm"):
+            sweep.run(context)
+        return
     sweep.run(context)
     assert "RuntimeError: out of resources" in str(context.results["times_ms"])
-    rows = context.results["rows"]
-    assert len(rows) == 6
-
-    stages = {"sweep": {"results": context.results}}
+    found = {"machine": {"device": "GPU X"}, "stages": {"sweep": {"results": context.results}}}
     result, table = tmp_path / "result.json", tmp_path / "table.json"
-    result.write_text(json.dumps({"machine": {"device": "GPU X"}, "stages": stages}))
+    result.write_text(json.dumps(found))
     shutil.copy(launch_table.PATH, table)
     sweep.write_rows(result, table)
     new = launch_table.read(table)
@@ -155,30 +145,18 @@ def test_the_fastest_rows_go_into_the_table(on_sm_90, context, tmp_path, monkeyp
     assert "GPU X: 0.5 ms" in table.read_text()
 
 
-def test_a_wrong_configuration_fails_the_sweep(on_sm_90, context):
-    with pytest.raises(AssertionError, match=r"differs by 1\.0e\+00 of the norm"):
-        sweep.run(context)
-    assert context.results["times_ms"]
-
-
 @pytest.mark.parametrize(
     ("printed", "error"),
-    [
-        ("ERROR SUMMARY: 0 errors", None),
-        ("ERROR SUMMARY: 3 errors", AssertionError),
-        ("Device not supported", UnavailableError),
-    ],
+    [("ERROR SUMMARY: 3 errors", AssertionError), ("Device not supported", UnavailableError)],
 )
 def test_the_sanitizer_by_its_summary(context, monkeypatch, printed, error):
     monkeypatch.setattr(programs, "find_program", lambda name: name)
-    monkeypatch.setattr(programs, "run_program", lambda *_: (0, ["1 passed", f"==== {printed}"]))
+    monkeypatch.setattr(programs, "run_program", lambda *_: (0, [f"==== {printed}"]))
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "0")
-    if error is None:
+    with pytest.raises(error):
         programs.sanitizer(context)
-        assert len(context.results["summary"]) == 2
-    else:
-        with pytest.raises(error):
-            programs.sanitizer(context)
+    printed = "ERROR SUMMARY: 0 errors"
+    programs.sanitizer(context)
 
 
 def test_a_program_that_hangs_is_ended_and_its_output_kept():
