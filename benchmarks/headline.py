@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from benchmarks.cases import Case
@@ -30,15 +32,11 @@ INKLING_NOTE = (
 )
 
 
+_layer = functools.partial(AttentionShape, B=1, H=32, Tm=0, D=128, causal=True)
 INKLING = tuple(
-    AttentionShape(
-        name=f"inkling_{kind}_{tokens // 1024}k",
-        **{"B": 1, "H": 32, "Tq": tokens, "Tm": 0, "D": 128, "causal": True},
-        rel_extent=rel_extent,
-        window=window,
-    )
-    for tokens in (8192, 32768, 2048)
-    for kind, rel_extent, window in (("global", 1024, None), ("sliding", 512, 511))
+    _layer(name=f"inkling_{kind}_{Tq // 1024}k", Tq=Tq, rel_extent=extent, window=window)
+    for Tq in (8192, 32768, 2048)
+    for kind, extent, window in (("global", 1024, None), ("sliding", 512, 511))
 )
 ATTENTION = (*TRAIN, DECODE, *INKLING[:2], PARAKEET, *INKLING[2:])
 # WikiText-103's large model.

@@ -8,14 +8,19 @@ import torch
 from txl_kernels import BackendUnavailableError, resolve
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", help="cpu: the CPU and Triton's interpreter")
+
+
 @pytest.fixture
-def device():
+def device(request):
     """The current GPU. The tests use TF32 nowhere."""
-    _, reason = resolve("rel_attention", backend="triton", device="cuda")
+    device = request.config.getoption("--device", "cuda")
+    _, reason = resolve("rel_attention", backend="triton", device=device)
     if reason is not None:
         pytest.skip(reason)
     torch.set_float32_matmul_precision("highest")
-    return "cuda"
+    return device
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,7 +10,6 @@ import itertools
 import multiprocessing
 import os
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from tools.gates.compiling import compile_launch
 from tools.gates.shipped import attention, recording, shipped_calls
 from tools.gpu import memory, sweep
 from tools.gpu.programs import find_program, run_program
-from tools.gpu.stages import BUILD, ROOT, Context, UnavailableError
+from tools.gpu.stages import ROOT, Context, UnavailableError
 from txl_kernels.backends.triton import launch_table, launching
 from txl_kernels.backends.triton.launching import Launch
 
@@ -131,26 +130,22 @@ def _add(found: Named, call: str, launches: list[Launch]) -> None:
 
 
 def build_native(context: Context) -> str:
-    """Builds the native part for this GPU alone, or returns why not; a rehearsal configures only.
+    """Builds the native part for this GPU alone, or returns why not; a rehearsal prints a help.
 
     Raises:
         RuntimeError: the build failed; with the last lines that the tools printed.
     """
     try:
-        cmake, ninja = find_program("cmake"), find_program("ninja")
+        find_program("cmake")
     except UnavailableError as reason:
         return f"native part not built: {reason}"
     (major, minor), _ = _limits(context)
     target = f"{major}{minor}{'a' * (major == 9)}-real"  # "a": with Hopper's own instructions
-    folder = BUILD / f"native-{sysconfig.get_config_var('SOABI')}"
-    output = folder / "built" if context.is_rehearsal else ROOT / "txl_kernels"
-    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
-    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-DTXL_OUTPUT_DIR={output}", f"-DTXL_CUDA_ARCHITECTURES={target}"]
-    make = [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]
-    make += ["--target", "help"] if context.is_rehearsal else []
-    for step in (configure, make):
-        status, lines = run_program(step, context.seconds_left() - 1)
-        if status != 0:
-            raise RuntimeError("\n".join([f"{step[:2]} ended with {status}", *lines[-20:]]))
-    return f"native part {'configured' if context.is_rehearsal else 'built'} for {target}"
+    os.environ["CMAKE_ARGS"] = f"-DTXL_CUDA_ARCHITECTURES={target}"
+    option = "--help" if context.is_rehearsal else "--inplace"
+    command = [sys.executable, "setup.py", "build_ext", option]
+    status, lines = run_program(command, context.seconds_left() - 1)
+    if status != 0:
+        raise RuntimeError("\n".join([f"{command} ended with {status}", *lines[-20:]]))
+    record = ROOT / "txl_kernels" / "_native_build.json"
+    return f"native part for {target}: {record.read_text(encoding='utf-8').strip()}"

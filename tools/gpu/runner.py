@@ -1,24 +1,62 @@
-"""Starts the stages, each in a process of its own, and ends those that overrun."""
+"""Runs the stages, each in a process of its own, and ends those that overrun."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from tools.gpu import STARTED, stages
-from tools.gpu.stages import FAILED, NOT_RUN, ROOT, Stage, write_json
+from tools.gpu.stages import FAILED, NOT_RUN, PASSED, ROOT, SKIPPED, Context, Stage, write_json
 
 LEAST = 5.0  # seconds of a stage; with less before the end of the run, it is not started
 GRACE = 2.0  # seconds after a stage's deadline until its process is killed
 POLL = 0.1
+CHILD = "import sys; from tools.gpu.runner import run_stage; run_stage(*sys.argv[1:])"
+
+
+def run_stage(function: str, device: str, deadline: str, record: str) -> None:
+    """Runs a stage in this process and writes {"status", "error", "results"} whenever it saves. If
+    it passes on a GPU, the hashes of the verified kernels go into the package.
+
+    Args:
+        deadline: end of the stage's share on the monotonic clock, which processes share.
+    """
+    results: dict[str, Any] = {}
+
+    def save(status: str = FAILED, error: str | None = "it did not finish") -> None:
+        write_json(Path(record), {"status": status, "error": error, "results": results})
+
+    def seconds_left() -> float:
+        return float(deadline) - time.monotonic()
+
+    try:
+        module, _, name = function.partition(":")
+        run = getattr(importlib.import_module(module), name)
+        run(Context(results, save, seconds_left, torch.device(device)))
+        if device != "cpu" and results.get("verified"):
+            from txl_kernels.backends.verification.records import write_shipped
+
+            write_shipped(torch.cuda.get_device_name(), results["verified"])
+    except stages.UnavailableError as error:
+        save(SKIPPED, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        save(FAILED, f"{type(error).__name__}: {error}")
+    else:
+        save(PASSED, None)
 
 
 class StageProcess:
@@ -31,7 +69,7 @@ class StageProcess:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         if device != "cpu" or stage.name.startswith("compile"):
             environment.pop("TRITON_INTERPRET", None)
-        command = [sys.executable, "-m", "tools.gpu.child", stage.function, device]
+        command = [sys.executable, "-c", CHILD, stage.function, device]
         command += [str(deadline), str(self._record)]
         with self._record.with_suffix(".log").open("wb") as log:
             output = {"stdout": log, "stderr": log, "start_new_session": True}

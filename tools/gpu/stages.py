@@ -63,7 +63,7 @@ class Stage:
 
 FIRST_CALL = (
     Stage("compile", "tools.gpu.compile:run", 60),
-    Stage("ceilings", "tools.gpu.ceilings:run", 25, beside="compile"),
+    Stage("ceilings", "tools.gpu.timings:ceilings", 25, beside="compile"),
     Stage("compile_sweep", "tools.gpu.compile:run_sweep", 40),
     Stage("parity", "tools.gpu.parity:run", 40, beside="compile_sweep"),
     Stage("timings", "tools.gpu.timings:run", 70),
@@ -75,7 +75,7 @@ LATER = (
     Stage("ncu", "tools.gpu.programs:ncu", 100),
     Stage("sanitizer", "tools.gpu.programs:sanitizer", 200),
     Stage("training", "tools.gpu.training:run", 120),
-    Stage("cpu_threads", "tools.gpu.cpu_threads:run", 120),
+    Stage("cpu_threads", "tools.gpu.timings:cpu_threads", 120),
 )
 STAGES = {stage.name: stage for stage in (*FIRST_CALL, *LATER)}
 

@@ -1,28 +1,37 @@
-"""Stage "timings": the headline cases of the benchmarks, the most important first.
-
-First all calls of ours alone, then beside the others, at the end beside those that a compiler needs
-many seconds for.
-"""
+"""Stages "ceilings", "timings" and "cpu_threads", with the measurements of the benchmarks."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from benchmarks import headline
+from benchmarks import headline, registry
 from benchmarks.cases import OURS
 from benchmarks.cases.rel_attention import COMPILED_PEERS
-from benchmarks.device import OneProgramAtATime, copy_rate
+from benchmarks.device import OneProgramAtATime, copy_rate, matmul_rate
+from benchmarks.measure import sample
 from benchmarks.suite import Effort, Figures, take
 from tools.gpu.stages import Context
 
 EFFORT = Effort(pairs=7, sample_seconds=1e-6, memory=False)
 LEAST = 2.0  # seconds: with less, no case is started
 TITLE = "ours: ms, TFLOP/s, share of the ceiling; others: time / ours"
+CPU_CASES = ("wt103_base_train/", "wt103_base_softmax/*/loss", "enwik8_base_4layers/*/train_step")
+
+
+def ceilings(context: Context) -> None:
+    """The rates that bound every kernel. Results: bytes/s of a copy, FLOP/s of a product."""
+    copy = context.results["copy_bytes_per_second"] = copy_rate(context.device)
+    size = 64 if context.is_rehearsal else 8192
+    product = matmul_rate(context.device, torch.bfloat16, size)
+    context.results["matmul_flop_per_second"] = product
+    line = f"copy {copy / 1e12:.2f} TB/s; bfloat16 product of {size}³: {product / 1e12:.0f} TFLOP/s"
+    context.results["summary"] = [line]
 
 
 def run(context: Context) -> None:
@@ -35,17 +44,16 @@ def run(context: Context) -> None:
     gc.collect()
     gc.freeze()  # later collections skip the imported modules: a third of a second each
     found: dict[str, Figures] = {}
-    copy = copy_rate(context.device, 2**20 if context.is_rehearsal else 2**30)
+    copy = copy_rate(context.device)
     context.results |= {"note": headline.INKLING_NOTE, "copy_bytes_per_second": copy, "cases": {}}
-    for case, peers in plan(context.device):
+    for case, others in plan(context.device):
         if context.seconds_left() < LEAST:
-            context.results["stopped"] = f"no time was left for {case.name}, {peers}"
+            context.results["stopped"] = f"no time was left for {case.name}, {others}"
             break
         figures = found.setdefault(case.name, Figures(case.name))
-        take(case, OneProgramAtATime(), EFFORT, peers, figures)
+        take(case, OneProgramAtATime(), EFFORT, others, figures)
         context.results["cases"][case.name] = dataclasses.asdict(figures)
-        lines = [_line(figures, copy) for figures in found.values()]
-        context.results["summary"] = [TITLE, *lines]
+        context.results["summary"] = [TITLE, *(_line(figures, copy) for figures in found.values())]
         context.save()
         gc.collect()
     wrong = [f"{name}: {x.notes[OURS]}" for name, x in found.items() if OURS in x.notes]
@@ -54,7 +62,8 @@ def run(context: Context) -> None:
 
 
 def plan(device: torch.device) -> Iterator[tuple[Any, list[str]]]:
-    """Cases with the contenders beside ours, in order; a case comes up to three times."""
+    """Cases with the contenders beside ours: first all cases alone, then with the others, at the
+    end with those that a compiler needs many seconds for."""
     cases: list[Any] = headline.device_cases(device.type)
     if device.type == "cpu":  # one of each kind; no compilers
         cases = [case.tiny() for case in cases[: headline.N_FIRST]]
@@ -70,10 +79,27 @@ def _line(figures: Figures, copy: float) -> str:
     name = figures.case.removeprefix("rel_attention/").replace("/bfloat16", "")
     if figures.seconds is None or figures.gflops is None:
         return f"{name:<34} {figures.notes.get(OURS)}"
-    share = figures.share_of_limit
+    share = figures.share_of_limit or 0.0
     if headline.DECODE.name in name:
         share = headline.DECODE_BYTES / figures.seconds.median / copy
     compared = figures.peers | figures.yardsticks
     others = [f"{other} {x.ratio.median:.2f}" for other, x in compared.items()]
-    speed = f"{1e3 * figures.seconds.median:8.3f} {figures.gflops / 1e3:4.0f}"
-    return f"{name:<34} {speed} {'–' if share is None else f'{share:.0%}':>4}  {', '.join(others)}"
+    speed = f"{1e3 * figures.seconds.median:8.3f} {figures.gflops / 1e3:4.0f} {share:4.0%}"
+    return f"{name:<34} {speed}  {', '.join(others)}"
+
+
+def cpu_threads(context: Context) -> None:
+    """Results: by case on the CPU, the milliseconds of one run of ours by number of threads."""
+    tiny = context.is_rehearsal
+    lines = context.results.setdefault("summary", [])
+    for case in registry.select(registry.timed_cases(), CPU_CASES)[: 1 if tiny else None]:
+        times: dict[int, float] = {}
+        with (case.tiny() if tiny else case).contender(OURS) as timed:
+            for threads in (1, 2, 4, 8, 16):
+                if threads <= (os.cpu_count() or 1) and context.seconds_left() > 5:
+                    torch.set_num_threads(threads)
+                    timed()
+                    times[threads] = round(1e3 * sample(timed, min_seconds=0.5), 3)
+        context.results[case.name] = times
+        lines.append(f"{case.name}: ms by threads {times}")
+        context.save()

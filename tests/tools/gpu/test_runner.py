@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tools.gpu import __main__ as command
-from tools.gpu import child, report, runner
+from tools.gpu import runner
 from tools.gpu.stages import FIRST_CALL, MARGIN, Stage, UnavailableError
 from txl_kernels.backends.verification import records
 
@@ -88,13 +88,13 @@ def test_the_verdict_comes_first(run, capsys):
     stages["parity"]["results"]["summary"] = ["ten launches"]
     machine = {"device": "GPU", "torch": "2", "triton": "3", "commit": "abc", "changed": True}
     capsys.readouterr()
-    report.show({"stages": stages, "machine": machine, "budget": 240.0})
+    command.show({"stages": stages, "machine": machine, "budget": 240.0})
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[:2] == ["VERDICT: FAILED", "  failed: timings"]
     assert "  ten launches" in lines
     for states, status in (("passed skipped", 0), ("passed failed", 1), ("skipped", 1)):
         found = {str(n): {"status": state} for n, state in enumerate(states.split())}
-        assert report.exit_status({"stages": found}) == status
+        assert command.exit_status({"stages": found}) == status
 
 
 HANGS = """
@@ -137,7 +137,7 @@ def test_a_stage_leaves_a_record_and_if_it_passed_its_hashes(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "a_stage", SimpleNamespace(run=run))
     monkeypatch.setattr(records, "write_shipped", lambda *row: written.append(row))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU X")
-    child.run_stage("a_stage:run", "cuda", 0.0, tmp_path / "out.json")
+    runner.run_stage("a_stage:run", "cuda", "0", tmp_path / "out.json")
     record = json.loads((tmp_path / "out.json").read_text())
     assert (record["status"], record["results"]) == (status, {"verified": {"hash": "kernel"}})
     assert str(raised or "") in (record["error"] or "")

@@ -1,14 +1,12 @@
-"""The stages of `make gpu` and the GPU tests, without a GPU."""
+"""The stages of `make gpu`, without a GPU."""
 
 from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +17,6 @@ from tools.gpu import compile as compiling
 from tools.gpu import memory, parity, programs, sweep, timings
 from tools.gpu.stages import FIRST_CALL, ROOT, STAGES, Context, UnavailableError
 from txl_kernels.backends.triton import launch_table
-
-FOLDER = Path(__file__).resolve().parents[2] / "gpu"
-PARITY, GRAPHS = (runpy.run_path(str(FOLDER / f"test_{name}.py")) for name in ("parity", "graphs"))
-FEW = {"transformer_xl", "one_query", "two_tails"}
 
 
 @pytest.fixture
@@ -162,24 +156,3 @@ def test_the_sanitizer_by_its_summary(context, monkeypatch, printed, error):
 def test_a_program_that_hangs_is_ended_and_its_output_kept():
     call = "import time; print('seen', flush=True); time.sleep(600)"
     assert programs.run_program([sys.executable, "-c", call], 1.0) == (None, ["seen"])
-
-
-@pytest.mark.parametrize("op", ["adaptive_nll", "adaptive_embedding", None])
-def test_the_parity_tests_pass_with_the_native_kernels(op):
-    names = ["test_attention", "test_decoding"] if op is None else ["test_softmax_and_embedding"]
-    for test in map(PARITY.get, names):
-        (mark,) = (m for m in test.pytestmark if m.args[0] == ("case", "backend", "dtype"))
-        given = [param.values for param in mark.args[1] if param.values[0].name in FEW]
-        assert {dtype for _, _, dtype in given} == set(PARITY["DTYPES"])
-        for case, _, dtype in given:
-            test(*[op] * bool(op), case, "native", dtype, "cpu")
-
-
-def test_the_other_gpu_tests_pass_with_the_native_kernels():
-    for shift in PARITY["SHIFTS"][:6]:
-        test = PARITY["test_the_shift_is_the_reference_bit_by_bit"]
-        test(*shift, "native", torch.bfloat16, "cpu")
-    for case in (*GRAPHS["REL_ATTENTION_CASES"][:2], GRAPHS["DECODE_CASES"][0]):
-        for trains in (True, False):
-            GRAPHS["check_replay"](case, "native", "cpu", trains)
-    GRAPHS["test_a_training_step"]("cpu")
