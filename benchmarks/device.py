@@ -17,15 +17,6 @@ INPUT_SETS = 2
 _FLUSH_BYTES, _FILLS = 2**28, 12  # more than L2 holds
 
 
-class OneProgramAtATime:
-    """A probe for `take_rounds`: nothing else runs on a GPU, so that every round counts."""
-
-    best = 1.0
-
-    def rate(self) -> float:
-        return 1.0
-
-
 @functools.cache
 def _flush_buffer(device: torch.device) -> Tensor:
     """One for all timers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import itertools
 import re
 import signal
 import sys
@@ -19,18 +20,7 @@ import torch
 
 from tools.gpu import STARTED
 from tools.gpu.runner import Run, deadlines
-from tools.gpu.stages import (
-    BUILD,
-    FAILED,
-    FIRST_CALL,
-    MARGIN,
-    NOT_RUN,
-    PASSED,
-    ROOT,
-    SKIPPED,
-    STAGES,
-    write_json,
-)  # fmt: skip
+from tools.gpu.stages import BUILD, FAILED, FIRST_CALL, MARGIN, PASSED, ROOT, STAGES, write_json
 
 WIDTH, LINES, BAR = 110, 40, 40  # columns; lines of one stage; columns of the budget in a bar
 
@@ -43,7 +33,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     machine, records = describe_machine(), {}
     found = {"machine": machine, "budget": options.budget, "stages": records}
-    out = options.out or _path(machine, options.rehearse)
+    # Unique by device and second, so that no call replaces the results of another.
+    words = re.findall("[a-z0-9]+", f"gpu {machine['device']} {machine['date']}".lower())
+    out = options.out or ROOT / "benchmarks" / "results" / f"{'-'.join(words)}.json"
     plan = [stage for stage in STAGES.values() if stage.name in options.stages]
     ends = deadlines(plan, time.monotonic(), STARTED + options.budget - MARGIN)
     write = functools.partial(write_json, out, found)
@@ -62,19 +54,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the JSON file")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args()
+    if options.rehearse and not options.out:
+        options.out = BUILD / "rehearsal.json"
     default = STAGES if options.rehearse else [stage.name for stage in FIRST_CALL]
     options.stages = options.stages.split(",") if options.stages else default
     if unknown := [name for name in options.stages if name not in STAGES]:
         parser.error(f"unknown stages: {', '.join(unknown)}; choose from {', '.join(STAGES)}")
     return options
-
-
-def _path(machine: dict[str, str], is_rehearsal: bool) -> Path:
-    """Unique by device and second, so that no call replaces the results of another."""
-    if is_rehearsal:
-        return BUILD / "rehearsal.json"
-    name = "-".join(re.findall("[a-z0-9]+", f"gpu {machine['device']} {machine['date']}".lower()))
-    return ROOT / "benchmarks" / "results" / f"{name}.json"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -103,17 +89,14 @@ def show(report: Mapping[str, Any]) -> None:
     """Prints the verdict, the machine, the timeline, then each stage's error and findings."""
     stages, machine = report["stages"], report["machine"]
     print(f"\nVERDICT: {'FAILED' if exit_status(report) else 'PASSED'}")
-    for status in (FAILED, PASSED, SKIPPED, NOT_RUN):
-        if names := [name for name, record in stages.items() if record["status"] == status]:
-            print(f"  {status}: {', '.join(names)}")
-    commit = f"commit {str(machine['commit'])[:12]}{' with changes' * machine['changed']}"
-    print(
-        f"\n{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, {commit}\n"
-    )
+    by_status = sorted((record["status"], name) for name, record in stages.items())
+    for status, names in itertools.groupby(by_status, key=lambda pair: pair[0]):
+        print(f"  {status}: {', '.join(name for _, name in names)}")
+    print("", *(f"{key}: {value}" for key, value in machine.items()), "", sep="\n")
     print(*timeline(stages, report["budget"]), sep="\n")
     for name, record in stages.items():
-        text = "\n".join([record["error"] or "", *record.get("results", {}).get("summary", [])])
-        lines = [f"  {line}"[:WIDTH] for line in text.splitlines() if line]
+        text = [record["error"] or "", *record.get("results", {}).get("summary", [])]
+        lines = [f"  {line}"[:WIDTH] for line in "\n".join(text).splitlines() if line]
         if lines:
             print("", name, *lines[:LINES], sep="\n")
 

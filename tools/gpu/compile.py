@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -25,9 +25,10 @@ from tools.gpu import memory, sweep
 from tools.gpu.programs import find_program, run_program
 from tools.gpu.stages import ROOT, Context, UnavailableError
 from txl_kernels.backends.triton import launch_table, launching
+from txl_kernels.backends.triton.launch_table import AttentionConfig
 from txl_kernels.backends.triton.launching import Launch
 
-Named = dict[str, tuple[str, Launch]]  # name and launch, by the hash of the compiled code
+Calls = Iterable[tuple[str, Callable[[], None]]]  # names and functions
 REHEARSED = (9, 0), 232448  # compute capability, bytes of shared memory per block
 # Which are timed, and compared in parity, without biases of the tails.
 SOFTMAX = [f"adaptive_loss/{dtype}/wt103_large" for dtype in ("bfloat16", "float16")]
@@ -45,26 +46,24 @@ def run(context: Context) -> None:
     """
     # The small model has other shapes: a replay compiles its kernels and tests them.
     replay = functools.partial(memory.graph_difference, context.device)
-    _compile_all(context, headline_launches, functools.partial(build_native, context), replay)
+    _compile_all(context, headline_calls(), functools.partial(build_native, context), replay)
 
 
 def run_sweep(context: Context) -> None:
     """The kernels of the stage "sweep". Results and errors are those of `run`."""
-    _compile_all(context, sweep_launches)
+    _compile_all(context, sweep_calls())
 
 
 def _limits(context: Context) -> tuple[tuple[int, int], int]:
     return REHEARSED if context.is_rehearsal else launch_table.device_limits(context.device)
 
 
-def _compile_all(
-    context: Context, find: Callable[[int], Named], *beside: Callable[[], object]
-) -> None:
+def _compile_all(context: Context, calls: Calls, *beside: Callable[[], object]) -> None:
     """Compiles the launches, in a rehearsal only the first one; runs the other functions beside."""
     (major, minor), shared = _limits(context)
     with mock.patch.dict(SHARED_LIMIT, {10 * major + minor: shared}):
-        launches = list(find(10 * major + minor).values())[: 1 if context.is_rehearsal else None]
-    names, _launches[:] = zip(*launches, strict=True)
+        found = [*find_launches(calls, 10 * major + minor).values()]
+    names, _launches[:] = zip(*found[: 1 if context.is_rehearsal else None], strict=True)
     seconds, failed = context.results.setdefault("seconds", {}), []
     fork = multiprocessing.get_context("fork")
     with fork.Pool(len(os.sched_getaffinity(0))) as pool, ThreadPoolExecutor() as threads:
@@ -88,45 +87,44 @@ def _compile(number: int) -> tuple[float, str | None]:
     return round(time.perf_counter() - start, 2), error
 
 
-def headline_launches(arch: int) -> Named:
-    """The launches of the timings, and of parity with two heads in two dtypes."""
-    found: Named = {}
+def headline_calls() -> Calls:
+    """The calls of the timings, and of parity with two heads in two dtypes."""
     for shape in headline.ATTENTION:
         sizes = {"Tq": shape.Tq, "Tm": shape.Tm, "D": shape.D, "R": shape.n_rows}
         options = {"causal": shape.causal, "offset": shape.offset, "window_left": shape.window}
         options["tensors"] = ("key_lens",) if shape.key_lens else ()
         options["backward"] = shape is not headline.DECODE
+        call = functools.partial(attention, **sizes, **options)
         for B, H, dtype in ((shape.B, shape.H, "bfloat16"), (1, 2, "bfloat16"), (1, 2, "float16")):
-            with recording(arch) as recorded:
-                attention(B=B, H=H, dtype=getattr(torch, dtype), **sizes, **options)
-            _add(found, f"{shape.name}/{dtype}/H{H}", recorded)
-    for call in shipped_calls():
-        if call.name in SOFTMAX:
-            with recording(arch) as recorded:
-                call.run(biases=False)
-            _add(found, call.name, recorded)
+            changed = functools.partial(call, B=B, H=H, dtype=getattr(torch, dtype))
+            yield f"{shape.name}/{dtype}/H{H}", changed
+    for softmax in shipped_calls():
+        if softmax.name in SOFTMAX:
+            yield softmax.name, functools.partial(softmax.run, biases=False)
+
+
+def sweep_calls() -> Calls:
+    """A training call with every configuration of the sweep."""
+    for D, kernel, config in itertools.product(sweep.HEAD_SIZES, sweep.KERNELS, sweep.CONFIGS):
+        yield f"D{D}/{tuple(config)}", functools.partial(_swept, D, kernel, config)
+
+
+def _swept(D: int, kernel: str, config: AttentionConfig) -> None:
+    key = sweep.row_key(kernel, launch_table.launch_class(torch.device("meta")), D)
+    with sweep.configured(key, config):
+        attention(D=D)
+
+
+def find_launches(calls: Calls, arch: int) -> dict[str, tuple[str, Launch]]:
+    """Name and launch, by the hash of the compiled code."""
+    found: dict[str, tuple[str, Launch]] = {}
+    for name, call in calls:
+        with recording(arch) as recorded:
+            call()
+        for launch in recorded:
+            code = launching.kernel_hash(launch)
+            found.setdefault(code, (f"{name}/{launch.kernel.__name__}/{len(found)}", launch))
     return found
-
-
-def sweep_launches(arch: int) -> Named:
-    """The launches of every configuration of the sweep."""
-    found: Named = {}
-    with recording(arch):
-        row_class = launch_table.launch_class(torch.device("meta"))
-    for D, kernel in itertools.product(sweep.HEAD_SIZES, sweep.KERNELS):
-        key = sweep.row_key(kernel, row_class, D)
-        for config in sweep.candidates(key):
-            with sweep.configured(key, config), recording(arch) as recorded:
-                attention(D=D)
-            chosen = [x for x in recorded if x.kernel.__name__ == f"_{kernel}_kernel"]
-            _add(found, f"D{D}/{tuple(config)}", chosen)
-    return found
-
-
-def _add(found: Named, call: str, launches: list[Launch]) -> None:
-    for number, launch in enumerate(launches):
-        name = f"{call}/{launch.kernel.__name__}/{number}"
-        found.setdefault(launching.kernel_hash(launch), (name, launch))
 
 
 def build_native(context: Context) -> str:

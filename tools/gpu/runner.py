@@ -31,21 +31,18 @@ def run_stage(function: str, device: str, deadline: str, record: str) -> None:
     """Runs a stage in this process and writes {"status", "error", "results"} whenever it saves. If
     it passes on a GPU, the hashes of the verified kernels go into the package.
 
-    Args:
-        deadline: end of the stage's share on the monotonic clock, which processes share.
+    `deadline` is the end of its share on the monotonic clock, which processes share.
     """
     results: dict[str, Any] = {}
 
     def save(status: str = FAILED, error: str | None = "it did not finish") -> None:
         write_json(Path(record), {"status": status, "error": error, "results": results})
 
-    def seconds_left() -> float:
-        return float(deadline) - time.monotonic()
-
     try:
         module, _, name = function.partition(":")
         run = getattr(importlib.import_module(module), name)
-        run(Context(results, save, seconds_left, torch.device(device)))
+        end = float(deadline)
+        run(Context(results, save, lambda: end - time.monotonic(), torch.device(device)))
         if device != "cpu" and results.get("verified"):
             from txl_kernels.backends.verification.records import write_shipped
 

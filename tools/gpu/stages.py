@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "gpu"  # the native build; record and log of each stage
 MARGIN = 6.0  # seconds of the budget for ending the last stage, writing and printing
-
 PASSED, FAILED, SKIPPED, NOT_RUN = "passed", "failed", "skipped", "not run"
 
 
@@ -27,9 +26,8 @@ class Context:
     """The interface between the runner and a stage.
 
     Attributes:
-        results: this stage's part of the JSON. Lines in `results["summary"]` are printed after the
-            verdict. `results["verified"]` maps the hash of each kernel that passed, and needs no
-            self-test on this kind of device, to its name.
+        results: this stage's part of the JSON. The lines of "summary" are printed; "verified" has
+            {hash: name} of the kernels that need no self-test on this kind of device.
         save: keeps `results` in case the stage is ended; call it after each finding.
         seconds_left: seconds until this stage's share of the budget ends.
         device: the GPU; in a rehearsal the CPU, on which a stage runs the same code at tiny shapes.

@@ -13,8 +13,8 @@ import torch
 from benchmarks import headline, registry
 from benchmarks.cases import OURS
 from benchmarks.cases.rel_attention import COMPILED_PEERS
-from benchmarks.device import OneProgramAtATime, copy_rate, matmul_rate
-from benchmarks.measure import sample
+from benchmarks.device import copy_rate, matmul_rate
+from benchmarks.measure import OneProgramAtATime, sample
 from benchmarks.suite import Effort, Figures, take
 from tools.gpu.stages import Context
 

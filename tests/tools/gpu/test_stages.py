@@ -33,14 +33,13 @@ def test_a_rehearsal_runs_every_stage(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "VERDICT: PASSED" in done.stdout
     stages = json.loads(out.read_text())["stages"]
-    passed = {name for name, record in stages.items() if record["status"] == "passed"}
-    assert passed >= STAGES.keys() - {"ncu", "sanitizer"}
-    results = {name: stages[name]["results"] for name in passed}
+    results = {x: record["results"] for x, record in stages.items() if record["status"] == "passed"}
+    assert results.keys() >= STAGES.keys() - {"ncu", "sanitizer"}
     assert all(found["summary"] for found in results.values())
     assert results["parity"]["summary"] == ["20 of 20 calls passed"]
     forward = results["timings"]["cases"]["rel_attention/train_d64/bfloat16/forward"]
     assert (forward["gflops"] > 0, EAGER in forward["peers"]) == (True, True)
-    assert results["memory"]["wt103_large"]["peak_mib"]["ours"] == 0
+    assert results["memory"]["wt103_large"]["mib"]["ours"] == 0
 
 
 def test_the_stages_of_the_first_call_need_torch_and_triton_alone():
@@ -53,10 +52,10 @@ def test_the_stages_of_the_first_call_need_torch_and_triton_alone():
 
 @pytest.mark.slow
 def test_the_launches_of_the_first_call_are_known_in_advance():
-    names = [name for name, _ in compiling.headline_launches(90).values()]
+    names = [x for x, _ in compiling.find_launches(compiling.headline_calls(), 90).values()]
     for name in ("train_d64", "train_d128", "inkling_global_8k", "parakeet_10min"):
-        assert any(x.startswith(name) and x.endswith("bwd_dqdr_kernel/3") for x in names)
-    assert 6 * 12 <= len(compiling.sweep_launches(90)) <= 6 * 13
+        assert any(x.startswith(name) and "bwd_dqdr_kernel" in x for x in names)
+    assert len(compiling.find_launches(compiling.sweep_calls(), 90)) >= 6 * 12
 
 
 def test_a_failure_of_parity_is_recorded_and_the_others_run(context, monkeypatch):
