@@ -78,8 +78,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> f
     return 2 * size**3 / _seconds(lambda: a @ b, device)
 
 
-def copy_rate(device: torch.device, n_bytes: int = 2**30) -> float:
-    """Bytes/s of a copy, reads and writes counted."""
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s of a copy of 1 GiB, on a CPU of 1 MiB; reads and writes counted."""
+    n_bytes = 2**30 if device.type == "cuda" else 2**20
     source = torch.randint(2**31 - 1, (n_bytes // 4,), dtype=torch.int32, device=device)
     out = torch.empty_like(source)
     return 2 * n_bytes / _seconds(lambda: out.copy_(source), device)

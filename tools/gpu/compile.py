@@ -39,11 +39,7 @@ _launches: list[Launch] = []
 
 
 def run(context: Context) -> None:
-    """The native part and the kernels of parity, timings and memory. Results: seconds by kernel.
-
-    Raises:
-        AssertionError: something was not compiled.
-    """
+    """The native part and the kernels of parity, timings and memory. Results: seconds by kernel."""
     # The small model has other shapes: a replay compiles its kernels and tests them.
     replay = functools.partial(memory.graph_difference, context.device)
     _compile_all(context, headline_calls(), functools.partial(build_native, context), replay)
@@ -128,11 +124,7 @@ def find_launches(calls: Calls, arch: int) -> dict[str, tuple[str, Launch]]:
 
 
 def build_native(context: Context) -> str:
-    """Builds the native part for this GPU alone, or returns why not; a rehearsal prints a help.
-
-    Raises:
-        RuntimeError: the build failed; with the last lines that the tools printed.
-    """
+    """Builds the native part for this GPU alone, or returns why not; a rehearsal prints a help."""
     try:
         find_program("cmake")
     except UnavailableError as reason:

@@ -31,9 +31,6 @@ Step = Callable[[], None]
 def run(context: Context) -> None:
     """Results: "graph_difference", the relative difference that the replay makes to the change of
     the parameters; by call, the peak "mib" of forward and backward by contender.
-
-    Raises:
-        AssertionError: the replay trains otherwise than the step itself.
     """
     difference = context.results["graph_difference"] = graph_difference(context.device)
     line = f"a replayed training step differs by {difference:.1e}"

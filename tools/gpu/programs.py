@@ -33,11 +33,7 @@ PROFILED = "import torch, tools.gpu.programs as p; p.profiled_calls(torch.device
 
 
 def full_parity(context: Context) -> None:
-    """All GPU tests, in several processes; a rehearsal runs a few on the CPU.
-
-    Raises:
-        AssertionError: a test failed, or time ran out.
-    """
+    """All GPU tests, in several processes; a rehearsal runs a few on the CPU."""
     options = ["-n", str(min(MOST_PROCESSES, os.cpu_count() or 1))]
     options = ["--device", "cpu", "-k", REHEARSED] if context.is_rehearsal else options
     status, lines = run_program([*PYTEST, *options], context.seconds_left() - 2)
@@ -47,11 +43,7 @@ def full_parity(context: Context) -> None:
 
 
 def ncu(context: Context) -> None:
-    """Four launches under Nsight Compute: tensor pipe, shared-memory conflicts, stalls.
-
-    Raises:
-        UnavailableError: ncu is not installed, or cannot read the counters here.
-    """
+    """Four launches under Nsight Compute: tensor pipe, shared-memory conflicts, stalls."""
     if context.is_rehearsal:
         profiled_calls(context.device)
     command = [find_program("ncu"), *NCU.split(), sys.executable, "-c", PROFILED]
@@ -70,12 +62,7 @@ def profiled_calls(device: torch.device) -> None:
 
 
 def sanitizer(context: Context) -> None:
-    """The smallest GPU tests under compute-sanitizer: memcheck, then racecheck.
-
-    Raises:
-        UnavailableError: compute-sanitizer is not installed, or cannot attach here.
-        AssertionError: it reports errors, a test failed, or time ran out.
-    """
+    """The smallest GPU tests under compute-sanitizer: memcheck, then racecheck."""
     program = find_program("compute-sanitizer")
     # Each tensor has an allocation: within torch's larger ones no access is out of bounds.
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -92,11 +79,7 @@ def sanitizer(context: Context) -> None:
 
 
 def find_program(name: str) -> str:
-    """The program of the active Python, on PATH, or in CUDA's folders.
-
-    Raises:
-        UnavailableError: it is not installed.
-    """
+    """The program of the active Python, on PATH, or in CUDA's folders; else UnavailableError."""
     folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath), *CUDA]
     found = shutil.which(name, path=os.pathsep.join(folders))
     if found is None:

@@ -86,19 +86,12 @@ class StageProcess:
 
 @dataclasses.dataclass
 class Run:
-    """All stages of one run.
+    """All stages of one run."""
 
-    Attributes:
-        device: "cuda"; "cpu" for a rehearsal.
-        deadlines: when each stage must have ended, on the monotonic clock.
-        records: receives {"start", "seconds", "status", "error", "results"} of each stage.
-        write: writes the JSON.
-    """
-
-    device: str
-    deadlines: dict[str, float]
-    records: dict[str, dict[str, Any]]
-    write: Callable[[], None]
+    device: str  # "cuda"; "cpu" in a rehearsal
+    deadlines: dict[str, float]  # of each stage, on the monotonic clock
+    records: dict[str, dict[str, Any]]  # receives start, seconds, status, error and results
+    write: Callable[[], None]  # writes the JSON
     running: dict[str, StageProcess] = dataclasses.field(default_factory=dict)
 
     def run(self, plan: Sequence[Stage]) -> None:

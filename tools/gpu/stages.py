@@ -23,7 +23,8 @@ class UnavailableError(Exception):
 
 @dataclasses.dataclass
 class Context:
-    """The interface between the runner and a stage.
+    """The interface between the runner and a stage. A stage raises UnavailableError if this machine
+    cannot run it, and another error if a check fails.
 
     Attributes:
         results: this stage's part of the JSON. The lines of "summary" are printed; "verified" has

@@ -28,60 +28,49 @@ from txl_kernels.backends.triton.launch_table import AttentionConfig, Key
 FWD, DKDV, DQDR = KERNELS = "rel_attention_fwd", "rel_attention_bwd_dkdv", "rel_attention_bwd_dqdr"
 HEAD_SIZES = tuple(shape.D for shape in TRAIN)
 # Queries and keys of a tile, warps, stages. `skew` needs tiles with no more queries than keys.
-GRID = itertools.product(((32, 64), (64, 64), (64, 128)), (4, 8), (1, 2))
-CONFIGS = tuple(AttentionConfig(*tile, *others) for tile, *others in GRID)
+GRID = itertools.product(((32, 64), (64, 64), (64, 128)), ((4, 1), (4, 2), (8, 2)))
+CONFIGS = tuple(AttentionConfig(*tile, *others) for tile, others in GRID)
 TOLERANCE = 2e-2  # relative difference, by the norm, to the shipped configuration's results
 GAIN = 0.02  # a row is replaced only if another one is faster by this fraction
 
 
 def run(context: Context) -> None:
-    """Results: milliseconds, or the error, of each configuration; the rows that are faster.
-
-    Raises:
-        UnavailableError: a rehearsal without Triton's interpreter.
-        AssertionError: a configuration computes another result than the shipped one.
-    """
+    """Results: milliseconds, or the error, of each configuration; the rows that are faster."""
     if context.is_rehearsal and not interprets():
         raise UnavailableError("a rehearsal of the sweep needs TRITON_INTERPRET=1")
-    context.results |= {"times_ms": {}, "rows": []}
-    wrong: list[str] = []
+    context.results |= {"times_ms": {}, "rows": [], "summary": []}
     for D, kernel in itertools.product(HEAD_SIZES[: 1 if context.is_rehearsal else None], KERNELS):
         if context.seconds_left() > 2:
             with mock.patch.dict(backends._AUTO, {context.device.type: ("triton",)}):
-                wrong += _sweep(context, kernel, D)
-    assert not wrong, "; ".join(wrong)
+                _sweep(context, kernel, D)
 
 
-def _sweep(context: Context, kernel: str, D: int) -> list[str]:
-    """Times the configurations and adds the row of the fastest one if it is faster than the shipped
-    one; returns those that compute another result."""
+def _sweep(context: Context, kernel: str, D: int) -> None:
+    """Times the configurations; adds the row of the fastest one if it is faster than the shipped
+    one. Results that differ from the shipped configuration's are errors."""
     key = row_key(kernel, launch_table.launch_class(context.device), D)
     notes = context.results["times_ms"].setdefault(f"{kernel}/D{D}", {})
     case = training_case(D, "forward" if kernel == FWD else "backward", context.device)
-    expected, times, wrong = case.results(OURS), {}, []
+    expected, times = case.results(OURS), {}
     shipped, *others = candidates(key)
     for config in [shipped, *others[: 1 if context.is_rehearsal else None]]:
-        name = str(tuple(config))
         if context.seconds_left() < 1:
             break
         try:
             with configured(key, config), case.contender(OURS) as timed:
                 error = max(map(_difference, case.results(OURS), expected))
-                times[config] = notes[name] = round(1e3 * sample(timed, min_seconds=0.03), 4)
+                assert error <= TOLERANCE, f"its result differs by {error:.1e} of the norm"
+                times[config] = notes[str(tuple(config))] = round(1e3 * sample(timed, 0.03), 4)
         except Exception as problem:  # such as too much shared memory
-            notes[name] = f"{type(problem).__name__}: {problem}"[:200]
-            continue
-        if error > TOLERANCE:
-            wrong.append(f"{kernel} D {D} {name} differs by {error:.1e} of the norm")
+            notes[str(tuple(config))] = f"{type(problem).__name__}: {problem}"[:200]
     best = min(times, key=lambda config: times[config] * (1 + GAIN * (config != shipped)))
-    if best != shipped and not wrong:
+    if best != shipped:
         why = f"{times[best]} ms; {tuple(shipped)}: {times.get(shipped)} ms"
         row = {"kernel": kernel, "class": key.launch_class, "variant": "plain", "bits": 16}
         row |= {"head_size": D, **best._asdict(), "why": why}
         context.results["rows"].append(row)
-    context.results.setdefault("summary", []).append(f"{kernel} D {D}: {notes}")
+    context.results["summary"].append(f"{kernel} D {D}: {notes}")
     context.save()
-    return wrong
 
 
 def row_key(kernel: str, row_class: str, D: int) -> Key:

@@ -18,11 +18,7 @@ TINY = {"model.n_layer": 1, "model.d_model": 16, "model.d_inner": 16, "train.bat
 
 
 def run(context: Context) -> None:
-    """Results: tokens/s over the steps, and their mean loss in nats.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
-    """
+    """Results: tokens/s over the steps, and their mean loss in nats."""
     warm_up, most = (1, 1) if context.is_rehearsal else (10, 50)
     changes = DATA | {"train.autocast": "auto"} | (TINY if context.is_rehearsal else {})
     config = override(load_preset("wt103_base"), changes)

@@ -55,7 +55,7 @@ def test_the_launches_of_the_first_call_are_known_in_advance():
     names = [x for x, _ in compiling.find_launches(compiling.headline_calls(), 90).values()]
     for name in ("train_d64", "train_d128", "inkling_global_8k", "parakeet_10min"):
         assert any(x.startswith(name) and "bwd_dqdr_kernel" in x for x in names)
-    assert len(compiling.find_launches(compiling.sweep_calls(), 90)) >= 6 * 12
+    assert len(compiling.find_launches(compiling.sweep_calls(), 90)) >= 6 * 9
 
 
 def test_a_failure_of_parity_is_recorded_and_the_others_run(context, monkeypatch):
@@ -69,15 +69,6 @@ def test_a_failure_of_parity_is_recorded_and_the_others_run(context, monkeypatch
     context.seconds_left, context.results = (lambda: 0.0), {}
     with pytest.raises(AssertionError, match="nothing was compared"):
         parity.run(context)
-
-
-def test_references_of_parity_stay_small_at_the_timed_lengths():
-    calls = {name: check.args[0] for name, _, check in parity.calls(torch.device("cuda"))}
-    for shape in parity.ATTENTION:
-        case = calls[f"{shape.name}/float16/triton"]
-        assert (case.Tq, case.Tm, case.D, case.R) == (shape.Tq, shape.Tm, shape.D, shape.n_rows)
-        n_queries = parity.LAST_QUERIES if case.Tq > parity.LONG else case.Tq
-        assert 8 * case.H * n_queries * max(shape.n_keys, shape.n_rows) < 2 * 2**30
 
 
 def test_ours_is_timed_first_and_compiled_peers_last():
@@ -105,8 +96,7 @@ def test_a_replay_that_ignores_its_batch_fails(context, monkeypatch):
         memory.run(context)
 
 
-@pytest.mark.parametrize("wrong", [1.0, 2.0])
-def test_the_fastest_right_rows_go_into_the_table(wrong, context, tmp_path, monkeypatch):
+def test_the_fastest_right_rows_go_into_the_table(context, tmp_path, monkeypatch):
     """On an H100 with a call whose result and time depend on the configuration."""
     shipped = launch_table.rows().copy()
 
@@ -116,18 +106,16 @@ def test_the_fastest_right_rows_go_into_the_table(wrong, context, tmp_path, monk
     def results(*_):
         if any(row.num_warps == 8 for row in changed()):
             raise RuntimeError("out of resources: shared memory")
-        return [torch.full((4,), wrong if changed() else 1.0)]
+        return [torch.full((4,), 2.0 if any(row.BLOCK_Q == 32 for row in changed()) else 1.0)]
 
     monkeypatch.setattr(launch_table, "device_limits", lambda _: compiling.REHEARSED)
     monkeypatch.setattr(Context, "is_rehearsal", False)
     monkeypatch.setattr(AttentionCase, "results", results)
-    monkeypatch.setattr(sweep, "sample", lambda *_, **__: 1e-3 / (1 + len(changed())))
-    if wrong > 1:
-        with pytest.raises(AssertionError, match=r"differs by 1\.0e\+00 of the norm"):
-            sweep.run(context)
-        return
+    monkeypatch.setattr(sweep, "sample", lambda *_: 1e-3 / (1 + len(changed())))
     sweep.run(context)
-    assert "RuntimeError: out of resources" in str(context.results["times_ms"])
+    for note in ("RuntimeError: out of resources", "differs by 1.0e+00 of the norm"):
+        assert note in str(context.results["times_ms"])
+    assert all(row["BLOCK_Q"] == 64 for row in context.results["rows"])
     found = {"machine": {"device": "GPU X"}, "stages": {"sweep": {"results": context.results}}}
     result, table = tmp_path / "result.json", tmp_path / "table.json"
     result.write_text(json.dumps(found))
