@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from tools.gpu import STARTED
-from tools.gpu.runner import Run, deadlines
-from tools.gpu.stages import BUILD, FAILED, FIRST_CALL, MARGIN, PASSED, ROOT, STAGES, write_json
+from tools.gpu import STARTED, runner
+from tools.gpu.runner import BUILD, FAILED, FIRST_CALL, MARGIN, PASSED, ROOT, STAGES
 
 WIDTH, LINES, BAR = 110, 40, 40  # columns; lines of one stage; columns of the budget in a bar
 
@@ -37,10 +36,10 @@ def main() -> int:
     words = re.findall("[a-z0-9]+", f"gpu {machine['device']} {machine['date']}".lower())
     out = options.out or ROOT / "benchmarks" / "results" / f"{'-'.join(words)}.json"
     plan = [stage for stage in STAGES.values() if stage.name in options.stages]
-    ends = deadlines(plan, time.monotonic(), STARTED + options.budget - MARGIN)
-    write = functools.partial(write_json, out, found)
+    ends = runner.deadlines(plan, time.monotonic(), STARTED + options.budget - MARGIN)
+    write = functools.partial(runner.write_json, out, found)
     try:
-        Run("cpu" if options.rehearse else "cuda", ends, records, write).run(plan)
+        runner.Run("cpu" if options.rehearse else "cuda", ends, records, write).run(plan)
     finally:
         show(found)
         print(f"\n{time.monotonic() - STARTED:.0f} of {options.budget:.0f} s; written: {out}")

@@ -9,6 +9,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -23,16 +24,13 @@ from tools.gates.compiling import compile_launch
 from tools.gates.shipped import attention, recording, shipped_calls
 from tools.gpu import memory, sweep
 from tools.gpu.programs import find_program, run_program
-from tools.gpu.stages import ROOT, Context, UnavailableError
+from tools.gpu.runner import ROOT, Context, UnavailableError
 from txl_kernels.backends.triton import launch_table, launching
 from txl_kernels.backends.triton.launch_table import AttentionConfig
 from txl_kernels.backends.triton.launching import Launch
 
 Calls = Iterable[tuple[str, Callable[[], None]]]  # names and functions
 REHEARSED = (9, 0), 232448  # compute capability, bytes of shared memory per block
-# Which are timed, and compared in parity, without biases of the tails.
-SOFTMAX = [f"adaptive_loss/{dtype}/wt103_large" for dtype in ("bfloat16", "float16")]
-SOFTMAX += ["adaptive_nll/bfloat16/wt103_large"]
 
 # Filled before the worker processes are forked: launches cannot be pickled.
 _launches: list[Launch] = []
@@ -65,7 +63,8 @@ def _compile_all(context: Context, calls: Calls, *beside: Callable[[], object]) 
     with fork.Pool(len(os.sched_getaffinity(0))) as pool, ThreadPoolExecutor() as threads:
         others = [threads.submit(function) for function in beside]  # after the fork
         compiled = pool.imap(_compile, range(len(names)))
-        for name, (seconds[name], error) in zip(names, compiled, strict=True):
+        for name, (elapsed, error) in zip(names, compiled, strict=True):
+            seconds[name] = elapsed
             failed += [f"{name}: {error}"] if error else []
             context.save()
         context.results["summary"] = [f"{len(seconds)} kernels", *failed]
@@ -95,7 +94,7 @@ def headline_calls() -> Calls:
             changed = functools.partial(call, B=B, H=H, dtype=getattr(torch, dtype))
             yield f"{shape.name}/{dtype}/H{H}", changed
     for softmax in shipped_calls():
-        if softmax.name in SOFTMAX:
+        if re.match("adaptive_(loss|nll)/.*float16/wt103_large", softmax.name):
             yield softmax.name, functools.partial(softmax.run, biases=False)
 
 

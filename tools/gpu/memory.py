@@ -16,7 +16,7 @@ from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.rel_attention import COMPILED_PEERS, AttentionCase
 from benchmarks.device import peak_mib
 from benchmarks.suite import Figures, noting
-from tools.gpu.stages import Context
+from tools.gpu.runner import Context
 from transformer_xl.config import ModelConfig
 from transformer_xl.model import TransformerXL
 

@@ -18,7 +18,7 @@ from benchmarks import headline
 from benchmarks.cases.adaptive_softmax import arguments
 from benchmarks.inputs import AttentionShape
 from benchmarks.softmax_inputs import SoftmaxShape, random_softmax
-from tools.gpu.stages import Context
+from tools.gpu.runner import Context
 from txl_kernels import backends, rel_attention, resolve
 from txl_kernels.backends import verification
 from txl_kernels.testing import (

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.cases import OURS
-from tools.gpu.stages import ROOT, Context, UnavailableError
+from tools.gpu.runner import ROOT, Context, UnavailableError
 from tools.gpu.sweep import training_case
 
 CUDA = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")

@@ -20,7 +20,7 @@ from benchmarks.cases import OURS
 from benchmarks.cases.rel_attention import AttentionCase
 from benchmarks.headline import TRAIN
 from benchmarks.measure import sample
-from tools.gpu.stages import Context, UnavailableError
+from tools.gpu.runner import Context, UnavailableError
 from txl_kernels import backends
 from txl_kernels.backends.triton import interprets, launch_table
 from txl_kernels.backends.triton.launch_table import AttentionConfig, Key

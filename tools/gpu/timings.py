@@ -16,7 +16,7 @@ from benchmarks.cases.rel_attention import COMPILED_PEERS
 from benchmarks.device import copy_rate, matmul_rate
 from benchmarks.measure import OneProgramAtATime, sample
 from benchmarks.suite import Effort, Figures, take
-from tools.gpu.stages import Context
+from tools.gpu.runner import Context
 
 EFFORT = Effort(pairs=7, sample_seconds=1e-6, memory=False)
 LEAST = 2.0  # seconds: with less, no case is started

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from tools.gpu.stages import BUILD, Context
+from tools.gpu.runner import BUILD, Context
 from transformer_xl.config import load_preset, override
 from transformer_xl.data import open_corpus
 from transformer_xl.training import Trainer, fit_vocabulary, join_processes

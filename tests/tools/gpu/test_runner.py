@@ -14,7 +14,7 @@ import torch
 
 from tools.gpu import __main__ as command
 from tools.gpu import runner
-from tools.gpu.stages import FIRST_CALL, MARGIN, Stage, UnavailableError
+from tools.gpu.runner import FIRST_CALL, MARGIN, Stage, UnavailableError
 from txl_kernels.backends.verification import records
 
 TYPICAL = {"compile": 40, "ceilings": 8, "compile_sweep": 30, "parity": 35}
@@ -101,7 +101,7 @@ def run(context):
 
 def test_a_stage_is_a_process_that_can_be_ended_with_its_workers(tmp_path, monkeypatch):
     (tmp_path / "hangs.py").write_text(HANGS)
-    monkeypatch.setattr(runner.stages, "BUILD", tmp_path)
+    monkeypatch.setattr(runner, "BUILD", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     running = runner.StageProcess(Stage("hangs", "hangs:run", 60), time.monotonic() + 60, "cpu")
     worker = tmp_path / "worker"

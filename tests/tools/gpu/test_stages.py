@@ -15,7 +15,7 @@ from benchmarks import headline
 from benchmarks.cases.rel_attention import EAGER, FLEX, SDPA_BIAS, AttentionCase
 from tools.gpu import compile as compiling
 from tools.gpu import memory, parity, programs, sweep, timings
-from tools.gpu.stages import FIRST_CALL, ROOT, STAGES, Context, UnavailableError
+from tools.gpu.runner import FIRST_CALL, ROOT, STAGES, Context, UnavailableError
 from txl_kernels.backends.triton import launch_table
 
 
