@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from subprocess import getoutput
@@ -34,7 +34,8 @@ def main() -> int:
     found = {"machine": machine, "budget": options.budget, "stages": records}
     # Unique by device and second, so that no call replaces the results of another.
     words = re.findall("[a-z0-9]+", f"gpu {machine['device']} {machine['date']}".lower())
-    out = options.out or ROOT / "benchmarks" / "results" / f"{'-'.join(words)}.json"
+    folder = BUILD if options.rehearse else ROOT / "benchmarks" / "results"
+    out = options.out or folder / f"{'-'.join(words)}.json"
     plan = [stage for stage in STAGES.values() if stage.name in options.stages]
     ends = runner.deadlines(plan, time.monotonic(), STARTED + options.budget - MARGIN)
     write = functools.partial(runner.write_json, out, found)
@@ -53,8 +54,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the JSON file")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args()
-    if options.rehearse and not options.out:
-        options.out = BUILD / "rehearsal.json"
     default = STAGES if options.rehearse else [stage.name for stage in FIRST_CALL]
     options.stages = options.stages.split(",") if options.stages else default
     if unknown := [name for name in options.stages if name not in STAGES]:
@@ -92,22 +91,18 @@ def show(report: Mapping[str, Any]) -> None:
     for status, names in itertools.groupby(by_status, key=lambda pair: pair[0]):
         print(f"  {status}: {', '.join(name for _, name in names)}")
     print("", *(f"{key}: {value}" for key, value in machine.items()), "", sep="\n")
-    print(*timeline(stages, report["budget"]), sep="\n")
+    budget = report["budget"]
+    print(f"{'stage':<13} {'start':>6} {'end':>6}  status   |{f'0 to {budget:.0f} s':<{BAR}}|")
+    for name, record in stages.items():
+        start, end = record["start"], record["start"] + record["seconds"]
+        first, last = (min(BAR, round(x / budget * BAR)) for x in (start, end))
+        bar = " " * first + "#" * (last - first)
+        print(f"{name:<13} {start:>6.1f} {end:>6.1f}  {record['status']:<8} |{bar:<{BAR}}|")
     for name, record in stages.items():
         text = [record["error"] or "", *record.get("results", {}).get("summary", [])]
         lines = [f"  {line}"[:WIDTH] for line in "\n".join(text).splitlines() if line]
         if lines:
             print("", name, *lines[:LINES], sep="\n")
-
-
-def timeline(stages: Mapping[str, Mapping[str, Any]], budget: float) -> Iterator[str]:
-    """A row for each stage, in seconds since the start, with a bar."""
-    yield f"{'stage':<13} {'start':>6} {'end':>6}  {'status':<8} |{f'0 to {budget:.0f} s':<{BAR}}|"
-    for name, record in stages.items():
-        start, end = record["start"], record["start"] + record["seconds"]
-        first, last = (min(BAR, round(x / budget * BAR)) for x in (start, end))
-        bar = " " * first + "#" * (last - first)
-        yield f"{name:<13} {start:>6.1f} {end:>6.1f}  {record['status']:<8} |{bar:<{BAR}}|"
 
 
 if __name__ == "__main__":

@@ -30,21 +30,20 @@ Step = Callable[[], None]
 
 def run(context: Context) -> None:
     """Results: "graph_difference", the relative difference that the replay makes to the change of
-    the parameters; by call, the peak "mib" of forward and backward by contender.
-    """
+    the parameters; by call, the peak "mib" of forward and backward by contender."""
     difference = context.results["graph_difference"] = graph_difference(context.device)
     line = f"a replayed training step differs by {difference:.1e}"
     context.results["summary"] = [line]
     assert difference <= TOLERANCE, line
     dtype, device = torch.bfloat16, context.device.type
     cases: list[Any] = [AttentionCase(x, dtype, "forward+backward", device) for x in SHAPES]
-    for case in (*cases, SoftmaxCase(headline.SOFTMAX, dtype, "loss", device)):
+    cases.append(SoftmaxCase(headline.SOFTMAX, dtype, "loss", device))
+    for case in [case.tiny() for case in cases] if context.is_rehearsal else cases:
         figures = Figures(case.name)
         for name in (OURS, *case.peers, *case.yardsticks):
             if context.seconds_left() < 1 or name in COMPILED_PEERS:
                 continue
-            tiny = case.tiny() if context.is_rehearsal else case
-            with noting(figures, name), tiny.contender(name) as timed:
+            with noting(figures, name), case.contender(name) as timed:
                 figures.peak_mib[name] = peak_mib(timed)
             gc.collect()
         context.results[case.shape.name] = {"mib": figures.peak_mib, "notes": figures.notes}

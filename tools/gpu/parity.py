@@ -38,8 +38,7 @@ DETERMINISTIC = functools.partial(filled_with_nan, deterministic=True)
 
 def run(context: Context) -> None:
     """Results: for each call the seconds it took, or why it failed or did not run; "verified", the
-    hashes of the kernels that passed.
-    """
+    hashes of the kernels that passed."""
     found: dict[str, str] = context.results.setdefault("calls", {})
     verified: dict[str, str] = context.results.setdefault("verified", {})
     for name, options, check in calls(context.device):
@@ -100,8 +99,7 @@ def check_attention(case: RelAttentionCase, backend: str, dtype: torch.dtype, de
     """Output and gradients, in new memory that holds NaN.
 
     Under deterministic algorithms three runs must return the same bits; by default, where the sums
-    for r's gradient are atomic, there is one run.
-    """
+    for r's gradient are atomic, there is one run."""
     last = LAST_QUERIES if case.Tq > LONG else None
     check = functools.partial(check_rel_attention, case, backend, dtype, device, last_queries=last)
     check(runs=RUNS, within=DETERMINISTIC)

@@ -22,7 +22,7 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "tests/gpu", "-m", "gpu")
 # Small tests, for compute-sanitizer and for a rehearsal, whose interpreter has no bfloat16.
 SANITIZED = "shift or torch.float16 and (wild_lengths or head_41 or dropout or two_tails)"
 REHEARSED = "shift and native or torch.float16 and (one_query or two_tails) or training"
-MOST_PROCESSES = 8  # each holds a CUDA context of about half a GiB
+PROCESSES = str(min(8, os.cpu_count() or 1))  # each holds a CUDA context of about half a GiB
 NCU = (
     "--clock-control none --launch-count 4 --page details --print-details all"
     " --kernel-name regex:_rel_attention_(fwd|bwd_dkdv|bwd_dqdr)_kernel --section SpeedOfLight"
@@ -34,8 +34,7 @@ PROFILED = "import torch, tools.gpu.programs as p; p.profiled_calls(torch.device
 
 def full_parity(context: Context) -> None:
     """All GPU tests, in several processes; a rehearsal runs a few on the CPU."""
-    options = ["-n", str(min(MOST_PROCESSES, os.cpu_count() or 1))]
-    options = ["--device", "cpu", "-k", REHEARSED] if context.is_rehearsal else options
+    options = ["--device", "cpu", "-k", REHEARSED] if context.is_rehearsal else ["-n", PROCESSES]
     status, lines = run_program([*PYTEST, *options], context.seconds_left() - 2)
     context.results["output"] = lines[-60:]
     context.results["summary"] = [x for x in lines[:-1] if x.startswith("FAILED")] + lines[-1:]

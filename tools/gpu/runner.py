@@ -22,7 +22,7 @@ import torch
 from tools.gpu import STARTED
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "gpu"  # the native build; record and log of each stage
+BUILD = ROOT / "build" / "gpu"  # record and log of each stage
 MARGIN = 6.0  # seconds of the budget for ending the last stage, writing and printing
 PASSED, FAILED, SKIPPED, NOT_RUN = "passed", "failed", "skipped", "not run"
 LEAST = 5.0  # seconds of a stage; with less before the end of the run, it is not started

@@ -25,7 +25,7 @@ from txl_kernels import backends
 from txl_kernels.backends.triton import interprets, launch_table
 from txl_kernels.backends.triton.launch_table import AttentionConfig, Key
 
-FWD, DKDV, DQDR = KERNELS = "rel_attention_fwd", "rel_attention_bwd_dkdv", "rel_attention_bwd_dqdr"
+KERNELS = ("rel_attention_fwd", "rel_attention_bwd_dkdv", "rel_attention_bwd_dqdr")
 HEAD_SIZES = tuple(shape.D for shape in TRAIN)
 # Queries and keys of a tile, warps, stages. `skew` needs tiles with no more queries than keys.
 GRID = itertools.product(((32, 64), (64, 64), (64, 128)), ((4, 1), (4, 2), (8, 2)))
@@ -50,9 +50,10 @@ def _sweep(context: Context, kernel: str, D: int) -> None:
     one. Results that differ from the shipped configuration's are errors."""
     key = row_key(kernel, launch_table.launch_class(context.device), D)
     notes = context.results["times_ms"].setdefault(f"{kernel}/D{D}", {})
-    case = training_case(D, "forward" if kernel == FWD else "backward", context.device)
+    case = training_case(D, "forward" if kernel == KERNELS[0] else "backward", context.device)
     expected, times = case.results(OURS), {}
-    shipped, *others = candidates(key)
+    shipped = launch_table.rows()[key]
+    others = [config for config in CONFIGS if config != shipped]
     for config in [shipped, *others[: 1 if context.is_rehearsal else None]]:
         if context.seconds_left() < 1:
             break
@@ -78,11 +79,6 @@ def row_key(kernel: str, row_class: str, D: int) -> Key:
     if row_class == "interpreter":
         return Key(kernel, row_class, "plain")
     return Key(kernel, row_class, "plain", 16, D)
-
-
-def candidates(key: Key) -> list[AttentionConfig]:
-    """The shipped configuration, then the others."""
-    return list(dict.fromkeys([launch_table.rows()[key], *CONFIGS]))
 
 
 def configured(key: Key, config: AttentionConfig) -> AbstractContextManager[object]:

@@ -35,8 +35,7 @@ def ceilings(context: Context) -> None:
 
 def run(context: Context) -> None:
     """Results: "cases", by name the figures of the benchmarks, or a note that says why there are
-    none; "copy_bytes_per_second", the ceiling of decoding.
-    """
+    none; "copy_bytes_per_second", the ceiling of decoding."""
     gc.collect()
     gc.freeze()  # later collections skip the imported modules: a third of a second each
     found: dict[str, Figures] = {}
@@ -86,16 +85,16 @@ def _line(figures: Figures, copy: float) -> str:
 
 def cpu_threads(context: Context) -> None:
     """Results: by case on the CPU, the milliseconds of one run of ours by number of threads."""
-    tiny = context.is_rehearsal
-    lines = context.results.setdefault("summary", [])
-    for case in registry.select(registry.timed_cases(), CPU_CASES)[: 1 if tiny else None]:
+    cases = registry.select(registry.timed_cases(), CPU_CASES)
+    for case in [cases[0].tiny()] if context.is_rehearsal else cases:
         times: dict[int, float] = {}
-        with (case.tiny() if tiny else case).contender(OURS) as timed:
+        with case.contender(OURS) as timed:
             for threads in (1, 2, 4, 8, 16):
                 if threads <= (os.cpu_count() or 1) and context.seconds_left() > 5:
                     torch.set_num_threads(threads)
                     timed()
                     times[threads] = round(1e3 * sample(timed, min_seconds=0.5), 3)
         context.results[case.name] = times
-        lines.append(f"{case.name}: ms by threads {times}")
+        line = f"{case.name}: ms by threads {times}"
+        context.results.setdefault("summary", []).append(line)
         context.save()

@@ -77,8 +77,6 @@ def test_ours_is_timed_first_and_compiled_peers_last():
     assert all(names == [] for _, names in plan[:n])
     assert plan[n][1][:2] == [EAGER, SDPA_BIAS]
     assert plan[-1][1] == [FLEX]
-    shapes = [case.shape.name for case, _ in plan[: headline.N_FIRST : 2]]
-    assert shapes == ["train_d64", "train_d128", "decode", "wt103_large"]
 
 
 def test_a_wrong_call_of_ours_fails_and_time_runs_out(context, monkeypatch):
@@ -126,18 +124,15 @@ def test_the_fastest_right_rows_go_into_the_table(context, tmp_path, monkeypatch
     assert "GPU X: 0.5 ms" in table.read_text()
 
 
-@pytest.mark.parametrize(
-    ("printed", "error"),
-    [("ERROR SUMMARY: 3 errors", AssertionError), ("Device not supported", UnavailableError)],
-)
-def test_the_sanitizer_by_its_summary(context, monkeypatch, printed, error):
+def test_the_sanitizer_by_its_summary(context, monkeypatch):
+    output = ["ERROR SUMMARY: 0 errors"]
     monkeypatch.setattr(programs, "find_program", lambda name: name)
-    monkeypatch.setattr(programs, "run_program", lambda *_: (0, [f"==== {printed}"]))
+    monkeypatch.setattr(programs, "run_program", lambda *_: (0, output))
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "0")
-    with pytest.raises(error):
-        programs.sanitizer(context)
-    printed = "ERROR SUMMARY: 0 errors"
     programs.sanitizer(context)
+    for output in (["ERROR SUMMARY: 3 errors"], ["Device not supported"]):
+        with pytest.raises(AssertionError if "SUMMARY" in output[0] else UnavailableError):
+            programs.sanitizer(context)
 
 
 def test_a_program_that_hangs_is_ended_and_its_output_kept():
