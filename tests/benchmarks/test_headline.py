@@ -14,8 +14,6 @@ from benchmarks.cases import OURS, PeerUnavailableError, WrongResultError
 from benchmarks.cases import rel_attention as attention
 from benchmarks.cases.rel_attention import CUDNN, EAGER, FLASH, SDPA_BIAS, AttentionCase
 from benchmarks.peers import flex
-from txl_kernels import BackendUnavailableError
-from txl_kernels.backends import Resolution
 
 TINY = [dataclasses.replace(shape.tiny(), D=8) for shape in headline.ATTENTION]
 
@@ -68,9 +66,3 @@ def test_time_on_a_gpu_is_between_events_and_inputs_take_turns(monkeypatch):
     turn = ["record", "a", "record", "synchronize", "elapsed_time"]
     assert [call[0] for call in calls.method_calls[:6]] == ["fill_", *turn]
     assert calls.b.called
-
-
-def test_ours_on_a_gpu_never_falls_back(monkeypatch):
-    monkeypatch.setattr(device, "resolve", lambda op, **call: Resolution("reference", "no device"))
-    with pytest.raises(BackendUnavailableError, match="rel_attention: no device"):
-        device.preferred_backend("rel_attention", "cuda")
