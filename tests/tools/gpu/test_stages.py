@@ -27,7 +27,7 @@ def context():
 @pytest.mark.slow
 def test_a_rehearsal_runs_every_stage(tmp_path):
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "tools.gpu", "--rehearse", "--budget", "500", "--out", out]
+    command = [sys.executable, "-m", "tools.gpu", "--rehearse", "--budget", "2000", "--out", out]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
