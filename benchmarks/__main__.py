@@ -13,8 +13,7 @@ from rich.progress import track
 
 from benchmarks import headline, machine, registry
 from benchmarks.cases import OURS
-from benchmarks.device import OneProgramAtATime
-from benchmarks.measure import SAMPLE_SECONDS, WANTED_ROUNDS, Probe
+from benchmarks.measure import SAMPLE_SECONDS, WANTED_ROUNDS, OneProgramAtATime, Probe
 from benchmarks.plot import plot
 from benchmarks.report import print_report, write_json
 from benchmarks.step_profile import profile_step

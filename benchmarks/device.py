@@ -8,56 +8,37 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import Timed, sample, stopwatch
 from txl_kernels import BackendUnavailableError, resolve
 
 INPUT_SETS = 2
-_FLUSH_BYTES = 2**30  # at least; 4 times L2 if that is more
-
-
-class Flush:
-    """Writes more than L2 holds. That takes about a millisecond, in which the host enqueues the run
-    that follows, so that the events enclose no launch latency."""
-
-    def __init__(self, device: torch.device) -> None:
-        L2 = torch.cuda.get_device_properties(device).L2_cache_size
-        room = torch.cuda.mem_get_info(device)[0] // 8
-        n_bytes = max(4 * L2, min(_FLUSH_BYTES, room))
-        self._buffer = torch.empty(n_bytes // 4, dtype=torch.int32, device=device)
-        self._fills = max(1, round(3 * _FLUSH_BYTES / n_bytes))
-
-    def __call__(self) -> None:
-        for _ in range(self._fills):
-            self._buffer.fill_(1)
-
-
-class OneProgramAtATime:
-    """A probe for `take_rounds`: nothing else runs on a GPU, so that every round counts."""
-
-    best = 1.0
-
-    def rate(self) -> float:
-        return 1.0
+_FLUSH_BYTES, _FILLS = 2**28, 12  # more than L2 holds
 
 
 @functools.cache
-def _flush(device: torch.device) -> Flush:
-    """One for all timers, since its buffer is large."""
-    return Flush(device)
+def _flush_buffer(device: torch.device) -> Tensor:
+    """One for all timers."""
+    return torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
 
 def timer(runs: Sequence[Callable[[], object]], device: torch.device) -> Timed:
-    """Returns the seconds of one run; the runs are the same work on different inputs, in turn."""
+    """Returns the seconds of one run; the runs are the same work on different inputs, in turn.
+
+    Writes to a buffer flush L2. They take about a millisecond, in which the host enqueues the run
+    that follows, so that the events enclose no launch latency.
+    """
     turns = itertools.cycle(runs)
     if device.type != "cuda":
         return stopwatch(lambda: next(turns)())
-    flush = _flush(device)
+    buffer = _flush_buffer(device)
 
     def timed() -> float:
         run = next(turns)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush()
+        for _ in range(_FILLS):
+            buffer.fill_(1)
         start.record()
         run()
         end.record()
@@ -68,14 +49,8 @@ def timer(runs: Sequence[Callable[[], object]], device: torch.device) -> Timed:
 
 
 def preferred_backend(op: str, device: str, **call: Any) -> str:
-    """The backend that "auto" prefers, to be named: a named one never falls back to another.
-
-    Args:
-        call: arguments of `resolve`.
-
-    Raises:
-        BackendUnavailableError: no kernel of ours runs the call on a GPU.
-    """
+    """The backend that "auto" prefers for a call, given as the arguments of `resolve`. A backend
+    requested by name never falls back. BackendUnavailableError if no kernel runs on a GPU."""
     if device == "cpu":
         return "auto"
     backend, reason = resolve(op, device=device, **call)
@@ -100,6 +75,18 @@ def peak_mib(run: Callable[[], object]) -> float:
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
     """FLOP/s of torch's product of two square matrices of normal numbers."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    timed = timer([lambda: a @ b], device)
+    return 2 * size**3 / _seconds(lambda: a @ b, device)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s of a copy of 1 GiB, on a CPU of 1 MiB; reads and writes counted."""
+    n_bytes = 2**30 if device.type == "cuda" else 2**20
+    source = torch.randint(2**31 - 1, (n_bytes // 4,), dtype=torch.int32, device=device)
+    out = torch.empty_like(source)
+    return 2 * n_bytes / _seconds(lambda: out.copy_(source), device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    timed = timer([run], device)
     timed()
-    return 2 * size**3 / sample(timed, min_seconds=0.02)
+    return sample(timed, min_seconds=0.02)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from benchmarks.cases import Case
@@ -10,8 +12,7 @@ from benchmarks.cases.rel_attention import AttentionCase
 from benchmarks.inputs import AttentionShape
 from benchmarks.softmax_inputs import SoftmaxShape
 
-# A training segment after a memory of its length; head sizes of WikiText-103 and of enwik8's large
-# model.
+# Training segments after a memory of their length, with the head sizes of published models.
 TRAIN = tuple(
     AttentionShape(name=f"train_d{D}", B=8, H=16, Tq=2048, Tm=2048, D=D, causal=True)
     for D in (64, 128)
@@ -22,8 +23,8 @@ PARAKEET = AttentionShape(
 )
 # One token after enwik8's evaluation memory, a batch of them.
 DECODE = AttentionShape(name="decode", B=32, H=16, Tq=1, Tm=3799, D=64, causal=True)
-
-
+# Keys and values, and r once per head, in bfloat16.
+DECODE_BYTES = 2 * DECODE.H * DECODE.D * (2 * DECODE.B * DECODE.n_keys + DECODE.n_rows)
 # Layers of Inkling-Small. INKLING_NOTE: what the Triton kernels still require.
 INKLING_NOTE = (
     "inkling: each query head has keys of its own (the model shares 8 key heads), and the position "
@@ -31,16 +32,11 @@ INKLING_NOTE = (
 )
 
 
-def _inkling(tokens: int, kind: str, extent: int, window: int | None) -> AttentionShape:
-    name = f"inkling_{kind}_{tokens // 1024}k"
-    sizes = {"B": 1, "H": 32, "Tq": tokens, "Tm": 0, "D": 128, "rel_extent": extent}
-    return AttentionShape(name=name, causal=True, window=window, **sizes)
-
-
+_layer = functools.partial(AttentionShape, B=1, H=32, Tm=0, D=128, causal=True)
 INKLING = tuple(
-    _inkling(tokens, *layer)
-    for tokens in (8192, 32768, 2048)
-    for layer in (("global", 1024, None), ("sliding", 512, 511))
+    _layer(name=f"inkling_{kind}_{Tq // 1024}k", Tq=Tq, rel_extent=extent, window=window)
+    for Tq in (8192, 32768, 2048)
+    for kind, extent, window in (("global", 1024, None), ("sliding", 512, 511))
 )
 ATTENTION = (*TRAIN, DECODE, *INKLING[:2], PARAKEET, *INKLING[2:])
 # WikiText-103's large model.
@@ -49,14 +45,17 @@ SOFTMAX = SoftmaxShape(
 )
 
 
+N_FIRST = 2 * len(TRAIN) + 3  # cases of training, decoding and the softmax
+
+
 def device_cases(device: str = "cuda") -> list[Case]:
     """The timed cases, in bfloat16; the most important are first."""
     dtype = torch.bfloat16
-    attention: list[Case] = [
+    cases: list[Case] = [
         AttentionCase(shape, dtype, direction, device)
         for shape in ATTENTION
         for direction in (("forward",) if shape is DECODE else ("forward", "backward"))
     ]
-    softmaxes: list[Case] = [SoftmaxCase(SOFTMAX, dtype, work, device) for work in ("loss", "nll")]
-    n_first = 2 * len(TRAIN) + 1  # attention of training and decoding
-    return [*attention[:n_first], *softmaxes, *attention[n_first:]]
+    n = N_FIRST - 2
+    cases[n:n] = [SoftmaxCase(SOFTMAX, dtype, work, device) for work in ("loss", "nll")]
+    return cases

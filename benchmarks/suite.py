@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks import device, machine, peak_memory
-from benchmarks.cases import OURS, Case, WrongResultError
+from benchmarks.cases import OURS, Case
 from benchmarks.measure import (
     Comparison,
     Probe,
@@ -65,18 +65,32 @@ class Figures:
         return self.gflops / self.limit.gflops
 
 
-def take(case: Case, probe: Probe, effort: Effort) -> Figures:
-    """All figures of a timed case. A wrong result of ours leaves only a note, and no speed."""
-    figures = Figures(case.name)
-    with _noting(figures, OURS):
-        case.check(OURS)
-    if figures.notes:
+def take(
+    case: Case,
+    probe: Probe,
+    effort: Effort,
+    others: Sequence[str] | None = None,
+    figures: Figures | None = None,
+) -> Figures:
+    """All figures of a timed case. A wrong result of ours leaves only a note, and no speed.
+
+    Args:
+        others: the contenders to compare with ours; all if None.
+        figures: receives the figures; those of an earlier call for ours are kept.
+    """
+    figures = figures or Figures(case.name)
+    is_new = figures.seconds is None
+    if is_new and not figures.notes:
+        with noting(figures, OURS):
+            case.check(OURS)
+    if OURS in figures.notes:
         return figures
-    with case.contender(OURS) as ours:
-        _take_speed(case, ours, probe, effort, figures)
-        for name in (*case.peers, *case.yardsticks):
+    with noting(figures, OURS), case.contender(OURS) as ours:
+        if is_new:
+            _take_speed(case, ours, probe, effort, figures)
+        for name in (*case.peers, *case.yardsticks) if others is None else others:
             taken = figures.peers if name in case.peers else figures.yardsticks
-            with _noting(figures, name):
+            with noting(figures, name):
                 case.check(name)
                 with case.contender(name) as peer:
                     taken[name] = compare(
@@ -94,7 +108,7 @@ def take(case: Case, probe: Probe, effort: Effort) -> Figures:
 def take_memory(case: Case, contenders: tuple[str, ...], figures: Figures) -> None:
     """Peak growth of each contender that runs in a Python process of ours, or on the device."""
     for name in contenders:
-        with _noting(figures, name):
+        with noting(figures, name):
             if case.device != "cpu":
                 with case.contender(name) as run:
                     figures.peak_mib[name] = device.peak_mib(run)
@@ -115,9 +129,9 @@ def _take_speed(case: Case, ours: Timed, probe: Probe, effort: Effort, figures: 
 
 
 @contextlib.contextmanager
-def _noting(figures: Figures, contender: str) -> Iterator[None]:
-    """Turn what keeps a contender from giving a figure into a note."""
+def noting(figures: Figures, contender: str) -> Iterator[None]:
+    """Turns an error of a contender into a note, of its first line."""
     try:
         yield
-    except (WrongResultError, RuntimeError) as error:
-        figures.notes[contender] = f"{type(error).__name__}: {error}"
+    except Exception as error:  # such as Triton's OutOfResources
+        figures.notes[contender] = f"{type(error).__name__}: {error}".partition("\n")[0][:300]

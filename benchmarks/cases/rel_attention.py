@@ -114,7 +114,7 @@ class AttentionCase:
             return
         if self.device == "cpu":
             labels, expected = _reference_results(self.shape, self.dtype, self.direction)
-            self._compare(name, labels, expected, self._results(name))
+            self._compare(name, labels, expected, self.results(name))
         else:
             # Of the forward pass, so that FlexAttention is compiled for it only once.
             forward = dataclasses.replace(self, direction="forward")
@@ -131,7 +131,7 @@ class AttentionCase:
                     f"{GATE[self.dtype]:.0e} is allowed"
                 )
 
-    def _results(self, name: str) -> list[Tensor]:
+    def results(self, name: str) -> list[Tensor]:
         attend, leaves = self._bound(name)
         if self.direction == "forward":
             with torch.no_grad():

@@ -1,33 +1,32 @@
-"""GPU tests: `pytest -m gpu`. Without a GPU one test of each file is skipped, with the reason."""
+"""GPU tests: `pytest -m gpu`. Without a GPU they are skipped, with the reason."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 
-from txl_kernels import resolve
-
-HERE = Path(__file__).parent
+from txl_kernels import BackendUnavailableError, resolve
 
 
-@pytest.hookimpl(trylast=True)  # after -k and -m
-def pytest_collection_modifyitems(config, items):
-    ours = [item for item in items if item.path.parent == HERE]
-    _, reason = resolve("rel_attention", backend="triton", device="cuda")
-    if reason is None or not ours:
-        return
-    first = {item.path: item for item in reversed(ours)}
-    for item in first.values():
-        item.add_marker(pytest.mark.skip(reason=reason))
-    others = [item for item in ours if item is not first[item.path]]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in set(others)]
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", help="cpu: the CPU and Triton's interpreter")
 
 
 @pytest.fixture
-def device():
+def device(request):
     """The current GPU. The tests use TF32 nowhere."""
+    device = request.config.getoption("--device", "cuda")
+    _, reason = resolve("rel_attention", backend="triton", device=device)
+    if reason is not None:
+        pytest.skip(reason)
     torch.set_float32_matmul_precision("highest")
-    return "cuda"
+    return device
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """Skips the calls that a backend does not support."""
+    try:
+        return (yield)
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))

@@ -8,21 +8,19 @@ import pytest
 import torch
 
 from tools.gpu.memory import TOLERANCE, captured, graph_difference
-from txl_kernels import rel_attention, resolve
+from txl_kernels import rel_attention
 from txl_kernels.testing import DECODE_CASES, REL_ATTENTION_CASES
 from txl_kernels.testing.poison import filled_with_nan
 
 pytestmark = pytest.mark.gpu
 
-TRAINED = ("transformer_xl", "conformer", "long", "window", "everything")
+NAMES = ("transformer_xl", "conformer", "long", "window", "everything")
+CASES = [("triton", True, case) for case in REL_ATTENTION_CASES if case.name in NAMES]
+CASES += [(x, False, case) for x in ("native", "triton") for case in DECODE_CASES[:8]]
 
 
-def check_replay(case, backend, device, trains):
-    options = {"Tq": case.Tq, "D": case.D, "needs_grad": trains, "uses": case.uses}
-    options |= {"device": device, "dtype": torch.float16}
-    _, reason = resolve("rel_attention", backend=backend, **options)
-    if reason is not None:
-        pytest.skip(reason)
+@pytest.mark.parametrize(("backend", "trains", "case"), CASES, ids=str)
+def test_attention(backend, trains, case, device):
     floats, others = case.inputs(torch.float16, device)
     leaves, dout = list(floats.values()), case.dout(torch.float16, device)
     attend = functools.partial(rel_attention, **floats, **others, **case.options, backend=backend)
@@ -45,17 +43,6 @@ def check_replay(case, backend, device, trains):
         call()
     for n, (found, expected) in enumerate(zip(replayed, results[-1], strict=True)):
         assert torch.equal(found, expected), f"tensor {n} differs in a replay"
-
-
-@pytest.mark.parametrize("case", [x for x in REL_ATTENTION_CASES if x.name in TRAINED], ids=str)
-def test_attention(case, device):
-    check_replay(case, "triton", device, trains=True)
-
-
-@pytest.mark.parametrize("backend", ["native", "triton"])
-@pytest.mark.parametrize("case", DECODE_CASES[:8], ids=str)
-def test_decoding(case, backend, device):
-    check_replay(case, backend, device, trains=False)
 
 
 def test_a_training_step(device):

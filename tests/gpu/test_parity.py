@@ -1,98 +1,62 @@
 """Every named case of every op on a GPU against float64, with all gradients; equal bits of runs.
 
-New memory holds NaN. compute-sanitizer runs the tests marked "sanitizer".
+New memory holds NaN.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 
-from txl_kernels import rel_attention, rel_shift, resolve
+from tools.gpu.parity import RUNS, check_attention, check_decoding
+from txl_kernels import rel_shift
 from txl_kernels.testing import (
     ADAPTIVE_SOFTMAX_CASES,
     DECODE_CASES,
     REL_ATTENTION_CASES,
     check_adaptive_embedding,
     check_adaptive_softmax,
-    check_rel_attention,
-    check_rel_attention_output,
 )
 from txl_kernels.testing.poison import filled_with_nan
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SANITIZED = {"transformer_xl", "wild_lengths", "head_41", "dropout", "one_query", "two_tails"}
-REPEATED = ("transformer_xl", "conformer", "long", "window", "dropout", "head_41", "everything")
-DETERMINISTIC = functools.partial(filled_with_nan, deterministic=True)
 # Leading sizes, Tq, R; keys; offset.
 SHIFTS = (((2, 3, 5, 9), None, None), ((2, 7, 3), 20, 4), ((3, 4, 6), 5, -2), ((0, 4, 6), 3, 2**40))
 SHIFTS += (((2, 17, 401), 230, None), ((2, 3, 5), 0, None), ((8, 4, 256, 1000), 513, None))
 
 
 def params(cases, *backends):
-    """Each case with each backend and dtype; the sanitizer runs small ones in float16."""
-    found = []
-    for case in cases:
-        for backend in backends:
-            for dtype in DTYPES:
-                is_sanitized = case.name in SANITIZED and dtype == torch.float16
-                marks = [pytest.mark.sanitizer] if is_sanitized else []
-                name = f"{backend}-{str(dtype).removeprefix('torch.')}-{case}"
-                found.append(pytest.param(case, backend, dtype, marks=marks, id=name))
-    return pytest.mark.parametrize(("case", "backend", "dtype"), found)
-
-
-def require(op, backend, dtype, device, case=None, needs_grad=True):
-    sizes = {}
-    if op == "rel_attention":
-        sizes = {"Tq": case.Tq, "D": case.D, "Dv": case.Dv, "uses": case.uses}
-    options = {"device": device, "dtype": dtype, "needs_grad": needs_grad, **sizes}
-    _, reason = resolve(op, backend=backend, **options)
-    if reason is not None:
-        pytest.skip(reason)
+    values = list(itertools.product(cases, backends, DTYPES))
+    return pytest.mark.parametrize(("case", "backend", "dtype"), values, ids=str)
 
 
 @params(REL_ATTENTION_CASES, "triton")
 def test_attention(case, backend, dtype, device):
-    require("rel_attention", backend, dtype, device, case)
-    check_rel_attention(case, backend, dtype, device, within=filled_with_nan)
-    if case.name in REPEATED:
-        check_rel_attention(case, backend, dtype, device, runs=3, within=DETERMINISTIC)
+    check_attention(case, backend, dtype, device)
 
 
 @params(DECODE_CASES, "native", "triton")
 def test_decoding(case, backend, dtype, device):
-    require("rel_attention", backend, dtype, device, case, needs_grad=False)
-
-    def run(**call):
-        call |= {"return_lse": True, "backend": backend}
-        with DETERMINISTIC():
-            first, *others = (rel_attention(**call) for _ in range(3))
-        assert all(all(map(torch.equal, first, other)) for other in others)
-        return first
-
-    check_rel_attention_output(case, dtype, run, device)
+    check_decoding(case, backend, dtype, device)
 
 
 @params(ADAPTIVE_SOFTMAX_CASES, "triton")
 @pytest.mark.parametrize("op", ["adaptive_loss", "adaptive_nll", "adaptive_embedding"])
 def test_softmax_and_embedding(op, case, backend, dtype, device):
-    require(op, backend, dtype, device)
     check = functools.partial(check_adaptive_softmax, op)
     check = check_adaptive_embedding if op == "adaptive_embedding" else check
-    check(case.inputs(dtype, device), case.cutoffs, backend, runs=3, within=filled_with_nan)
+    check(case.inputs(dtype, device), case.cutoffs, backend, runs=RUNS, within=filled_with_nan)
 
 
-@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize(("shape", "n_keys", "offset"), SHIFTS, ids=str)
 def test_the_shift_is_the_reference_bit_by_bit(shape, n_keys, offset, backend, dtype, device):
-    require("rel_shift", backend, dtype, device)
     # One element into an allocation: rows begin at every alignment.
     memory = torch.randn(1 + torch.Size(shape).numel(), device=device).to(dtype)
     x = memory[1:].view(shape).requires_grad_()

@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import os
+import itertools
 import re
 import signal
 import sys
 import time
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
+from subprocess import getoutput
+from typing import Any
 
 import torch
 
-from tools.gpu import STARTED, machine, runner, verdict
-from tools.gpu.child import Child
-from tools.gpu.stages import BUILD, FIRST_CALL, MARGIN, ROOT, STAGES, write_json
+from tools.gpu import STARTED, runner
+from tools.gpu.runner import BUILD, FAILED, FIRST_CALL, MARGIN, PASSED, ROOT, STAGES
+
+WIDTH, LINES, BAR = 110, 40, 40  # columns; lines of one stage; columns of the budget in a bar
 
 
 def main() -> int:
@@ -24,27 +29,22 @@ def main() -> int:
     if not options.rehearse and not torch.cuda.is_available():
         print(f"make gpu needs a CUDA device, and torch {torch.__version__} finds none")
         return 1
-    sys.path[:0] = paths = [str(ROOT), str(ROOT / "python")]  # of the stages' processes too
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    described, records = machine.describe(), {}
-    report = {"machine": described, "budget": options.budget, "stages": records}
-    device = "cpu" if options.rehearse else "cuda"
-    out = options.out or _path(described["device"], options)
-    run = runner.Run(
-        plan=options.stages,
-        ends=runner.deadlines(options.stages, time.monotonic(), STARTED + options.budget - MARGIN),
-        records=records,
-        write=functools.partial(write_json, out, report),
-        start=lambda stage, end, ceilings: Child(stage, end, device, ceilings),
-        started=STARTED,
-    )
+    machine, records = describe_machine(), {}
+    found = {"machine": machine, "budget": options.budget, "stages": records}
+    # Unique by device and second, so that no call replaces the results of another.
+    words = re.findall("[a-z0-9]+", f"gpu {machine['device']} {machine['date']}".lower())
+    folder = BUILD if options.rehearse else ROOT / "benchmarks" / "results"
+    out = options.out or folder / f"{'-'.join(words)}.json"
+    plan = [stage for stage in STAGES.values() if stage.name in options.stages]
+    ends = runner.deadlines(plan, time.monotonic(), STARTED + options.budget - MARGIN)
+    write = functools.partial(runner.write_json, out, found)
     try:
-        run.run()
+        runner.Run("cpu" if options.rehearse else "cuda", ends, records, write).run(plan)
     finally:
-        verdict.show(report)
+        show(found)
         print(f"\n{time.monotonic() - STARTED:.0f} of {options.budget:.0f} s; written: {out}")
-    return verdict.exit_status(report)
+    return exit_status(found)
 
 
 def _parse() -> argparse.Namespace:
@@ -52,32 +52,58 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=240.0, help="seconds for the whole command")
     parser.add_argument("--stages", default="", help=f"comma-separated; of {', '.join(STAGES)}")
     parser.add_argument("--out", type=Path, help="the JSON file")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="run all on the CPU, at tiny shapes"
-    )
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args()
-    first_call = [stage.name for stage in FIRST_CALL]
-    names = options.stages.split(",") if options.stages else first_call
-    if options.rehearse and not options.stages:
-        names = list(STAGES)
-    unknown = [name for name in names if name not in STAGES]
-    if unknown:
+    default = STAGES if options.rehearse else [stage.name for stage in FIRST_CALL]
+    options.stages = options.stages.split(",") if options.stages else default
+    if unknown := [name for name in options.stages if name not in STAGES]:
         parser.error(f"unknown stages: {', '.join(unknown)}; choose from {', '.join(STAGES)}")
-    options.stages = [stage for stage in STAGES.values() if stage.name in names]
-    options.suffix = "" if names == first_call else "-".join(["", *names])
     return options
 
 
-def _path(device: str, options: argparse.Namespace) -> Path:
-    """The results of a first call have no suffix, and no later call replaces them."""
-    if options.rehearse:
-        return BUILD / "rehearsal.json"
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    name = f"gpu-{slug}-{datetime.date.today().isoformat()}{options.suffix}.json"
-    return ROOT / "benchmarks" / "results" / name
+def describe_machine() -> dict[str, Any]:
+    """The GPU, the versions and the commit; "device" is "CPU" if there is no GPU."""
+    described: dict[str, Any] = {"device": "CPU"}
+    if torch.cuda.is_available():
+        driver = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        described = {"device": torch.cuda.get_device_name(), "driver": getoutput(driver)}
+        described["properties"] = str(torch.cuda.get_device_properties())
+    return described | {
+        "torch": torch.__version__,
+        "triton": metadata.version("triton"),
+        "commit": getoutput("git rev-parse HEAD"),
+        "changed": bool(getoutput("git status --porcelain -uno")),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def exit_status(report: Mapping[str, Any]) -> int:
+    """1 if a stage failed or none passed, else 0."""
+    states = {record["status"] for record in report["stages"].values()}
+    return int(FAILED in states or PASSED not in states)
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Prints the verdict, the machine, the timeline, then each stage's error and findings."""
+    stages, machine = report["stages"], report["machine"]
+    print(f"\nVERDICT: {'FAILED' if exit_status(report) else 'PASSED'}")
+    by_status = sorted((record["status"], name) for name, record in stages.items())
+    for status, names in itertools.groupby(by_status, key=lambda pair: pair[0]):
+        print(f"  {status}: {', '.join(name for _, name in names)}")
+    print("", *(f"{key}: {value}" for key, value in machine.items()), "", sep="\n")
+    budget = report["budget"]
+    print(f"{'stage':<13} {'start':>6} {'end':>6}  status   |{f'0 to {budget:.0f} s':<{BAR}}|")
+    for name, record in stages.items():
+        start, end = record["start"], record["start"] + record["seconds"]
+        first, last = (min(BAR, round(x / budget * BAR)) for x in (start, end))
+        bar = " " * first + "#" * (last - first)
+        print(f"{name:<13} {start:>6.1f} {end:>6.1f}  {record['status']:<8} |{bar:<{BAR}}|")
+    for name, record in stages.items():
+        text = [record["error"] or "", *record.get("results", {}).get("summary", [])]
+        lines = [f"  {line}"[:WIDTH] for line in "\n".join(text).splitlines() if line]
+        if lines:
+            print("", name, *lines[:LINES], sep="\n")
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # multiprocessing would wait for a child that hangs in the driver
+    sys.exit(main())

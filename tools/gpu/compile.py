@@ -1,109 +1,140 @@
-"""Stage "compile": the native part, and in all processes the kernels that later stages launch.
+"""Stages "compile" and "compile_sweep": the native part, and on all cores the Triton kernels.
 
 Triton keeps a compiled kernel in its cache, where the other stages' processes find it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import multiprocessing
 import os
-import threading
+import re
+import sys
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
-import triton
 
+from benchmarks import headline
 from tools.gates.checks import SHARED_LIMIT
-from tools.gates.shipped import attention, recording, shipped_calls, shipped_launches
-from tools.gpu import memory, native_build, sweep
-from tools.gpu.stages import Context
-from txl_kernels.backends.triton import launch_table
+from tools.gates.compiling import compile_launch
+from tools.gates.shipped import attention, recording, shipped_calls
+from tools.gpu import memory, sweep
+from tools.gpu.programs import find_program, run_program
+from tools.gpu.runner import ROOT, Context, UnavailableError
+from txl_kernels.backends.triton import launch_table, launching
+from txl_kernels.backends.triton.launch_table import AttentionConfig
 from txl_kernels.backends.triton.launching import Launch
 
-Limits = tuple[tuple[int, int], int]  # compute capability, bytes of shared memory per block
-REHEARSED: Limits = ((9, 0), 232448)
-NLL = "adaptive_nll/bfloat16/wt103_large"  # which is timed too
+Calls = Iterable[tuple[str, Callable[[], None]]]  # names and functions
+REHEARSED = (9, 0), 232448  # compute capability, bytes of shared memory per block
 
 # Filled before the worker processes are forked: launches cannot be pickled.
 _launches: list[Launch] = []
 
 
 def run(context: Context) -> None:
-    """Results: seconds by kernel; "ready" once all is built that parity runs.
+    """The native part and the kernels of parity, timings and memory. Results: seconds by kernel."""
+    # The small model has other shapes: a replay compiles its kernels and tests them.
+    replay = functools.partial(memory.graph_difference, context.device)
+    _compile_all(context, headline_calls(), functools.partial(build_native, context), replay)
 
-    Raises:
-        AssertionError: something was not compiled.
-    """
-    limits = REHEARSED if context.is_rehearsal else launch_table.device_limits(context.device)
-    names, _launches[:] = zip(*launches(limits)[: 1 if context.is_rehearsal else None], strict=True)
-    n_first = sum(not name.startswith(("sweep/", "others/")) for name in names)
+
+def run_sweep(context: Context) -> None:
+    """The kernels of the stage "sweep". Results and errors are those of `run`."""
+    _compile_all(context, sweep_calls())
+
+
+def _limits(context: Context) -> tuple[tuple[int, int], int]:
+    return REHEARSED if context.is_rehearsal else launch_table.device_limits(context.device)
+
+
+def _compile_all(context: Context, calls: Calls, *beside: Callable[[], object]) -> None:
+    """Compiles the launches, in a rehearsal only the first one; runs the other functions beside."""
+    (major, minor), shared = _limits(context)
+    with mock.patch.dict(SHARED_LIMIT, {10 * major + minor: shared}):
+        found = [*find_launches(calls, 10 * major + minor).values()]
+    names, _launches[:] = zip(*found[: 1 if context.is_rehearsal else None], strict=True)
     seconds, failed = context.results.setdefault("seconds", {}), []
     fork = multiprocessing.get_context("fork")
-    with fork.Pool(len(os.sched_getaffinity(0))) as pool, ThreadPoolExecutor(1) as thread:
+    with fork.Pool(len(os.sched_getaffinity(0))) as pool, ThreadPoolExecutor() as threads:
+        others = [threads.submit(function) for function in beside]  # after the fork
         compiled = pool.imap(_compile, range(len(names)))
-        native = thread.submit(native_build.build, context)
-        # Its small model has other shapes: this compiles its kernels and tests them.
-        small_model = threading.Thread(
-            target=memory.graph_difference, args=(context.device,), daemon=True
-        )
-        small_model.start()
-        for name in names:
-            try:
-                seconds[name], error = compiled.next(max(0.1, context.seconds_left() - 1))
-            except multiprocessing.TimeoutError:
-                failed.append(f"time ran out at {name}")
-                break
+        for name, (elapsed, error) in zip(names, compiled, strict=True):
+            seconds[name] = elapsed
             failed += [f"{name}: {error}"] if error else []
-            if len(seconds) >= n_first and native.done():
-                context.results["ready"] = ["parity"]
             context.save()
-        summary = [f"{len(seconds)} kernels compiled, {native.result()}", *failed]
-        context.results["summary"] = summary
+        context.results["summary"] = [f"{len(seconds)} kernels", *failed]
+        context.results["summary"] += [str(other.result()) for other in others]
     assert not failed, "not all kernels were compiled"
 
 
 def _compile(number: int) -> tuple[float, str | None]:
     """Seconds, and the compiler's error if there is one."""
-    launch, start, error = _launches[number], time.perf_counter(), None
+    start, error = time.perf_counter(), None
     try:
-        source = triton.compiler.ASTSource(
-            launch.kernel, launch.signature, launch.constants, launch.attributes
-        )
-        triton.compile(source, target=launch.target, options=dict(vars(launch.options)))
+        compile_launch(_launches[number])
     except Exception as problem:
         error = f"{type(problem).__name__}: {problem}"[:300]
     return round(time.perf_counter() - start, 2), error
 
 
-def launches(limits: Limits) -> list[tuple[str, Launch]]:
-    """Name and launch of every kernel: parity's and the timings', the sweep's, then the others."""
-    (major, minor), shared = limits
-    arch = 10 * major + minor
-    calls = shipped_calls()
-    first = [x for x in calls if x.headline or "/float16/" in x.name or x.name == NLL]
-    others = [call for call in calls if call.name.startswith("adaptive") and call not in first]
-    for call in first.copy():  # as parity and the timings make them
-        if call.name.startswith("rel_attention/bfloat16/"):
-            changes = [{"B": 1, "H": 2, "dtype": x} for x in (torch.bfloat16, torch.float16)]
-        else:
-            is_softmax = call.name.startswith(("adaptive_loss/", "adaptive_nll/"))
-            changes = [{"biases": False}] * is_softmax
-        for changed in changes:
-            first.append(dataclasses.replace(call, run=functools.partial(call.run, **changed)))
-    with mock.patch.dict(SHARED_LIMIT, {arch: shared}):
-        found = [(each.name, each.launch) for each in shipped_launches(first, arch)]
-        with recording(arch):
-            row_class = launch_table.launch_class(torch.device("meta"))
-        for D, kernel in itertools.product(sweep.HEAD_SIZES, sweep.KERNELS):
-            for config in sweep.candidates(kernel, row_class, D, shared):
-                with sweep.configured(kernel, row_class, D, config), recording(arch) as recorded:
-                    attention(D=D)
-                name = f"sweep/{kernel}/D{D}/{tuple(config)}"
-                found += [(name, x) for x in recorded if x.kernel.__name__ == f"_{kernel}_kernel"]
-        found += [(f"others/{x.name}", x.launch) for x in shipped_launches(others, arch)]
+def headline_calls() -> Calls:
+    """The calls of the timings, and of parity with two heads in two dtypes."""
+    for shape in headline.ATTENTION:
+        sizes = {"Tq": shape.Tq, "Tm": shape.Tm, "D": shape.D, "R": shape.n_rows}
+        options = {"causal": shape.causal, "offset": shape.offset, "window_left": shape.window}
+        options["tensors"] = ("key_lens",) if shape.key_lens else ()
+        options["backward"] = shape is not headline.DECODE
+        call = functools.partial(attention, **sizes, **options)
+        for B, H, dtype in ((shape.B, shape.H, "bfloat16"), (1, 2, "bfloat16"), (1, 2, "float16")):
+            changed = functools.partial(call, B=B, H=H, dtype=getattr(torch, dtype))
+            yield f"{shape.name}/{dtype}/H{H}", changed
+    for softmax in shipped_calls():
+        if re.match("adaptive_(loss|nll)/.*float16/wt103_large", softmax.name):
+            yield softmax.name, functools.partial(softmax.run, biases=False)
+
+
+def sweep_calls() -> Calls:
+    """A training call with every configuration of the sweep."""
+    for D, kernel, config in itertools.product(sweep.HEAD_SIZES, sweep.KERNELS, sweep.CONFIGS):
+        yield f"D{D}/{tuple(config)}", functools.partial(_swept, D, kernel, config)
+
+
+def _swept(D: int, kernel: str, config: AttentionConfig) -> None:
+    key = sweep.row_key(kernel, launch_table.launch_class(torch.device("meta")), D)
+    with sweep.configured(key, config):
+        attention(D=D)
+
+
+def find_launches(calls: Calls, arch: int) -> dict[str, tuple[str, Launch]]:
+    """Name and launch, by the hash of the compiled code."""
+    found: dict[str, tuple[str, Launch]] = {}
+    for name, call in calls:
+        with recording(arch) as recorded:
+            call()
+        for launch in recorded:
+            code = launching.kernel_hash(launch)
+            found.setdefault(code, (f"{name}/{launch.kernel.__name__}/{len(found)}", launch))
     return found
+
+
+def build_native(context: Context) -> str:
+    """Builds the native part for this GPU alone, or returns why not; a rehearsal prints a help."""
+    try:
+        find_program("cmake")
+    except UnavailableError as reason:
+        return f"native part not built: {reason}"
+    (major, minor), _ = _limits(context)
+    target = f"{major}{minor}{'a' * (major == 9)}-real"  # "a": with Hopper's own instructions
+    os.environ["CMAKE_ARGS"] = f"-DTXL_CUDA_ARCHITECTURES={target}"
+    option = "--help" if context.is_rehearsal else "--inplace"
+    command = [sys.executable, "setup.py", "build_ext", option]
+    status, lines = run_program(command, context.seconds_left() - 1)
+    if status != 0:
+        raise RuntimeError("\n".join([f"{command} ended with {status}", *lines[-20:]]))
+    record = ROOT / "txl_kernels" / "_native_build.json"
+    return f"native part for {target}: {record.read_text(encoding='utf-8').strip()}"

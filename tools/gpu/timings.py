@@ -1,128 +1,100 @@
-"""Stage "timings": the headline calls beside other implementations, the most important first.
-
-First all calls of ours alone, then beside the others, at the end beside those that a compiler needs
-many seconds for. Contenders run in turns, and ratios compare runs that followed each other.
-"""
+"""Stages "ceilings", "timings" and "cpu_threads", with the measurements of the benchmarks."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from benchmarks import headline
+from benchmarks import headline, registry
 from benchmarks.cases import OURS
 from benchmarks.cases.rel_attention import COMPILED_PEERS
-from benchmarks.device import OneProgramAtATime
-from benchmarks.measure import Timed, take_rounds
-from tools.gpu.stages import Context
+from benchmarks.device import copy_rate, matmul_rate
+from benchmarks.measure import OneProgramAtATime, sample
+from benchmarks.suite import Effort, Figures, take
+from tools.gpu.runner import Context
 
-ROUNDS, FEW_ROUNDS, LONG = 11, 3, 0.1  # few rounds if one takes longer than LONG seconds
+EFFORT = Effort(pairs=7, sample_seconds=1e-6, memory=False)
 LEAST = 2.0  # seconds: with less, no case is started
-COPY, PRODUCT = "copy_bytes_per_second", "gemm_flop_per_second"
-Rows = dict[str, dict[str, Any]]
+TITLE = "ours: ms, TFLOP/s, share of the ceiling; others: time / ours"
+CPU_CASES = ("wt103_base_train/", "wt103_base_softmax/*/loss", "enwik8_base_4layers/*/train_step")
+
+
+def ceilings(context: Context) -> None:
+    """The rates that bound every kernel. Results: bytes/s of a copy, FLOP/s of a product."""
+    copy = context.results["copy_bytes_per_second"] = copy_rate(context.device)
+    product = matmul_rate(context.device, torch.bfloat16, 64 if context.is_rehearsal else 8192)
+    context.results["matmul_flop_per_second"] = product
+    line = f"copy {copy / 1e12:.2f} TB/s; bfloat16 product {product / 1e12:.0f} TFLOP/s"
+    context.results["summary"] = [line]
 
 
 def run(context: Context) -> None:
-    """Results: "cases", by name a row for each contender with milliseconds, TFLOP/s, the share of
-    the measured ceiling and the ratio of its time to ours, or a note that says why it has none.
-
-    Raises:
-        AssertionError: a call of ours is wrong or raises, or no time was left for any.
-    """
+    """Results: "cases", by name the figures of the benchmarks, or a note that says why there are
+    none; "copy_bytes_per_second", the ceiling of decoding."""
     gc.collect()
     gc.freeze()  # later collections skip the imported modules: a third of a second each
-    cases: dict[str, Rows] = context.results.setdefault("cases", {})
-    context.results["note"] = headline.INKLING_NOTE
-    for case, contenders in plan(context.device):
+    found: dict[str, Figures] = {}
+    copy = copy_rate(context.device)
+    context.results |= {"note": headline.INKLING_NOTE, "copy_bytes_per_second": copy, "cases": {}}
+    for case, others in plan(context.device):
         if context.seconds_left() < LEAST:
-            context.results["stopped"] = f"no time was left for {case.name}, {contenders[-1]}"
+            context.results["stopped"] = f"no time was left for {case.name}, {others}"
             break
-        measure(case, contenders, cases.setdefault(case.name, {}), context.ceilings)
-        context.results["summary"] = [
-            "ours: ms, TFLOP/s, share of the ceiling; others: time / ours"
-        ]
-        context.results["summary"] += [_line(name, rows) for name, rows in cases.items()]
+        figures = found.setdefault(case.name, Figures(case.name))
+        take(case, OneProgramAtATime(), EFFORT, others, figures)
+        context.results["cases"][case.name] = dataclasses.asdict(figures)
+        context.results["summary"] = [TITLE, *(_line(figures, copy) for figures in found.values())]
         context.save()
         gc.collect()
-    failed = [
-        f"{name}: {rows[OURS]['note']}" for name, rows in cases.items() if "note" in rows[OURS]
-    ]
-    assert not failed, "; ".join(failed)
-    assert cases, "no time was left"
+    wrong = [f"{name}: {x.notes[OURS]}" for name, x in found.items() if OURS in x.notes]
+    assert not wrong, "; ".join(wrong)
+    assert found, "no time was left"
 
 
-def plan(device: torch.device) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """Cases with the contenders to time, in order; a case comes up to three times."""
-    on_gpu = device.type == "cuda"
+def plan(device: torch.device) -> Iterator[tuple[Any, list[str]]]:
+    """Cases with the contenders beside ours: first all cases alone, then with the others, at the
+    end with those that a compiler needs many seconds for."""
     cases: list[Any] = headline.device_cases(device.type)
-    cases = cases if on_gpu else [case.tiny() for case in cases]
-    yield from ((case, (OURS,)) for case in cases)
-    for is_compiled in (False, True) if on_gpu else (False,):
+    if device.type == "cpu":  # one of each kind; no compilers
+        cases = [case.tiny() for case in cases[: headline.N_FIRST]]
+    yield from ((case, []) for case in cases)
+    for compiled in (False, True) if device.type == "cuda" else (False,):
         for case in cases:
             others = (*case.peers, *case.yardsticks)
-            if chosen := [name for name in others if (name in COMPILED_PEERS) == is_compiled]:
-                yield case, (OURS, *chosen)
+            if chosen := [name for name in others if (name in COMPILED_PEERS) == compiled]:
+                yield case, chosen
 
 
-def measure(case: Any, names: Sequence[str], rows: Rows, ceilings: Mapping[str, float]) -> None:
-    """Fills the rows of the contenders; ours keeps the figures of its first time."""
-    timed: dict[str, Timed] = {}
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            try:
-                if name not in rows:
-                    case.check(name)
-                run = stack.enter_context(case.contender(name))
-                run()
-                timed[name] = run
-            except Exception as error:
-                rows.setdefault(name, {"note": sentence(error)})
-        try:
-            wanted = ROUNDS if sum(run() for run in timed.values()) < LONG else FEW_ROUNDS
-            options = {"wanted": wanted, "sample_seconds": 1e-6}
-            rounds = take_rounds(tuple(timed.values()), OneProgramAtATime(), **options)
-        except Exception as error:
-            for name in timed:
-                rows.setdefault(name, {"note": sentence(error)})
-            return
-    for n, name in enumerate(timed):
-        if name in rows:
-            continue
-        seconds = rounds.seconds(n)
-        rate, ceiling = case.flop_of(name) / seconds.median, PRODUCT
-        rows[name] = row = {
-            "ms": {key: 1e3 * value for key, value in dataclasses.asdict(seconds).items()},
-            "tflops": rate / 1e12,
-        }
-        if case.shape.name == headline.DECODE.name:  # it reads keys, values, and r once per head
-            shape, ceiling = case.shape, COPY
-            n_rows = 2 * shape.B * shape.n_keys + shape.n_rows
-            rate = 2 * shape.H * shape.D * n_rows / seconds.median
-        if ceiling in ceilings:
-            row["of_ceiling"] = rate / ceilings[ceiling]
-        if n > 0 and OURS in timed:
-            ratios = [taken.seconds[n] / taken.seconds[0] for taken in rounds.kept]
-            row["over_ours"] = statistics.median(ratios)
+def _line(figures: Figures, copy: float) -> str:
+    name = figures.case.removeprefix("rel_attention/").replace("/bfloat16", "")
+    if figures.seconds is None or figures.gflops is None:
+        return f"{name:<34} {figures.notes.get(OURS)}"
+    share = figures.share_of_limit or 0.0
+    if headline.DECODE.name in name:
+        share = headline.DECODE_BYTES / figures.seconds.median / copy
+    compared = figures.peers | figures.yardsticks
+    others = [f"{other} {x.ratio.median:.2f}" for other, x in compared.items()]
+    speed = f"{1e3 * figures.seconds.median:8.3f} {figures.gflops / 1e3:4.0f} {share:4.0%}"
+    return f"{name:<34} {speed}  {', '.join(others)}"
 
 
-def sentence(error: Exception) -> str:
-    """The first line of an error."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-
-
-def _line(name: str, rows: Rows) -> str:
-    ours, shape = rows[OURS], name.removeprefix("rel_attention/").replace("/bfloat16", "")
-    if "note" in ours:
-        return f"{shape:<34} {ours['note']}"
-    others = [
-        f"{other} {row['over_ours']:.2f}" for other, row in rows.items() if "over_ours" in row
-    ]
-    share = f"{ours['of_ceiling']:.0%}" if "of_ceiling" in ours else "–"
-    figures = f"{ours['ms']['median']:8.3f} {ours['tflops']:4.0f} {share:>4}"
-    return f"{shape:<34} {figures}  {', '.join(others)}"
+def cpu_threads(context: Context) -> None:
+    """Results: by case on the CPU, the milliseconds of one run of ours by number of threads."""
+    cases = registry.select(registry.timed_cases(), CPU_CASES)
+    for case in [cases[0].tiny()] if context.is_rehearsal else cases:
+        times: dict[int, float] = {}
+        with case.contender(OURS) as timed:
+            for threads in (1, 2, 4, 8, 16):
+                if threads <= (os.cpu_count() or 1) and context.seconds_left() > 5:
+                    torch.set_num_threads(threads)
+                    timed()
+                    times[threads] = round(1e3 * sample(timed, min_seconds=0.5), 3)
+        context.results[case.name] = times
+        line = f"{case.name}: ms by threads {times}"
+        context.results.setdefault("summary", []).append(line)
+        context.save()

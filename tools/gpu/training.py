@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import time
 
-from tools.gpu.stages import BUILD, Context
+from tools.gpu.runner import BUILD, Context
 from transformer_xl.config import load_preset, override
 from transformer_xl.data import open_corpus
 from transformer_xl.training import Trainer, fit_vocabulary, join_processes
 
-CHANGES = {
-    "data.name": "stdlib",
-    "data.tokenizer": "word",
-    "data.cache_dir": str(BUILD / "corpus"),
-    "train.autocast": "auto",
-}
+DATA = {"data.name": "stdlib", "data.tokenizer": "word", "data.cache_dir": str(BUILD / "corpus")}
 TINY = {"model.n_layer": 1, "model.d_model": 16, "model.d_inner": 16, "train.batch_size": 2}
 
 
 def run(context: Context) -> None:
-    """Results: tokens/s over the steps, and their mean loss in nats.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
-    """
+    """Results: tokens/s over the steps, and their mean loss in nats."""
     warm_up, most = (1, 1) if context.is_rehearsal else (10, 50)
-    changes = CHANGES | (TINY if context.is_rehearsal else {})
+    changes = DATA | {"train.autocast": "auto"} | (TINY if context.is_rehearsal else {})
     config = override(load_preset("wt103_base"), changes)
     corpus = open_corpus(config.data)
     config = override(config, {"model.cutoffs": [20000, 40000, len(corpus.vocab) * 3 // 4]})

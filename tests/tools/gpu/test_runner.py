@@ -1,149 +1,91 @@
-"""The runner of `make gpu`, with a clock and stages that only pretend."""
+"""The runner of `make gpu`, with a clock and stages that only pretend, and one real process."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tools.gpu import __main__ as command
-from tools.gpu import child, runner, verdict
-from tools.gpu.stages import FAILED, FIRST_CALL, MARGIN, NOT_RUN, PASSED, SKIPPED, STAGES, Stage
+from tools.gpu import runner
+from tools.gpu.runner import FIRST_CALL, MARGIN, Stage, UnavailableError
+from txl_kernels.backends.verification import records
 
-MACHINE = {"device": "GPU", "torch": "2", "triton": "3", "commit": "abc", "changed": True}
-
-
-@dataclasses.dataclass
-class FakeStage:
-    """Runs for `seconds`; lists parity as "ready" after `ready` seconds."""
-
-    seconds: float
-    exit: int = 0
-    ready: float = 0.0
-    spent: float = 0.0
-    killed: bool = False
-
-    def exit_status(self):
-        return self.exit if self.spent >= self.seconds else None
-
-    def record(self):
-        status = (FAILED, "it did not finish") if self.exit_status() is None else (PASSED, None)
-        ready = ["parity"] if self.spent >= self.ready else []
-        results = {"seen": self.spent // 20 * 20, "ready": ready}
-        return dict(zip(("status", "error", "results"), (*status, results), strict=True))
-
-    def kill(self):
-        self.killed = True
+TYPICAL = {"compile": 40, "ceilings": 8, "compile_sweep": 30, "parity": 35}
+TYPICAL |= {"timings": 68, "sweep": 45, "memory": 10}
 
 
-TYPICAL = {
-    "compile": FakeStage(60, ready=33),
-    "ceilings": FakeStage(8),
-    "parity": FakeStage(40),
-    "timings": FakeStage(70),
-    "sweep": FakeStage(45),
-    "memory": FakeStage(10),
-}
+@pytest.fixture
+def run(monkeypatch):
+    """Runs the first call; its stages take `seconds`, and `crashed` ends with the status -6."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(runner, "time", clock)
+    monkeypatch.setattr(runner, "STARTED", 0.0)
 
+    def run(budget=240.0, crashed=None, **seconds):
+        def start(stage, *_):
+            end, status = clock.now + (TYPICAL | seconds)[stage.name], -6 * (stage.name == crashed)
+            record = {"status": "passed", "error": None, "results": {"found": 1}}
+            exit_status = lambda: status if clock.now >= end else None  # noqa: E731
+            return SimpleNamespace(exit_status=exit_status, record=lambda: record, kill=int)
 
-class FakeRun:
-    """The first call's stages; `changes` replace some of their scripts."""
-
-    def __init__(self, budget=240.0, **changes):
-        self.scripts = {name: dataclasses.replace(x) for name, x in (TYPICAL | changes).items()}
-        self.time, self.running, self.written, self.records = 0.0, [], [], {}
+        clock.now, found, written = 0.0, {}, []
+        monkeypatch.setattr(runner, "StageProcess", start)
         ends = runner.deadlines(FIRST_CALL, 0.0, budget - MARGIN)
-        clock = {"now": lambda: self.time, "sleep": self.sleep, "started": 0.0}
-        runner.Run(FIRST_CALL, ends, self.records, self.write, self.start, **clock).run()
-        self.failed = [name for name, x in self.records.items() if x["status"] != PASSED]
+        runner.Run("cuda", ends, found, lambda: written.append(copy.deepcopy(found))).run(
+            FIRST_CALL
+        )
+        assert clock.now <= budget
+        assert written[-1] == found
+        assert [sum("status" in x for x in each.values()) for each in written] == [*range(1, 8)]
+        return found
 
-    def sleep(self, seconds):
-        self.time += seconds
-        for stage in self.running:
-            stage.spent += seconds
-
-    def start(self, stage, deadline, ceilings):
-        self.running.append(self.scripts[stage.name])
-        return self.running[-1]
-
-    def write(self):
-        self.written.append(copy.deepcopy(self.records))
+    return run
 
 
-def test_a_typical_run_follows_the_planned_timeline():
-    run = FakeRun()
-    begins = {"compile": 0, "ceilings": 0, "parity": 33, "timings": 73, "sweep": 143, "memory": 188}
-    found = {name: record["start"] for name, record in run.records.items()}
-    assert found == pytest.approx(begins, abs=1)
-    assert list(found) == [stage.name for stage in FIRST_CALL]
-    assert (run.failed, run.time <= 240 - MARGIN) == ([], True)
-
-
-def test_the_json_is_written_when_a_stage_saves_and_when_it_ends():
-    run = FakeRun()
-    assert run.written[-1] == run.records
-    seen = [
-        x["timings"]["results"]["seen"] for x in run.written if "results" in x.get("timings", {})
-    ]
-    assert set(seen) == {0, 20, 40, 60}
-    finished = [sum("seconds" in record for record in x.values()) for x in run.written]
-    assert (finished, set(finished)) == (sorted(finished), set(range(7)))
+def test_a_typical_run_follows_the_planned_timeline(run):
+    begins = {"compile": 0, "ceilings": 0, "compile_sweep": 40, "parity": 40}
+    begins |= {"timings": 75, "sweep": 143, "memory": 188}
+    assert {name: x["start"] for name, x in run().items()} == pytest.approx(begins, abs=1)
 
 
 def test_shares_of_the_budget():
-    planned = {"ceilings": 25, "compile": 75, "parity": 90, "timings": 170, "sweep": 220}
-    found = runner.deadlines(FIRST_CALL, 0.0, 240 - MARGIN)
-    assert found == pytest.approx(planned | {"memory": 240 - MARGIN})
+    planned = {"compile": 60, "ceilings": 25, "compile_sweep": 100, "parity": 100}
+    planned |= {"timings": 170, "sweep": 220, "memory": 240 - MARGIN}
+    assert runner.deadlines(FIRST_CALL, 0.0, 240 - MARGIN) == pytest.approx(planned)
     assert runner.deadlines(FIRST_CALL, 5.0, 100.0)["timings"] == 100.0
-    assert runner.deadlines([STAGES["ncu"]], 5.0, 305.0) == {"ncu": 305.0}
+    assert runner.deadlines([Stage("ncu", "", 100)], 5.0, 305.0) == {"ncu": 305.0}
 
 
-def test_what_cannot_start_in_time_is_reported():
-    run = FakeRun(budget=100.0)
-    assert run.failed == ["timings", "sweep", "memory"]
-    assert run.records["timings"]["status"] == FAILED  # it ignored the time that it had left
-    assert run.records["memory"]["status"] == NOT_RUN
-    assert run.time <= 100.0
+def test_stages_that_cannot_start_in_time_are_reported(run):
+    found = run(budget=100.0)
+    assert found["timings"]["error"] == "it was ended at the end of its share"
+    assert (found["memory"]["status"], found["memory"]["seconds"]) == ("not run", 0.0)
 
 
 @pytest.mark.parametrize("name", TYPICAL)
-def test_a_stage_that_hangs_is_ended_and_keeps_its_results(name):
-    run = FakeRun(**{name: FakeStage(1e9, ready=1e9)})
-    record = run.records[name]
-    assert (run.failed, run.scripts[name].killed) == ([name], True)
-    assert "end of its share" in record["error"]
-    assert "seen" in record["results"]
-    assert run.time <= 240.0
+def test_a_stage_that_hangs_or_crashes_keeps_its_results_and_the_other_stages(run, name):
+    for found in (run(**{name: 1e9}), run(crashed=name)):
+        assert [x for x, record in found.items() if record["status"] == "failed"] == [name]
+        assert found[name]["results"] == {"found": 1}
 
 
-def test_a_crash_keeps_the_other_stages():
-    run = FakeRun(parity=FakeStage(3, exit=-6))
-    assert run.failed == ["parity"]
-    assert "with status -6" in run.records["parity"]["error"]
-
-
-def test_measurements_wait_for_the_compilers():
-    run = FakeRun(parity=FakeStage(5), compile=FakeStage(70, ready=20))
-    assert run.records["timings"]["start"] >= 70
-
-
-def test_the_verdict_comes_first(capsys):
-    stages = FakeRun(timings=FakeStage(3, exit=1)).records
-    stages["parity"]["results"]["summary"] = ["ten launches"]
+def test_the_verdict_comes_first(run, capsys):
+    report = {"stages": run(crashed="timings"), "machine": {"device": "GPU"}, "budget": 240.0}
+    report["stages"]["parity"]["results"]["summary"] = ["ten launches"]
     capsys.readouterr()
-    verdict.show({"stages": stages, "machine": MACHINE, "budget": 240.0})
+    command.show(report)
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[:2] == ["VERDICT: FAILED", "  failed: timings"]
     assert "  ten launches" in lines
-    assert all(len(line) <= verdict.WIDTH for line in lines)
-    for states, status in (([PASSED, SKIPPED], 0), ([PASSED, FAILED], 1), ([SKIPPED], 1)):
-        records = {str(n): {"status": state} for n, state in enumerate(states)}
-        assert verdict.exit_status({"stages": records}) == status
+    assert command.exit_status({"stages": {"ncu": {"status": "skipped"}}}) == 1
 
 
 HANGS = """
@@ -159,22 +101,42 @@ def run(context):
 
 def test_a_stage_is_a_process_that_can_be_ended_with_its_workers(tmp_path, monkeypatch):
     (tmp_path / "hangs.py").write_text(HANGS)
-    monkeypatch.setattr(child.stages, "BUILD", tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    running = child.Child(Stage("hangs", 60, "hangs:run"), time.monotonic() + 60, "cpu", {})
+    monkeypatch.setattr(runner, "BUILD", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    running = runner.StageProcess(Stage("hangs", "hangs:run", 60), time.monotonic() + 60, "cpu")
     worker = tmp_path / "worker"
     while not worker.exists() or not worker.read_text():
         assert running.exit_status() is None, (tmp_path / "hangs.log").read_text()
         time.sleep(0.05)
     running.kill()
-    assert running.record()["results"] == {"found": 1}
-    assert running.exit_status() == -9
+    assert (running.record()["results"], running.exit_status()) == ({"found": 1}, -9)
     status = Path(f"/proc/{worker.read_text()}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
 
 
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [(None, "passed"), (AssertionError("a bit"), "failed"), (UnavailableError("no"), "skipped")],
+)
+def test_a_stage_leaves_a_record_and_if_it_passed_its_hashes(tmp_path, monkeypatch, raised, status):
+    def run(context):
+        context.results["verified"] = {"hash": "kernel"}
+        if raised is not None:
+            raise raised
+
+    written = []
+    monkeypatch.setitem(sys.modules, "a_stage", SimpleNamespace(run=run))
+    monkeypatch.setattr(records, "write_shipped", lambda *row: written.append(row))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU X")
+    runner.run_stage("a_stage:run", "cuda", "0", tmp_path / "out.json")
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert (record["status"], record["results"]) == (status, {"verified": {"hash": "kernel"}})
+    assert str(raised or "") in (record["error"] or "")
+    assert written == [("GPU X", {"hash": "kernel"})] * (raised is None)
+
+
 def test_without_a_gpu_the_command_prints_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["tools.gpu", "--budget", "240"])
+    monkeypatch.setattr(sys, "argv", ["tools.gpu"])
     assert command.main() == 1
     assert capsys.readouterr().out.startswith("make gpu needs a CUDA device, and torch")
