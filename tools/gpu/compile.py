@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -136,5 +137,7 @@ def build_native(context: Context) -> str:
     status, lines = run_program(command, context.seconds_left() - 1)
     if status != 0:
         raise RuntimeError("\n".join([f"{command} ended with {status}", *lines[-20:]]))
-    record = ROOT / "txl_kernels" / "_native_build.json"
-    return f"native part for {target}: {record.read_text(encoding='utf-8').strip()}"
+    record = json.loads((ROOT / "txl_kernels" / "_native_build.json").read_text(encoding="utf-8"))
+    cuda = record.get("cuda", {})
+    without = "" if cuda.get("built") else f", without CUDA kernels: {cuda.get('reason')}"
+    return f"native part built for {target}{without}"
