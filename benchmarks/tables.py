@@ -74,7 +74,7 @@ def readme_table(run: Record, source: str) -> str:
 
 
 def docs_tables(run: Record, source: str) -> str:
-    """Everything that one processor was asked, and the parts of the model's training step."""
+    """All cases of one run, under its processor and date, and the parts of a training step."""
     rows = _rows(
         run["cases"],
         lambda case: (_ms(case), _rate(case), _share(case), _everyone(case), _memory(case)),
@@ -83,7 +83,8 @@ def docs_tables(run: Record, source: str) -> str:
         f"| {part['part']} | {_figure(part['ms'])} | {part['share']:.1%} |"
         for part in run["training_step"]
     ]
-    title = f"### {run['machine']['processor']}"
+    date = Path(source).stem[-10:]
+    title = f"### {run['machine']['processor']}, {date}"
     tables = [title, "", DOCS_HEAD, *rows, "", _caption(run, source)]
     return "\n".join([*tables, "", PARTS_HEAD, *parts] if parts else tables)
 
