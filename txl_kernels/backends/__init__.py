@@ -163,7 +163,7 @@ def choose(
     *tensors: Tensor,
     backend: str,
     dtype: torch.dtype,
-    arguments: Callable[[str], Sequence[Any]] | None = None,
+    arguments: Callable[[], Sequence[Any]] | None = None,
     n_scores: int = 0,
     Tq: int = 1,
     D: int = 64,
@@ -177,7 +177,7 @@ def choose(
 
     Args:
         tensors: tensors of the call; the first one gives the device.
-        arguments: returns the arguments of a backend's operator; None where it has no kernels.
+        arguments: returns the arguments of the operator; None where it has no kernels.
         n_scores: attention scores that the reference stores.
         backend, dtype, Tq, D, Dv, needs_grad, uses: the arguments of `resolve`.
 
@@ -200,7 +200,7 @@ def choose(
     )
     is_tested = backend == "auto" and device_type in verification.DEVICE_TYPES
     while is_tested and arguments is not None and name is not None and name != "reference":
-        failure = verification.failure_of(op, name, arguments(name))
+        failure = verification.failure_of(op, name, arguments())
         if failure is None:
             break
         failures[name] = failure

@@ -88,7 +88,7 @@ def adaptive_embedding(
         OP,
         tokens,
         *tables,
-        arguments=lambda _backend: (tokens, tables, given, scale, sparse),
+        arguments=lambda: (tokens, tables, given, scale, sparse),
         backend=backend,
         dtype=tables[0].dtype,
         Tq=tokens.numel(),

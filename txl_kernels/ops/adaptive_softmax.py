@@ -75,7 +75,7 @@ def adaptive_nll(
     _check_target(op, target, hidden)
     ignore_index = check_int(op, "ignore_index", ignore_index)
 
-    def arguments(_backend: str) -> tuple[Any, ...]:
+    def arguments() -> tuple[Any, ...]:
         return hidden, target, _flat(hidden, head, clusters), ignore_index
 
     chosen = choose_backend(op, backend, hidden, head, clusters, arguments)
@@ -120,7 +120,7 @@ def adaptive_loss(
     ignore_index = check_int(op, "ignore_index", ignore_index)
     members = [x for cluster in (head, *clusters) for x in cluster]
 
-    def arguments(_backend: str) -> tuple[Any, ...]:
+    def arguments() -> tuple[Any, ...]:
         needed = [any_needs_grad(x) for x in (hidden, *members)]
         flat = _flat(hidden, head, clusters)
         return hidden, target, flat, ignore_index, reduction == "mean", needed
@@ -214,7 +214,7 @@ def choose_backend(
     hidden: Tensor,
     head: Cluster,
     tails: Sequence[Cluster],
-    arguments: Callable[[str], Sequence[Any]] | None = None,
+    arguments: Callable[[], Sequence[Any]] | None = None,
 ) -> str:
     """The backend that runs the call; raises BackendUnavailableError if there is none.
 

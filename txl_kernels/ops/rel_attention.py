@@ -124,7 +124,7 @@ def rel_attention(
     if dropout_p > 0:
         uses.append("dropout_p")
 
-    def arguments(_backend: str) -> tuple[Any, ...]:
+    def arguments() -> tuple[Any, ...]:
         """In the order of the operator's schema; the seed is drawn after the choice."""
         tensors = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, key_start, key_lens)
         full_mask = None if mask is None else mask.expand(*q.shape[:3], Tk)

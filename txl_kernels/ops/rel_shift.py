@@ -50,7 +50,7 @@ def rel_shift(
     chosen = choose(
         OP,
         x,
-        arguments=lambda _backend: (x, n_keys, offset),
+        arguments=lambda: (x, n_keys, offset),
         backend=backend,
         dtype=x.dtype,
         Tq=Tq,
