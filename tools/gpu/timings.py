@@ -34,8 +34,8 @@ def ceilings(context: Context) -> None:
 
 
 def run(context: Context) -> None:
-    """Results: "cases", by name the figures of the benchmarks, or a note that says why there are
-    none; "copy_bytes_per_second", the ceiling of decoding."""
+    """Results: "cases", by name the figures of the benchmarks, or a note with the reason why
+    there are none; "copy_bytes_per_second", the ceiling of decoding."""
     gc.collect()
     gc.freeze()  # later collections skip the imported modules: a third of a second each
     found: dict[str, Figures] = {}
