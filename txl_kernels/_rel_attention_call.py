@@ -16,7 +16,9 @@ from torch import Tensor
 # A window without a limit on one side.
 UNLIMITED = 2**63 - 1
 
-SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor r, Tensor[] optional, SymInt[] rules, float[] numbers"
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor r, Tensor[] optional, SymInt[] rules, float[] numbers"
+)
 
 
 class OptionalTensors(NamedTuple):
@@ -93,4 +95,4 @@ class RelAttentionCall(NamedTuple):
 
 def is_absent(tensor: Tensor) -> bool:
     """Whether an operator's argument stands for a tensor that was not given."""
-    return tensor.dim() == 1 and tensor.shape[0] == 0
+    return len(tensor.shape) == 1 and tensor.shape[0] == 0
