@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from txl_kernels._rel_attention_call import OptionalTensors
+from txl_kernels._rel_attention_call import OptionalTensors, Options
 from txl_kernels.backends import verification
-from txl_kernels.ops.rel_attention_calls import Options, Prepared
+from txl_kernels.ops.rel_attention_calls import Prepared
 
 _MOST_PLANS = 1024  # a decoding loop has other lengths in every call
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
