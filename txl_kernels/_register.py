@@ -9,7 +9,7 @@ from torch import Tensor
 
 from txl_kernels import _register_adaptive
 from txl_kernels._derivatives import refuse_second_derivative, register_autograd, register_vmap
-from txl_kernels._rel_attention_call import N_DIFFERENTIABLE, SCHEMA, OptionalTensors, is_absent
+from txl_kernels._rel_attention_call import N_DIFFERENTIABLE, SCHEMA, OptionalTensors
 
 _N_OPTIONAL = len(OptionalTensors._fields)
 _N_OPTIONAL_GRADS = N_DIFFERENTIABLE - 4
