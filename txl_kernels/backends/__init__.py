@@ -64,7 +64,9 @@ _SERVES: dict[tuple[str, ...], Serves] = {
     ("native", "adaptive_loss"): Serves(_FLOAT),
     ("native", "adaptive_nll"): Serves(_FLOAT),
     ("native", "adaptive_embedding"): Serves(_FLOAT),
-    ("triton", "rel_attention"): Serves(_FLOAT_TO_16_BIT, head_size=MAX_HEAD_SIZE, lacks=_LATER),
+    ("triton", "rel_attention"): Serves(
+        _FLOAT_TO_16_BIT, head_size=MAX_HEAD_SIZE, lacks=_DENSE_ARGUMENTS
+    ),
     ("triton", "rel_shift"): Serves(_FLOAT),
     ("triton", "adaptive_loss"): Serves(_FLOAT_TO_16_BIT),
     ("triton", "adaptive_nll"): Serves(_FLOAT_TO_16_BIT),
