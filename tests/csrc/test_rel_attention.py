@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from txl_kernels import rel_attention
+from txl_kernels import rel_attention, rel_attention_with_lse
+from txl_kernels._rel_attention_call import (
+    Numbers,
+    OptionalTensors,
+    RelAttentionCall,
+    Rules,
+)
 from txl_kernels.backends import native
 from txl_kernels.testing import REL_ATTENTION_CASES, check_rel_attention
 
@@ -45,48 +51,136 @@ def test_every_instruction_set_is_within_the_error_budget(capability, require_in
     assert run.returncode == 0, run.stdout[-3000:]
 
 
-def attend_and_differentiate(threads, B=3, H=5, Tq=200, Tm=90, D=24, dtype=torch.float32):
-    """Output and gradients of one causal call whose rows are of unequal length."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = {"q": Tq, "k": Tq, "v": Tq, "mem_k": Tm, "mem_v": Tm}
-    inputs = {
-        name: torch.randn(B, H, T, D, generator=generator).to(dtype).requires_grad_()
-        for name, T in shapes.items()
-    }
-    inputs["r"] = torch.randn(1, H, Tq + Tm, D, generator=generator).to(dtype).requires_grad_()
-    inputs["r_w_bias"] = torch.randn(H, D, generator=generator).requires_grad_()
+def differentiate(threads, inputs, **options):
+    """Output, lse and the gradients of all inputs of one call."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        out = rel_attention(
-            **inputs,
-            causal=True,
-            key_lens=torch.tensor([290, 17, 150][:B]),
-            dropout_p=0.1,
-            dropout_seed=torch.tensor(5),
-            backend="native",
-        )
-        return [out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))]
+        out, lse = rel_attention_with_lse(**leaves, **options, backend="native")
+        loss = out.double().square().sum() + lse.masked_fill(lse.isinf(), 0).sin().sum()
+        return [out, lse, *torch.autograd.grad(loss, list(leaves.values()))]
     finally:
         torch.set_num_threads(before)
+
+
+def unequal_rows(threads, B=3, H=5, Tq=200, Tm=90, D=24, dtype=torch.float32):
+    """A causal call whose rows are of unequal length."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"q": Tq, "k": Tq, "v": Tq, "mem_k": Tm, "mem_v": Tm}
+    inputs = {
+        name: torch.randn(B, H, T, D, generator=generator).to(dtype) for name, T in shapes.items()
+    }
+    inputs["r"] = torch.randn(1, H, Tq + Tm, D, generator=generator).to(dtype)
+    inputs["r_w_bias"] = torch.randn(H, D, generator=generator)
+    return differentiate(
+        threads,
+        inputs,
+        causal=True,
+        key_lens=torch.tensor([290, 17, 150][:B]),
+        dropout_p=0.1,
+        dropout_seed=torch.tensor(5),
+    )
+
+
+def grouped(Hk=2, groups=4, T=1100, D=24, Dp=5, r_heads=False, dtype=torch.float32):
+    """Inputs of heads that share keys, with enough queries for several runs of tiles."""
+    generator = torch.Generator().manual_seed(4)
+    H = Hk * groups
+    shapes = {
+        "q": (1, H, T, D),
+        "k": (1, Hk, T, D),
+        "v": (1, Hk, T, D),
+        "r": (1, H if r_heads else 1, 300, Dp),
+        "q_pos": (1, H, T, Dp),
+        "r_w_bias": (H, D),
+        "r_r_bias": (H, Dp),
+    }
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
+
+
+def documents(lengths):
+    """key_start and key_lens of documents in one row."""
+    ends = torch.tensor(lengths).cumsum(0)
+    lengths = torch.tensor(lengths)
+    starts = (ends - lengths).repeat_interleave(lengths)
+    return {"key_start": starts[None], "key_lens": ends.repeat_interleave(lengths)[None]}
+
+
+DOCUMENTS = [1, 300, 64, 15, 420, 257, 43]  # 1100 tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_a_thread_count_gives_the_same_bits_every_time(threads, dtype):
-    first = attend_and_differentiate(threads, dtype=dtype)
-    for _ in range(3):
-        again = attend_and_differentiate(threads, dtype=dtype)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    packed = grouped(dtype=dtype)
+    for run in (
+        lambda: unequal_rows(threads, dtype=dtype),
+        lambda: differentiate(threads, packed, causal=True, offset=299, **documents(DOCUMENTS)),
+    ):
+        first = run()
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def assert_close(cut, due):
+    tolerance = 1e-5 * max(1.0, float(due.detach()[due.isfinite()].abs().max()))
+    torch.testing.assert_close(cut.to(due.dtype), due, rtol=1e-5, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (2, 8)], ids=["B3H5", "B1H1", "B2H8"])
 @pytest.mark.parametrize("threads", [2, 5, 16])
 def test_work_cut_anywhere_sums_to_the_same(threads, shape):
     B, H = shape
-    whole = attend_and_differentiate(1, B=B, H=H)
-    for cut, due in zip(attend_and_differentiate(threads, B=B, H=H), whole, strict=True):
-        assert torch.allclose(cut, due, rtol=1e-5, atol=1e-5 * float(due.detach().abs().max()))
+    whole = unequal_rows(1, B=B, H=H)
+    for cut, due in zip(unequal_rows(threads, B=B, H=H), whole, strict=True):
+        assert_close(cut, due)
+
+
+@pytest.mark.parametrize("r_heads", [False, True], ids=["one_r", "r_per_head"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"causal": True, "window": (130, None), "softcap": 3.0},
+        {"window": (70, 40), "q_start": torch.tensor([-13])},
+        {"causal": True, **documents(DOCUMENTS)},
+        {"causal": True, **documents(DOCUMENTS[::-1]), "clamp": True},
+        {"key_start": torch.randint(0, 1100, (1, 1100), generator=torch.Generator().manual_seed(0))},
+    ],
+    ids=["causal", "window", "q_start", "documents", "documents_clamp", "no_order"],
+)
+def test_units_of_several_runs_agree_with_float64(options, r_heads):
+    # A unit of 18 tiles and 4 heads has several runs; 3 threads cut the two units.
+    inputs, options = grouped(r_heads=r_heads), {"offset": 299, "pos_scale": 0.7, **options}
+    wide = {name: x.double() for name, x in inputs.items()}
+    due = differentiate(1, wide, **options)
+    for threads in (1, 3):
+        for found, wanted in zip(differentiate(threads, inputs, **options), due, strict=True):
+            assert_close(found, wanted)
+
+
+def test_documents_in_one_row_equal_documents_alone():
+    inputs, begin = grouped(dtype=torch.float64), 0
+    out, lse, *grads = differentiate(2, inputs, causal=True, offset=299, **documents(DOCUMENTS))
+    names = list(inputs)
+    shared = {name: torch.zeros_like(inputs[name]) for name in ("r", "r_w_bias", "r_r_bias")}
+    for length in DOCUMENTS:
+        rows = slice(begin, begin + length)
+        alone = {name: x if name in shared else x[:, :, rows] for name, x in inputs.items()}
+        its_out, its_lse, *its_grads = differentiate(1, alone, causal=True, offset=299)
+        assert_close(out[:, :, rows], its_out)
+        assert_close(lse[:, :, rows], its_lse)
+        for name, packed, grad in zip(names, grads, its_grads, strict=True):
+            if name in shared:
+                shared[name] += grad
+            else:
+                assert_close(packed[:, :, rows], grad)
+        begin += length
+    for name in shared:
+        assert_close(grads[names.index(name)], shared[name])
 
 
 def fenced(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,10 +197,13 @@ def fenced(tensor: torch.Tensor) -> torch.Tensor:
     return copy.view(tensor.shape).copy_(tensor)
 
 
+WILD = [-(2**63), -(2**31) - 1, -70, 0, 30, 601, 2**31, 2**63 - 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("D", [1, 41, 64])
 @pytest.mark.parametrize("lengths", [(1, 30), (17, 5), (70, 603)], ids=["1+30", "17+5", "70+603"])
-def test_nothing_is_read_behind_the_tensors(lengths, D, dtype):
+def test_nothing_is_read_after_the_tensors(lengths, D, dtype):
     Tq, Tm = lengths
     sizes = {"q": Tq, "k": Tq, "v": Tq, "mem_k": Tm, "mem_v": Tm, "r": Tq + Tm}
     inputs = {
@@ -121,7 +218,83 @@ def test_nothing_is_read_behind_the_tensors(lengths, D, dtype):
     assert all(grad.isfinite().all() for grad in (out, *grads))
 
 
-def test_padding_behind_the_key_lengths_is_never_read():
+@pytest.mark.parametrize("ranges", ["row", "query"])
+@pytest.mark.parametrize("Tq", [1, 17, 200])
+def test_wild_positions_and_ranges_stay_inside_the_tensors(Tq, ranges):
+    B, Hk, H, Tm, D, Dp = len(WILD), 2, 4, 401, 8, 3
+    shapes = {
+        "q": (B, H, Tq, D),
+        "q_pos": (B, H, Tq, Dp),
+        "k": (B, Hk, Tq, D),
+        "v": (B, Hk, Tq, D),
+        "mem_k": (B, Hk, Tm, D),
+        "mem_v": (B, Hk, Tm, D),
+        "r": (1, 1, 37, Dp),
+    }
+    inputs = {name: fenced(torch.randn(shape)).requires_grad_() for name, shape in shapes.items()}
+    generator = torch.Generator().manual_seed(Tq)
+
+    def drawn(*shape):
+        return fenced(torch.tensor(WILD)[torch.randint(0, B, shape, generator=generator)])
+
+    shape = (B,) if ranges == "row" else (B, Tq)
+    for options in ({"causal": True}, {"window": (40, 7)}, {"chunk": (16, 2, 5)}):
+        for more in ({}, {"clamp": True, "offset": -7}, {"offset": 2**62}, {"offset": -(2**62)}):
+            out, lse = rel_attention_with_lse(
+                **inputs,
+                **options,
+                **more,
+                q_start=fenced(torch.tensor(WILD)),
+                key_start=drawn(*shape),
+                key_lens=drawn(*shape),
+                backend="native",
+            )
+            grads = torch.autograd.grad([out, lse], list(inputs.values()), [out, lse * 0])
+            assert all(grad.isfinite().all() for grad in (out, *grads))
+
+
+def test_the_gradient_of_the_lse_of_a_row_without_keys_is_ignored():
+    inputs = {name: torch.randn(1, 1, 5, 4, requires_grad=True) for name in ("q", "k", "v", "r")}
+    out, lse = rel_attention_with_lse(
+        **inputs, key_lens=torch.tensor([[5, 0, 3, 0, 5]]), backend="native"
+    )
+    assert lse.isinf().tolist() == [[[False, True, False, True, False]]]
+    dlse = torch.where(lse.isinf(), float("nan"), 1.0)
+    grads = torch.autograd.grad([out, lse], list(inputs.values()), [out, dlse])
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[0][0, 0, [1, 3]].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("k", (2, 2, 9, 8)),
+        ("v", (2, 3, 8, 8)),
+        ("r", (2, 2, 9, 8)),
+        ("r", (1, 3, 9, 7)),
+        ("q_pos", (2, 3, 8, 8)),
+        ("r_r_bias", (3, 7)),
+        ("mem_v", (2, 3, 6, 8)),
+        ("key_start", (3,)),
+        ("key_lens", (2, 8)),
+        ("q_start", (2, 9)),
+    ],
+)
+def test_a_direct_call_with_wrong_shapes_is_an_error(name, shape):
+    tensors = {
+        **{x: torch.randn(2, 3, 9, 8) for x in ("q", "k", "v", "mem_k", "mem_v")},
+        "r": torch.randn(1, 3, 9, 8),
+    }
+    is_integer = name in ("key_start", "key_lens", "q_start")
+    tensors[name] = torch.zeros(shape, dtype=torch.int64) if is_integer else torch.zeros(shape)
+    q, k, v, r = (tensors.pop(x) for x in "qkvr")
+    numbers = Numbers(scale=0.3, pos_scale=0.3)
+    call = RelAttentionCall(q, k, v, r, OptionalTensors(**tensors), Rules(offset=8), numbers)
+    with pytest.raises((ValueError, TypeError), match="rel_attention: "):
+        torch.ops.txl_native.rel_attention_fwd(*call.arguments())
+
+
+def test_padding_after_the_key_lengths_is_never_read():
     inputs = {name: torch.randn(2, 2, 40, 16) for name in ("q", "k", "v")}
     r, lengths = torch.randn(1, 2, 79, 16), torch.tensor([40, 21])
     due = rel_attention(**inputs, r=r, key_lens=lengths, backend="native")
