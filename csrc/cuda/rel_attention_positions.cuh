@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(kThreads) rel_attention_positions_kernel(const
   }
   // Rows whose sums this lane gets.
   constexpr int kDealt = L::kLanes < kRows ? kRows / L::kLanes : 1;
+  constexpr int kSharers = L::kLanes > kRows ? L::kLanes / kRows : 1;  // lanes that get the same
   const int dealt = own * kRows / L::kLanes;
-  const bool writes = kDealt > 1 || own % (L::kLanes / kRows) == 0;
   float bias[L::kElements];
   load_bias<L, T>(args.r_r_bias, h, args.Dp, own, bias);
   const float factor = product_factor(args, args.pos_scale);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) rel_attention_positions_kernel(const
 #pragma unroll
       for (int e = 0; e < kDealt; ++e) {
         const int row = row_of(dealt + e);
-        if (writes && row < plan.n_rows)
+        if (own % kSharers == 0 && row < plan.n_rows)
           args.positions[query_row * plan.n_rows + row] = sums[e];
       }
     }
