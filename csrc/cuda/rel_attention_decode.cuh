@@ -306,11 +306,11 @@ __global__ void __launch_bounds__(kThreads, SplitWarp<T, kHead, kQueries, kAlign
 // keys have no parts. Sums are float32.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rel_attention_combine_kernel(const DecodeArgs args) {
-  const int64_t query_row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (query_row >= int64_t(args.B) * args.H * args.Tq) return;
+  const int query_row = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  if (query_row >= args.B * args.H * args.Tq) return;
   const Keys keys = keys_of_row(args, query_row / args.Tq / args.H, args.Tq == 1);
   const int n_splits = Splits::of(keys.count(), args.plan.n_splits).n;
-  const int64_t first = query_row * args.plan.n_splits;
+  const int64_t first = int64_t(query_row) * args.plan.n_splits;
   const auto* stats = reinterpret_cast<const Stats*>(args.split_stats) + first;
   for (int d = threadIdx.x % kWarp; d < args.Dv; d += kWarp) {
     const float* out = args.split_out + first * args.Dv + d;
