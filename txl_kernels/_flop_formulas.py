@@ -191,4 +191,3 @@ def _size(matrix: Shape) -> int:
 
 def _no_products(*_: Any, **__: Any) -> int:
     return 0
-
