@@ -75,11 +75,13 @@ def check_rel_attention_output(
 def attention_arguments(
     case: RelAttentionCase, floats: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> list[Any]:
-    """The operator's arguments for a case and its inputs, with a bias and dead rows if it has any."""
+    """The operator's arguments for a case and its inputs, and the reference's own if it has any."""
     options = Options(**case.options)
     tensors: dict[str, Any] = {**floats, **others}
     bias, dead_uniform = tensors.pop("bias", None), options.dead_rows == "uniform"
     q, k, v, r = (tensors.pop(name) for name in "qkvr")
     rules, numbers = checked_rules(OP, q, options), checked_numbers(OP, q, options)
+    if "mask" in tensors:
+        tensors["mask"] = tensors["mask"].expand(*q.shape[:3], case.Tm + k.shape[2])
     given = RelAttentionCall(q, k, v, r, OptionalTensors(**tensors), rules, numbers)
     return [*given.arguments(), *([bias, dead_uniform] if bias is not None or dead_uniform else [])]

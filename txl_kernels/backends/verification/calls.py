@@ -208,7 +208,7 @@ def _short_attention(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     Tm = 0 if optional.mem_k is None else optional.mem_k.shape[2]
     Tk = Tm + Ts
     sizes = {"B": min(B, 2), "H": H, "G": Hk, "D": D, "V": given.v.shape[3], "P": given.r.shape[3]}
-    if H == Hk:
+    if Hk == H:
         sizes["H"] = sizes["G"] = _shortened(H, 16)
     long = _LONG if Tq > _FEW_QUERIES else _LONG_FOR_FEW
     sizes |= {"T": _shortened(Tq, long), "S": _shortened(Ts, long), "M": _shortened(Tm, long)}
