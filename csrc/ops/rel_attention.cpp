@@ -8,6 +8,7 @@
 #include <atomic>
 
 #include "arguments.h"
+#include "rel_attention_call.h"
 #include "txl/gemm.h"
 #include "txl/rel_attention.h"
 #include "workspace.h"
@@ -16,79 +17,126 @@ namespace txl {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
-// The arguments of the schema that both directions share.
+// q_start, key_start and key_lens beyond these limits act as the limits.
+constexpr int64_t kFarthest = int64_t{1} << 31;
+
+// The arguments of the schema that both directions share, as kernels read them.
 struct Call {
-  Tensor q, k, v, r, mem_k, mem_v, r_w_bias, r_r_bias, key_start, key_lens, mask;
+  OptionalTensors optional;
   RelAttentionArgs args;
 
-  Call(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& r_,
-       const OptionalTensor& r_w_bias_, const OptionalTensor& r_r_bias_,
-       const OptionalTensor& mem_k_, const OptionalTensor& mem_v_, const OptionalTensor& q_pos,
-       const OptionalTensor& key_start_, const OptionalTensor& key_lens_,
-       const OptionalTensor& mask_, const OptionalTensor& bias, const OptionalTensor& dropout_seed,
-       int64_t offset, bool clamp, bool causal, std::optional<int64_t> window_left,
-       std::optional<int64_t> window_right, at::IntArrayRef chunk, double scale, double softcap,
-       double dropout_p, bool dead_uniform) {
-    TORCH_CHECK(!q_pos && !bias && !dead_uniform,
-                "rel_attention: the native backend supports neither q_pos nor bias nor "
-                "dead_rows=\"uniform\"");
-    const char* missing = gemm_unavailable_reason();
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r, at::TensorList tensors,
+       at::IntArrayRef rules_, at::ArrayRef<double> numbers)
+      : optional(tensors) {
+    static const char* const missing = gemm_unavailable_reason();
     TORCH_CHECK(missing == nullptr, "rel_attention: the native backend cannot run here: ", missing);
-    args.B = q_.size(0), args.H = q_.size(1), args.Tq = q_.size(2), args.D = q_.size(3);
-    args.Ts = k_.size(2), args.Tm = mem_k_ ? mem_k_->size(2) : 0, args.Dv = v_.size(3),
-    args.R = r_.size(2);
-    TORCH_CHECK_VALUE(args.D <= 256 && args.Dv <= 256,
-                      "rel_attention: the native backend supports head sizes up to 256, got ",
-                      std::max(args.D, args.Dv));
-    for (const auto& [tensor, home] : {std::pair{&q_, &q}, {&k_, &k}, {&v_, &v}, {&r_, &r}}) {
-      TORCH_CHECK_TYPE(tensor->scalar_type() == q_.scalar_type(),
-                       "rel_attention: q, k, v, r must share a dtype, got ", q_.scalar_type(),
-                       " and ", tensor->scalar_type());
-      *home = last_dim_contiguous(*tensor);
-    }
-    args.q = view4(q), args.k = view4(k), args.v = view4(v), args.r = view4(r);
-    if (mem_k_) {
-      mem_k = last_dim_contiguous(*mem_k_), mem_v = last_dim_contiguous(*mem_v_);
-      args.mem_k = view4(mem_k), args.mem_v = view4(mem_v);
-    }
-    args.r_per_batch = r.size(0) > 1, args.r_per_head = r.size(1) > 1;
-    args.r_w_bias = bias_pointer(r_w_bias_, r_w_bias),
-    args.r_r_bias = bias_pointer(r_r_bias_, r_r_bias);
-    args.key_start = length_pointer(key_start_, key_start),
-    args.key_lens = length_pointer(key_lens_, key_lens);
-    if (mask_) {
-      mask = *mask_;
-      args.mask = {mask.data_ptr(), mask.stride(0), mask.stride(1), mask.stride(2)};
-      args.mask_stride_key = mask.stride(3);
-    }
-    args.offset = near_offset(offset, args.Tq, args.Tk(), args.R), args.clamp = clamp;
-    args.rule = key_rule(causal, window_left, window_right, chunk);
-    args.scale = scale, args.softcap = softcap, args.dropout_p = dropout_p;
-    if (dropout_p > 0)
-      args.dropout_seed = static_cast<uint64_t>(dropout_seed.value().item<int64_t>());
+    check_call(q, k, v, r, optional);
+    set_rows(q, k, v, r);
+    const Rules rules(rules_);
+    args.clamp = rules.clamp, args.rule = rules.keys;
+    set_numbers(Numbers(numbers));
+    set_positions(rules.offset);
+    args.r_w_bias = bias_pointer(optional.r_w_bias, acc_dtype(q));
+    args.r_r_bias = bias_pointer(optional.r_r_bias, acc_dtype(q));
+    set_masks();
   }
 
   bool empty() const { return args.B * args.H * args.Tq == 0; }
   // Work below this many multiply-adds is not worth waking other threads.
   int64_t threads() const {
     const double work = 3.0 * static_cast<double>(args.B * args.H * args.Tq) *
-                        static_cast<double>(args.Tk() * args.D);
+                        static_cast<double>(args.Tk * args.D);
     return at::in_parallel_region() || work < 5e5 ? 1 : at::get_num_threads();
   }
 
  private:
-  const void* bias_pointer(const OptionalTensor& given, Tensor& home) const {
-    if (!given) return nullptr;
-    home = given->to(acc_dtype(q)).contiguous();
-    return home.data_ptr();
+  void set_rows(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r) {
+    args.B = q.size(0), args.H = q.size(1), args.Tq = q.size(2), args.D = q.size(3);
+    args.Hk = k.size(1), args.Dv = v.size(3), args.R = r.size(2), args.Dp = r.size(3);
+    args.has_q_pos = optional.q_pos.defined();
+    args.q = view4(q), args.q_pos = args.has_q_pos ? view4(optional.q_pos) : args.q;
+    args.r_per_batch = r.size(0) != 1, args.r_per_head = r.size(1) != 1;
+    args.r = view4(r);
+    if (optional.mem_k.defined() && optional.mem_k.numel() > 0)
+      add_run(optional.mem_k, optional.mem_v);
+    add_run(k, v);
   }
-  const int64_t* length_pointer(const OptionalTensor& given, Tensor& home) const {
-    if (!given) return nullptr;
-    home = given->to(at::kLong).clamp(0, args.Tk()).contiguous();
-    return home.const_data_ptr<int64_t>();
+
+  void add_run(const Tensor& k, const Tensor& v) {
+    args.runs[args.n_runs++] = {args.Tk, k.size(2), view4(k), view4(v)};
+    args.Tk += k.size(2);
   }
+
+  void set_numbers(const Numbers& numbers) {
+    args.scale = numbers.scale, args.pos_scale = numbers.pos_scale;
+    args.softcap = numbers.softcap, args.dropout_p = numbers.dropout_p;
+    if (args.dropout_p > 0) {
+      TORCH_CHECK(optional.dropout_seed.defined(), "rel_attention: dropout needs a seed");
+      args.dropout_seed = static_cast<uint64_t>(optional.dropout_seed.item<int64_t>());
+    }
+  }
+
+  void set_positions(int64_t offset) {
+    if (!optional.q_start.defined()) {
+      args.offset = near_offset(offset, args.Tq, args.Tk, args.R);
+      return;
+    }
+    // Sums with q_start do not overflow; RelAttentionArgs::row_offset clamps them.
+    args.offset = std::clamp(offset, -kOpen, kOpen);
+    args.q_start = integers(optional.q_start, -kFarthest, kFarthest, q_start_);
+  }
+
+  static const void* bias_pointer(Tensor& bias, at::ScalarType dtype) {
+    if (!bias.defined()) return nullptr;
+    if (bias.scalar_type() != dtype) bias = bias.to(dtype);
+    bias = bias.contiguous();
+    return bias.data_ptr();
+  }
+
+  void set_masks() {
+    args.key_start = bounds(optional.key_start, key_start_);
+    args.key_lens = bounds(optional.key_lens, key_lens_);
+    if (args.key_start.stride_i != 0 || args.key_lens.stride_i != 0) {
+      const int64_t entries = (args.Tq + kRangeRows - 1) / kRangeRows;
+      key_table_.resize(static_cast<size_t>(args.B * entries));
+      fill_key_table(args, key_table_.data());
+      args.key_table = key_table_.data();
+    }
+    if (optional.mask.defined()) {
+      const Tensor& mask = optional.mask;
+      args.mask = {mask.data_ptr(), mask.stride(0), mask.stride(1), mask.stride(2)};
+      args.mask_stride_key = mask.stride(3);
+    }
+  }
+
+  KeyBounds bounds(const Tensor& x, std::vector<int64_t>& home) const {
+    if (!x.defined()) return {};
+    const bool per_query = x.dim() == 2;
+    return {integers(x, 0, args.Tk, home), per_query ? args.Tq : 1, per_query ? 1 : 0};
+  }
+
+  // The elements of an int32 or int64 tensor of any strides, clamped to [least, most].
+  static const int64_t* integers(const Tensor& x, int64_t least, int64_t most,
+                                 std::vector<int64_t>& home) {
+    home.reserve(static_cast<size_t>(x.numel()));
+    auto copy = [&](auto* data) {
+      const int64_t n = x.dim() > 1 ? x.size(1) : 1, step = x.dim() > 1 ? x.stride(1) : 0;
+      for (int64_t b = 0; b < x.size(0); ++b) {
+        for (int64_t i = 0; i < n; ++i)
+          home.push_back(std::clamp<int64_t>(data[b * x.stride(0) + i * step], least, most));
+      }
+    };
+    if (x.scalar_type() == at::kInt) {
+      copy(x.const_data_ptr<int32_t>());
+    } else {
+      copy(x.const_data_ptr<int64_t>());
+    }
+    return home.data();
+  }
+
+  std::vector<int64_t> q_start_, key_start_, key_lens_;
+  std::vector<KeyRange> key_table_;
 };
 
 // Runs f(chunk, workspace) for every chunk; each thread continues with the next chunk that is left.
@@ -105,24 +153,17 @@ void run_chunks(const RelAttentionPlan& plan, int64_t threads, int64_t workspace
   });
 }
 
-std::tuple<Tensor, Tensor> rel_attention_fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r,
-    const OptionalTensor& r_w_bias, const OptionalTensor& r_r_bias, const OptionalTensor& mem_k,
-    const OptionalTensor& mem_v, const OptionalTensor& q_pos, const OptionalTensor& key_start,
-    const OptionalTensor& key_lens, const OptionalTensor& mask, const OptionalTensor& bias,
-    const OptionalTensor& dropout_seed, int64_t offset, bool clamp, bool causal,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right, at::IntArrayRef chunk,
-    double scale, double softcap, double dropout_p, bool dead_uniform) {
-  Call call(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, key_start, key_lens, mask, bias,
-            dropout_seed, offset, clamp, causal, window_left, window_right, chunk, scale, softcap,
-            dropout_p, dead_uniform);
+std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& r, at::TensorList optional,
+                                             at::IntArrayRef rules, at::ArrayRef<double> numbers) {
+  Call call(q, k, v, r, optional, rules, numbers);
   RelAttentionArgs& args = call.args;
   const Tensor out = at::empty({args.B, args.H, args.Tq, args.Dv}, q.options());
   const Tensor lse = at::empty({args.B, args.H, args.Tq}, q.options().dtype(acc_dtype(q)));
   if (call.empty()) return {out, lse};
   args.out = view4(out), args.lse = lse.data_ptr();
   const FwdKernels& kernels = rel_attention_fwd_kernels(scalar_of("rel_attention", "q", q));
-  const RelAttentionPlan plan = plan_rel_attention(args, kFwdKeyBlock, call.threads());
+  const RelAttentionPlan plan = plan_rel_attention(args, kFwdKeyBlock, kernels.item_bytes(args), call.threads());
   run_chunks(plan, call.threads(), kernels.workspace(args, plan),
              [&](int64_t c, char* workspace) { kernels.chunk(args, plan, c, workspace); });
   return {out, lse};
@@ -131,82 +172,117 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(
 // With a narrow window, the borders of small blocks divide the keys of many tiles: 14% of the
 // time at 128 keys.
 int64_t bwd_key_block(const RelAttentionArgs& args) {
-  const int64_t right = args.rule.causal ? 0 : args.rule.window_right;
+  const int64_t right = args.rule.window_right;
   return args.rule.window_left + right < kBwdKeyBlock ? kKeyBlock : kBwdKeyBlock;
 }
 
-// Key and value gradients need slots for partial sums only if two chunks share a pair.
-bool cuts_a_pair(const RelAttentionPlan& plan) {
+// Key and value gradients need slots for partial sums only if two chunks share a unit.
+bool cuts_a_unit(const RelAttentionPlan& plan) {
   for (const int64_t border : plan.chunks) {
-    if (border % plan.n_tiles != 0) return true;
+    if (border % plan.unit_items() != 0) return true;
   }
   return false;
 }
 
-using Gradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The results of the backward, in the schema's order.
+enum Gradient : size_t { kQ, kK, kV, kR, kRWBias, kRRBias, kMemK, kMemV, kQPos, kGradients };
 
-Gradients rel_attention_bwd(const Tensor& dout_, const Tensor& q, const Tensor& k, const Tensor& v,
-                            const Tensor& r, const OptionalTensor& r_w_bias,
-                            const OptionalTensor& r_r_bias, const OptionalTensor& mem_k,
-                            const OptionalTensor& mem_v, const OptionalTensor& q_pos,
-                            const OptionalTensor& key_start, const OptionalTensor& key_lens,
-                            const OptionalTensor& mask, const OptionalTensor& bias,
-                            const OptionalTensor& dropout_seed, int64_t offset, bool clamp,
-                            bool causal, std::optional<int64_t> window_left,
-                            std::optional<int64_t> window_right, at::IntArrayRef chunk,
-                            double scale, double softcap, double dropout_p, bool dead_uniform,
-                            const Tensor& out_, const Tensor& lse_, c10::List<bool> needs_grad) {
-  Call call(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, key_start, key_lens, mask, bias,
-            dropout_seed, offset, clamp, causal, window_left, window_right, chunk, scale, softcap,
-            dropout_p, dead_uniform);
-  RelAttentionArgs& args = call.args;
-  const Tensor dout = last_dim_contiguous(dout_), out = last_dim_contiguous(out_),
-               lse = lse_.contiguous();
-  args.out = view4(out), args.lse = lse.data_ptr();
-
-  auto none = [&] {
-    return at::empty({0}, q.options());
-  };  // never one shared: outputs must not alias
-  auto gradient = [&](size_t index, const OptionalTensor& like, bool accumulated = false) {
-    if (!needs_grad.get(index) || !like) return none();
-    const auto options = accumulated ? like->options().dtype(acc_dtype(q)) : like->options();
-    return call.empty() ? at::zeros(like->sizes(), options) : at::empty(like->sizes(), options);
-  };
-  const Tensor dq = gradient(0, q), dk = gradient(1, k), dv = gradient(2, v), dr = gradient(3, r);
-  const Tensor dr_w_bias = gradient(4, r_w_bias, true), dr_r_bias = gradient(5, r_r_bias, true);
-  const Tensor dmem_k = gradient(6, mem_k), dmem_v = gradient(7, mem_v);
-  auto pointer = [](const Tensor& x) { return x.numel() == 0 ? nullptr : x.data_ptr(); };
-  auto typed = [](const Tensor& x, const OptionalTensor& like) {
-    return like ? x.to(like->scalar_type()) : x;
-  };
-
-  if (!call.empty()) {
-    const BwdKernels& kernels = rel_attention_bwd_kernels(scalar_of("rel_attention", "q", q));
-    const RelAttentionPlan plan = plan_rel_attention(args, bwd_key_block(args), call.threads());
-    const RelAttentionGrads grads{view4(dout), pointer(dq),        pointer(dk),
-                                  pointer(dv), pointer(dmem_k),    pointer(dmem_v),
-                                  pointer(dr), pointer(dr_w_bias), pointer(dr_r_bias)};
-    const auto options = q.options().dtype(acc_dtype(q));
-    const int64_t chunks = plan.n_chunks(), parked = cuts_a_pair(plan) ? 2 * chunks : 0;
-    const Tensor park_k = at::empty({parked, args.Tk(), args.D}, options);
-    const Tensor park_v = at::empty({parked, args.Tk(), args.Dv}, options);
-    const int64_t table_slots = dr.numel() == 0 ? 0 : args.n_groups() + chunks - 1;
-    const Tensor park_r = at::empty({table_slots, args.R, args.D}, options);
-    const Tensor park_bias = at::empty({args.n_pairs() + chunks - 1, 2, args.D}, options);
-    const RelAttentionPartials partials{pointer(park_k), pointer(park_v), pointer(park_r),
-                                        pointer(park_bias)};
-    run_chunks(plan, call.threads(), kernels.workspace(args, plan),
-               [&](int64_t c, char* workspace) {
-                 kernels.chunk(args, plan, grads, partials, c, workspace);
-               });
-    at::parallel_for(0, finish_items(args), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item)
-        kernels.finish(args, plan, grads, partials, item);
-    });
+// The gradients that are requested, uninitialised (zeros if the call is empty); the others are of
+// size 0, each a tensor of its own, because outputs of an operator must not alias. The biases'
+// gradients have the accumulation type.
+std::vector<Tensor> empty_gradients(const Call& call, const Tensor* const (&inputs)[kGradients],
+                                    const c10::List<bool>& needs_grad) {
+  TORCH_CHECK_VALUE(needs_grad.size() == kGradients, "rel_attention: needs_grad must have ",
+                    size_t{kGradients}, " flags, got ", needs_grad.size());
+  const auto options = inputs[kQ]->options();
+  std::vector<Tensor> grads;
+  for (size_t n = 0; n < kGradients; ++n) {
+    if (!needs_grad.get(n) || !inputs[n]->defined()) {
+      grads.push_back(at::empty({0}, options));
+      continue;
+    }
+    const bool is_bias = n == kRWBias || n == kRRBias;
+    const auto own = options.dtype(is_bias ? acc_dtype(*inputs[kQ]) : inputs[n]->scalar_type());
+    const at::IntArrayRef sizes = inputs[n]->sizes();
+    grads.push_back(call.empty() ? at::zeros(sizes, own) : at::empty(sizes, own));
   }
-  return {dq,     dk,     dv,     dr,    typed(dr_w_bias, r_w_bias), typed(dr_r_bias, r_r_bias),
-          dmem_k, dmem_v, none(), none()};
+  return grads;
+}
+
+void* pointer(const Tensor& x) {
+  return x.numel() == 0 ? nullptr : x.data_ptr();
+}
+
+RelAttentionGrads grad_pointers(const RelAttentionArgs& args, const std::vector<Tensor>& grads) {
+  RelAttentionGrads pointers;
+  pointers.dq = pointer(grads[kQ]), pointers.dq_pos = pointer(grads[kQPos]);
+  const int segment = args.n_runs - 1;
+  if (segment > 0)
+    pointers.dk[0] = pointer(grads[kMemK]), pointers.dv[0] = pointer(grads[kMemV]);
+  pointers.dk[segment] = pointer(grads[kK]), pointers.dv[segment] = pointer(grads[kV]);
+  pointers.dr = pointer(grads[kR]);
+  pointers.dr_w_bias = pointer(grads[kRWBias]), pointers.dr_r_bias = pointer(grads[kRRBias]);
+  return pointers;
+}
+
+void compute_gradients(const Call& call, const RelAttentionGrads& grads, const Tensor& q) {
+  const RelAttentionArgs& args = call.args;
+  const BwdKernels& kernels = rel_attention_bwd_kernels(scalar_of("rel_attention", "q", q));
+  const RelAttentionPlan plan =
+      plan_rel_attention(args, bwd_key_block(args), kernels.item_bytes(args), call.threads());
+  const auto options = q.options().dtype(acc_dtype(q));
+  const int64_t chunks = plan.n_chunks(), parked = cuts_a_unit(plan) ? 2 * chunks : 0;
+  const Tensor park_k = at::empty({parked, args.Tk, args.D}, options);
+  const Tensor park_v = at::empty({parked, args.Tk, args.Dv}, options);
+  const int64_t table_slots = grads.dr == nullptr ? 0 : args.n_groups() + chunks - 1;
+  const Tensor park_r =
+      at::empty({table_slots, args.tables_per_group(), args.R, args.Dp}, options);
+  const Tensor park_bias = at::empty(
+      {args.n_units() + chunks - 1, args.heads_per_key(), args.D + args.Dp}, options);
+  const RelAttentionPartials partials{pointer(park_k), pointer(park_v), pointer(park_r),
+                                      pointer(park_bias)};
+  run_chunks(plan, call.threads(), kernels.workspace(args, plan), [&](int64_t c, char* workspace) {
+    kernels.chunk(args, plan, grads, partials, c, workspace);
+  });
+  at::parallel_for(0, finish_items(args), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) kernels.finish(args, plan, grads, partials, item);
+  });
+}
+
+std::vector<Tensor> rel_attention_bwd(const Tensor& dout, const Tensor& dlse, const Tensor& q,
+                                      const Tensor& k, const Tensor& v, const Tensor& r,
+                                      at::TensorList optional, at::IntArrayRef rules,
+                                      at::ArrayRef<double> numbers, const Tensor& out,
+                                      const Tensor& lse_, const c10::List<bool>& needs_grad) {
+  Call call(q, k, v, r, optional, rules, numbers);
+  RelAttentionArgs& args = call.args;
+  const Tensor lse = lse_.contiguous();
+  const OptionalTensors given(optional);  // the biases in their own dtype
+  const Tensor* const inputs[kGradients] = {
+      &q,           &k, &v, &r, &given.r_w_bias, &given.r_r_bias, &given.mem_k,
+      &given.mem_v, &given.q_pos};
+  std::vector<Tensor> grads = empty_gradients(call, inputs, needs_grad);
+  if (!call.empty()) {
+    const CallChecks checks(q);
+    checks.rows("out", out, {args.B, args.H, args.Tq, args.Dv});
+    checks.rows("dout", dout, {args.B, args.H, args.Tq, args.Dv});
+    TORCH_CHECK_VALUE(lse.sizes() == at::IntArrayRef({args.B, args.H, args.Tq}) &&
+                          lse.scalar_type() == acc_dtype(q),
+                      "rel_attention: lse must be the forward's");
+    args.out = view4(out), args.lse = lse.data_ptr();
+    RelAttentionGrads pointers = grad_pointers(args, grads);
+    pointers.dout = view4(dout);
+    if (dlse.dim() != 1 || dlse.numel() != 0) {
+      TORCH_CHECK_VALUE(dlse.sizes() == lse.sizes() && dlse.scalar_type() == lse.scalar_type(),
+                        "rel_attention: dlse must have the shape and dtype of lse");
+      pointers.dlse = {dlse.data_ptr(), dlse.stride(0), dlse.stride(1), dlse.stride(2)};
+    }
+    compute_gradients(call, pointers, q);
+  }
+  for (const size_t n : {kRWBias, kRRBias}) {
+    if (inputs[n]->defined()) grads[n] = grads[n].to(inputs[n]->scalar_type());
+  }
+  return grads;
 }
 
 }  // namespace
