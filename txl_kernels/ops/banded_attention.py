@@ -7,7 +7,7 @@ without positions computes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -19,17 +19,13 @@ from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.ops import autocast, flash_attention
 from txl_kernels.ops.checks import check_flag, check_shape, check_tensor
+from txl_kernels.ops.rel_attention import rel_attention
 from txl_kernels.ops.rel_attention_calls import Prepared, backward, forward, prepare
 from txl_kernels.transforms import inside_transform
 
 OP = "banded_attention"
 
 Far = tuple[flash_attention.Forward, flash_attention.Backward]
-# Arguments of `rel_attention` that no attention without positions supports, or that are fixed here.
-_NOT_HERE = frozenset(
-    ("mem_k", "mem_v", "q_start", "offset", "causal", "window", "chunk", "key_start", "key_lens")
-    + ("mask", "bias", "softcap", "dropout_p", "dropout_seed", "dead_rows")
-)
 
 
 def banded_attention(
@@ -205,7 +201,7 @@ class _Banded(torch.autograd.Function):
                 _add_gradients_of_constant(grads, call, dout, out, far_out, share)
             if any(needs[:3]) or needs[4]:
                 _add_far_gradients(grads, options, call, dout, out, far_lse)
-        return (None, *without_derivative(OP, grads))
+        return (None, *without_derivative(OP, grads, tensors))
 
 
 def _near_call(options: _Options, tensors: Any) -> RelAttentionCall:
@@ -360,6 +356,6 @@ def _check_far(out: Tensor, lse: Tensor, near_out: Tensor, near_lse: Tensor) -> 
 def _refuse(others: dict[str, Any]) -> None:
     """Raises for keyword arguments that the op does not have."""
     for name in others:
-        if name in _NOT_HERE:
+        if name in inspect.signature(rel_attention).parameters:
             raise ValueError(f"{OP}: {name} is not supported; rel_attention has it")
         raise TypeError(f"{OP}() got an unexpected keyword argument {name!r}")

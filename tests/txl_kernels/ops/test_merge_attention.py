@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, merged, is attention over all of them; sinks are one more key."""
+"""Attention over parts of the keys merges to attention over all; a sink is one more key."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def test_parts_of_the_keys_merge_to_attention_over_all(backend, require_backend)
     B, H, T, D = 3, 2, 9, 4
     generator = torch.Generator().manual_seed(1)
     shapes = [(B, H, T, D)] * 3 + [(1, H, T, D)]
-    inputs = leaves(
-        *(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    )
+    inputs = leaves(*(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes))
     end = torch.tensor([T, T, 0])
     ranges = [(torch.tensor([0, 5, 0]), torch.tensor([4, 3, 0])), (torch.tensor([4, 0, 3]), end)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from txl_kernels import packed_ranges, rel_attention
 def one_by_one(borders, T, n_memory):
     """The ranges of tokens in documents, token by token: {i: (start, end)}."""
     ranges = {}
-    for n, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for n, (begin, end) in enumerate(pairwise(borders)):
         for i in range(begin, min(end, T)):
             start = 0 if n == 0 and n_memory > 0 else begin + n_memory
             ranges[i] = (start, min(end, T) + n_memory)
@@ -72,7 +74,7 @@ def test_packing_equals_each_document_alone(backend, require_backend):
         backend=backend,
     )
     alone = []
-    for first, last in zip(borders, borders[1:], strict=False):
+    for first, last in pairwise(borders):
         memory = {"mem_k": mem_k, "mem_v": mem_v} if first == 0 else {}
         n_keys = last - first + (Tm if first == 0 else 0)
         document = (x[:, :, first:last] for x in (q, k, v))
