@@ -240,9 +240,8 @@ def _near_gradients(
     """Gradients of q, k, v, r, r_w_bias, r_r_bias, q_pos from the near keys; None: not needed."""
     needs_grad = [*needs[:6], False, False, needs[6]]
     if backend == "reference":
-        found = _reference_gradients(dout, call, out, lse, needs_grad)
-    else:
-        found = backward(backend, dout, None, call, out, lse, needs_grad)
+        return _reference_gradients(dout, call, out, lse, needs_grad)
+    found = backward(backend, dout, None, call, out, lse, needs_grad)
     grads = [grad if needed else None for grad, needed in zip(found, needs_grad, strict=True)]
     return [*grads[:6], grads[8]]
 
@@ -250,26 +249,25 @@ def _near_gradients(
 def _reference_gradients(
     dout: Tensor, call: RelAttentionCall, out: Tensor, lse: Tensor, needs_grad: list[bool]
 ) -> list[Tensor | None]:
-    """The same by automatic differentiation of the merging, with near_out and near_lse computed
-    again: out = share · near_out + …, d out / d near_lse = share · (near_out - out)."""
-    given = (*call[:4], *call.optional[:5])
-    leaves = [
-        None if x is None else x.detach().requires_grad_(needed)
-        for x, needed in zip(given, needs_grad, strict=True)
+    """The same by differentiating the reference, whose share of the merged result is
+    exp(near_lse - lse): out changes with near_out by share, with near_lse by
+    share · (near_out - out)."""
+    given = zip((*call[:4], *call.optional[:5]), needs_grad, strict=True)
+    leaves: list[Any] = [
+        None if x is None else x.detach().requires_grad_(needed) for x, needed in given
     ]
+    q, k, v, r, *optional = leaves
     with torch.enable_grad():
-        optional = OptionalTensors(*leaves[4:])
-        near = call._replace(optional=optional)
-        near_out, near_lse = reference.rel_attention(
-            RelAttentionCall(*leaves[:4], *near[4:])  # type: ignore[arg-type]
-        )
-    share = (near_lse.detach() - lse).exp()
+        near = call._replace(q=q, k=k, v=v, r=r, optional=OptionalTensors(*optional))
+        near_out, near_lse = reference.rel_attention(near)
+    share = (near_lse.detach() - lse).exp()[..., None]
     wide = dout.to(lse.dtype)
-    dlse = share * (wide * (near_out.detach().to(lse.dtype) - out)).sum(-1)
-    douts = ((share[..., None] * wide).to(out.dtype), dlse)
+    dlse = (share * wide * (near_out.detach().to(lse.dtype) - out)).sum(-1)
     inputs = [x for x, needed in zip(leaves, needs_grad, strict=True) if needed]
-    grads = iter(torch.autograd.grad((near_out, near_lse), inputs, douts))
-    return [next(grads) if needed else None for needed in needs_grad]
+    douts = ((share * wide).to(out.dtype), dlse)
+    found = iter(torch.autograd.grad((near_out, near_lse), inputs, douts))
+    grads = [next(found) if needed else None for needed in needs_grad]
+    return [*grads[:6], grads[8]]
 
 
 def _add_far_gradients(
