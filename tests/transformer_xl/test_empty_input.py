@@ -48,9 +48,9 @@ def test_attention(
     B, T = shape
     module = RelativeMultiHeadAttention(D, 2, 4, causal=causal, backend=backend, **options)
     x = torch.randn(B, T, D)
-    for memory in (None, torch.randn(B, 0, D), torch.randn(B, 4, D)):
+    for layer_memory in (None, torch.randn(B, 0, D), torch.randn(B, 4, D)):
         module.zero_grad()
-        out = module(x, memory)
+        out = module(x, layer_memory)
         assert out.shape == x.shape
         out.sum().backward()
         assert_gradients_are_zero(module)

@@ -28,11 +28,11 @@ def tokens(length: int, seed: int = 1) -> Tensor:
     return torch.randn(B, length, D_MODEL, dtype=torch.float64, generator=generator)
 
 
-def by_pairs(module: RelativeMultiHeadAttention, x: Tensor, memory: Tensor) -> Tensor:
+def by_pairs(module: RelativeMultiHeadAttention, x: Tensor, layer_memory: Tensor) -> Tensor:
     """The same from the definition: one score per pair of tokens, no table."""
     causal, window = module.pos_emb.causal, module.pos_emb.window or (None, None)
     clamp_len = module.pos_emb.clamp_len
-    both = torch.cat([memory, x], dim=1)
+    both = torch.cat([layer_memory, x], dim=1)
     T, Tk = x.shape[1], both.shape[1]
     q, k, v = (
         part.view(B, Tk, H, D) for part in (both @ module.qkv_net.weight.t()).chunk(3, dim=-1)
@@ -72,8 +72,8 @@ def test_it_is_attention_by_pairs(
     length: int, memory_length: int, left: int | None, right: int | None, **options: Any
 ) -> None:
     module = attention(window=(left, right), **options)
-    x, memory = tokens(length), tokens(memory_length, seed=2)
-    torch.testing.assert_close(module(x, memory), by_pairs(module, x, memory))
+    x, layer_memory = tokens(length), tokens(memory_length, seed=2)
+    torch.testing.assert_close(module(x, layer_memory), by_pairs(module, x, layer_memory))
 
 
 def test_no_memory_is_a_memory_of_length_0() -> None:
@@ -127,13 +127,13 @@ def test_a_dense_mask_hides_keys() -> None:
 
 def test_memory_projections_carry_gradients_to_weights_and_memory_rows() -> None:
     module, x = attention(), tokens(3)
-    memory = tokens(4, seed=2).requires_grad_()
-    module(x[:, :1], memory).sum().backward()
+    layer_memory = tokens(4, seed=2).requires_grad_()
+    module(x[:, :1], layer_memory).sum().backward()
     with_memory = module.qkv_net.weight.grad
-    assert memory.grad is not None
-    assert memory.grad.abs().sum(-1).gt(0).all()
+    assert layer_memory.grad is not None
+    assert layer_memory.grad.abs().sum(-1).gt(0).all()
     module.zero_grad()
-    module(x[:, :1], memory.detach()).sum().backward()
+    module(x[:, :1], layer_memory.detach()).sum().backward()
     torch.testing.assert_close(module.qkv_net.weight.grad, with_memory)
 
 
@@ -159,20 +159,20 @@ def test_names_of_the_original() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "memory", "message"),
+    ("x", "layer_memory", "message"),
     [
         ((2, 3), None, r"x: expected \[B, T, 12\], got \[2, 3\]"),
         ((2, 3, 5), None, r"x: expected \[B, T, 12\], got \[2, 3, 5\]"),
-        ((2, 3, 12), (2, 4, 7), r"memory: expected \[2, T, 12\], got \[2, 4, 7\]"),
-        ((2, 3, 12), (1, 4, 12), r"memory: expected \[2, T, 12\], got \[1, 4, 12\]"),
+        ((2, 3, 12), (2, 4, 7), r"layer_memory: expected \[2, T, 12\], got \[2, 4, 7\]"),
+        ((2, 3, 12), (1, 4, 12), r"layer_memory: expected \[2, T, 12\], got \[1, 4, 12\]"),
     ],
 )
 def test_wrong_shapes_are_named(
-    x: tuple[int, ...], memory: tuple[int, ...] | None, message: str
+    x: tuple[int, ...], layer_memory: tuple[int, ...] | None, message: str
 ) -> None:
-    remembered = None if memory is None else torch.zeros(memory)
+    hidden = None if layer_memory is None else torch.zeros(layer_memory)
     with pytest.raises(ValueError, match=message):
-        RelativeMultiHeadAttention(12, 2, 6)(torch.zeros(x), remembered)
+        RelativeMultiHeadAttention(12, 2, 6)(torch.zeros(x), hidden)
 
 
 def test_wrong_sizes_are_named() -> None:

@@ -13,19 +13,19 @@ def layer(**options: object) -> DecoderLayer:
 
 
 def test_norms_stand_after_the_residual_sums() -> None:
-    module, x, memory = layer(), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
-    attended = module.attn_layer_norm(x + module.dec_attn(x, memory))
+    module, x, layer_memory = layer(), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    attended = module.attn_layer_norm(x + module.dec_attn(x, layer_memory))
     expected = module.ff_layer_norm(attended + module.pos_ff(attended))
-    torch.testing.assert_close(module(x, memory), expected)
+    torch.testing.assert_close(module(x, layer_memory), expected)
 
 
 def test_pre_lnorm_normalises_inputs_and_memory() -> None:
-    module, x, memory = layer(pre_lnorm=True), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    module, x, layer_memory = layer(pre_lnorm=True), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
     norm = module.attn_layer_norm
-    attended = x + module.dec_attn(norm(x), norm(memory))
+    attended = x + module.dec_attn(norm(x), norm(layer_memory))
     expected = attended + module.pos_ff(module.ff_layer_norm(attended))
-    torch.testing.assert_close(module(x, memory), expected)
-    torch.testing.assert_close(module(x), module(x, memory[:, :0]))
+    torch.testing.assert_close(module(x, layer_memory), expected)
+    torch.testing.assert_close(module(x), module(x, layer_memory[:, :0]))
 
 
 def test_dropout_is_on_in_training_only() -> None:
