@@ -5,7 +5,9 @@ from transformer_xl.nn.attention import RelativeMultiHeadAttention
 from transformer_xl.nn.decoder_layer import DecoderLayer
 from transformer_xl.nn.embedding import AdaptiveEmbedding
 from transformer_xl.nn.feed_forward import PositionwiseFeedForward
+from transformer_xl.nn.grouped_query_attention import GroupedQueryAttention
 from transformer_xl.nn.position import RelativePositions, SinusoidalPositions
+from transformer_xl.nn.relative_bias import RelativeBias
 from transformer_xl.nn.sampled_softmax import LogUniformSampler, SampledSoftmax
 from transformer_xl.nn.streaming import KeyValueCache
 
@@ -13,9 +15,11 @@ __all__ = [
     "AdaptiveEmbedding",
     "AdaptiveSoftmax",
     "DecoderLayer",
+    "GroupedQueryAttention",
     "KeyValueCache",
     "LogUniformSampler",
     "PositionwiseFeedForward",
+    "RelativeBias",
     "RelativeMultiHeadAttention",
     "RelativePositions",
     "SampledSoftmax",

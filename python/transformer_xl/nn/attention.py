@@ -139,7 +139,7 @@ class RelativeMultiHeadAttention(StreamingAttention):
         r_w_bias: Tensor | None = None,
         r_r_bias: Tensor | None = None,
     ) -> Tensor:
-        q, k, v, _ = projected
+        q, k, v, *_ = projected
         mem_k = options.get("mem_k")
         n_keys = k.shape[2] if mem_k is None else mem_k.shape[2] + k.shape[2]
         if positions is None:
@@ -179,5 +179,5 @@ class RelativeMultiHeadAttention(StreamingAttention):
             return k, v
         if layer_memory.shape[1] == 0:  # not every quantised layer accepts it
             return None, None
-        _q, k, v, _q_pos = self._project(layer_memory)
-        return k, v
+        projected = self._project(layer_memory)
+        return projected.k, projected.v

@@ -50,13 +50,17 @@ class KeyValueCache(NamedTuple):
 
 
 class Projected(NamedTuple):
-    """Projections of a block: `q` [B, n_head, T, d_head]; `k`, `v` [B, n_kv_head, T, d_head];
-    `q_pos` [B, n_head, T, d_rel], a separate query for the position term, or None."""
+    """Projections of a block, arguments of `txl_kernels.rel_attention`.
+
+    `q` [B, n_head, T, d_head]; `k`, `v` [B, n_kv_head, T, d_head]; `q_pos` [B, n_head, T, d_rel]
+    and `r` [1, 1, R, d_rel] where the position term has a query of its own.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     q_pos: Tensor | None = None
+    r: Tensor | None = None
 
 
 class Options(TypedDict, total=False):
@@ -142,7 +146,7 @@ class StreamingAttention(nn.Module):
         raise NotImplementedError
 
     def _attend(self, projected: Projected, options: Options) -> Tensor:
-        """Attention from a block to [mem_k; k] in `options` and `projected`: [B, T, d_model]."""
+        """Attention from a block to the memory in `options` and itself: [B, T, d_model]."""
         raise NotImplementedError
 
     def _check(self, name: str, hidden: Tensor, *, batch: int | None) -> None:
