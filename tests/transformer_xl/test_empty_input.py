@@ -15,6 +15,8 @@ from transformer_xl.model import TransformerXL
 from transformer_xl.nn import (
     AdaptiveEmbedding,
     AdaptiveSoftmax,
+    GroupedQueryAttention,
+    RelativeBias,
     RelativeMultiHeadAttention,
     SampledSoftmax,
 )
@@ -54,6 +56,18 @@ def test_attention(
         assert out.shape == x.shape
         out.sum().backward()
         assert_gradients_are_zero(module)
+
+
+@backends
+@shapes
+def test_grouped_query_attention(backend: str, shape: tuple[int, int]) -> None:
+    rel = RelativeBias(D, 2, 3, 5)
+    module = GroupedQueryAttention(D, 2, 1, 4, rel=rel, backend=backend)
+    x = torch.randn(*shape, D)
+    out = module(x, key_start=torch.zeros(shape, dtype=torch.int64))
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert_gradients_are_zero(module)
 
 
 @backends
@@ -155,6 +169,10 @@ def test_the_model(backend: str, shape: tuple[int, int], options: dict[str, Any]
     torch.testing.assert_close(actual.hidden, expected.hidden)
     same = model(segment[:, :0], expected.memory).memory
     torch.testing.assert_close(same, expected.memory)
+    if model.config.first_memory == "empty":
+        documents = torch.zeros(shape, dtype=torch.bool)
+        actual = model(tokens, document_start=documents)
+        torch.testing.assert_close(actual.memory, output.memory)
 
 
 @backends

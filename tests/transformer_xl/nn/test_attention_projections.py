@@ -18,14 +18,14 @@ from transformer_xl.config import ModelConfig
 from transformer_xl.model import TransformerXL
 from transformer_xl.nn import PositionwiseFeedForward, RelativeMultiHeadAttention
 
-D_MODEL, H, D = 12, 3, 4
+D_MODEL, H, HK, D = 12, 3, 1, 4
 PROJECTIONS = ["qkv_net", "r_net", "o_net"]
 each_projection = pytest.mark.parametrize("name", PROJECTIONS)
 
 
 def attention() -> RelativeMultiHeadAttention:
     torch.manual_seed(0)
-    module = RelativeMultiHeadAttention(D_MODEL, H, D).double()
+    module = RelativeMultiHeadAttention(D_MODEL, H, D, n_kv_head=HK).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     return module
@@ -134,7 +134,7 @@ def test_dynamically_quantised_projections() -> None:
 
 def test_a_projection_with_a_bias() -> None:
     module, x = attention(), tokens()
-    module.qkv_net = nn.Linear(D_MODEL, 3 * H * D).double()
+    module.qkv_net = nn.Linear(D_MODEL, (H + 2 * HK) * D).double()
     assert_equal_to(module, module(x)[:, 4:])
 
 
@@ -158,7 +158,7 @@ def test_a_plain_layer_computes_only_keys_and_values_of_the_memory() -> None:
 
     with Products():
         attention()(tokens(), tokens(5))
-    assert rows[:2] == [(5, 2 * H * D), (7, 3 * H * D)]
+    assert rows[:2] == [(5, 2 * HK * D), (7, (H + 2 * HK) * D)]
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")

@@ -28,6 +28,16 @@ def test_pre_lnorm_normalises_inputs_and_memory() -> None:
     torch.testing.assert_close(module(x), module(x, layer_memory[:, :0]))
 
 
+def test_documents_are_separate() -> None:
+    module, x, layer_memory = layer(), torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    document_start = torch.tensor([False, False, True, False, False]).expand(2, 5)
+    limit = torch.tensor([2, 7])  # for each row, beside the documents
+    out = module(x, layer_memory, key_start=limit, document_start=document_start)
+    torch.testing.assert_close(out[:1, :2], module(x[:1, :2], layer_memory[:1, 2:]))
+    torch.testing.assert_close(out[:1, 2:], module(x[:1, 2:]))
+    torch.testing.assert_close(out[1:, 3:], module(x[1:, 3:]))
+
+
 def test_dropout_is_on_in_training_only() -> None:
     module, x = layer(dropout=0.5), torch.randn(2, 3, 8)
     assert not torch.equal(module(x), module(x))

@@ -13,7 +13,9 @@ from transformer_xl.nn import (
     AdaptiveEmbedding,
     AdaptiveSoftmax,
     DecoderLayer,
+    GroupedQueryAttention,
     PositionwiseFeedForward,
+    RelativeBias,
     RelativeMultiHeadAttention,
     SampledSoftmax,
     SinusoidalPositions,
@@ -23,7 +25,21 @@ from transformer_xl.nn.sampled_softmax import LogUniformSampler
 
 NAN, INF = float("nan"), float("inf")
 INTEGERS = {
-    RelativeMultiHeadAttention: {"d_model": 8, "n_head": 2, "d_head": 4, "clamp_len": 3},
+    RelativeMultiHeadAttention: {
+        "d_model": 8,
+        "n_head": 2,
+        "d_head": 4,
+        "n_kv_head": 1,
+        "clamp_len": 3,
+    },
+    RelativeBias: {"d_model": 8, "n_head": 2, "d_rel": 3, "extent": 5},
+    GroupedQueryAttention: {
+        "d_model": 8,
+        "n_head": 2,
+        "n_kv_head": 1,
+        "d_head": 4,
+        "rel": RelativeBias(8, 2, 3, 5),
+    },
     SinusoidalPositions: {"d_model": 8, "clamp_len": 3},
     PositionwiseFeedForward: {"d_model": 8, "d_inner": 4},
     DecoderLayer: {"d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 4},
@@ -40,11 +56,13 @@ INTEGERS = {
 }
 FLOATS = {
     RelativeMultiHeadAttention: ("dropatt",),
+    GroupedQueryAttention: ("scale", "pos_scale"),
     PositionwiseFeedForward: ("dropout",),
     DecoderLayer: ("dropout", "dropatt", "layer_norm_epsilon"),
     Dropout: ("p",),
 }
-UNCHECKED = ("in_features", "n_classes", "cutoffs")  # torch's own, which checks them
+# Options of torch's own, which checks them, and a module.
+UNCHECKED = ("in_features", "n_classes", "cutoffs", "rel")
 INTEGER_OPTIONS = [(m, o) for m, sizes in INTEGERS.items() for o in sizes if o not in UNCHECKED]
 FLOAT_OPTIONS = [(module, option) for module, options in FLOATS.items() for option in options]
 
@@ -109,7 +127,9 @@ def test_the_largest_integer_is_no_limit(length):
         bounded.stream(x, cache_len=2.5)
 
 
-@pytest.mark.parametrize("module", [SinusoidalPositions, RelativeMultiHeadAttention])
+@pytest.mark.parametrize(
+    "module", [SinusoidalPositions, RelativeMultiHeadAttention, GroupedQueryAttention]
+)
 def test_a_window_is_checked_where_it_is_given(module):
     made = module(**INTEGERS[module], window=(np.int64(3), None))
     window = getattr(made, "pos_emb", made).window
