@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from txl_kernels._rel_attention_call import OptionalTensors, RelAttentionCall
-from txl_kernels.backends import choose
-from txl_kernels.backends.reference import rel_attention as reference
-from txl_kernels.ops import autocast
-from txl_kernels.ops.checks import check_choice, check_tensor, needs_grad
-from txl_kernels.ops.rel_attention_checks import (
-    OP,
-    check_keys,
-    check_seed,
-    check_tensors,
-    checked_numbers,
-    checked_rules,
-)
+from txl_kernels._rel_attention_call import OptionalTensors
+from txl_kernels.ops.rel_attention_calls import forward, prepare
 
 
 def rel_attention(
@@ -174,94 +162,27 @@ def rel_attention_with_lse(
     lse [B, H, Tq] is the natural logarithm of the softmax's denominator before dropout, float32
     (float64 for float64), -inf where a query attends to no key. It is differentiable.
     """
-    check_tensor(OP, "q", q)
-    lower = autocast.autocast_dtype(q.device)
-    q, k, v, r, mem_k, mem_v, q_pos = (
-        autocast.cast(tensor, lower) for tensor in (q, k, v, r, mem_k, mem_v, q_pos)
-    )
     optional = OptionalTensors(
         r_w_bias, r_r_bias, mem_k, mem_v, q_pos, q_start, key_start, key_lens, mask, dropout_seed
     )
-    Tk = check_tensors(q, k, v, r, optional)
-    check_keys(q, Tk, optional, bias)
-    rules = checked_rules(q.shape[2], offset, clamp, causal, window, chunk)
-    numbers = checked_numbers(q, scale, pos_scale, softcap, dropout_p)
-    check_choice(OP, "dead_rows", dead_rows, ("zero", "uniform"))
-    check_seed(q, dropout_seed)
-    uses = _uses(q, k, optional, pos_scale, bias, dead_rows, numbers.dropout_p)
-    call = _with_contiguous_rows(RelAttentionCall(q, k, v, r, optional, rules, numbers), Tk)
-    chosen = choose(
-        OP,
+    prepared = prepare(
+        "rel_attention",
         q,
-        arguments=lambda: _with_seed(call, drawn=False).arguments(),
-        n_scores=q.shape[0] * q.shape[1] * q.shape[2] * Tk,
+        k,
+        v,
+        r,
+        optional,
+        pos_scale=pos_scale,
+        offset=offset,
+        clamp=clamp,
+        causal=causal,
+        window=window,
+        chunk=chunk,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        dead_rows=dead_rows,
         backend=backend,
-        dtype=q.dtype,
-        Tq=q.shape[2],
-        D=q.shape[3],
-        Dv=v.shape[3],
-        Dp=r.shape[3],
-        needs_grad=needs_grad(q, k, v, r, *optional[:5], bias),
-        uses=uses,
     )
-    call = _with_seed(call, drawn=True)
-    with autocast.outside_autocast(q.device):
-        if chosen == "reference":
-            return reference.rel_attention(call, bias=bias, dead_uniform=dead_rows == "uniform")
-        operators = torch.ops.txl_native if chosen == "native" else torch.ops.txl_triton
-        out, lse = operators.rel_attention_fwd(*call.arguments())
-        return out, lse
-
-
-def _uses(
-    q: Tensor,
-    k: Tensor,
-    optional: OptionalTensors,
-    pos_scale: float | None,
-    bias: Tensor | None,
-    dead_rows: str,
-    dropout_p: float,
-) -> list[str]:
-    """The arguments of a call that not every backend supports, in the words of `resolve`."""
-    ranges = (optional.key_start, optional.key_lens)
-    given = {
-        "q_pos": optional.q_pos is not None,
-        "pos_scale": pos_scale is not None,
-        "q_start": optional.q_start is not None,
-        "fewer key heads": k.shape[1] != q.shape[1],
-        "ranges per query": any(x is not None and x.ndim == 2 for x in ranges),
-        "bias": bias is not None,
-        "dead_rows='uniform'": dead_rows == "uniform",
-        "dropout_p": dropout_p > 0,
-    }
-    return [name for name, used in given.items() if used]
-
-
-def _with_contiguous_rows(call: RelAttentionCall, Tk: int) -> RelAttentionCall:
-    """Copies tensors whose last dimension is not contiguous, and expands the mask."""
-    optional = call.optional
-    mem_k, mem_v, q_pos = (
-        None if x is None else _contiguous_rows(x)
-        for x in (optional.mem_k, optional.mem_v, optional.q_pos)
-    )
-    mask = optional.mask
-    if mask is not None:
-        mask = mask.expand(*call.q.shape[:3], Tk)
-    optional = optional._replace(mem_k=mem_k, mem_v=mem_v, q_pos=q_pos, mask=mask)
-    return RelAttentionCall(*map(_contiguous_rows, call[:4]), optional, *call[5:])
-
-
-def _contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _with_seed(call: RelAttentionCall, *, drawn: bool) -> RelAttentionCall:
-    """The call with a seed if it has dropout: a random one, or for descriptions any tensor."""
-    if call.numbers.dropout_p == 0:
-        return call._replace(optional=call.optional._replace(dropout_seed=None))
-    if call.optional.dropout_seed is not None:
-        return call
-    seed = call.q.new_empty((), dtype=torch.int64)
-    if drawn:
-        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=call.q.device)
-    return call._replace(optional=call.optional._replace(dropout_seed=seed))
+    return forward(prepared)

@@ -81,11 +81,11 @@ def attention_arguments(
     numbers = {name: options.pop(name, None) for name in ("scale", "pos_scale")}
     numbers |= {name: options.pop(name, 0.0) for name in ("softcap", "dropout_p")}
     usual = {"offset": None, "clamp": False, "causal": False, "window": None, "chunk": None}
-    rules = checked_rules(case.Tq, **{**usual, **options})
+    rules = checked_rules(OP, case.Tq, **{**usual, **options})
     tensors: dict[str, Any] = {**floats, **others}
     bias = tensors.pop("bias", None)
     required = [tensors.pop(name) for name in "qkvr"]
     given = RelAttentionCall(
-        *required, OptionalTensors(**tensors), rules, checked_numbers(required[0], **numbers)
+        *required, OptionalTensors(**tensors), rules, checked_numbers(OP, required[0], **numbers)
     )
     return [*given.arguments(), *([bias, dead_uniform] if bias is not None or dead_uniform else [])]
