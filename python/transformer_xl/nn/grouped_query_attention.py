@@ -82,7 +82,9 @@ class GroupedQueryAttention(StreamingAttention):
     ) -> Tensor:
         """Attend from each token of `x` to itself and to the tokens before it.
 
-        `stream` keeps the keys and values of earlier blocks itself.
+        `stream` keeps the keys and values of earlier blocks itself. With a preallocated cache, write
+        the keys and values of `x` (`project_kv`) into it first; then `q_start` and `key_lens` select
+        them there.
 
         Args:
             x: [B, T, d_model].
@@ -110,11 +112,16 @@ class GroupedQueryAttention(StreamingAttention):
         }
         return self._attend(self._project(x), options)
 
-    def _project(self, x: Tensor) -> Projected:
-        (q,) = split_heads(self.q_proj(x), (self.n_head,))
+    def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, n_kv_head, T, d_head] of `x`, for a cache that the caller fills."""
+        self._check("x", x, batch=None)
         (k,) = split_heads(self.k_proj(x), (self.n_kv_head,))
         (v,) = split_heads(self.v_proj(x), (self.n_kv_head,))
-        return Projected(q, k, v, *self.rel(x))
+        return k, v
+
+    def _project(self, x: Tensor) -> Projected:
+        (q,) = split_heads(self.q_proj(x), (self.n_head,))
+        return Projected(q, *self.project_kv(x), *self.rel(x))
 
     def _attend(self, projected: Projected, options: Options) -> Tensor:
         mem_k = options.get("mem_k")

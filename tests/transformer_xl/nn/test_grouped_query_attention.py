@@ -95,7 +95,7 @@ def test_a_preallocated_cache_is_read_up_to_the_queries() -> None:
     mem_k, mem_v = (torch.full((B, 2, capacity - 1, D), torch.nan).double() for _ in range(2))
     block = torch.empty(B, 1, D_MODEL, dtype=x.dtype)
     for b, p in enumerate(q_start.tolist()):
-        _, k, v, *_ = module._project(x[b : b + 1, : p + 1])
+        k, v = module.project_kv(x[b : b + 1, : p + 1])
         mem_k[b, :, : p + 1], mem_v[b, :, : p + 1] = k[0], v[0]
         block[b] = x[b, p]
     out = module(block, mem_k=mem_k, mem_v=mem_v, q_start=q_start, key_lens=q_start + 1)
