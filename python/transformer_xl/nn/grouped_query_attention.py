@@ -82,9 +82,9 @@ class GroupedQueryAttention(StreamingAttention):
     ) -> Tensor:
         """Attend from each token of `x` to itself and to the tokens before it.
 
-        `stream` keeps the keys and values of earlier blocks itself. With a preallocated cache, write
-        the keys and values of `x` (`project_kv`) into it first; then `q_start` and `key_lens` select
-        them there.
+        `stream` keeps the keys and values of earlier blocks itself. With a preallocated cache,
+        write the keys and values of `x` (`project_kv`) into it first; `q_start` and `key_lens` then
+        make the queries read them there.
 
         Args:
             x: [B, T, d_model].
