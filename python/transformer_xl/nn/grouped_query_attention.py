@@ -14,8 +14,9 @@ from transformer_xl.nn.streaming import (
     check_heads,
     split_heads,
 )
-from txl_kernels import rel_attention
+from txl_kernels import banded_attention, banded_is_faster, rel_attention
 from txl_kernels.ops.checks import check_int, check_number, checked_window
+from txl_kernels.transforms import inside_transform
 
 
 class GroupedQueryAttention(StreamingAttention):
@@ -124,17 +125,33 @@ class GroupedQueryAttention(StreamingAttention):
         return Projected(q, *self.project_kv(x), *self.rel(x))
 
     def _attend(self, projected: Projected, options: Options) -> Tensor:
-        mem_k = options.get("mem_k")
-        n_memory = 0 if mem_k is None else mem_k.shape[2]  # Tk - Tq
-        out = rel_attention(
+        call = {
             **projected._asdict(),
-            scale=self.scale,
-            pos_scale=self.pos_scale,
-            offset=self.rel.extent - 1 - n_memory,
-            causal=True,
-            window=self.window,
-            backend=self.backend,
-            **options,
-        )  # [B, n_head, T, d_head]
-        attended: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+            "scale": self.scale,
+            "pos_scale": self.pos_scale,
+            "backend": self.backend,
+        }
+        if self._is_banded(projected, options):
+            out = banded_attention(**call)
+        else:
+            mem_k = options.get("mem_k")
+            n_memory = 0 if mem_k is None else mem_k.shape[2]  # Tk - Tq
+            out = rel_attention(
+                **call,
+                offset=self.rel.extent - 1 - n_memory,
+                causal=True,
+                window=self.window,
+                **options,
+            )
+        attended: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))  # out [B, H, T, d_head]
         return attended
+
+    def _is_banded(self, projected: Projected, options: Options) -> bool:
+        """Whether all keys before a query are visible and two kernels are faster than one."""
+        q = projected.q
+        return (
+            self.window is None
+            and all(option is None for option in options.values())
+            and not inside_transform("grad", "jvp", "vmap")
+            and banded_is_faster(q.shape[2], self.rel.extent, self.d_head, self.rel.d_rel, q.device)
+        )

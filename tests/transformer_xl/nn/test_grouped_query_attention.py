@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transformer_xl.nn import GroupedQueryAttention, RelativeBias
+from transformer_xl.nn import GroupedQueryAttention, RelativeBias, grouped_query_attention
+from txl_kernels import banded_attention
 
 B, D_MODEL, H, D, D_REL = 2, 12, 4, 5, 3
 
@@ -56,7 +57,7 @@ def dense(module: GroupedQueryAttention, x: Tensor, allowed: Tensor | None = Non
     return module.o_proj((probs @ v).transpose(1, 2).flatten(2))
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     length=st.integers(1, 9),
     n_kv_head=st.sampled_from([1, 2, 4]),
@@ -75,6 +76,31 @@ def test_it_is_the_dense_formula(length: int, **options: Any) -> None:
         torch.autograd.grad((out * weight).sum(), inputs),
         torch.autograd.grad((expected * weight).sum(), inputs),
     )
+
+
+def test_banded_attention_serves_calls_without_further_rules(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, x = attention(), tokens(9).requires_grad_()
+    inputs = [x, *module.parameters()]
+    expected = module(x)
+    gradients = torch.autograd.grad(expected.sum(), inputs)
+    called = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
+        called.append(kwargs)
+        return banded_attention(*args, **kwargs)
+
+    monkeypatch.setattr(grouped_query_attention, "banded_is_faster", lambda *_: True)
+    monkeypatch.setattr(grouped_query_attention, "banded_attention", recorded)
+    out = module(x)
+    assert len(called) == 1
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), inputs), gradients)
+    module(x, key_start=torch.zeros(B, dtype=torch.int64))
+    module.stream(x, cache_len=3)
+    attention(window=(2, 0))(x)
+    assert len(called) == 1
 
 
 @pytest.mark.parametrize("window", [None, (3, 0)])
