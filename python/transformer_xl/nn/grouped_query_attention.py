@@ -3,6 +3,7 @@ content-dependent relative bias."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from transformer_xl.nn.position import Window
@@ -147,11 +148,15 @@ class GroupedQueryAttention(StreamingAttention):
         return attended
 
     def _is_banded(self, projected: Projected, options: Options) -> bool:
-        """Whether all keys before a query are visible and two kernels are faster than one."""
+        """Whether all keys before a query are visible and two kernels are faster than one.
+
+        False under `torch.export`, whose programs serve lengths on both sides of the limit.
+        """
         q = projected.q
         return (
             self.window is None
             and all(option is None for option in options.values())
+            and not torch.compiler.is_exporting()
             and not inside_transform("grad", "jvp", "vmap")
             and banded_is_faster(q.shape[2], self.rel.extent, self.d_head, self.rel.d_rel, q.device)
         )
