@@ -1,5 +1,5 @@
-"""The model against the original's semantics of `attn_type` 0, written out naively: time first,
-memory concatenated, queries of the memory thrown away, the shift by padding and viewing."""
+"""The model against the original's semantics of `attn_type` 0, written in its way: time first,
+concatenated memory, unused queries of the memory, the shift by padding and viewing."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def original_layer(
 
 
 def pad_and_view_shift(x: Tensor) -> Tensor:
-    """[T, K, …]: a zero column in front, read as [K + 1, T], without its first row."""
+    """Pads x [T, K, …] with a first column of zeros, views it as [K + 1, T] and drops row 0."""
     T, K = x.shape[:2]
     padded = torch.cat([x.new_zeros(T, 1, *x.shape[2:]), x], dim=1)
     return padded.view(K + 1, T, *x.shape[2:])[1:].reshape(x.shape)

@@ -103,8 +103,7 @@ class RelativeMultiHeadAttention(StreamingAttention):
                 this module's own `causal`, `window` and `clamp_len`.
             r_w_bias, r_r_bias: [n_head, d_head], where the module has none of its own.
             q_start: int32 or int64 [B], the position in [layer_memory; x] of each row's first
-                query; default M. Without `clamp_len`, keys at a distance of M + T or more tokens
-                have no position term.
+                query; default M. The position table has rows for distances below M + T tokens.
             key_start, key_lens: int32 or int64 [B] or [B, T], positions in [layer_memory; x]: row
                 b (query i) attends to keys key_start <= j < key_lens.
             mask: bool, broadcastable to [B, n_head, T, M + T], True = attend.

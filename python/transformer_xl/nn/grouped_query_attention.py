@@ -32,9 +32,9 @@ class GroupedQueryAttention(StreamingAttention):
         window: (left, right), the most tokens to the left of a query that it attends to; None: no
             limit. `right` has no effect on causal attention. A sliding layer of Inkling, which
             sees W tokens, has W - 1.
-        scale: of the content term; default 1/√d_head. Inkling normalises q and k per head and uses
-            1/d_head.
-        pos_scale: of the bias.
+        scale: factor of the content term; default 1/√d_head. Inkling normalises q and k per head
+            and uses 1/d_head.
+        pos_scale: factor of the bias.
         backend: "auto", or the only implementation of `rel_attention` that may run.
 
     Source: Ainslie et al. 2023 (grouped queries); Thinking Machines' Inkling, 2026 (bias).

@@ -1,4 +1,4 @@
-"""RelativeMultiHeadAttention: causal, bidirectional, windowed, streaming, and what it refuses."""
+"""RelativeMultiHeadAttention: causal, bidirectional, windowed, streaming; errors."""
 
 from __future__ import annotations
 
@@ -111,13 +111,13 @@ def test_no_memory_is_a_memory_of_length_0() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_memory_in_front_of_a_block_is_the_longer_block(causal: bool) -> None:
+def test_a_memory_before_a_block_equals_the_longer_block(causal: bool) -> None:
     module, x = attention(causal=causal), tokens(9)
     expected = module(x)[:, 5:]
     torch.testing.assert_close(module(x[:, 5:], x[:, :5]), expected)
 
 
-def test_what_comes_later_changes_nothing_when_causal() -> None:
+def test_causal_attention_ignores_later_tokens() -> None:
     module, x = attention(), tokens(6)
     changed = x.clone()
     changed[:, 4:] += 1

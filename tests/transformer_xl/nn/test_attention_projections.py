@@ -1,5 +1,5 @@
-"""Projections of the attention that are wrapped, hooked, quantised or reparametrised are called on
-the memory as on the segment."""
+"""Wrapped, hooked, quantised or reparametrised projections of the attention process the memory as
+they process the segment."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_equal_to(module: RelativeMultiHeadAttention, expected: Tensor, **tole
 
 
 @each_projection
-def test_an_adapter_counts_in_the_memory_too(name: str, lora: Any) -> None:
+def test_an_adapter_changes_the_memorys_keys_too(name: str, lora: Any) -> None:
     module, merged = attention(), attention()
     wrapper = lora(getattr(module, name))
     setattr(module, name, wrapper)
@@ -103,7 +103,9 @@ def test_reparametrised_projections(name: str, technique: str) -> None:
     else:
         parametrize.register_parametrization(layer, "weight", nn.Softplus())
     with torch.no_grad():
-        for parameter in layer.parameters():  # as a step of an optimizer: no hook has run since
+        for (
+            parameter
+        ) in layer.parameters():  # as an optimizer does; no hook runs before the next call
             parameter.add_(0.3)
         if technique == "prune":
             weight = layer.weight_orig * layer.weight_mask

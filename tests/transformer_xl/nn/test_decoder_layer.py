@@ -1,4 +1,4 @@
-"""DecoderLayer: where the norms stand, and dropout."""
+"""DecoderLayer: the places of the norms, documents, dropout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def layer(**options: object) -> DecoderLayer:
     return DecoderLayer(8, 2, 4, 16, **options)  # type: ignore[arg-type]
 
 
-def test_norms_stand_after_the_residual_sums() -> None:
+def test_norms_follow_the_residual_sums() -> None:
     module, x, layer_memory = layer(), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
     attended = module.attn_layer_norm(x + module.dec_attn(x, layer_memory))
     expected = module.ff_layer_norm(attended + module.pos_ff(attended))
@@ -31,7 +31,7 @@ def test_pre_lnorm_normalises_inputs_and_memory() -> None:
 def test_documents_are_separate() -> None:
     module, x, layer_memory = layer(), torch.randn(2, 5, 8), torch.randn(2, 4, 8)
     document_start = torch.tensor([False, False, True, False, False]).expand(2, 5)
-    limit = torch.tensor([2, 7])  # for each row, beside the documents
+    limit = torch.tensor([2, 7])  # of each row, in addition to the documents
     out = module(x, layer_memory, key_start=limit, document_start=document_start)
     torch.testing.assert_close(out[:1, :2], module(x[:1, :2], layer_memory[:1, 2:]))
     torch.testing.assert_close(out[:1, 2:], module(x[:1, 2:]))
