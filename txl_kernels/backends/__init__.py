@@ -41,9 +41,6 @@ _AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}  # then the reference
 _FLOAT_TO_16_BIT = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT = (*_FLOAT_TO_16_BIT, torch.float64)
 _DENSE_ARGUMENTS = ("bias", "dead_rows='uniform'")
-_LATER = (
-    *_DENSE_ARGUMENTS, "q_pos", "pos_scale", "q_start", "fewer key heads", "ranges per query",
-)  # fmt: skip
 
 
 class Serves(NamedTuple):
@@ -65,13 +62,15 @@ _SERVES: dict[tuple[str, ...], Serves] = {
         head_size=MAX_HEAD_SIZE,
         Tq=16,
         gradients=False,
-        lacks=(*_LATER, "dropout_p"),
+        lacks=(*_DENSE_ARGUMENTS, "dropout_p"),
     ),
     ("native", "rel_shift"): Serves(_FLOAT),
     ("native", "adaptive_loss"): Serves(_FLOAT),
     ("native", "adaptive_nll"): Serves(_FLOAT),
     ("native", "adaptive_embedding"): Serves(_FLOAT),
-    ("triton", "rel_attention"): Serves(_FLOAT_TO_16_BIT, head_size=MAX_HEAD_SIZE, lacks=_LATER),
+    ("triton", "rel_attention"): Serves(
+        _FLOAT_TO_16_BIT, head_size=MAX_HEAD_SIZE, lacks=_DENSE_ARGUMENTS
+    ),
     ("triton", "rel_shift"): Serves(_FLOAT),
     ("triton", "adaptive_loss"): Serves(_FLOAT_TO_16_BIT),
     ("triton", "adaptive_nll"): Serves(_FLOAT_TO_16_BIT),
