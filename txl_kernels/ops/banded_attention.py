@@ -7,29 +7,31 @@ without positions computes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from txl_kernels._derivatives import without_derivative
-from txl_kernels._rel_attention_call import Numbers, OptionalTensors, RelAttentionCall, Rules
+from txl_kernels._rel_attention_call import (
+    Numbers,
+    OptionalTensors,
+    Options,
+    RelAttentionCall,
+    Rules,
+)
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.ops import autocast, flash_attention
 from txl_kernels.ops.checks import check_flag, check_shape, check_tensor
+from txl_kernels.ops.rel_attention import rel_attention
 from txl_kernels.ops.rel_attention_calls import Prepared, backward, forward, prepare
 from txl_kernels.transforms import inside_transform
 
 OP = "banded_attention"
 
 Far = tuple[flash_attention.Forward, flash_attention.Backward]
-# Arguments of `rel_attention` that no attention without positions supports, or that are fixed here.
-_NOT_HERE = frozenset(
-    ("mem_k", "mem_v", "q_start", "offset", "causal", "window", "chunk", "key_start", "key_lens")
-    + ("mask", "bias", "softcap", "dropout_p", "dropout_seed", "dead_rows")
-)
 
 
 def banded_attention(
@@ -105,20 +107,15 @@ def banded_attention(
     check_shape(OP, "k", k, (q.shape[0], "Hk", T, q.shape[3]))
     check_shape(OP, "r", r, (q.shape[0], q.shape[1], "R", "Dp"), or_one=(0, 1))
     R = r.shape[2]
-    prepared = prepare(
-        OP,
-        q,
-        k,
-        v,
-        r,
-        OptionalTensors(r_w_bias, r_r_bias, q_pos=q_pos),
-        pos_scale=pos_scale,
-        scale=scale,
+    near = Options(
         offset=R - 1,
         causal=True,
         window=(R - 1, None),
+        scale=scale,
+        pos_scale=pos_scale,
         backend=backend,
     )
+    prepared = prepare(OP, q, k, v, r, OptionalTensors(r_w_bias, r_r_bias, q_pos=q_pos), None, near)
     call = prepared.call
     if prepared.backend == "reference" and far is None:
         rules = Rules(R - 1, clamp=int(clamp), window_right=0)
@@ -130,11 +127,11 @@ def banded_attention(
             f'{OP}: it runs inside no transform of torch.func: pass backend="reference"'
         )
     far_pair = _flash(call.q) if far is None else far
-    options = _Options(prepared.backend, clamp, call.rules, call.numbers, *far_pair)
+    settings = _Settings(prepared.backend, clamp, call.rules, call.numbers, *far_pair)
     optional = call.optional
     tensors = (*call[:4], optional.r_w_bias, optional.r_r_bias, optional.q_pos)
     with autocast.outside_autocast(q.device):
-        out: Tensor = _Banded.apply(options, *tensors)  # type: ignore[no-untyped-call]
+        out: Tensor = _Banded.apply(settings, *tensors)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -152,7 +149,7 @@ def banded_is_faster(T: int, R: int, D: int, Dp: int, device: torch.device) -> b
     return False
 
 
-class _Options(NamedTuple):
+class _Settings(NamedTuple):
     """The arguments of a call that are not tensors."""
 
     backend: str
@@ -172,46 +169,46 @@ class _Banded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, options: _Options, *tensors: Tensor | None) -> Tensor:
-        call = _near_call(options, tensors)
-        R, numbers = call.r.shape[2], options.numbers
-        out, lse = forward(Prepared(options.backend, call, bias=None, dead_uniform=False))
-        far_out, far_lse = options.far_forward(*_far_tensors(call), numbers.scale)
+    def forward(ctx: Any, settings: _Settings, *tensors: Tensor | None) -> Tensor:
+        call = _near_call(settings, tensors)
+        R, numbers = call.r.shape[2], settings.numbers
+        out, lse = forward(Prepared(settings.backend, call, bias=None, dead_uniform=False))
+        far_out, far_lse = settings.far_forward(*_far_tensors(call), numbers.scale)
         _check_far(far_out, far_lse, out[:, :, R:], lse[:, :, R:])
         far_lse = far_lse.to(lse.dtype)
-        if options.clamp:
+        if settings.clamp:
             far_lse = far_lse + _constant(call)
         near_out, near_lse = out[:, :, R:], lse[:, :, R:]
         share = torch.sigmoid(far_lse - near_lse)[..., None]  # of the far keys in the softmax
         near_out.copy_(torch.lerp(near_out.to(lse.dtype), far_out.to(lse.dtype), share))
         near_lse.copy_(torch.logaddexp(near_lse, far_lse))
-        ctx.options = options
-        kept = (far_out, share) if options.clamp else (None, None)
+        ctx.settings = settings
+        kept = (far_out, share) if settings.clamp else (None, None)
         ctx.save_for_backward(*tensors, out, lse, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, lse, far_out, share = ctx.saved_tensors
-        call, options = _near_call(ctx.options, tensors), ctx.options
+        call, settings = _near_call(ctx.settings, tensors), ctx.settings
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
         needs = ctx.needs_input_grad[1:]  # q, k, v, r, r_w_bias, r_r_bias, q_pos
         with torch.no_grad(), autocast.outside_autocast(dout.device):
-            grads = _near_gradients(options.backend, dout, call, out, lse, needs)
+            grads = _near_gradients(settings.backend, dout, call, out, lse, needs)
             far_lse = lse[:, :, call.r.shape[2] :]
-            if options.clamp:
+            if settings.clamp:
                 far_lse = far_lse - _constant(call)
                 _add_gradients_of_constant(grads, call, dout, out, far_out, share)
             if any(needs[:3]) or needs[4]:
-                _add_far_gradients(grads, options, call, dout, out, far_lse)
-        return (None, *without_derivative(OP, grads))
+                _add_far_gradients(grads, settings, call, dout, out, far_lse)
+        return (None, *without_derivative(OP, grads, tensors))
 
 
-def _near_call(options: _Options, tensors: Any) -> RelAttentionCall:
+def _near_call(settings: _Settings, tensors: Any) -> RelAttentionCall:
     q, k, v, r, r_w_bias, r_r_bias, q_pos = tensors
     optional = OptionalTensors(r_w_bias, r_r_bias, q_pos=q_pos)
-    return RelAttentionCall(q, k, v, r, optional, options.rules, options.numbers)
+    return RelAttentionCall(q, k, v, r, optional, settings.rules, settings.numbers)
 
 
 def _far_tensors(call: RelAttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,9 +241,8 @@ def _near_gradients(
     """Gradients of q, k, v, r, r_w_bias, r_r_bias, q_pos from the near keys; None: not needed."""
     needs_grad = [*needs[:6], False, False, needs[6]]
     if backend == "reference":
-        found = _reference_gradients(dout, call, out, lse, needs_grad)
-    else:
-        found = backward(backend, dout, None, call, out, lse, needs_grad)
+        return _reference_gradients(dout, call, out, lse, needs_grad)
+    found = backward(backend, dout, None, call, out, lse, needs_grad)
     grads = [grad if needed else None for grad, needed in zip(found, needs_grad, strict=True)]
     return [*grads[:6], grads[8]]
 
@@ -254,31 +250,30 @@ def _near_gradients(
 def _reference_gradients(
     dout: Tensor, call: RelAttentionCall, out: Tensor, lse: Tensor, needs_grad: list[bool]
 ) -> list[Tensor | None]:
-    """The same by automatic differentiation of the merging, with near_out and near_lse computed
-    again: out = share · near_out + …, d out / d near_lse = share · (near_out - out)."""
-    given = (*call[:4], *call.optional[:5])
-    leaves = [
-        None if x is None else x.detach().requires_grad_(needed)
-        for x, needed in zip(given, needs_grad, strict=True)
+    """The same by differentiating the reference, whose share of the merged result is
+    exp(near_lse - lse): out changes with near_out by share, with near_lse by
+    share · (near_out - out)."""
+    given = zip((*call[:4], *call.optional[:5]), needs_grad, strict=True)
+    leaves: list[Any] = [
+        None if x is None else x.detach().requires_grad_(needed) for x, needed in given
     ]
+    q, k, v, r, *optional = leaves
     with torch.enable_grad():
-        optional = OptionalTensors(*leaves[4:])
-        near = call._replace(optional=optional)
-        near_out, near_lse = reference.rel_attention(
-            RelAttentionCall(*leaves[:4], *near[4:])  # type: ignore[arg-type]
-        )
-    share = (near_lse.detach() - lse).exp()
+        near = call._replace(q=q, k=k, v=v, r=r, optional=OptionalTensors(*optional))
+        near_out, near_lse = reference.rel_attention(near)
+    share = (near_lse.detach() - lse).exp()[..., None]
     wide = dout.to(lse.dtype)
-    dlse = share * (wide * (near_out.detach().to(lse.dtype) - out)).sum(-1)
-    douts = ((share[..., None] * wide).to(out.dtype), dlse)
+    dlse = (share * wide * (near_out.detach().to(lse.dtype) - out)).sum(-1)
     inputs = [x for x, needed in zip(leaves, needs_grad, strict=True) if needed]
-    grads = iter(torch.autograd.grad((near_out, near_lse), inputs, douts))
-    return [next(grads) if needed else None for needed in needs_grad]
+    douts = ((share * wide).to(out.dtype), dlse)
+    found = iter(torch.autograd.grad((near_out, near_lse), inputs, douts))
+    grads = [next(found) if needed else None for needed in needs_grad]
+    return [*grads[:6], grads[8]]
 
 
 def _add_far_gradients(
     grads: list[Tensor | None],
-    options: _Options,
+    settings: _Settings,
     call: RelAttentionCall,
     dout: Tensor,
     out: Tensor,
@@ -291,7 +286,7 @@ def _add_far_gradients(
     """
     R, scale = call.r.shape[2], call.numbers.scale
     q, k, v = _far_tensors(call)
-    dq, dk, dv = options.far_backward(
+    dq, dk, dv = settings.far_backward(
         dout[:, :, R:], q, k, v, out[:, :, R:], lse.contiguous(), scale
     )
     n = k.shape[2]
@@ -360,6 +355,6 @@ def _check_far(out: Tensor, lse: Tensor, near_out: Tensor, near_lse: Tensor) -> 
 def _refuse(others: dict[str, Any]) -> None:
     """Raises for keyword arguments that the op does not have."""
     for name in others:
-        if name in _NOT_HERE:
+        if name in inspect.signature(rel_attention).parameters:
             raise ValueError(f"{OP}: {name} is not supported; rel_attention has it")
         raise TypeError(f"{OP}() got an unexpected keyword argument {name!r}")
