@@ -36,7 +36,7 @@ def test_every_link_has_a_target(path):
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["attention.md"])
+@pytest.mark.parametrize("name", ["attention.md", "modules.md"])
 def test_the_examples_of_a_page_run_as_one_program(name):
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
