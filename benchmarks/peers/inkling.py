@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import PeerUnavailableError
+from benchmarks.peers.eager import per_query_head
 
 VERSION = "5.24.0"  # of transformers, the first one with Inkling 2
 
@@ -74,11 +75,6 @@ def with_sink(
     scores = q @ k.mT * scale + position_bias(rel, proj, distance)
     scores = scores.masked_fill(~attends, -torch.inf)
     return torch.cat([scores, sink[..., None]], dim=-1).softmax(-1)[..., :-1] @ v
-
-
-def per_query_head(x: Tensor, n_head: int) -> Tensor:
-    """[B, H, T, D] from [B, Hk, T, D]: query head h has key head h // (H // Hk)."""
-    return x.repeat_interleave(n_head // x.shape[1], dim=1)
 
 
 def hugging_face(
