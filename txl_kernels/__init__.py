@@ -12,7 +12,7 @@ from txl_kernels.ops.adaptive_softmax import (
     adaptive_nll,
     adaptive_topk,
 )
-from txl_kernels.ops.rel_attention import rel_attention
+from txl_kernels.ops.rel_attention import rel_attention, rel_attention_with_lse
 from txl_kernels.ops.rel_shift import rel_shift
 from txl_kernels.ops.warmup import verify, warmup
 
@@ -26,6 +26,7 @@ __all__ = [
     "adaptive_sample",
     "adaptive_topk",
     "rel_attention",
+    "rel_attention_with_lse",
     "rel_shift",
     "resolve",
     "verify",

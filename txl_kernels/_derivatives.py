@@ -28,15 +28,18 @@ def register_autograd(
     torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=library)
 
 
-def register_vmap(operator: str) -> None:
+def register_vmap(operator: str, call: Callable[..., Any]) -> None:
     """Registers a batching rule that calls the operator once per element of the batch.
 
     torch has a loop of its own only for operators without lists of tensors.
+
+    Args:
+        operator: "namespace::name".
+        call: the operator itself.
     """
-    namespace, _, name = operator.partition("::")
+    name = operator.partition("::")[2]
 
     def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        call = getattr(getattr(torch.ops, namespace), name)
         if info.batch_size == 0:
             raise ValueError(f"{name}: torch.vmap needs at least one element, got a batch of 0")
         results = [

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
+from txl_kernels._rel_attention_call import OptionalTensors
+
 _COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
-def register(*namespaces: str) -> None:
-    """Registers the formulas for `torch.ops.<namespace>`, at the latest when torch's are imported.
+def register(*namespaces: Any) -> None:
+    """Registers the formulas for `torch.ops.<name>`, at the latest when torch's are imported.
 
     torch's module imports Triton, so it is not imported here.
     """
@@ -36,7 +38,7 @@ def register(*namespaces: str) -> None:
 class _AfterImport(MetaPathFinder):
     """Registers the formulas once torch's counter has been imported."""
 
-    def __init__(self, namespaces: Sequence[str]) -> None:
+    def __init__(self, namespaces: Sequence[Any]) -> None:
         self._namespaces = namespaces
         self._searching = False
 
@@ -62,47 +64,49 @@ class _AfterImport(MetaPathFinder):
         return spec
 
 
-def _register(counter: ModuleType, namespaces: Sequence[str]) -> None:
-    for namespace in namespaces:
-        operators = getattr(torch.ops, namespace)
-        for name, formula in _FORMULAS.items():
-            counter.register_flop_formula(getattr(operators, name))(formula)
+def _register(counter: ModuleType, namespaces: Sequence[Any]) -> None:
+    for operators in namespaces:
+        for operator, formula in (
+            (operators.rel_attention_fwd, _rel_attention_fwd),
+            (operators.rel_attention_bwd, _rel_attention_bwd),
+            (operators.rel_shift_fwd, _no_products),
+            (operators.rel_shift_bwd, _no_products),
+            (operators.adaptive_nll_fwd, _adaptive_nll_fwd),
+            (operators.adaptive_nll_bwd, _adaptive_nll_bwd),
+            (operators.adaptive_loss_fwd, _adaptive_loss_fwd),
+            (operators.adaptive_loss_bwd, _no_products),
+            (operators.adaptive_embedding_fwd, _adaptive_embedding_fwd),
+            (operators.adaptive_embedding_bwd, _adaptive_embedding_bwd),
+        ):
+            counter.register_flop_formula(operator)(formula)
 
 
 def _rel_attention_fwd(
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    r: Shape,
-    r_w_bias: Shape | None,
-    r_r_bias: Shape | None,
-    mem_k: Shape | None,
-    *_: Any,
-    **__: Any,
+    q: Shape, k: Shape, v: Shape, r: Shape, optional: Sequence[Shape], *_: Any, **__: Any
 ) -> int:
     """Content scores, position scores, and the sum of values."""
-    return _pairs(q, k, mem_k) * (q[3] + r[3] + v[3])
+    return _pairs(q, k, optional) * (q[3] + r[3] + v[3])
 
 
 def _rel_attention_bwd(
     dout: Shape,
+    dlse: Shape,
     q: Shape,
     k: Shape,
     v: Shape,
     r: Shape,
-    r_w_bias: Shape | None,
-    r_r_bias: Shape | None,
-    mem_k: Shape | None,
+    optional: Sequence[Shape],
     *_: Any,
     **__: Any,
 ) -> int:
     """Both scores again, their gradients for both factors, and two products with values."""
-    return _pairs(q, k, mem_k) * (3 * (q[3] + r[3]) + 2 * v[3])
+    return _pairs(q, k, optional) * (3 * (q[3] + r[3]) + 2 * v[3])
 
 
-def _pairs(q: Shape, k: Shape, mem_k: Shape | None) -> int:
+def _pairs(q: Shape, k: Shape, optional: Sequence[Shape]) -> int:
     """FLOP of one product per query and key: 2 · B · H · Tq · Tk."""
-    Tk = k[2] + (0 if mem_k is None else mem_k[2])
+    mem_k = OptionalTensors(*optional).mem_k  # type: ignore[arg-type]
+    Tk = k[2] + (mem_k[2] if len(mem_k) == 4 else 0)
     return 2 * q[0] * q[1] * q[2] * Tk
 
 
@@ -188,16 +192,3 @@ def _size(matrix: Shape) -> int:
 def _no_products(*_: Any, **__: Any) -> int:
     return 0
 
-
-_FORMULAS: dict[str, Callable[..., int]] = {
-    "rel_attention_fwd": _rel_attention_fwd,
-    "rel_attention_bwd": _rel_attention_bwd,
-    "rel_shift_fwd": _no_products,
-    "rel_shift_bwd": _no_products,
-    "adaptive_nll_fwd": _adaptive_nll_fwd,
-    "adaptive_nll_bwd": _adaptive_nll_bwd,
-    "adaptive_loss_fwd": _adaptive_loss_fwd,
-    "adaptive_loss_bwd": _no_products,
-    "adaptive_embedding_fwd": _adaptive_embedding_fwd,
-    "adaptive_embedding_bwd": _adaptive_embedding_bwd,
-}

@@ -29,20 +29,21 @@ LOSS = "Tensor hidden, Tensor target, Tensor[] clusters, int ignore_index"
 EMBEDDING = "Tensor tokens, Tensor[] tables, Tensor[] projections, float scale, bool sparse"
 
 
-def register(namespace: str) -> None:
-    """Registers the ops under `torch.ops.<namespace>`; a backend adds kernels to them."""
-    _register_nll(namespace)
-    _register_loss(namespace)
-    _register_embedding(namespace)
+def register(operators: Any) -> None:
+    """Registers the ops in a namespace, `torch.ops.<name>`; a backend adds kernels to them."""
+    _register_nll(operators)
+    _register_loss(operators)
+    _register_embedding(operators)
 
 
-def _register_nll(namespace: str) -> None:
+def _register_nll(operators: Any) -> None:
     """nll [N] and, for backward, lse [2, 2, N]: log-sum-exp of the head and of the token's tail.
 
     Each in two parts, the largest logit and log Σ exp(logit - largest): where logits are large,
     their sum would round the second part away.
     """
-    fwd, bwd = f"{namespace}::adaptive_nll_fwd", f"{namespace}::adaptive_nll_bwd"
+    name = f"{operators.name}::adaptive_nll"
+    fwd, bwd = f"{name}_fwd", f"{name}_bwd"
     torch.library.define(fwd, f"({LOSS}) -> (Tensor nll, Tensor lse)")
     torch.library.define(
         bwd,
@@ -68,11 +69,10 @@ def _register_nll(namespace: str) -> None:
     def backward(ctx: Any, dnll: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
         hidden, target, lse, *clusters = ctx.saved_tensors
         needs_grad = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
-        if namespace == "txl_native" and is_one_table(clusters, needs_grad):
+        if operators.name == "txl_native" and is_one_table(clusters, needs_grad):
             needs_grad.append(True)
-        operator = getattr(torch.ops, namespace).adaptive_nll_bwd
         call = (hidden, target, clusters, ctx.ignore_index, lse, needs_grad)
-        dhidden, dclusters = operator(dnll, *call)
+        dhidden, dclusters = operators.adaptive_nll_bwd(dnll, *call)
         grads = _apart([dhidden, *dclusters], needs_grad, [x.shape for x in clusters])
         dhidden, *dclusters = _requested(grads, needs_grad)
         return dhidden, None, dclusters, None
@@ -82,18 +82,19 @@ def _register_nll(namespace: str) -> None:
     register_autograd(fwd, backward, setup_context)
     refuse_second_derivative(bwd)
     refuse_batched_gradients(bwd)
-    register_vmap(fwd)
-    register_vmap(bwd)
+    register_vmap(fwd, operators.adaptive_nll_fwd)
+    register_vmap(bwd, operators.adaptive_nll_bwd)
 
 
-def _register_loss(namespace: str) -> None:
+def _register_loss(operators: Any) -> None:
     """The gradients, formed with the loss, are kept for backward.
 
     Backward multiplies them in place by dloss and returns them, once; under `torch.compile` it
     copies them. Those of float16 tensors are float32 until then, because their factor (a loss
     scale, say) decides whether float16 can hold them.
     """
-    fwd, bwd = f"{namespace}::adaptive_loss_fwd", f"{namespace}::adaptive_loss_bwd"
+    name = f"{operators.name}::adaptive_loss"
+    fwd, bwd = f"{name}_fwd", f"{name}_bwd"
     torch.library.define(
         fwd,
         f"({LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor[] grads)",
@@ -127,7 +128,7 @@ def _register_loss(namespace: str) -> None:
         grads, ctx.grads = ctx.grads, None
         is_eager = all(type(grad) is Tensor for grad in grads)
         if is_eager and not is_batched(dloss):
-            getattr(torch.ops, namespace).adaptive_loss_bwd(dloss.detach(), grads)
+            operators.adaptive_loss_bwd(dloss.detach(), grads)
         else:  # a traced graph may not change its own outputs, and a batch of dloss needs copies
             grads = [grad * dloss for grad in grads]
         grads = list(grads)
@@ -143,7 +144,7 @@ def _register_loss(namespace: str) -> None:
     torch.library.register_fake(fwd, fake_fwd)
     torch.library.register_fake(bwd, fake_bwd)
     register_autograd(fwd, backward, setup_context)
-    register_vmap(fwd)
+    register_vmap(fwd, operators.adaptive_loss_fwd)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -158,14 +159,15 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError(no_second_derivative("adaptive_loss"))
 
 
-def _register_embedding(namespace: str) -> None:
+def _register_embedding(operators: Any) -> None:
     """Dense gradients of tables, or with `sparse` those of the rows that tokens index.
 
     With `sparse`, row n of the gradient of table k, [N, d_k] or shorter, is the gradient of table
     row rows[k, n]. `rows` holds the distinct rows in ascending order and -1 after the last; the
     gradients there are 0. Without `sparse`, `rows` is empty.
     """
-    fwd, bwd = f"{namespace}::adaptive_embedding_fwd", f"{namespace}::adaptive_embedding_bwd"
+    name = f"{operators.name}::adaptive_embedding"
+    fwd, bwd = f"{name}_fwd", f"{name}_bwd"
     torch.library.define(fwd, f"({EMBEDDING}) -> Tensor")
     torch.library.define(
         bwd,
@@ -191,7 +193,7 @@ def _register_embedding(namespace: str) -> None:
         rows = tokens.new_empty((n, N) if sparse else (0,))
         like = tables
         if sparse:
-            like = [table.new_empty(_fake_rows(namespace, N), table.shape[1]) for table in tables]
+            like = [table.new_empty(_fake_rows(operators.name, N), table.shape[1]) for table in tables]
         dtables = _fake_grads(like, needs_grad[:n])
         return rows, dtables, _fake_grads(projections, needs_grad[n:])
 
@@ -204,9 +206,8 @@ def _register_embedding(namespace: str) -> None:
         n = len(weights) // 2
         tables, projections = weights[:n], weights[n:]
         needs_grad = [*ctx.needs_input_grad[1], *ctx.needs_input_grad[2]]
-        operator = getattr(torch.ops, namespace).adaptive_embedding_bwd
         call = (tokens, tables, projections, ctx.scale, ctx.sparse, needs_grad)
-        rows, dtables, dprojections = operator(dout, *call)
+        rows, dtables, dprojections = operators.adaptive_embedding_bwd(dout, *call)
         dtables, dprojections = (
             _requested(dtables, needs_grad[:n]),
             _requested(dprojections, needs_grad[n:]),
@@ -223,8 +224,8 @@ def _register_embedding(namespace: str) -> None:
     register_autograd(fwd, backward, setup_context)
     refuse_second_derivative(bwd)
     refuse_batched_gradients(bwd)
-    register_vmap(fwd)
-    register_vmap(bwd)
+    register_vmap(fwd, operators.adaptive_embedding_fwd)
+    register_vmap(bwd, operators.adaptive_embedding_bwd)
 
 
 def _sparse_rows(index: Tensor, values: Tensor, table: Tensor) -> Tensor:

@@ -93,4 +93,4 @@ class RelAttentionCall(NamedTuple):
 
 def is_absent(tensor: Tensor) -> bool:
     """Whether an operator's argument stands for a tensor that was not given."""
-    return tensor.dim() == 1 and tensor.shape[0] == 0
+    return len(tensor.shape) == 1 and tensor.shape[0] == 0

@@ -29,7 +29,7 @@ struct DeviceCall {
 # Dispatches CPU tensors to the key CUDA. In a separate process, because it registers kernels.
 USE = """
 import sys, torch
-from txl_kernels import rel_attention
+from txl_kernels import rel_attention, rel_attention_with_lse
 from txl_kernels.backends.reference.rel_shift import rel_shift
 from txl_kernels.ops import rel_attention as op
 from txl_kernels.testing import DECODE_CASES, check_rel_attention_output
@@ -50,7 +50,7 @@ for case in DECODE_CASES:
     check_rel_attention_output(
         case,
         torch.bfloat16,
-        lambda **call: rel_attention(**call, return_lse=True, backend="native"),
+        lambda **call: rel_attention_with_lse(**call, backend="native"),
     )
 """
 SHIFT = """

@@ -6,7 +6,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -16,6 +17,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from tools.gates.checks import SHARED_LIMIT
+from txl_kernels._rel_attention_call import (
+    N_DIFFERENTIABLE,
+    UNLIMITED,
+    Numbers,
+    OptionalTensors,
+    RelAttentionCall,
+    Rules,
+)
 from txl_kernels.backends.triton import (
     adaptive_embedding,
     adaptive_softmax,
@@ -30,7 +39,14 @@ from txl_kernels.backends.triton.launching import Launch
 _F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
 _INKLING: dict[str, Any] = {"B": 1, "H": 64, "Tm": 0, "D": 128, "biases": False}
 _DECODE: dict[str, Any] = {"B": 32, "Tq": 1, "Tm": 3799, "backward": False}
-_CONFORMER: dict[str, Any] = {"B": 1, "H": 8, "Tq": 7500, "Tm": 0, "R": 14_999, "causal": False}
+_CONFORMER: dict[str, Any] = {
+    "B": 1,
+    "H": 8,
+    "Tq": 7500,
+    "Tm": 0,
+    "R": 14_999,
+    "rules": {"window_right": UNLIMITED},
+}
 _WT103_BASE: dict[str, Any] = {"d": 410, "div_val": 1}
 
 # Calls of `attention`: a name, whether it is a common case, and the arguments that differ.
@@ -48,24 +64,24 @@ _ATTENTION: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("head_192_values_40", False, {"D": 192, "Dv": 40}),
     ("parakeet_10min", True, {**_CONFORMER, "tensors": ("key_lens",)}),
     ("inkling_global", True, _INKLING),
-    ("inkling_sliding", True, {**_INKLING, "window_left": 511}),
+    ("inkling_sliding", True, {**_INKLING, "rules": {"window_left": 511}}),
     ("enwik8_large_eval", True, {"B": 1, "Tq": 128, "Tm": 3800, "D": 128, "backward": False}),
     ("one_query_d64", True, _DECODE),
     ("one_query_d128", False, {**_DECODE, "D": 128}),
     ("one_query_d256", False, {**_DECODE, "D": 256}),
     # All flags that change the code.
     ("no_memory", False, {"Tm": 0}),
-    ("mask", False, {"tensors": ("mask",), "causal": False}),
+    ("mask", False, {"tensors": ("mask",), "rules": {"window_right": UNLIMITED}}),
     ("padding", False, {"tensors": ("key_start", "key_lens")}),
-    ("dropout", True, {"dropout_p": 0.1}),
-    ("dropout_d128", False, {"dropout_p": 0.1, "D": 128}),
-    ("dropout_d256", False, {"dropout_p": 0.1, "D": 256}),
-    ("mask_d128", False, {"tensors": ("mask",), "causal": False, "D": 128}),
-    ("mask_and_dropout", False, {"tensors": ("mask",), "dropout_p": 0.1}),
-    ("clamp", False, {"clamp": True, "offset": 1000}),
-    ("window", False, {"window_left": 1000}),
-    ("chunk", False, {"chunk": (256, 2, 0), "causal": False}),
-    ("softcap", False, {"softcap": 30.0}),
+    ("dropout", True, {"numbers": {"dropout_p": 0.1}}),
+    ("dropout_d128", False, {"numbers": {"dropout_p": 0.1}, "D": 128}),
+    ("dropout_d256", False, {"numbers": {"dropout_p": 0.1}, "D": 256}),
+    ("mask_d128", False, {"tensors": ("mask",), "rules": {"window_right": UNLIMITED}, "D": 128}),
+    ("mask_and_dropout", False, {"tensors": ("mask",), "numbers": {"dropout_p": 0.1}}),
+    ("clamp", False, {"rules": {"clamp": 1, "offset": 1000}}),
+    ("window", False, {"rules": {"window_left": 1000}}),
+    ("chunk", False, {"rules": {"window_right": UNLIMITED, "chunk_size": 256, "chunk_left": 2}}),
+    ("softcap", False, {"numbers": {"softcap": 30.0}}),
     ("deterministic", False, {"deterministic": True}),
 )
 # The same for `_adaptive`, with the op.
@@ -180,11 +196,12 @@ def attention(
     tensors: Sequence[str] = (),
     backward: bool = True,
     deterministic: bool = False,
-    **options: Any,
+    rules: Mapping[str, int] = types.MappingProxyType({}),
+    numbers: Mapping[str, float] = types.MappingProxyType({}),
 ) -> None:
     """`rel_attention` on tensors of the device "meta", forward and backward.
 
-    `tensors` are names among key_start, key_lens and mask; `options` are the other arguments.
+    `tensors` are names among key_start, key_lens and mask. Causal unless `rules` differ.
     """
     Tk, Dv = Tm + Tq, Dv or D
     made = functools.partial(torch.empty, dtype=dtype, device="meta")
@@ -193,26 +210,26 @@ def attention(
     floats |= {"v": (B, H, Tq, Dv), "r": (1, H, R or Tk, D)}
     floats |= {"r_w_bias": (H, D), "r_r_bias": (H, D)} if biases else {}
     floats |= {"mem_k": (B, H, Tm, D), "mem_v": (B, H, Tm, Dv)} if Tm else {}
-    absent = "r_w_bias r_r_bias mem_k mem_v q_pos key_start key_lens mask bias dropout_seed"
-    call: dict[str, Any] = dict.fromkeys(absent.split())
-    call |= {name: made(shape) for name, shape in floats.items()}
-    call |= {name: integers(B) for name in tensors if name != "mask"}
+    given = {name: made(shape) for name, shape in floats.items()}
+    given |= {name: integers(B) for name in tensors if name != "mask"}
     if "mask" in tensors:
-        call["mask"] = integers(B, H, Tq, Tk, dtype=torch.bool)
-    if "dropout_p" in options:
-        call["dropout_seed"] = integers(())
-    call |= {"offset": Tq - 1, "clamp": False, "causal": True, "chunk": (0, 0, 0)}
-    call |= {"window_left": None, "window_right": None, "scale": D**-0.5, "softcap": 0.0}
-    call |= {"dropout_p": 0.0, "dead_uniform": False, **options}
-    out, lse = rel_attention.rel_attention_fwd(**call)
+        given["mask"] = integers(B, H, Tq, Tk, dtype=torch.bool)
+    if numbers.get("dropout_p"):
+        given["dropout_seed"] = integers(())
+    call = RelAttentionCall(
+        *(given.pop(name) for name in "qkvr"),
+        OptionalTensors(**given),
+        Rules(**{"offset": Tq - 1, "window_right": 0, **rules}),
+        Numbers(**{"scale": D**-0.5, "pos_scale": D**-0.5, **numbers}),
+    )
+    arguments = call.arguments()
+    out, lse = rel_attention.rel_attention_fwd(*arguments)
     if backward:
-        names = ("q", "k", "v", "r", "r_w_bias", "r_r_bias", "mem_k", "mem_v", "q_pos", "bias")
-        needs_grad = [call[name] is not None for name in names]
+        inputs = (*call[:4], *call.optional)[:N_DIFFERENTIABLE]
+        needs_grad = [tensor is not None for tensor in inputs]
         enabled = "are_deterministic_algorithms_enabled"
         with mock.patch.object(torch, enabled, return_value=deterministic):
-            rel_attention_bwd.rel_attention_bwd(
-                dout=out, **call, out=out, lse=lse, needs_grad=needs_grad
-            )
+            rel_attention_bwd.rel_attention_bwd(out, lse, *arguments, out, lse, needs_grad)
 
 
 def _shift(*, dtype: torch.dtype) -> None:

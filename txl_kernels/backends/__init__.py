@@ -14,6 +14,7 @@ from txl_kernels import _flop_formulas
 from txl_kernels._register import register
 from txl_kernels.backends import cuda_device, native, triton, verification
 from txl_kernels.backends.fallback import MANY_BYTES, warn_of_fallback
+from txl_kernels.backends.head_size import MAX_HEAD_SIZE
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.transforms import is_jit_tracing, kernel_refusal
 
@@ -32,7 +33,10 @@ _AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}  # then the reference
 
 _FLOAT_TO_16_BIT = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT = (*_FLOAT_TO_16_BIT, torch.float64)
-_DENSE_ARGUMENTS = ("q_pos", "bias", "dead_rows='uniform'")
+_DENSE_ARGUMENTS = ("bias", "dead_rows='uniform'")
+_LATER = (
+    *_DENSE_ARGUMENTS, "q_pos", "pos_scale", "q_start", "fewer key heads", "ranges per query",
+)  # fmt: skip
 
 
 class Serves(NamedTuple):
@@ -48,28 +52,28 @@ class Serves(NamedTuple):
 # (backend, op) or, where devices differ, (backend, op, device type), which has precedence.
 # The reference supports every call and is not listed.
 _SERVES: dict[tuple[str, ...], Serves] = {
-    ("native", "rel_attention"): Serves(_FLOAT, head_size=256, lacks=_DENSE_ARGUMENTS),
+    ("native", "rel_attention"): Serves(_FLOAT, head_size=MAX_HEAD_SIZE, lacks=_LATER),
     ("native", "rel_attention", "cuda"): Serves(
         _FLOAT_TO_16_BIT,
-        head_size=256,
+        head_size=MAX_HEAD_SIZE,
         Tq=16,
         gradients=False,
-        lacks=(*_DENSE_ARGUMENTS, "dropout_p"),
+        lacks=(*_LATER, "dropout_p"),
     ),
     ("native", "rel_shift"): Serves(_FLOAT),
     ("native", "adaptive_loss"): Serves(_FLOAT),
     ("native", "adaptive_nll"): Serves(_FLOAT),
     ("native", "adaptive_embedding"): Serves(_FLOAT),
-    ("triton", "rel_attention"): Serves(_FLOAT_TO_16_BIT, head_size=256, lacks=_DENSE_ARGUMENTS),
+    ("triton", "rel_attention"): Serves(_FLOAT_TO_16_BIT, head_size=MAX_HEAD_SIZE, lacks=_LATER),
     ("triton", "rel_shift"): Serves(_FLOAT),
     ("triton", "adaptive_loss"): Serves(_FLOAT_TO_16_BIT),
     ("triton", "adaptive_nll"): Serves(_FLOAT_TO_16_BIT),
     ("triton", "adaptive_embedding"): Serves(_FLOAT_TO_16_BIT),
 }
 
-register("txl_native")
-register("txl_triton")
-_flop_formulas.register("txl_native", "txl_triton")
+register(torch.ops.txl_native)
+register(torch.ops.txl_triton)
+_flop_formulas.register(torch.ops.txl_native, torch.ops.txl_triton)
 native.register_kernels()
 triton.register_kernels()
 
@@ -94,6 +98,7 @@ def resolve(
     Tq: int = 1,
     D: int = 64,
     Dv: int | None = None,
+    Dp: int | None = None,
     needs_grad: bool = False,
     uses: Collection[str] = (),
 ) -> Resolution:
@@ -106,9 +111,10 @@ def resolve(
         backend: "auto", "reference", "native" or "triton".
         device, dtype: of the tensors.
         Tq: queries (for the adaptive ops: tokens).
-        D, Dv: head size of keys and of values (None: the same); for `rel_attention` only.
+        D, Dv, Dp: head sizes of keys, of values and of positions (None: D); for `rel_attention`
+            only.
         needs_grad: whether a backward pass will follow.
-        uses: the arguments of this call that not every backend supports: "q_pos", "bias",
+        uses: the arguments of this call that not every backend supports: "bias",
             "dead_rows='uniform'", "dropout_p".
 
     Returns:
@@ -123,7 +129,7 @@ def resolve(
     if backend != "auto" and backend not in BACKENDS:
         names = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"{op}: backend must be one of {names}; got {backend!r}")
-    call = (torch.device(device).type, dtype, Tq, max(D, Dv or D), needs_grad, uses)
+    call = (torch.device(device).type, dtype, Tq, max(D, Dv or D, Dp or D), needs_grad, uses)
     return _resolve(op, backend, {}, *call)
 
 
@@ -168,6 +174,7 @@ def choose(
     Tq: int = 1,
     D: int = 64,
     Dv: int | None = None,
+    Dp: int | None = None,
     needs_grad: bool = False,
     uses: Collection[str] = (),
 ) -> str:
@@ -179,14 +186,14 @@ def choose(
         tensors: tensors of the call; the first one gives the device.
         arguments: returns the arguments of the operator; None where it has no kernels.
         n_scores: attention scores that the reference stores.
-        backend, dtype, Tq, D, Dv, needs_grad, uses: the arguments of `resolve`.
+        backend, dtype, Tq, D, Dv, Dp, needs_grad, uses: the arguments of `resolve`.
 
     Raises:
         BackendUnavailableError: no backend runs the call, or only the reference does after a
             failed test and its scores need more than 256 MiB.
     """
     device_type = tensors[0].device.type
-    sizes = (Tq, max(D, Dv or D))
+    sizes = (Tq, max(D, Dv or D, Dp or D))
     failures: dict[str, str] = {}
     name, reason = resolve(
         op,
@@ -222,7 +229,7 @@ def choose(
 
 def operators(backend: str) -> Any:
     """The operators of "native" or "triton": the namespace `torch.ops.txl_…`."""
-    return getattr(torch.ops, f"txl_{backend}")
+    return torch.ops.txl_native if backend == "native" else torch.ops.txl_triton
 
 
 def _refusal(

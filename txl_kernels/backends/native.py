@@ -23,7 +23,6 @@ from txl_kernels.errors import BackendUnavailableError
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 RECORD_NAME = "_native_build.json"
-_OPS = ("rel_attention", "rel_shift", "adaptive_nll", "adaptive_loss", "adaptive_embedding")
 _THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 # Without these options pip and uv install a wheel again that they built and cached earlier.
 _OPTIONS = "--force-reinstall --no-deps --no-cache-dir"
@@ -45,14 +44,22 @@ def register_kernels() -> None:
     A program that torch exported or compiled earlier calls the operators themselves, in a process
     where no public op has loaded `_C`. The kernels in `_C` then replace these.
     """
-    for op in _OPS:
-        for direction in ("fwd", "bwd"):
-            torch.library.impl(f"txl_native::{op}_{direction}", "default", _loading(op, direction))
+    operators = torch.ops.txl_native
+    for op, directions in (
+        ("rel_attention", (operators.rel_attention_fwd, operators.rel_attention_bwd)),
+        ("rel_shift", (operators.rel_shift_fwd, operators.rel_shift_bwd)),
+        ("adaptive_nll", (operators.adaptive_nll_fwd, operators.adaptive_nll_bwd)),
+        ("adaptive_loss", (operators.adaptive_loss_fwd, operators.adaptive_loss_bwd)),
+        (
+            "adaptive_embedding",
+            (operators.adaptive_embedding_fwd, operators.adaptive_embedding_bwd),
+        ),
+    ):
+        for operator in directions:
+            torch.library.impl(operator.default.name(), "default", _loading(op, operator))
 
 
-def _loading(op: str, direction: str) -> Callable[..., Any]:
-    operator = f"{op}_{direction}"
-
+def _loading(op: str, operator: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         reason = unavailable_reason()
         if reason is None and _first_use.is_running:  # the library has no kernel for these tensors
@@ -61,7 +68,7 @@ def _loading(op: str, direction: str) -> Callable[..., Any]:
             raise BackendUnavailableError(f"{op}: {reason}")
         _first_use.is_running = True
         try:
-            return getattr(torch.ops.txl_native, operator)(*args)
+            return operator(*args)
         finally:
             _first_use.is_running = False
 

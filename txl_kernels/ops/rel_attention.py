@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from txl_kernels.backends import choose, operators
-from txl_kernels.backends.reference import rel_attention as reference
-from txl_kernels.ops import autocast
-from txl_kernels.ops.checks import check_tensor, fixed_if_traced, needs_grad
-from txl_kernels.ops.rel_attention_checks import (
-    check_keys,
-    check_tensors,
-    checked_dropout,
-    checked_options,
-)
-
-NO_CHUNK = (0, 0, 0)  # for the operators: AOTInductor would turn an empty list into None
+from txl_kernels._rel_attention_call import OptionalTensors
+from txl_kernels.ops.rel_attention_calls import forward, prepare
 
 
 def rel_attention(
@@ -32,6 +19,8 @@ def rel_attention(
     mem_k: Tensor | None = None,
     mem_v: Tensor | None = None,
     q_pos: Tensor | None = None,
+    pos_scale: float | None = None,
+    q_start: Tensor | None = None,
     offset: int | None = None,
     clamp: bool = False,
     causal: bool = False,
@@ -46,9 +35,8 @@ def rel_attention(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     dead_rows: str = "zero",
-    return_lse: bool = False,
     backend: str = "auto",
-) -> Any:
+) -> Tensor:
     """Attention whose scores are content plus relative position, over memory and segment.
 
         score[b,h,i,j] = scale · ((q_i + r_w_bias)·k_j + (q_i + r_r_bias)·r[m]) + bias[b,h,i,j]
@@ -109,92 +97,92 @@ def rel_attention(
 
     Source: Dai et al., "Transformer-XL", ACL 2019, section 3.3.
     """
-    check_tensor("rel_attention", "q", q)
-    lower = autocast.autocast_dtype(q.device)
-    q, k, v, r, mem_k, mem_v, q_pos = (
-        autocast.cast(tensor, lower) for tensor in (q, k, v, r, mem_k, mem_v, q_pos)
-    )
-    Tk = check_tensors(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos)
-    check_keys(q, Tk, key_start, key_lens, mask, bias)
-    options = checked_options(q, offset, clamp, causal, window, chunk, scale, softcap, dead_rows)
-    dropout_p = checked_dropout(q, dropout_p, dropout_seed)
-    uses = [name for name, tensor in (("q_pos", q_pos), ("bias", bias)) if tensor is not None]
-    if dead_rows == "uniform":
-        uses.append("dead_rows='uniform'")
-    if dropout_p > 0:
-        uses.append("dropout_p")
-
-    def arguments() -> tuple[Any, ...]:
-        """In the order of the operator's schema; the seed is drawn after the choice."""
-        tensors = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, key_start, key_lens)
-        full_mask = None if mask is None else mask.expand(*q.shape[:3], Tk)
-        seed = q.new_empty((), dtype=torch.int64) if dropout_p > 0 else None
-        *numbers, dead_uniform = {**options, "chunk": options["chunk"] or NO_CHUNK}.values()
-        return (*tensors, full_mask, bias, seed, *numbers, dropout_p, dead_uniform)
-
-    chosen = choose(
-        "rel_attention",
+    out, _lse = rel_attention_with_lse(
         q,
-        arguments=arguments,
-        n_scores=q.shape[0] * q.shape[1] * q.shape[2] * Tk,
+        k,
+        v,
+        r,
+        r_w_bias=r_w_bias,
+        r_r_bias=r_r_bias,
+        mem_k=mem_k,
+        mem_v=mem_v,
+        q_pos=q_pos,
+        pos_scale=pos_scale,
+        q_start=q_start,
+        offset=offset,
+        clamp=clamp,
+        causal=causal,
+        window=window,
+        chunk=chunk,
+        key_start=key_start,
+        key_lens=key_lens,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        dead_rows=dead_rows,
         backend=backend,
-        dtype=q.dtype,
-        Tq=q.shape[2],
-        D=q.shape[3],
-        Dv=v.shape[3],
-        needs_grad=needs_grad(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, bias),
-        uses=uses,
     )
-    if dropout_p > 0 and dropout_seed is None:
-        dropout_seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=q.device)
-    call: dict[str, Any] = {
-        "r_w_bias": r_w_bias,
-        "r_r_bias": r_r_bias,
-        "mem_k": mem_k,
-        "mem_v": mem_v,
-        "q_pos": q_pos,
-        "key_start": key_start,
-        "key_lens": key_lens,
-        "mask": mask,
-        "bias": bias,
-        "dropout_seed": dropout_seed,
-        "dropout_p": dropout_p,
-        **options,
-    }
-    with autocast.outside_autocast(q.device):
-        if chosen == "reference":
-            out, lse = reference.rel_attention(q, k, v, r, **call)
-        else:
-            out, lse = _kernel(chosen, q, k, v, r, Tk, **call)
-    return (out, lse) if return_lse else out
+    return out
 
 
-def _kernel(
-    backend: str,
+def rel_attention_with_lse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     r: Tensor,
-    Tk: int,
     *,
-    mask: Tensor | None,
-    chunk: tuple[int, ...],
-    **call: Any,
-) -> Any:
-    """A backend's kernel, which reads rows of any stride whose last dimension is contiguous."""
-    q, k, v, r = (_contiguous_rows(tensor) for tensor in (q, k, v, r))
-    for name in ("mem_k", "mem_v"):
-        if call[name] is not None:
-            call[name] = _contiguous_rows(call[name])
-    if mask is not None:
-        mask = mask.expand(*q.shape[:3], Tk)
-    for name in ("offset", "window_left", "window_right"):
-        call[name] = fixed_if_traced(call[name])
-    chunk = tuple(fixed_if_traced(number) for number in chunk)
-    operator = operators(backend).rel_attention_fwd
-    return operator(q, k, v, r, mask=mask, chunk=chunk or NO_CHUNK, **call)
+    r_w_bias: Tensor | None = None,
+    r_r_bias: Tensor | None = None,
+    mem_k: Tensor | None = None,
+    mem_v: Tensor | None = None,
+    q_pos: Tensor | None = None,
+    pos_scale: float | None = None,
+    q_start: Tensor | None = None,
+    offset: int | None = None,
+    clamp: bool = False,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    chunk: tuple[int, int] | tuple[int, int, int] | None = None,
+    key_start: Tensor | None = None,
+    key_lens: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    dead_rows: str = "zero",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """As `rel_attention`, with the same arguments, but returns (out, lse).
 
-
-def _contiguous_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is contiguous, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    lse [B, H, Tq] is the natural logarithm of the softmax's denominator before dropout, float32
+    (float64 for float64), -inf where a query attends to no key. It is differentiable.
+    """
+    optional = OptionalTensors(
+        r_w_bias, r_r_bias, mem_k, mem_v, q_pos, q_start, key_start, key_lens, mask, dropout_seed
+    )
+    prepared = prepare(
+        "rel_attention",
+        q,
+        k,
+        v,
+        r,
+        optional,
+        pos_scale=pos_scale,
+        offset=offset,
+        clamp=clamp,
+        causal=causal,
+        window=window,
+        chunk=chunk,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        dead_rows=dead_rows,
+        backend=backend,
+    )
+    return forward(prepared)

@@ -1,17 +1,19 @@
-"""Checks of the arguments of `rel_attention`, with one clear error each."""
+"""Checks of the arguments of `rel_attention`, with one clear error each.
+
+`op` is the public function that errors name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from txl_kernels._rel_attention_call import UNLIMITED, Numbers, OptionalTensors, Rules
 from txl_kernels.ops.checks import (
     FLOATING,
     check_broadcastable,
-    check_choice,
     check_dtype,
     check_flag,
     check_given,
@@ -20,21 +22,11 @@ from txl_kernels.ops.checks import (
     check_shape,
     check_tensor,
     checked_window,
+    fixed_if_traced,
 )
 
-OP = "rel_attention"
-
-
 def check_tensors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    r_w_bias: Tensor | None,
-    r_r_bias: Tensor | None,
-    mem_k: Tensor | None,
-    mem_v: Tensor | None,
-    q_pos: Tensor | None,
+    op: str, q: Tensor, k: Tensor, v: Tensor, r: Tensor, optional: OptionalTensors
 ) -> int:
     """Queries, keys, values, positions and their biases. Returns Tk.
 
@@ -42,108 +34,130 @@ def check_tensors(
         TypeError: not a tensor, or of the wrong dtype.
         ValueError: of the wrong shape or on the wrong device.
     """
-    check_dtype(OP, "q", q, FLOATING)
+    check_dtype(op, "q", q, FLOATING)
     for name, tensor in (("k", k), ("v", v), ("r", r)):
-        check_tensor(OP, name, tensor)
-    peers = {"k": k, "v": v, "r": r, "mem_k": mem_k, "mem_v": mem_v, "q_pos": q_pos}
-    check_given(OP, peers, (q.dtype,), q.device)
-    biases = {"r_w_bias": r_w_bias, "r_r_bias": r_r_bias}
-    check_given(OP, biases, (q.dtype, torch.float32), q.device)
+        check_tensor(op, name, tensor)
+    peers = {name: getattr(optional, name) for name in ("mem_k", "mem_v", "q_pos")}
+    check_given(op, {"k": k, "v": v, "r": r, **peers}, (q.dtype,), q.device)
+    biases = {"r_w_bias": optional.r_w_bias, "r_r_bias": optional.r_r_bias}
+    check_given(op, biases, (q.dtype, torch.float32), q.device)
 
-    check_shape(OP, "q", q, ("B", "H", "Tq", "D"))
+    check_shape(op, "q", q, ("B", "H", "Tq", "D"))
     B, H, Tq, D = q.shape
-    check_shape(OP, "k", k, (B, H, "Ts", D))
-    check_shape(OP, "v", v, (B, H, k.shape[2], "Dv"))
-    for name, tensor in (("q", q), ("v", v)):
-        if tensor.shape[3] < 1:
-            raise ValueError(f"{OP}: {name} must have a head size of at least 1, got 0")
-    if q_pos is not None:
-        check_shape(OP, "q_pos", q_pos, (B, H, Tq, "Dp"))
-    Dp = D if q_pos is None else q_pos.shape[3]
-    check_shape(OP, "r", r, (B, H, "R", Dp), or_one=(0, 1))
+    check_shape(op, "k", k, (B, "Hk", "Ts", D))
+    Hk, Ts = k.shape[1:3]
+    if Hk != H and (Hk == 0 or H % Hk != 0):
+        raise ValueError(f"{op}: q must have a multiple of k's {Hk} heads, got {H} heads")
+    check_shape(op, "v", v, (B, Hk, Ts, "Dv"))
+    if optional.q_pos is not None:
+        check_shape(op, "q_pos", optional.q_pos, (B, H, Tq, "Dp"))
+    Dp = D if optional.q_pos is None else optional.q_pos.shape[3]
+    for name, size in (("q", D), ("v", v.shape[3]), ("q_pos", Dp)):
+        if size < 1:
+            raise ValueError(f"{op}: {name} must have a head size of at least 1, got 0")
+    check_shape(op, "r", r, (B, H, "R", Dp), or_one=(0, 1))
     if r.shape[2] < 1:
-        raise ValueError(f"{OP}: r must have at least one row, got shape {list(r.shape)}")
-    for name, head_bias, size in (("r_w_bias", r_w_bias, D), ("r_r_bias", r_r_bias, Dp)):
+        raise ValueError(f"{op}: r must have at least one row, got shape {list(r.shape)}")
+    for (name, head_bias), size in zip(biases.items(), (D, Dp), strict=True):
         if head_bias is not None:
-            check_shape(OP, name, head_bias, (H, size))
-    return k.shape[2] + _check_memory(k, v, mem_k, mem_v)
+            check_shape(op, name, head_bias, (H, size))
+    return Ts + _check_memory(op, k, v, optional.mem_k, optional.mem_v)
 
 
-def _check_memory(k: Tensor, v: Tensor, mem_k: Tensor | None, mem_v: Tensor | None) -> int:
+def _check_memory(
+    op: str, k: Tensor, v: Tensor, mem_k: Tensor | None, mem_v: Tensor | None
+) -> int:
     """Returns Tm."""
     if mem_k is None and mem_v is None:
         return 0
     if mem_k is None or mem_v is None:
         missing = "mem_k" if mem_k is None else "mem_v"
-        raise ValueError(f"{OP}: mem_k and mem_v must be given together, got {missing}=None")
-    B, H, _, D = k.shape
-    check_shape(OP, "mem_k", mem_k, (B, H, "Tm", D))
-    check_shape(OP, "mem_v", mem_v, (B, H, mem_k.shape[2], v.shape[3]))
+        raise ValueError(f"{op}: mem_k and mem_v must be given together, got {missing}=None")
+    B, Hk, _, D = k.shape
+    check_shape(op, "mem_k", mem_k, (B, Hk, "Tm", D))
+    check_shape(op, "mem_v", mem_v, (B, Hk, mem_k.shape[2], v.shape[3]))
     return mem_k.shape[2]
 
 
 def check_keys(
-    q: Tensor,
-    Tk: int,
-    key_start: Tensor | None,
-    key_lens: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
+    op: str, q: Tensor, Tk: int, optional: OptionalTensors, bias: Tensor | None
 ) -> None:
-    """The tensors that mask or bias keys.
+    """The tensors that place queries, and that mask or bias keys.
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype.
         ValueError: of the wrong shape or on the wrong device.
     """
-    lengths = {"key_start": key_start, "key_lens": key_lens}
-    check_given(OP, lengths, (torch.int32, torch.int64), q.device)
-    for name, length in lengths.items():
-        if length is not None:
-            check_shape(OP, name, length, (q.shape[0],))
+    B, _, Tq, _ = q.shape
+    positions = {name: getattr(optional, name) for name in ("q_start", "key_start", "key_lens")}
+    check_given(op, positions, (torch.int32, torch.int64), q.device)
+    if optional.q_start is not None:
+        check_shape(op, "q_start", optional.q_start, (B,))
+    for name in ("key_start", "key_lens"):
+        ends = positions[name]
+        if ends is not None and ends.shape != (B,) and ends.shape != (B, Tq):
+            expected, actual = f"[{B}] or [{B}, {Tq}]", list(ends.shape)
+            raise ValueError(f"{op}: {name} must have shape {expected}, got {actual}")
     for name, dense, dtypes in (
-        ("mask", mask, (torch.bool,)),
+        ("mask", optional.mask, (torch.bool,)),
         ("bias", bias, (q.dtype, torch.float32)),
     ):
         if dense is not None:
-            check_given(OP, {name: dense}, dtypes, q.device)
-            check_broadcastable(OP, name, dense, (*q.shape[:3], Tk))
+            check_given(op, {name: dense}, dtypes, q.device)
+            check_broadcastable(op, name, dense, (*q.shape[:3], Tk))
 
 
-def checked_options(
-    q: Tensor,
+def checked_rules(
+    op: str,
+    Tq: int,
     offset: int | None,
     clamp: bool,
     causal: bool,
     window: Sequence[int | None] | None,
     chunk: Sequence[int] | None,
-    scale: float | None,
-    softcap: float,
-    dead_rows: str,
-) -> dict[str, Any]:
-    """The options that are not tensors, by their names in the operator's schema.
+) -> Rules:
+    """The rules about keys and rows of r. Causal attention is a window of 0 to the right.
 
     Raises:
         TypeError: of the wrong type.
         ValueError: out of range, or clamp without offset.
     """
-    check_flag(OP, "clamp", clamp)
-    check_flag(OP, "causal", causal)
+    check_flag(op, "clamp", clamp)
+    check_flag(op, "causal", causal)
     if clamp and offset is None:
-        raise ValueError(f"{OP}: clamp=True needs an explicit offset, got offset=None")
-    window_left, window_right = checked_window(OP, window)
-    check_choice(OP, "dead_rows", dead_rows, ("zero", "uniform"))
-    return {
-        "offset": check_int(OP, "offset", q.shape[2] - 1 if offset is None else offset),
-        "clamp": clamp,
-        "causal": causal,
-        "window_left": window_left,
-        "window_right": window_right,
-        "chunk": _checked_chunk(chunk),
-        "scale": check_number(OP, "scale", q.shape[3] ** -0.5 if scale is None else scale),
-        "softcap": _effective_softcap(check_number(OP, "softcap", softcap, at_least=0), q.dtype),
-        "dead_uniform": dead_rows == "uniform",
-    }
+        raise ValueError(f"{op}: clamp=True needs an explicit offset, got offset=None")
+    left, right = checked_window(op, window)
+    rules = Rules(
+        check_int(op, "offset", Tq - 1 if offset is None else offset),
+        int(clamp),
+        UNLIMITED if left is None else left,
+        0 if causal else UNLIMITED if right is None else right,
+        *_checked_chunk(op, chunk),
+    )
+    return Rules(*map(fixed_if_traced, rules))
+
+
+def checked_numbers(
+    op: str,
+    q: Tensor,
+    scale: float | None,
+    pos_scale: float | None,
+    softcap: float,
+    dropout_p: float,
+) -> Numbers:
+    """The factors and the dropout probability.
+
+    Raises:
+        TypeError: of the wrong type.
+        ValueError: out of range, NaN or infinite.
+    """
+    scale = check_number(op, "scale", q.shape[3] ** -0.5 if scale is None else scale)
+    pos_scale = scale if pos_scale is None else check_number(op, "pos_scale", pos_scale)
+    softcap = _effective_softcap(check_number(op, "softcap", softcap, at_least=0), q.dtype)
+    dropout_p = check_number(op, "dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    return Numbers(scale, pos_scale, softcap, dropout_p)
 
 
 def _effective_softcap(softcap: float, dtype: torch.dtype) -> float:
@@ -158,29 +172,25 @@ def _effective_softcap(softcap: float, dtype: torch.dtype) -> float:
     return max(softcap, 2.0**-100) if softcap <= largest else 0.0
 
 
-def _checked_chunk(chunk: Sequence[int] | None) -> tuple[int, ...]:
-    """(size, left, phase), or () without chunks."""
+def _checked_chunk(op: str, chunk: Sequence[int] | None) -> tuple[int, int, int]:
+    """(size, left, phase); a size of 0 without chunks."""
     if chunk is None:
-        return ()
+        return 0, 0, 0
     if not isinstance(chunk, (tuple, list)) or len(chunk) not in (2, 3):
         form = "(size, left) or (size, left, phase)"
-        raise ValueError(f"{OP}: chunk must be {form}, got {chunk!r}")
+        raise ValueError(f"{op}: chunk must be {form}, got {chunk!r}")
     size, left, phase = (*chunk, 0)[:3]
     return (
-        check_int(OP, "chunk's size", size, at_least=1),
-        check_int(OP, "chunk's left", left, at_least=0),
-        check_int(OP, "chunk's phase", phase),
+        check_int(op, "chunk's size", size, at_least=1),
+        check_int(op, "chunk's left", left, at_least=0),
+        check_int(op, "chunk's phase", phase),
     )
 
 
-def checked_dropout(q: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> float:
-    """Returns `dropout_p`. Raises TypeError and ValueError as the other checks do."""
-    dropout_p = check_number(OP, "dropout_p", dropout_p)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{OP}: dropout_p must be in [0, 1), got {dropout_p}")
+def check_seed(op: str, q: Tensor, dropout_seed: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless it is one int64 on q's device, or None."""
     if dropout_seed is not None:
-        check_given(OP, {"dropout_seed": dropout_seed}, (torch.int64,), q.device)
+        check_given(op, {"dropout_seed": dropout_seed}, (torch.int64,), q.device)
         if dropout_seed.numel() != 1:
             shape = list(dropout_seed.shape)
-            raise ValueError(f"{OP}: dropout_seed must have one element, got shape {shape}")
-    return dropout_p
+            raise ValueError(f"{op}: dropout_seed must have one element, got shape {shape}")

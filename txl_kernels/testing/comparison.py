@@ -1,13 +1,13 @@
 """Any op, on its operator's arguments: references, gradients, comparison by the error budget.
 
 The arguments have the order of the schema of `torch.ops.txl_native.<op>_fwd`; those of
-`adaptive_log_prob` and `adaptive_topk` are the arguments of `adaptive_nll`. Gradients are compared
-for the tensors that require them.
+`adaptive_log_prob` and `adaptive_topk` are the arguments of `adaptive_nll`. Arguments of
+`rel_attention` may end with a bias or None, and whether rows without keys are uniform: the
+reference alone supports these. Gradients are compared for the tensors that require them.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from txl_kernels._register_adaptive import is_present
+from txl_kernels._rel_attention_call import UNLIMITED, RelAttentionCall
 from txl_kernels.backends.reference import adaptive_embedding as embedding
 from txl_kernels.backends.reference import adaptive_softmax as softmax
 from txl_kernels.backends.reference import rel_attention as attention
@@ -27,7 +28,7 @@ from txl_kernels.ops.adaptive_softmax import (
     adaptive_nll,
     adaptive_topk,
 )
-from txl_kernels.ops.rel_attention import rel_attention
+from txl_kernels.ops.rel_attention import rel_attention_with_lse
 from txl_kernels.ops.rel_shift import rel_shift
 from txl_kernels.testing.budget import check_budget
 
@@ -36,22 +37,34 @@ _SUMS = ("dr", "dr_w_bias", "dr_r_bias", "dbias")
 Run = Callable[[list[Any]], Any]
 
 
-@functools.cache
-def names(op: str) -> tuple[str, ...]:
-    """Names of the arguments."""
+def named(op: str, arguments: Sequence[Any]) -> dict[str, Any]:
+    """The arguments by name; tensors of a list each by a name of its own."""
+    found: dict[str, Any] = {}
+    if op == "rel_attention":
+        call, bias, dead_uniform = attention_call(arguments)
+        found = dict(zip(call._fields[:4], call[:4], strict=True)) | call.optional._asdict()
+        found |= {"bias": bias, **call.rules._asdict(), **call.numbers._asdict()}
+        return found | {"dead_uniform": dead_uniform}
     op = "adaptive_nll" if op in ("adaptive_log_prob", "adaptive_topk") else op
     operator = getattr(torch.ops.txl_native, f"{op}_fwd").default
-    return tuple(argument.name for argument in operator._schema.arguments)
+    for argument, value in zip(operator._schema.arguments, arguments, strict=False):
+        if isinstance(value, list):
+            found |= {f"{argument.name}[{n}]": part for n, part in enumerate(value)}
+        else:
+            found[argument.name] = value
+    return found
+
+
+def attention_call(arguments: Sequence[Any]) -> tuple[RelAttentionCall, Tensor | None, bool]:
+    """The call of `rel_attention`, its bias, and whether rows without keys are uniform."""
+    bias, dead_uniform = arguments[7:] or (None, False)
+    return RelAttentionCall.of_arguments(*arguments[:7]), bias, dead_uniform
 
 
 def call(op: str, backend: str, arguments: Sequence[Any]) -> Any:
     """The result of the public op."""
     if op == "rel_attention":
-        named = dict(zip(names(op), arguments, strict=True))
-        named["window"] = named.pop("window_left"), named.pop("window_right")
-        named["dead_rows"] = "uniform" if named.pop("dead_uniform") else "zero"
-        named["chunk"] = _chunk(named["chunk"]) or None
-        return rel_attention(**named, return_lse=True, backend=backend)
+        return _call_attention(backend, arguments)
     if op == "rel_shift":
         x, n_keys, offset = arguments
         return rel_shift(x, n_keys=n_keys, offset=offset, backend=backend)
@@ -78,12 +91,31 @@ def call(op: str, backend: str, arguments: Sequence[Any]) -> Any:
     return adaptive_loss(hidden, target, head_weight, tails, **head, reduction=reduction)
 
 
+def _call_attention(backend: str, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    given, bias, dead_uniform = attention_call(arguments)
+    rules, numbers = given.rules, given.numbers
+    sides = (rules.window_left, rules.window_right)
+    return rel_attention_with_lse(
+        *given[:4],
+        **given.optional._asdict(),
+        **numbers._asdict(),
+        bias=bias,
+        dead_rows="uniform" if dead_uniform else "zero",
+        offset=rules.offset,
+        clamp=bool(rules.clamp),
+        window=tuple(None if side == UNLIMITED else side for side in sides),  # type: ignore[arg-type]
+        chunk=rules[4:] if rules.chunk_size else None,  # type: ignore[arg-type]
+        backend=backend,
+    )
+
+
 def reference(op: str, arguments: Sequence[Any], dtype: torch.dtype | None = None) -> Any:
     """The result of the specification, computed in `dtype` (None: in its usual one)."""
     if op == "rel_attention":
-        named = dict(zip(names(op), arguments, strict=True))
-        named["chunk"] = _chunk(named["chunk"])
-        return attention.rel_attention(**named, compute_dtype=dtype)
+        given, bias, dead_uniform = attention_call(arguments)
+        return attention.rel_attention(
+            given, bias=bias, dead_uniform=dead_uniform, compute_dtype=dtype
+        )
     if op == "rel_shift":
         return shift.rel_shift(*arguments)
     if op == "adaptive_embedding":
@@ -111,27 +143,23 @@ def _cutoffs(sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[:n]) for n in range(1, len(sizes))]
 
 
-def _chunk(chunk: Sequence[int]) -> Sequence[int]:
-    return chunk if chunk and chunk[0] else ()
-
-
 def leaves(op: str, arguments: Sequence[Any]) -> dict[str, Tensor]:
     """The tensors that require gradients, by name."""
-    found = {}
-    for name, value in zip(names(op), arguments, strict=False):
-        parts = {name: value}
-        if isinstance(value, list):
-            parts = {f"{name}[{n}]": part for n, part in enumerate(value)}
-        for key, x in parts.items():
-            if isinstance(x, Tensor) and x.requires_grad:
-                found[key] = x
-    return found
+    return {
+        name: x
+        for name, x in named(op, arguments).items()
+        if isinstance(x, Tensor) and x.requires_grad
+    }
 
 
 def results(
-    op: str, arguments: list[Any], run: Run, dout: Tensor | None = None
+    op: str,
+    arguments: list[Any],
+    run: Run,
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs of one run and, with the gradient of the first output, those of the leaves."""
+    """Outputs of one run and, with the gradients of the outputs, those of the leaves."""
     returned = run(arguments)
     outputs = (returned,) if isinstance(returned, Tensor) else returned[:2]
     if op != "rel_attention":
@@ -139,7 +167,10 @@ def results(
     found = dict(zip(("out", "lse"), outputs, strict=False))
     if dout is not None:
         given = leaves(op, arguments)
-        grads = torch.autograd.grad(outputs[0], list(given.values()), dout.to(outputs[0].dtype))
+        used = [(x, dx) for x, dx in zip(outputs, (dout, dlse), strict=False) if dx is not None]
+        grads = torch.autograd.grad(
+            [x for x, _ in used], list(given.values()), [dx.to(x.dtype) for x, dx in used]
+        )
         found |= {f"d{name}": grad for name, grad in zip(given, grads, strict=True)}
     return {name: (x.to_dense() if x.is_sparse else x).detach() for name, x in found.items()}
 
@@ -158,17 +189,19 @@ def repeated(
     run: Run,
     douts: Sequence[Tensor | None],
     *,
+    dlse: Tensor | None = None,
     unordered: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """The results of the first of several runs, one for each of `douts`, which are equal.
 
     Args:
+        dlse: the gradient of the second output.
         unordered: gradients that are not compared.
 
     Raises:
         AssertionError: two runs differ in a bit.
     """
-    first, *others = (results(op, arguments, run, dout) for dout in douts)
+    first, *others = (results(op, arguments, run, dout, dlse) for dout in douts)
     for other in others:
         for name, x in other.items():
             same = name in unordered or torch.equal(_bits(x), _bits(first[name]))
@@ -182,15 +215,19 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def compared(
-    op: str, arguments: list[Any], actual: Mapping[str, Tensor], dout: Tensor | None = None
+    op: str,
+    arguments: list[Any],
+    actual: Mapping[str, Tensor],
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor], dict[str, Any]]]:
     """For each result its name, and the arguments of `check_budget` but for the name."""
     tensors = (x for x in tree_leaves(arguments) if isinstance(x, Tensor))
     dtype = next(x.dtype for x in tensors if x.is_floating_point())
     exact = tree_map_only(Tensor, _as_double, arguments)
-    ref64 = results(op, exact, lambda x: reference(op, x, torch.float64), dout)
-    eager = results(op, arguments, lambda x: reference(op, x, dtype), dout)
-    magnitudes = {} if dout is None else _magnitudes(op, arguments, dout)
+    ref64 = results(op, exact, lambda x: reference(op, x, torch.float64), dout, dlse)
+    eager = results(op, arguments, lambda x: reference(op, x, dtype), dout, dlse)
+    magnitudes = {} if dout is None else _magnitudes(op, arguments, dout, dlse)
     for name, x in actual.items():
         options: dict[str, Any] = {"dtype": dtype, "magnitude": magnitudes.get(name)}
         options["is_sum"] = name in magnitudes and (name in _SUMS or op.startswith("adaptive"))
@@ -203,14 +240,15 @@ def check_results(
     arguments: list[Any],
     actual: Mapping[str, Tensor],
     dout: Tensor | None = None,
+    dlse: Tensor | None = None,
 ) -> None:
     """Asserts that all results are within the error budget.
 
     Args:
         label: for messages.
-        actual: from `results`, with the same `dout`.
+        actual: from `results`, with the same `dout` and `dlse`.
     """
-    for name, tensors, options in compared(op, arguments, actual, dout):
+    for name, tensors, options in compared(op, arguments, actual, dout, dlse):
         check_budget(f"{label}: {name}", *tensors, **options)
 
 
@@ -220,10 +258,12 @@ def _as_double(x: Tensor) -> Tensor:
     return x.detach().double().requires_grad_(x.requires_grad)
 
 
-def _magnitudes(op: str, arguments: Sequence[Any], dout: Tensor) -> dict[str, float]:
+def _magnitudes(
+    op: str, arguments: Sequence[Any], dout: Tensor, dlse: Tensor | None
+) -> dict[str, float]:
     """The largest product of magnitudes that enters each gradient, by name of the gradient."""
     if op == "rel_attention":
-        return _attention_magnitudes(dict(zip(names(op), arguments, strict=True)), dout)
+        return _attention_magnitudes(attention_call(arguments)[0], dout, dlse)
     given, largest = leaves(op, arguments), _largest(dout)
     if op != "rel_shift":
         largest *= max(1.0, *map(_largest, given.values()))
@@ -234,24 +274,26 @@ def _magnitudes(op: str, arguments: Sequence[Any], dout: Tensor) -> dict[str, fl
     return {f"d{name}": largest for name in given}
 
 
-def _attention_magnitudes(call: Mapping[str, Any], dout: Tensor) -> dict[str, float]:
-    def largest(*names: str) -> float:
-        return max(_largest(call[name]) for name in names)
-
-    kept, scale = 1.0 - call["dropout_p"], abs(call["scale"])
-    given = [call[name] for name in ("mem_v", "v") if call[name] is not None]
-    values = torch.cat([x.detach().double() for x in given], dim=2)
-    dP = _largest(dout.double() @ values.mT) / kept
-    content_query = largest("q") + largest("r_w_bias")
-    position_query = largest("q" if call["q_pos"] is None else "q_pos") + largest("r_r_bias")
-    keys = largest("k", "mem_k")
+def _attention_magnitudes(
+    call: RelAttentionCall, dout: Tensor, dlse: Tensor | None
+) -> dict[str, float]:
+    optional, numbers = call.optional, call.numbers
+    kept, scale, pos_scale = 1.0 - numbers.dropout_p, abs(numbers.scale), abs(numbers.pos_scale)
+    given = [x.detach().double() for x in (optional.mem_v, call.v) if x is not None]
+    values = torch.cat(given, dim=2)
+    values = values.repeat_interleave(dout.shape[1] // values.shape[1], dim=1)
+    dP = _largest(dout.double() @ values.mT) / kept + _largest(dlse)
+    content_query = _largest(call.q) + _largest(optional.r_w_bias)
+    position_query = call.q if optional.q_pos is None else optional.q_pos
+    positions = _largest(position_query) + _largest(optional.r_r_bias)
+    keys, rows = max(_largest(call.k), _largest(optional.mem_k)), _largest(call.r)
+    dq = scale * keys if optional.q_pos is not None else max(scale * keys, pos_scale * rows)
     found = dict.fromkeys(("dk", "dmem_k"), scale * dP * content_query)
     found |= dict.fromkeys(("dv", "dmem_v"), _largest(dout) / kept)
-    found |= dict.fromkeys(("dq_pos", "dr_r_bias"), scale * dP * largest("r"))
-    dq = keys if call["q_pos"] is not None else max(keys, largest("r"))
+    found |= dict.fromkeys(("dq_pos", "dr_r_bias"), pos_scale * dP * rows)
     return found | {
-        "dq": scale * dP * dq,
-        "dr": scale * dP * position_query,
+        "dq": dP * dq,
+        "dr": pos_scale * dP * positions,
         "dr_w_bias": scale * dP * keys,
         "dbias": dP,
     }

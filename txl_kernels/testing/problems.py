@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from txl_kernels.testing.adaptive_softmax import embedding_arguments, softmax_arguments
 from txl_kernels.testing.adaptive_softmax_cases import AdaptiveSoftmaxCase, Inputs
-from txl_kernels.testing.comparison import TOP, clusters, names
+from txl_kernels.testing.comparison import TOP, clusters, named
 from txl_kernels.testing.rel_attention import attention_arguments
 from txl_kernels.testing.rel_attention_cases import RelAttentionCase
 
@@ -81,7 +81,7 @@ def _rel_attention(case: RelAttentionCase, **options: Any) -> Problem:
 
 
 def _sdpa_with_bias(arguments: list[Any]) -> Tensor:
-    x = dict(zip(names("rel_attention"), arguments, strict=True))
+    x = named("rel_attention", arguments)
     q = x["q"]
     keys, values = (torch.cat([x[f"mem_{name}"], x[name]], dim=2) for name in ("k", "v"))
     position = (q + x["r_r_bias"][:, None]) @ x["r"].mT  # [B, H, Tq, R]

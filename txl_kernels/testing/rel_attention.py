@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txl_kernels.testing.comparison import call, check_results, names, repeated, results
+from txl_kernels._rel_attention_call import OptionalTensors, RelAttentionCall, Rules
+from txl_kernels.ops.rel_attention_checks import checked_numbers, checked_rules
+from txl_kernels.testing.comparison import call, check_results, repeated, results
 from txl_kernels.testing.rel_attention_cases import RelAttentionCase
 
 OP = "rel_attention"
@@ -29,26 +31,30 @@ def check_rel_attention(
 
     Args:
         last_queries: only this many queries get a gradient and are compared, so that the scores of
-            the references stay small; the case must have no mask and no bias.
+            the references stay small; the case must have no mask, no bias, no `q_pos`, `q_start`
+            or ranges per query, and no gradient of lse.
         runs: the backend runs so many times and must return the same bits each time.
         within: a context for the backend's runs; the references run outside.
     """
     arguments = attention_arguments(case, *case.inputs(dtype, device))
-    dout = case.dout(dtype, device)
+    dout, dlse = case.dout(dtype, device), case.dlse(dtype, device)
     n_skipped = case.Tq - min(last_queries or case.Tq, case.Tq)
     dout[:, :, :n_skipped] = 0.0
     label = f"{case} {backend} {dtype}"
     with within():
-        actual = repeated(label, OP, arguments, lambda x: call(OP, backend, x), [dout] * runs)
+        actual = repeated(
+            label, OP, arguments, lambda x: call(OP, backend, x), [dout] * runs, dlse=dlse
+        )
     assert actual["out"].dtype == dtype
     if n_skipped:
         assert not actual["dq"][:, :, :n_skipped].any(), f"{case}: dq of a query without gradient"
         for name in ("out", "lse", "dq"):
             actual[name] = actual[name][:, :, n_skipped:]
         arguments[0] = arguments[0].detach()[:, :, n_skipped:].requires_grad_()
-        arguments[names(OP).index("offset")] -= n_skipped
+        rules = Rules(*arguments[5])
+        arguments[5] = list(rules._replace(offset=rules.offset - n_skipped))
         dout = dout[:, :, n_skipped:]
-    check_results(label, OP, arguments, actual, dout)
+    check_results(label, OP, arguments, actual, dout, dlse)
 
 
 def check_rel_attention_output(
@@ -69,11 +75,17 @@ def check_rel_attention_output(
 def attention_arguments(
     case: RelAttentionCase, floats: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> list[Any]:
-    """The operator's arguments for a case and its inputs."""
-    usual = {"offset": case.Tq - 1, "clamp": False, "causal": False, "chunk": ()}
-    usual |= {"scale": case.D**-0.5, "softcap": 0.0, "dropout_p": 0.0}
-    options: dict[str, Any] = {**usual, **floats, **others, **case.options}
-    options["window_left"], options["window_right"] = options.pop("window", (None, None))
-    options["chunk"] = (*options["chunk"], 0, 0, 0)[:3]
-    options["dead_uniform"] = options.pop("dead_rows", "zero") == "uniform"
-    return [options.get(name) for name in names(OP)]
+    """The operator's arguments for a case and its inputs, with a bias and dead rows if it has any."""
+    options = dict(case.options)
+    dead_uniform = options.pop("dead_rows", "zero") == "uniform"
+    numbers = {name: options.pop(name, None) for name in ("scale", "pos_scale")}
+    numbers |= {name: options.pop(name, 0.0) for name in ("softcap", "dropout_p")}
+    usual = {"offset": None, "clamp": False, "causal": False, "window": None, "chunk": None}
+    rules = checked_rules(OP, case.Tq, **{**usual, **options})
+    tensors: dict[str, Any] = {**floats, **others}
+    bias = tensors.pop("bias", None)
+    required = [tensors.pop(name) for name in "qkvr"]
+    given = RelAttentionCall(
+        *required, OptionalTensors(**tensors), rules, checked_numbers(OP, required[0], **numbers)
+    )
+    return [*given.arguments(), *([bias, dead_uniform] if bias is not None or dead_uniform else [])]

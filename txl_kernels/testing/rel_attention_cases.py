@@ -14,14 +14,16 @@ from torch import Tensor
 class RelAttentionCase:
     """Shapes and options of one call; the tensors follow from them and a seed.
 
-    `options` are arguments of `rel_attention` that are not tensors. `key_start` and `key_lens` are
-    lists; `mask` and `bias` are shapes of random tensors. With `transposed` the 4-D tensors are
-    stored as [B, T, H, D].
+    `options` are arguments of `rel_attention` that are not tensors. `q_start`, `key_start` and
+    `key_lens` are lists, the last two also with a list per query; `mask` and `bias` are shapes of
+    random tensors. With `transposed` the 4-D tensors are stored as [B, T, H, D]. With
+    `lse_gradient` lse has a gradient too.
     """
 
     name: str
     B: int = 2
     H: int = 3
+    Hk: int | None = None  # H
     Tq: int = 17
     Tm: int = 5
     Ts: int | None = None  # Tq
@@ -35,8 +37,10 @@ class RelAttentionCase:
     transposed: bool = False
     mask: tuple[int, ...] | None = None
     bias: tuple[int, ...] | None = None
-    key_start: list[int] | None = None
-    key_lens: list[int] | None = None
+    q_start: list[int] | None = None
+    key_start: list[int] | list[list[int]] | None = None
+    key_lens: list[int] | list[list[int]] | None = None
+    lse_gradient: bool = False
     spread: float = 1.0  # standard deviation of every floating tensor
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -47,7 +51,7 @@ class RelAttentionCase:
     @property
     def uses(self) -> list[str]:
         """For `resolve`: the arguments that not every backend supports."""
-        used = [name for name, given in (("q_pos", self.Dp), ("bias", self.bias)) if given]
+        used = [] if self.bias is None else ["bias"]
         if self.options.get("dead_rows") == "uniform":
             used.append("dead_rows='uniform'")
         if self.options.get("dropout_p", 0) > 0:
@@ -72,16 +76,16 @@ class RelAttentionCase:
             return tensor.to(device, dtype).requires_grad_()
 
         B, H, Tq, Tm, D = self.B, self.H, self.Tq, self.Tm, self.D
-        Ts, Dv, Dp = self.Ts or Tq, self.Dv or D, self.Dp or D
+        Hk, Ts, Dv, Dp = self.Hk or H, self.Ts or Tq, self.Dv or D, self.Dp or D
         Tk = Tm + Ts
         floats = {
             "q": normal(B, H, Tq, D),
-            "k": normal(B, H, Ts, D),
-            "v": normal(B, H, Ts, Dv),
+            "k": normal(B, Hk, Ts, D),
+            "v": normal(B, Hk, Ts, Dv),
             "r": normal(B if self.r_batch else 1, H if self.r_heads else 1, self.R or Tk, Dp),
         }
         if Tm:
-            floats |= {"mem_k": normal(B, H, Tm, D), "mem_v": normal(B, H, Tm, Dv)}
+            floats |= {"mem_k": normal(B, Hk, Tm, D), "mem_v": normal(B, Hk, Tm, Dv)}
         if self.biases:
             floats |= {"r_w_bias": normal(H, D), "r_r_bias": normal(H, Dp)}
         if self.Dp is not None:
@@ -89,9 +93,10 @@ class RelAttentionCase:
         if self.bias is not None:
             floats["bias"] = normal(*self.bias)
         others = {}
-        for name, lengths in (("key_start", self.key_start), ("key_lens", self.key_lens)):
-            if lengths is not None:
-                others[name] = torch.tensor(lengths, device=device)
+        for name in ("q_start", "key_start", "key_lens"):
+            positions = getattr(self, name)
+            if positions is not None:
+                others[name] = torch.tensor(positions, device=device)
         if self.mask is not None:
             drawn = torch.rand(self.mask, generator=generator, device="cpu")
             others["mask"] = (drawn > 0.3).to(device)
@@ -104,6 +109,14 @@ class RelAttentionCase:
         generator = torch.Generator().manual_seed(self.seed + 1)
         shape = (self.B, self.H, self.Tq, self.Dv or self.D)
         return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+
+    def dlse(self, dtype: torch.dtype, device: str = "cpu") -> Tensor | None:
+        """A gradient for lse, [B, H, Tq]."""
+        if not self.lse_gradient:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        drawn = torch.randn(self.B, self.H, self.Tq, generator=generator, device="cpu")
+        return drawn.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _cases() -> tuple[RelAttentionCase, ...]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from txl_kernels import rel_attention
+from txl_kernels import rel_attention, rel_attention_with_lse
 from txl_kernels.testing import RelAttentionCase as Case
 
 CAUSAL = {"causal": True}
@@ -82,7 +82,7 @@ def results(case: Case, backend: str, dtype: torch.dtype, value: float) -> dict[
     floats, others = case.inputs(dtype)
     floats = filled(case, {name: x.detach() for name, x in floats.items()}, value)
     leaves = {name: x.requires_grad_() for name, x in floats.items()}
-    out, lse = rel_attention(**leaves, **others, **case.options, return_lse=True, backend=backend)
+    out, lse = rel_attention_with_lse(**leaves, **others, **case.options, backend=backend)
     grads = torch.autograd.grad(out, list(leaves.values()), case.dout(dtype))
     return {"out": out, "lse": lse, **dict(zip(leaves, grads, strict=True))}
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from txl_kernels import rel_attention
+from txl_kernels import rel_attention, rel_attention_with_lse
 from txl_kernels.testing import DECODE_CASES, check_budget, check_rel_attention_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +27,7 @@ def cuda(require_backend):
 
 
 def decode(**call):
-    return rel_attention(**call, return_lse=True, backend="native")
+    return rel_attention_with_lse(**call, backend="native")
 
 
 def detached(case, dtype, device):
@@ -63,7 +63,7 @@ def test_a_step_at_full_size_is_within_the_error_budget(dtype, cuda):
             for name, x in call.items()
         }
         wide = {name: x.double() if torch.is_tensor(x) else x for name, x in row.items()}
-        due, due_lse = rel_attention(**wide, return_lse=True, backend="reference")
+        due, due_lse = rel_attention_with_lse(**wide, backend="reference")
         plain = rel_attention(**row, backend="reference")
         check_budget("out", out[b : b + 1], due, plain, dtype=dtype)
         check_budget("lse", lse[b : b + 1], due_lse, due_lse, dtype=torch.float32)

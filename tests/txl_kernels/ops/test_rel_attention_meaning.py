@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from txl_kernels import rel_attention
+from txl_kernels import rel_attention, rel_attention_with_lse
 from txl_kernels.testing import RelAttentionCase, dropout_keep
 
 
@@ -83,9 +83,9 @@ def test_key_lengths_equal_the_shorter_call(backend):
 
 
 def test_a_row_without_keys_is_zero_and_takes_no_gradient(backend):
-    case = RelAttentionCase("", Tm=0, key_start=[17, 0], options={"return_lse": True})
+    case = RelAttentionCase("", Tm=0, key_start=[17, 0])
     floats, others = case.inputs(torch.float32)
-    out, lse = rel_attention(**floats, **others, return_lse=True, backend=backend)
+    out, lse = rel_attention_with_lse(**floats, **others, backend=backend)
     out.sum().backward()
     assert not out[0].any()
     assert (lse[0] == -torch.inf).all()
@@ -151,11 +151,18 @@ def test_only_the_gradients_asked_for_are_formed(backend):
     assert all(x.grad is None for name, x in alone.items() if name != "r")
 
 
-def test_lse_carries_no_gradient(backend):
-    floats, _ = RelAttentionCase("").inputs(torch.float32)
-    out, lse = rel_attention(**floats, return_lse=True, backend=backend)
-    assert out.requires_grad
-    assert not lse.requires_grad
+def test_the_gradient_of_lse_in_a_row_without_keys_is_ignored(backend):
+    case = RelAttentionCase("", Tm=0, key_start=[17, 0])
+    floats, others = case.inputs(torch.float32)
+    lse = rel_attention_with_lse(**floats, **others, backend=backend)[1]
+    dlse = torch.ones_like(lse)
+    due = torch.autograd.grad(lse, list(floats.values()), dlse, retain_graph=True, allow_unused=True)
+    dlse[0] = float("nan")
+    actual = torch.autograd.grad(lse, list(floats.values()), dlse, allow_unused=True)
+    assert not due[0][0].any()
+    assert due[0][1].any()
+    for grad, expected in zip(actual, due, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=0, atol=0)
 
 
 def test_two_runs_give_the_same_bits(backend):

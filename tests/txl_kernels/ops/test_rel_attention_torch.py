@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.export import Dim
+from torch.utils._pytree import tree_map_only
 
-from txl_kernels import rel_attention
+from txl_kernels import rel_attention, rel_attention_with_lse
 from txl_kernels.testing import REL_ATTENTION_CASES, RelAttentionCase
+from txl_kernels.testing.rel_attention import attention_arguments
 
 CASES = {case.name: case for case in REL_ATTENTION_CASES}
 
@@ -58,52 +62,26 @@ def test_second_derivative_of_a_kernel_raises(require_backend):
         dq.sum().backward()
 
 
-def _schema_arguments(case, dtype):
-    """The positional arguments of rel_attention_fwd, in the schema's order."""
-    floats, others = case.inputs(dtype)
-    tensors = {**floats, **others}
-    names = "q k v r r_w_bias r_r_bias mem_k mem_v q_pos key_start key_lens mask bias dropout_seed"
-    if "mask" in tensors:
-        tensors["mask"] = tensors["mask"].expand(case.B, case.H, case.Tq, case.Tm + case.Tq)
-    left, right = case.options.get("window", (None, None))
-    return (
-        *(tensors.get(name) for name in names.split()),
-        case.options.get("offset", case.Tq - 1),
-        case.options.get("clamp", False),
-        case.options.get("causal", False),
-        left,
-        right,
-        list((*case.options.get("chunk", (0, 0)), 0)[:3]),
-        case.options.get("scale", case.D**-0.5),
-        case.options.get("softcap", 0.0),
-        case.options.get("dropout_p", 0.0),
-        False,
-    )
-
-
 @pytest.mark.parametrize("name", ["transformer_xl", "plain", "everything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_opcheck_forward(name, dtype, require_backend):
     require_backend("rel_attention", "native", dtype=dtype, needs_grad=True)
-    arguments = _schema_arguments(CASES[name], dtype)
+    arguments = attention_arguments(CASES[name], *CASES[name].inputs(dtype))
     torch.library.opcheck(
         torch.ops.txl_native.rel_attention_fwd.default, arguments, rtol=1e-2, atol=1e-2
     )
 
 
-@pytest.mark.parametrize("needs_grad", [[True] * 8 + [False] * 2, [True, False] * 4 + [False] * 2])
+@pytest.mark.parametrize("needs_grad", [[True] * 8 + [False], [True, False] * 4 + [False]])
 def test_opcheck_backward(needs_grad, require_backend):
     require_backend("rel_attention", "native", needs_grad=True)
-    case = CASES["transformer_xl"]
-    arguments = [
-        x.detach() if isinstance(x, torch.Tensor) else x
-        for x in _schema_arguments(case, torch.float32)
-    ]
+    case = replace(CASES["transformer_xl"], lse_gradient=True)
+    arguments = attention_arguments(case, *case.inputs(torch.float32))
+    arguments = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
     out, lse = torch.ops.txl_native.rel_attention_fwd(*arguments)
-    dout = case.dout(torch.float32)
-    torch.library.opcheck(
-        torch.ops.txl_native.rel_attention_bwd.default, (dout, *arguments, out, lse, needs_grad)
-    )
+    for dlse in (lse.new_empty(0), case.dlse(torch.float32)):
+        call = (case.dout(torch.float32), dlse, *arguments, out, lse, needs_grad)
+        torch.library.opcheck(torch.ops.txl_native.rel_attention_bwd.default, call)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +92,13 @@ def test_compiles_without_a_graph_break(backend, compiler, name, require_backend
     case = CASES[name]
     require_backend("rel_attention", backend, uses=case.uses)
     floats, others = case.inputs(torch.float32)
-    options = {**others, **case.options, "return_lse": True, "backend": backend}
+    options = {**others, **case.options, "backend": backend}
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda inputs: rel_attention(**inputs, **options), fullgraph=True, backend=compiler
+        lambda inputs: rel_attention_with_lse(**inputs, **options), fullgraph=True, backend=compiler
     )
     out, lse = compiled(floats)
-    due, due_lse = rel_attention(**floats, **options)
+    due, due_lse = rel_attention_with_lse(**floats, **options)
     torch.testing.assert_close(out, due)
     torch.testing.assert_close(lse, due_lse)
     leaves, dout = list(floats.values()), case.dout(torch.float32)
@@ -191,8 +169,8 @@ def test_autocast_casts_what_the_contract_names(backend, lower):
     floats, _ = CASES["transformer_xl"].inputs(torch.float32)
     cast = {n: x.to(lower) if "bias" not in n else x for n, x in floats.items()}
     with torch.autocast("cpu", lower):
-        out, lse = rel_attention(**floats, causal=True, return_lse=True, backend=backend)
-    due, due_lse = rel_attention(**cast, causal=True, return_lse=True, backend=backend)
+        out, lse = rel_attention_with_lse(**floats, causal=True, backend=backend)
+    due, due_lse = rel_attention_with_lse(**cast, causal=True, backend=backend)
     assert out.dtype == lower
     assert torch.equal(out, due)
     assert torch.equal(lse, due_lse)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -11,23 +10,10 @@ from typing import Any
 import torch
 
 from txl_kernels.backends import cuda_device
+from txl_kernels.backends.triton import kernels
 
-NAMESPACE = "txl_triton"
 # The versions of Triton whose machine code `make gates` checks: the oldest supported, the newest.
 CHECKED_TRITON_VERSIONS = ("3.6.0", "3.9.0")
-# Operator name: the module of this package that defines it as a function of the same name.
-_KERNELS = {
-    "rel_attention_fwd": "rel_attention",
-    "rel_attention_bwd": "rel_attention_bwd",
-    "rel_shift_fwd": "rel_shift",
-    "rel_shift_bwd": "rel_shift",
-    "adaptive_nll_fwd": "adaptive_softmax",
-    "adaptive_nll_bwd": "adaptive_softmax",
-    "adaptive_loss_fwd": "adaptive_softmax",
-    "adaptive_loss_bwd": "adaptive_softmax",
-    "adaptive_embedding_fwd": "adaptive_embedding",
-    "adaptive_embedding_bwd": "adaptive_embedding",
-}
 
 
 def register_kernels() -> None:
@@ -35,17 +21,22 @@ def register_kernels() -> None:
 
     Kernels for CPU tensors raise an error unless Triton's interpreter is on.
     """
-    for operator, module in _KERNELS.items():
-        kernel = _at_first_use(module, operator)
-        torch.library.impl(f"{NAMESPACE}::{operator}", "CUDA", kernel)
-        torch.library.impl(f"{NAMESPACE}::{operator}", "CPU", _when_interpreting(kernel))
-
-
-def _at_first_use(module: str, function: str) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(*args)
-
-    return kernel
+    operators = torch.ops.txl_triton
+    for operator, kernel in (
+        (operators.rel_attention_fwd, kernels.rel_attention_fwd),
+        (operators.rel_attention_bwd, kernels.rel_attention_bwd),
+        (operators.rel_shift_fwd, kernels.rel_shift_fwd),
+        (operators.rel_shift_bwd, kernels.rel_shift_bwd),
+        (operators.adaptive_nll_fwd, kernels.adaptive_nll_fwd),
+        (operators.adaptive_nll_bwd, kernels.adaptive_nll_bwd),
+        (operators.adaptive_loss_fwd, kernels.adaptive_loss_fwd),
+        (operators.adaptive_loss_bwd, kernels.adaptive_loss_bwd),
+        (operators.adaptive_embedding_fwd, kernels.adaptive_embedding_fwd),
+        (operators.adaptive_embedding_bwd, kernels.adaptive_embedding_bwd),
+    ):
+        name = operator.default.name()
+        torch.library.impl(name, "CUDA", kernel)
+        torch.library.impl(name, "CPU", _when_interpreting(kernel))
 
 
 def _when_interpreting(kernel: Callable[..., Any]) -> Callable[..., Any]:

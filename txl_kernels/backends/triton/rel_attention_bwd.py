@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from txl_kernels._rel_attention_call import N_DIFFERENTIABLE, RelAttentionCall
 from txl_kernels.backends.triton.launching import launch
 from txl_kernels.backends.triton.rel_attention_bwd_dkdv import _rel_attention_bwd_dkdv_kernel
 from txl_kernels.backends.triton.rel_attention_bwd_dqdr import _rel_attention_bwd_dqdr_kernel
@@ -31,52 +32,31 @@ _SPLIT_BYTES = 2**28
 
 def rel_attention_bwd(
     dout: Tensor,  # [B, H, Tq, Dv]
+    dlse: Tensor,  # [B, H, Tq], or of size 0
     q: Tensor,  # [B, H, Tq, D]
-    k: Tensor,  # [B, H, Ts, D]
-    v: Tensor,  # [B, H, Ts, Dv]
-    r: Tensor,  # [1 or B, 1 or H, R, D]
-    r_w_bias: Tensor | None,  # [H, D]
-    r_r_bias: Tensor | None,  # [H, D]
-    mem_k: Tensor | None,  # [B, H, Tm, D]
-    mem_v: Tensor | None,  # [B, H, Tm, Dv]
-    q_pos: Tensor | None,
-    key_start: Tensor | None,  # [B]
-    key_lens: Tensor | None,  # [B]
-    mask: Tensor | None,  # [B, H, Tq, Tk]
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,  # one element
-    offset: int,
-    clamp: bool,
-    causal: bool,
-    window_left: int | None,
-    window_right: int | None,
-    chunk: Sequence[int],
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    dead_uniform: bool,
+    k: Tensor,  # [B, Hk, Ts, D]
+    v: Tensor,  # [B, Hk, Ts, Dv]
+    r: Tensor,  # [1 or B, 1 or H, R, Dp]
+    optional: Sequence[Tensor],
+    rules: Sequence[int],
+    numbers: Sequence[float],
     out: Tensor,  # [B, H, Tq, Dv]
     lse: Tensor,  # [B, H, Tq]
     needs_grad: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Returns dq, dk, dv, dr, dr_w_bias, dr_r_bias, dmem_k, dmem_v and two empty tensors.
+) -> list[Tensor]:
+    """Returns dq, dk, dv, dr, dr_w_bias, dr_r_bias, dmem_k, dmem_v and dq_pos.
 
     A gradient that `needs_grad` does not request is an empty tensor too, and no kernel computes
     it. Programs add to dr atomically. Under `torch.are_deterministic_algorithms_enabled()` each
     program of a launch has its own copy of dr instead; several launches use the same copies, which
     are summed in a fixed order.
     """
-    assert q_pos is None, "`resolve` refuses calls with this argument and the two below"
-    assert bias is None
-    assert not dead_uniform
-    arguments = kernel_arguments(
-        q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, key_start, key_lens, mask, dropout_seed,
-        offset, clamp, causal, window_left, window_right, chunk, scale, softcap, dropout_p,
-    )  # fmt: skip
-    inputs = (q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, None, None)
+    call = RelAttentionCall.of_arguments(q, k, v, r, optional, rules, numbers)
+    arguments = kernel_arguments(call)
+    inputs = (*call[:4], *call.optional[: N_DIFFERENTIABLE - 4])
     dout = near_rows(dout)
     requested = [x if needed else None for x, needed in zip(inputs, needs_grad, strict=True)]
-    dq, dk, dv, _, _, _, dmem_k, dmem_v, _, _ = (
+    dq, dk, dv, _, _, _, dmem_k, dmem_v, _ = (
         None if x is None else x.new_empty(x.shape) for x in requested
     )
     r_w_bias, r_r_bias = arguments.pop("p_r_w_bias"), arguments.pop("p_r_r_bias")
@@ -88,8 +68,8 @@ def rel_attention_bwd(
     arguments |= {"BLOCK_D": block_size(q.shape[3]), "BLOCK_DV": block_size(v.shape[3])}
     _launch_dkdv(arguments, q, dk, dv, dmem_k, dmem_v)
     dr, dr_w_bias, dr_r_bias = _launch_dqdr(arguments, q, dq, *requested[3:6])
-    grads = (dq, dk, dv, dr, dr_w_bias, dr_r_bias, dmem_k, dmem_v, None, None)
-    return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)
+    grads = (dq, dk, dv, dr, dr_w_bias, dr_r_bias, dmem_k, dmem_v, None)
+    return [dout.new_empty(0) if grad is None else grad for grad in grads]
 
 
 def _launch_dkdv(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from txl_kernels._rel_attention_call import RelAttentionCall, Rules
 
 # Kernels are compiled again for each dtype, head size and set of given tensors, and for strides
 # that are multiples of 16 or not, but not for these, which change from call to call.
@@ -34,45 +35,23 @@ _LONGEST_CHUNK = 2**40
 _LONGEST_STRIDE = 2**24
 
 
-def kernel_arguments(
-    q: Tensor,  # [B, H, Tq, D]
-    k: Tensor,  # [B, H, Ts, D]
-    v: Tensor,  # [B, H, Ts, Dv]
-    r: Tensor,  # [1 or B, 1 or H, R, D]
-    r_w_bias: Tensor | None,
-    r_r_bias: Tensor | None,
-    mem_k: Tensor | None,
-    mem_v: Tensor | None,
-    key_start: Tensor | None,
-    key_lens: Tensor | None,
-    mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    offset: int,
-    clamp: bool,
-    causal: bool,
-    window_left: int | None,
-    window_right: int | None,
-    chunk: Sequence[int],
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-) -> dict[str, Any]:
+def kernel_arguments(call: RelAttentionCall) -> dict[str, Any]:
     """Pointers, strides and numbers by the names that every kernel of the op gives them.
 
     An absent tensor and its strides are None, which makes the kernel one without it. Numbers are
     brought into ranges where 32-bit arithmetic cannot overflow, without changing what they mean.
     """
-    q, k, v, r = (near_rows(x) for x in (q, k, v, r))
-    mem_k, mem_v = (None if x is None else near_rows(x) for x in (mem_k, mem_v))
+    optional, rules, numbers = call.optional, call.rules, call.numbers
+    q, k, v, r = (near_rows(x) for x in call[:4])
+    mem_k, mem_v = (None if x is None else near_rows(x) for x in optional[2:4])
+    r_w_bias, r_r_bias, mask = optional.r_w_bias, optional.r_r_bias, optional.mask
+    key_start, key_lens = optional.key_start, optional.key_lens
     H, Tq, D = q.shape[1:]
     Tm = 0 if mem_k is None else mem_k.shape[2]
     Tk, R = Tm + k.shape[2], r.shape[2]
     far = Tq + Tk  # no two of queries and keys are further apart
-    left = far if window_left is None else min(window_left, far)
-    right = 0 if causal else far
-    if window_right is not None:
-        right = min(right, window_right)
-    chunk_size, chunk_left, chunk_phase = _normal_chunk(chunk, Tq, Tk)
+    chunk_size, chunk_left, chunk_phase = _normal_chunk(rules, Tq, Tk)
+    scale, softcap, dropout_p = numbers.scale, numbers.softcap, numbers.dropout_p
     dropout = dropout_p > 0
     return {
         "p_q": q,
@@ -86,7 +65,7 @@ def kernel_arguments(
         "p_key_start": None if key_start is None else key_start.contiguous(),
         "p_key_lens": None if key_lens is None else key_lens.contiguous(),
         "p_mask": None if mask is None else mask.view(torch.uint8),
-        "p_seed": dropout_seed if dropout else None,
+        "p_seed": optional.dropout_seed if dropout else None,
         **strides("q", q, "bhi"),
         **strides("k", k, "bhj"),
         **strides("v", v, "bhj"),
@@ -99,9 +78,9 @@ def kernel_arguments(
         "Tm": Tm,
         "Tk": Tk,
         "R": R,
-        "offset": min(max(offset, -Tk), R + Tq),
-        "left": left,
-        "right": right,
+        "offset": min(max(rules.offset, -Tk), R + Tq),
+        "left": min(rules.window_left, far),
+        "right": min(rules.window_right, far),
         "chunk_size": chunk_size,
         "chunk_left": chunk_left,
         "chunk_phase": chunk_phase,
@@ -114,7 +93,7 @@ def kernel_arguments(
         "dropout_scale": 1.0 / (1.0 - dropout_p) if dropout else None,
         "D": D,
         "DV": v.shape[3],
-        "CLAMP": clamp,
+        "CLAMP": rules.clamp == 1,
     }
 
 
@@ -138,14 +117,12 @@ def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int | None
     }
 
 
-def _normal_chunk(
-    chunk: Sequence[int], Tq: int, Tk: int
-) -> tuple[int, int, int] | tuple[None, None, None]:
+def _normal_chunk(rules: Rules, Tq: int, Tk: int) -> tuple[int, int, int] | tuple[None, None, None]:
     """The same borders between positions -Tq and Tk from numbers that are small and above 0.
 
     With a phase that lifts every position above 0, division rounds down as a floor does.
     """
-    size, left, phase = chunk or (0, 0, 0)
+    size, left, phase = rules.chunk_size, rules.chunk_left, rules.chunk_phase
     if size == 0:
         return None, None, None
     phase %= size

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from txl_kernels._register import REL_ATTENTION
 from txl_kernels._register_adaptive import EMBEDDING, LOSS
+from txl_kernels._rel_attention_call import SCHEMA as REL_ATTENTION
 from txl_kernels.errors import BackendUnavailableError
 
 DEVICE_TYPES = ("cuda",)  # tests add "cpu"
@@ -63,7 +63,7 @@ def failure_of(op: str, backend: str, arguments: Sequence[Any]) -> str | None:
     grad, exports = torch.is_grad_enabled(), torch.compiler.is_exporting()
     if torch.compiler.is_dynamo_compiling():
         # The tracer runs both lines at once: the operator on fake tensors, the function as it is.
-        getattr(torch.ops.txl_verify, op)(backend, grad, exports, *arguments)
+        _verifier(op)(backend, grad, exports, *arguments)
         return _traced_failure()
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
@@ -99,6 +99,18 @@ def _layout(arguments: Sequence[Any]) -> tuple[Any, ...]:
         else:
             raise TypeError(f"no memory in {kind}")
     return tuple(parts)
+
+
+def _verifier(op: str) -> Any:
+    """The operator that tests the kernels of `op` while `torch.compile` traces."""
+    operators = torch.ops.txl_verify
+    return {
+        "rel_attention": operators.rel_attention,
+        "rel_shift": operators.rel_shift,
+        "adaptive_nll": operators.adaptive_nll,
+        "adaptive_loss": operators.adaptive_loss,
+        "adaptive_embedding": operators.adaptive_embedding,
+    }[op]
 
 
 def _traced_failure() -> str | None:

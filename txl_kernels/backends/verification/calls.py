@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from txl_kernels._rel_attention_call import OptionalTensors, RelAttentionCall, is_absent
 from txl_kernels.transforms import unwrapped
 
 # Queries and keys of a problem: several tiles of every launch configuration, the last one partial.
@@ -23,8 +24,20 @@ _LONG, _FEW_QUERIES, _LONG_FOR_FEW = 144, 16, 1040
 _FEW_TOKENS = 48
 # Values of the sizes that a tracer leaves open: multiples of 16 and others, many and few.
 _SYMBOL_VALUES = (64, 65, 16, 5)
-# Axes of the tensors of `rel_attention`, in the order of its schema; S and T are Ts and Tq.
-_AXES = ("BHTD", "BHSD", "BHSV", "BHRD", "HD", "HD", "BHMD", "BHMV", "BHTD", "B", "B", "BHTK")
+# Axes of the tensors of `rel_attention`: G is Hk, P is Dp, V is Dv, S, T, M are Ts, Tq, Tm.
+_AXES = ("BHTD", "BGSD", "BGSV", "BHRP")
+_OPTIONAL_AXES = OptionalTensors(
+    r_w_bias="HD",
+    r_r_bias="HP",
+    mem_k="BGMD",
+    mem_v="BGMV",
+    q_pos="BHTP",
+    q_start="B",
+    key_start="BT",
+    key_lens="BT",
+    mask="BHTK",
+    dropout_seed="",
+)  # type: ignore[arg-type]
 
 
 class Spec(NamedTuple):
@@ -144,28 +157,29 @@ def key(call: Description) -> tuple[Any, ...]:
     """
     if call.op not in ("rel_attention", "rel_shift"):
         return call
-    is_attention = call.op == "rel_attention"
     parts: list[Any] = [call.op, call.backend, call.deterministic]
-    for n, value in enumerate(call.arguments):
-        if not isinstance(value, Spec):
-            # Lengths such as the offset count only by the integer type that they need, and of
-            # chunks the size and the number to the left.
-            is_length = isinstance(value, int) and not isinstance(value, bool)
-            chunk = value[:2] if isinstance(value, tuple) else value
-            parts.append(abs(value) >> 31 != 0 if is_length else chunk)
-            continue
-        shape, strides = value.shape, value.strides
-        has_width = is_attention and n < 9  # the last size is D or Dv
-        parts += value.dtype, value.offset, value.requested, shape[-1] if has_width else 0
-        for size, stride in zip(shape, strides, strict=True):
+    is_attention = call.op == "rel_attention"
+    for spec in specs(call.arguments):
+        has_width = is_attention and spec.dtype.is_floating_point  # the last size is a head size
+        parts += spec.dtype, spec.offset, spec.requested, spec.shape[-1:] if has_width else None
+        for size, stride in zip(spec.shape, spec.strides, strict=True):
             parts.append((size == 1, size % 16, stride == 1, stride % 16, stride == 0))
-    if is_attention:
-        Tq = call.arguments[0].shape[2]
-        parts.append(min(Tq, _FEW_QUERIES + 1))
-        if call.deterministic and call.arguments[0].shape[3] % 16:
-            # The number of copies of dr, which follows from all sizes, is in their strides.
-            parts.append(tuple(spec.shape for spec in specs(call.arguments)))
+    if not is_attention:
+        return (*parts, *map(_is_large, call.arguments[1:]))
+    given = RelAttentionCall.of_arguments(*call.arguments)
+    rules, (_, H, Tq, D) = given.rules, given.q.shape
+    parts += rules.clamp, rules.chunk_size, rules.chunk_left, *given.numbers
+    parts += map(_is_large, (rules.offset, rules.window_left, rules.window_right))
+    parts += H // given.k.shape[1] if given.k.shape[1] else 0, min(Tq, _FEW_QUERIES + 1)
+    if call.deterministic and D % 16:
+        # The number of copies of dr, which follows from all sizes, is in their strides.
+        parts.append(tuple(spec.shape for spec in specs(call.arguments)))
     return tuple(parts)
+
+
+def _is_large(length: int) -> bool:
+    """Whether a length needs a 64-bit integer: lengths count by their type only."""
+    return abs(length) >> 31 != 0
 
 
 def problems(call: Description) -> Iterator[tuple[Description, int | None]]:
@@ -209,11 +223,14 @@ def _resized(spec: Spec, shape: Sequence[int]) -> Spec:
 
 
 def _short_attention(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    q, k, v, r, *_ = arguments
-    (B, H, Tq, D), Ts, R = q.shape, k.shape[2], r.shape[2]
-    Tm = 0 if arguments[6] is None else arguments[6].shape[2]
+    given = RelAttentionCall.of_arguments(*arguments)
+    optional, rules = given.optional, given.rules
+    (B, H, Tq, D), (_, Hk, Ts, _), R = given.q.shape, given.k.shape, given.r.shape[2]
+    Tm = 0 if optional.mem_k is None else optional.mem_k.shape[2]
     Tk = Tm + Ts
-    sizes = {"B": min(B, 2), "H": _shortened(H, 16), "D": D, "V": v.shape[3]}
+    sizes = {"B": min(B, 2), "H": H, "G": Hk, "D": D, "V": given.v.shape[3], "P": given.r.shape[3]}
+    if H == Hk:
+        sizes["H"] = sizes["G"] = _shortened(H, 16)
     long = _LONG if Tq > _FEW_QUERIES else _LONG_FOR_FEW
     sizes |= {"T": _shortened(Tq, long), "S": _shortened(Ts, long), "M": _shortened(Tm, long)}
     sizes["K"] = sizes["M"] + sizes["S"]
@@ -221,28 +238,29 @@ def _short_attention(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     both_sides = Tk + Tq - 1 <= R
     fewer_rows = fewer_keys + (Tq - sizes["T"] if both_sides else 0)
     sizes["R"] = R - fewer_rows if fewer_rows < R else _shortened(R, long)
-    short: list[Any] = list(arguments)
-    for n, axes in enumerate(_AXES):
-        spec = arguments[n]
-        if spec is not None:
-            shape = [
-                1 if size == 1 else sizes[axis]
-                for axis, size in zip(axes[-len(spec.shape) :], spec.shape, strict=True)
-            ]
-            short[n] = _resized(spec, shape)
-    offset = arguments[14]
-    if offset == Tq - 1:
-        short[14] = sizes["T"] - 1
+
+    def short(spec: Spec, axes: str) -> Spec:
+        if not axes or is_absent(spec):  # type: ignore[arg-type]
+            return spec
+        named = zip(axes, spec.shape, strict=False)
+        return _resized(spec, [1 if size == 1 else sizes[axis] for axis, size in named])
+
+    if rules.offset == Tq - 1:
+        offset = sizes["T"] - 1
     else:  # keeps the distance of the last row
-        moved = offset + (Tk - Tq) - (sizes["K"] - sizes["T"]) - (R - sizes["R"])
-        short[14] = max(-sizes["K"], min(moved, sizes["R"] + sizes["T"]))
-    for n in (17, 18):  # window
-        if arguments[n] is not None and arguments[n] < Tk:
-            short[n] = min(arguments[n], sizes["K"] // 3)
-    size, left, phase = (*arguments[19], 0, 0, 0)[:3]
-    if _LONG < size < 2**30:
-        short[19] = (_LONG // 3, min(left, 1), phase % (_LONG // 3))
-    return tuple(short)
+        moved = rules.offset + (Tk - Tq) - (sizes["K"] - sizes["T"]) - (R - sizes["R"])
+        offset = max(-sizes["K"], min(moved, sizes["R"] + sizes["T"]))
+    left, right = (
+        min(side, sizes["K"] // 3) if side < Tk else side
+        for side in (rules.window_left, rules.window_right)
+    )
+    rules = rules._replace(offset=offset, window_left=left, window_right=right)
+    if _LONG < rules.chunk_size < 2**30:
+        size = _LONG // 3
+        left_chunks, phase = min(rules.chunk_left, 1), rules.chunk_phase % size
+        rules = rules._replace(chunk_size=size, chunk_left=left_chunks, chunk_phase=phase)
+    tensors = map(short, arguments[:4], _AXES)
+    return *tensors, tuple(map(short, arguments[4], _OPTIONAL_AXES)), tuple(rules), arguments[6]
 
 
 def _short_shift(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

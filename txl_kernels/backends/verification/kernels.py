@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from txl_kernels._rel_attention_call import N_DIFFERENTIABLE
 from txl_kernels.backends import native
 from txl_kernels.backends.verification.calls import Description, Spec, key, replaced
 
@@ -70,7 +70,7 @@ def _triton_hashes(
 
     arguments = replaced(call.arguments, empty)
     with torch.no_grad(), launching.recording(launching.current_target(), device) as launches:
-        outputs = _function(call.op, "fwd")(*arguments)
+        outputs = _kernels(call.op)[0](*arguments)
         n_forward = len(launches)
         if call.needs_backward:
             _record_backward(call, arguments, outputs)
@@ -103,25 +103,32 @@ def layouts(dout: Tensor) -> tuple[Tensor, ...]:
     return dout, dout.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _function(op: str, direction: str) -> Any:
-    package = "txl_kernels.backends.triton"
-    name = "adaptive_softmax" if op in ("adaptive_nll", "adaptive_loss") else op
-    if op == "rel_attention" and direction == "bwd":
-        name = "rel_attention_bwd"
-    return getattr(importlib.import_module(f"{package}.{name}"), f"{op}_{direction}")
+def _kernels(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The Triton kernels of the forward and of the backward pass."""
+    from txl_kernels.backends.triton import kernels
+
+    return {
+        "rel_attention": (kernels.rel_attention_fwd, kernels.rel_attention_bwd),
+        "rel_shift": (kernels.rel_shift_fwd, kernels.rel_shift_bwd),
+        "adaptive_nll": (kernels.adaptive_nll_fwd, kernels.adaptive_nll_bwd),
+        "adaptive_loss": (kernels.adaptive_loss_fwd, kernels.adaptive_loss_bwd),
+        "adaptive_embedding": (kernels.adaptive_embedding_fwd, kernels.adaptive_embedding_bwd),
+    }[op]
 
 
 def _record_backward(call: Description, arguments: Sequence[Any], outputs: Any) -> None:
-    run = _function(call.op, "bwd")
+    run = _kernels(call.op)[1]
     given = call.arguments
 
-    def requested(specs: Sequence[Any]) -> list[bool]:
-        return [spec is not None and spec.requested for spec in specs]
+    def requested(specs: Sequence[Spec]) -> list[bool]:
+        return [spec.requested for spec in specs]
 
     if call.op == "rel_attention":
-        needs_grad = requested([*given[:9], given[12]])
-        for dout in layouts(torch.empty_like(outputs[0], memory_format=torch.contiguous_format)):
-            run(dout, *arguments, *outputs, needs_grad)
+        needs_grad = requested([*given[:4], *given[4]])[:N_DIFFERENTIABLE]
+        out, lse = outputs
+        for dout in layouts(torch.empty_like(out, memory_format=torch.contiguous_format)):
+            for dlse in (lse.new_empty(0), torch.empty_like(lse)):
+                run(dout, dlse, *arguments, out, lse, needs_grad)
     elif call.op == "rel_shift":
         run(outputs, given[0].shape[-1], arguments[2])
     elif call.op == "adaptive_nll":

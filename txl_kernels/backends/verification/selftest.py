@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from txl_kernels._rel_attention_call import RelAttentionCall
 from txl_kernels.backends.verification.calls import Description, Spec, replaced
 from txl_kernels.backends.verification.kernels import empty, layouts
 from txl_kernels.testing.comparison import check_results, random_like, reference, repeated
@@ -56,19 +57,36 @@ def check(call: Description, device: torch.device) -> None:
         Exception: the kernel does not compile or does not run.
     """
     arguments = _values(call, device)
-    operator = getattr(getattr(torch.ops, f"txl_{call.backend}"), f"{call.op}_fwd")
-    dout: Tensor | None = None
+    operator = _operator(call)
+    dout = dlse = None
     douts: list[Tensor | None] = [None] * 3
     if call.needs_backward:
         with torch.no_grad():
             found = reference(call.op, arguments)
         dout = random_like(found if isinstance(found, Tensor) else found[0])
-        first, other = layouts(dout) if call.op == "rel_attention" else (dout, dout)
+        first, other = dout, dout
+        if call.op == "rel_attention":
+            first, other = layouts(dout)
+            dlse = random_like(found[1])
         douts = [first, other, first]
     unordered = () if call.deterministic else ("dr",)
-    run = partial(repeated, call.label, call.op, arguments, unordered=unordered)
-    actual = run(lambda x: operator(*x), douts)
+    run = partial(repeated, call.label, call.op, arguments, lambda x: operator(*x))
+    actual = run(douts, unordered=unordered)
     check_results(call.label, call.op, arguments, actual, dout)
+    if dlse is not None:
+        actual = run(douts[:1], dlse=dlse)
+        check_results(call.label, call.op, arguments, actual, dout, dlse)
+
+
+def _operator(call: Description) -> Any:
+    operators = torch.ops.txl_native if call.backend == "native" else torch.ops.txl_triton
+    return {
+        "rel_attention": operators.rel_attention_fwd,
+        "rel_shift": operators.rel_shift_fwd,
+        "adaptive_nll": operators.adaptive_nll_fwd,
+        "adaptive_loss": operators.adaptive_loss_fwd,
+        "adaptive_embedding": operators.adaptive_embedding_fwd,
+    }[call.op]
 
 
 def _values(call: Description, device: torch.device) -> list[Any]:
@@ -94,10 +112,15 @@ def _values(call: Description, device: torch.device) -> list[Any]:
 
     arguments: list[Any] = replaced(call.arguments, random)
     if call.op == "rel_attention":
-        Tk = arguments[1].shape[2] + (0 if arguments[6] is None else arguments[6].shape[2])
-        for n, first in ((9, 0), (10, (Tk + 1) // 2)):  # at least one key is left
-            if arguments[n] is not None:
-                arguments[n].remainder_(max((Tk + 1) // 2, 1)).add_(first)
+        given = RelAttentionCall.of_arguments(*arguments)
+        optional, Tm = given.optional, 0
+        if optional.mem_k is not None:
+            Tm = optional.mem_k.shape[2]
+        half = (Tm + given.k.shape[2] + 1) // 2
+        # At least one key is left to queries without other rules.
+        for keys, first in ((optional.q_start, half), (optional.key_start, 0), (optional.key_lens, half)):
+            if keys is not None:
+                keys.remainder_(max(half, 1)).add_(first)
     elif call.op == "adaptive_embedding":
         _spread(arguments[0], [len(table) for table in arguments[1]])
     elif call.op.startswith("adaptive"):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from txl_kernels import rel_attention
+from txl_kernels import rel_attention, rel_attention_with_lse
 from txl_kernels.testing import REL_ATTENTION_CASES, RelAttentionCase, dropout_keep
 
 SMALL = {"B": 2, "H": 2, "Tq": 5, "Tm": 3, "D": 3}
@@ -61,8 +61,8 @@ LOOP_CASES = [
 @pytest.mark.parametrize("case", LOOP_CASES, ids=lambda case: case.name)
 def test_reference_equals_four_loops(case):
     floats, others = case.inputs(torch.float64)
-    out, lse = rel_attention(
-        **floats, **others, **case.options, return_lse=True, backend="reference"
+    out, lse = rel_attention_with_lse(
+        **floats, **others, **case.options, backend="reference"
     )
     due_out, due_lse = _four_loops({**floats, **others, **case.options})
     torch.testing.assert_close(out.detach(), due_out, rtol=1e-12, atol=1e-12)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from txl_kernels import rel_attention, warmup
+from txl_kernels import rel_attention, rel_attention_with_lse, warmup
 from txl_kernels.backends.triton import launch_table
 from txl_kernels.testing import REL_ATTENTION_CASES, RelAttentionCase, check_rel_attention
 
@@ -118,7 +118,7 @@ def test_nothing_to_attend(sizes):
         torch.randn(shape, requires_grad=True)
         for shape in ((B, H, Tq, D), (B, H, Ts, D), (B, H, Ts, D), (1, H, 7, D))
     )
-    out, lse = rel_attention(q, k, v, r, return_lse=True, backend="triton")
+    out, lse = rel_attention_with_lse(q, k, v, r, backend="triton")
     assert torch.equal(out, torch.zeros(B, H, Tq, D))
     assert torch.equal(lse, torch.full((B, H, Tq), -torch.inf))
     for grad in torch.autograd.grad(out.sum(), (q, k, v, r)):

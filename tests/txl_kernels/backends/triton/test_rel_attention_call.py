@@ -7,6 +7,13 @@ import importlib
 import pytest
 import torch
 
+from txl_kernels._rel_attention_call import (
+    N_DIFFERENTIABLE,
+    Numbers,
+    OptionalTensors,
+    RelAttentionCall,
+    Rules,
+)
 from txl_kernels.backends import triton as package
 
 pytestmark = pytest.mark.skipif(
@@ -31,12 +38,16 @@ def launched(stride):
         tensor = torch.empty(1, dtype=torch.bfloat16, device="meta")
         return tensor.as_strided((1, 1, rows, 64), (0, 0, stride, 1))
 
-    tensors = [far(40), far(40), far(40), far(80), None, None, far(40), far(40), *[None] * 6]
-    options = (39, True, True, None, None, (0, 0, 0), 0.125, 0.0, 0.0, False)
-    needed = [tensor is not None for tensor in (*tensors[:9], None)]
+    call = RelAttentionCall(
+        *(far(40), far(40), far(40), far(80)),
+        OptionalTensors(mem_k=far(40), mem_v=far(40)),
+        Rules(offset=39, window_right=0),
+        Numbers(scale=0.125, pos_scale=0.125),
+    )
+    needed = [x is not None for x in (*call[:4], *call.optional)[:N_DIFFERENTIABLE]]
     with recording(90) as found:
-        out, lse = fwd(*tensors, *options)
-        bwd(far(40), *tensors, *options, out, lse, needed)
+        out, lse = fwd(*call.arguments())
+        bwd(far(40), lse, *call.arguments(), out, lse, needed)
     return found
 
 
