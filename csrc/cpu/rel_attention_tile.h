@@ -172,14 +172,14 @@ struct Columns {
   int64_t origin, first, n;
 };
 
-// Columns at distances that `causal` or a window masks are left out: scores there stay unwritten
+// Columns at distances that a window masks are left out: scores there stay unwritten
 // until they are masked, and their gradients are 0.
 inline Columns block_columns(const RelAttentionArgs& args, const RelAttentionPlan& plan,
                              TileRows rows, Block block) {
   const int64_t origin = block.begin - (rows.begin + rows.height) + args.Tq - plan.e_begin;
   const int64_t end = origin + round_up(block.padded + rows.height - 1, 16);
   const int64_t same = args.Tk() - 1 - plan.e_begin;  // the column of a query's own position
-  const int64_t right = args.rule.causal ? 0 : args.rule.window_right;
+  const int64_t right = args.rule.window_right;
   const int64_t first = std::max(origin, (same - args.rule.window_left) / 16 * 16);
   const int64_t last = std::min(end, round_up(same + right + 1, 16));
   return {origin, first, std::max<int64_t>(0, last - first)};

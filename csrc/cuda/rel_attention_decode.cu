@@ -31,7 +31,6 @@ void plan_rows(const DecodeArgs& args, DecodePlan& plan) {
   // j - p of a pair that may meet; p = i + Tk - Tq.
   int64_t nearest = plan.key_end - 1 - (Tk - Tq), farthest = plan.key_begin - (Tk - 1);
   const KeyRule& rule = args.rule;
-  if (rule.causal) nearest = std::min<int64_t>(nearest, 0);
   if (rule.window_right < kOpen) nearest = std::min(nearest, rule.window_right);
   if (rule.window_left < kOpen) farthest = std::max(farthest, -rule.window_left);
   // Any offset is valid; beyond these limits every pair is outside r, on the same side.

@@ -46,15 +46,4 @@ inline int64_t near_offset(int64_t offset, int64_t Tq, int64_t Tk, int64_t R) {
   return std::clamp(offset, -Tk, R + Tq);
 }
 
-inline KeyRule key_rule(bool causal, std::optional<int64_t> window_left,
-                        std::optional<int64_t> window_right, at::IntArrayRef chunk) {
-  KeyRule rule;
-  rule.causal = causal;
-  rule.window_left = std::min(window_left.value_or(kOpen), kOpen);
-  rule.window_right = std::min(window_right.value_or(kOpen), kOpen);
-  if (!chunk.empty())
-    rule.chunk_size = chunk[0], rule.chunk_left = chunk[1], rule.chunk_phase = chunk[2];
-  return rule;
-}
-
 }  // namespace txl

@@ -8,6 +8,7 @@
 #include <atomic>
 
 #include "arguments.h"
+#include "rel_attention_call.h"
 #include "txl/gemm.h"
 #include "txl/rel_attention.h"
 #include "workspace.h"
@@ -16,58 +17,49 @@ namespace txl {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
-// The arguments of the schema that both directions share.
+// The arguments of the schema that both directions share, and what kernels read of them. The
+// public function has checked the arguments; checks here are those that memory safety depends on.
 struct Call {
-  Tensor q, k, v, r, mem_k, mem_v, r_w_bias, r_r_bias, key_start, key_lens, mask;
+  OptionalTensors optional;
+  Tensor q, k, v, r;
   RelAttentionArgs args;
 
   Call(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& r_,
-       const OptionalTensor& r_w_bias_, const OptionalTensor& r_r_bias_,
-       const OptionalTensor& mem_k_, const OptionalTensor& mem_v_, const OptionalTensor& q_pos,
-       const OptionalTensor& key_start_, const OptionalTensor& key_lens_,
-       const OptionalTensor& mask_, const OptionalTensor& bias, const OptionalTensor& dropout_seed,
-       int64_t offset, bool clamp, bool causal, std::optional<int64_t> window_left,
-       std::optional<int64_t> window_right, at::IntArrayRef chunk, double scale, double softcap,
-       double dropout_p, bool dead_uniform) {
-    TORCH_CHECK(!q_pos && !bias && !dead_uniform,
-                "rel_attention: the native backend supports neither q_pos nor bias nor "
-                "dead_rows=\"uniform\"");
+       at::TensorList optional_, at::IntArrayRef rules_, at::ArrayRef<double> numbers_)
+      : optional(optional_), q(q_), k(k_), v(v_), r(r_) {
     const char* missing = gemm_unavailable_reason();
     TORCH_CHECK(missing == nullptr, "rel_attention: the native backend cannot run here: ", missing);
-    args.B = q_.size(0), args.H = q_.size(1), args.Tq = q_.size(2), args.D = q_.size(3);
-    args.Ts = k_.size(2), args.Tm = mem_k_ ? mem_k_->size(2) : 0, args.Dv = v_.size(3),
-    args.R = r_.size(2);
-    TORCH_CHECK_VALUE(args.D <= 256 && args.Dv <= 256,
-                      "rel_attention: the native backend supports head sizes up to 256, got ",
-                      std::max(args.D, args.Dv));
-    for (const auto& [tensor, home] : {std::pair{&q_, &q}, {&k_, &k}, {&v_, &v}, {&r_, &r}}) {
-      TORCH_CHECK_TYPE(tensor->scalar_type() == q_.scalar_type(),
-                       "rel_attention: q, k, v, r must share a dtype, got ", q_.scalar_type(),
-                       " and ", tensor->scalar_type());
-      *home = last_dim_contiguous(*tensor);
-    }
-    args.q = view4(q), args.k = view4(k), args.v = view4(v), args.r = view4(r);
-    if (mem_k_) {
-      mem_k = last_dim_contiguous(*mem_k_), mem_v = last_dim_contiguous(*mem_v_);
-      args.mem_k = view4(mem_k), args.mem_v = view4(mem_v);
+    const Rules rules(rules_);
+    const Numbers numbers(numbers_);
+    args.B = q.size(0), args.H = q.size(1), args.Tq = q.size(2), args.D = q.size(3);
+    args.Ts = k.size(2), args.Tm = optional.mem_k.defined() ? optional.mem_k.size(2) : 0;
+    args.Dv = v.size(3), args.R = r.size(2);
+    TORCH_CHECK(!optional.q_pos.defined() && !optional.q_start.defined() &&
+                    numbers.pos_scale == numbers.scale && k.size(1) == args.H,
+                "rel_attention: the native backend does not support this yet");
+    TORCH_CHECK_VALUE(args.D <= kMaxHeadSize && args.Dv <= kMaxHeadSize,
+                      "rel_attention: head sizes must be at most ", kMaxHeadSize);
+    args.q = rows_of("q", q), args.k = rows_of("k", k);
+    args.v = rows_of("v", v), args.r = rows_of("r", r);
+    if (optional.mem_k.defined()) {
+      args.mem_k = rows_of("mem_k", optional.mem_k), args.mem_v = rows_of("mem_v", optional.mem_v);
     }
     args.r_per_batch = r.size(0) > 1, args.r_per_head = r.size(1) > 1;
-    args.r_w_bias = bias_pointer(r_w_bias_, r_w_bias),
-    args.r_r_bias = bias_pointer(r_r_bias_, r_r_bias);
-    args.key_start = length_pointer(key_start_, key_start),
-    args.key_lens = length_pointer(key_lens_, key_lens);
-    if (mask_) {
-      mask = *mask_;
+    args.r_w_bias = bias_pointer(optional.r_w_bias);
+    args.r_r_bias = bias_pointer(optional.r_r_bias);
+    args.key_start = length_pointer(optional.key_start);
+    args.key_lens = length_pointer(optional.key_lens);
+    if (optional.mask.defined()) {
+      const Tensor& mask = optional.mask;
       args.mask = {mask.data_ptr(), mask.stride(0), mask.stride(1), mask.stride(2)};
       args.mask_stride_key = mask.stride(3);
     }
-    args.offset = near_offset(offset, args.Tq, args.Tk(), args.R), args.clamp = clamp;
-    args.rule = key_rule(causal, window_left, window_right, chunk);
-    args.scale = scale, args.softcap = softcap, args.dropout_p = dropout_p;
-    if (dropout_p > 0)
-      args.dropout_seed = static_cast<uint64_t>(dropout_seed.value().item<int64_t>());
+    args.offset = near_offset(rules.offset, args.Tq, args.Tk(), args.R), args.clamp = rules.clamp;
+    args.rule = rules.keys;
+    args.scale = numbers.scale, args.softcap = numbers.softcap, args.dropout_p = numbers.dropout_p;
+    if (args.dropout_p > 0)
+      args.dropout_seed = static_cast<uint64_t>(optional.dropout_seed.item<int64_t>());
   }
 
   bool empty() const { return args.B * args.H * args.Tq == 0; }
@@ -79,15 +71,23 @@ struct Call {
   }
 
  private:
-  const void* bias_pointer(const OptionalTensor& given, Tensor& home) const {
-    if (!given) return nullptr;
-    home = given->to(acc_dtype(q)).contiguous();
-    return home.data_ptr();
+  Tensor4 rows_of(const char* name, const Tensor& x) const {
+    TORCH_CHECK_TYPE(x.scalar_type() == q.scalar_type(), "rel_attention: ", name,
+                     " must have q's dtype, ", q.scalar_type(), ", got ", x.scalar_type());
+    TORCH_CHECK_VALUE(x.stride(-1) == 1 || x.size(-1) == 1, "rel_attention: the last dimension of ",
+                      name, " must be contiguous");
+    return view4(x);
   }
-  const int64_t* length_pointer(const OptionalTensor& given, Tensor& home) const {
-    if (!given) return nullptr;
-    home = given->to(at::kLong).clamp(0, args.Tk()).contiguous();
-    return home.const_data_ptr<int64_t>();
+  const void* bias_pointer(Tensor& bias) const {
+    if (!bias.defined()) return nullptr;
+    bias = bias.to(acc_dtype(q)).contiguous();
+    return bias.data_ptr();
+  }
+  const int64_t* length_pointer(Tensor& lengths) const {
+    if (!lengths.defined()) return nullptr;
+    TORCH_CHECK(lengths.dim() == 1, "rel_attention: the native backend does not support this yet");
+    lengths = lengths.to(at::kLong).clamp(0, args.Tk()).contiguous();
+    return lengths.const_data_ptr<int64_t>();
   }
 };
 
@@ -105,17 +105,10 @@ void run_chunks(const RelAttentionPlan& plan, int64_t threads, int64_t workspace
   });
 }
 
-std::tuple<Tensor, Tensor> rel_attention_fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r,
-    const OptionalTensor& r_w_bias, const OptionalTensor& r_r_bias, const OptionalTensor& mem_k,
-    const OptionalTensor& mem_v, const OptionalTensor& q_pos, const OptionalTensor& key_start,
-    const OptionalTensor& key_lens, const OptionalTensor& mask, const OptionalTensor& bias,
-    const OptionalTensor& dropout_seed, int64_t offset, bool clamp, bool causal,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right, at::IntArrayRef chunk,
-    double scale, double softcap, double dropout_p, bool dead_uniform) {
-  Call call(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, key_start, key_lens, mask, bias,
-            dropout_seed, offset, clamp, causal, window_left, window_right, chunk, scale, softcap,
-            dropout_p, dead_uniform);
+std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& r, at::TensorList optional,
+                                             at::IntArrayRef rules, at::ArrayRef<double> numbers) {
+  Call call(q, k, v, r, optional, rules, numbers);
   RelAttentionArgs& args = call.args;
   const Tensor out = at::empty({args.B, args.H, args.Tq, args.Dv}, q.options());
   const Tensor lse = at::empty({args.B, args.H, args.Tq}, q.options().dtype(acc_dtype(q)));
@@ -131,7 +124,7 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(
 // With a narrow window, the borders of small blocks divide the keys of many tiles: 14% of the
 // time at 128 keys.
 int64_t bwd_key_block(const RelAttentionArgs& args) {
-  const int64_t right = args.rule.causal ? 0 : args.rule.window_right;
+  const int64_t right = args.rule.window_right;
   return args.rule.window_left + right < kBwdKeyBlock ? kKeyBlock : kBwdKeyBlock;
 }
 
@@ -143,42 +136,35 @@ bool cuts_a_pair(const RelAttentionPlan& plan) {
   return false;
 }
 
-using Gradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Gradients rel_attention_bwd(const Tensor& dout_, const Tensor& q, const Tensor& k, const Tensor& v,
-                            const Tensor& r, const OptionalTensor& r_w_bias,
-                            const OptionalTensor& r_r_bias, const OptionalTensor& mem_k,
-                            const OptionalTensor& mem_v, const OptionalTensor& q_pos,
-                            const OptionalTensor& key_start, const OptionalTensor& key_lens,
-                            const OptionalTensor& mask, const OptionalTensor& bias,
-                            const OptionalTensor& dropout_seed, int64_t offset, bool clamp,
-                            bool causal, std::optional<int64_t> window_left,
-                            std::optional<int64_t> window_right, at::IntArrayRef chunk,
-                            double scale, double softcap, double dropout_p, bool dead_uniform,
-                            const Tensor& out_, const Tensor& lse_, c10::List<bool> needs_grad) {
-  Call call(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, key_start, key_lens, mask, bias,
-            dropout_seed, offset, clamp, causal, window_left, window_right, chunk, scale, softcap,
-            dropout_p, dead_uniform);
+// The gradients of q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos.
+std::vector<Tensor> rel_attention_bwd(const Tensor& dout, const Tensor& dlse, const Tensor& q,
+                                      const Tensor& k, const Tensor& v, const Tensor& r,
+                                      at::TensorList optional, at::IntArrayRef rules,
+                                      at::ArrayRef<double> numbers, const Tensor& out,
+                                      const Tensor& lse_, const c10::List<bool>& needs_grad) {
+  Call call(q, k, v, r, optional, rules, numbers);
   RelAttentionArgs& args = call.args;
-  const Tensor dout = last_dim_contiguous(dout_), out = last_dim_contiguous(out_),
-               lse = lse_.contiguous();
+  TORCH_CHECK(dlse.dim() == 1 && dlse.numel() == 0, "rel_attention: no dlse yet");
+  const Tensor lse = lse_.contiguous();
   args.out = view4(out), args.lse = lse.data_ptr();
 
   auto none = [&] {
     return at::empty({0}, q.options());
   };  // never one shared: outputs must not alias
-  auto gradient = [&](size_t index, const OptionalTensor& like, bool accumulated = false) {
-    if (!needs_grad.get(index) || !like) return none();
-    const auto options = accumulated ? like->options().dtype(acc_dtype(q)) : like->options();
-    return call.empty() ? at::zeros(like->sizes(), options) : at::empty(like->sizes(), options);
+  auto gradient = [&](size_t index, const Tensor& like, bool accumulated = false) {
+    if (!needs_grad.get(index) || !like.defined()) return none();
+    const auto options = accumulated ? like.options().dtype(acc_dtype(q)) : like.options();
+    return call.empty() ? at::zeros(like.sizes(), options) : at::empty(like.sizes(), options);
   };
+  // In the dtypes of the arguments, before the biases were converted.
+  const OptionalTensors given(optional);
   const Tensor dq = gradient(0, q), dk = gradient(1, k), dv = gradient(2, v), dr = gradient(3, r);
-  const Tensor dr_w_bias = gradient(4, r_w_bias, true), dr_r_bias = gradient(5, r_r_bias, true);
-  const Tensor dmem_k = gradient(6, mem_k), dmem_v = gradient(7, mem_v);
+  const Tensor dr_w_bias = gradient(4, given.r_w_bias, true);
+  const Tensor dr_r_bias = gradient(5, given.r_r_bias, true);
+  const Tensor dmem_k = gradient(6, given.mem_k), dmem_v = gradient(7, given.mem_v);
   auto pointer = [](const Tensor& x) { return x.numel() == 0 ? nullptr : x.data_ptr(); };
-  auto typed = [](const Tensor& x, const OptionalTensor& like) {
-    return like ? x.to(like->scalar_type()) : x;
+  auto typed = [](const Tensor& x, const Tensor& like) {
+    return like.defined() ? x.to(like.scalar_type()) : x;
   };
 
   if (!call.empty()) {
@@ -205,8 +191,15 @@ Gradients rel_attention_bwd(const Tensor& dout_, const Tensor& q, const Tensor& 
         kernels.finish(args, plan, grads, partials, item);
     });
   }
-  return {dq,     dk,     dv,     dr,    typed(dr_w_bias, r_w_bias), typed(dr_r_bias, r_r_bias),
-          dmem_k, dmem_v, none(), none()};
+  return {dq,
+          dk,
+          dv,
+          dr,
+          typed(dr_w_bias, given.r_w_bias),
+          typed(dr_r_bias, given.r_r_bias),
+          dmem_k,
+          dmem_v,
+          none()};
 }
 
 }  // namespace

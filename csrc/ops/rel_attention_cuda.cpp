@@ -6,13 +6,13 @@
 
 #include "arguments.h"
 #include "device_call.h"
+#include "rel_attention_call.h"
 #include "txl/rel_attention_decode.h"
 
 namespace txl {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // The kernels count keys, rows and queries in 32 bits.
 int count(const char* name, int64_t n) {
@@ -23,36 +23,35 @@ int count(const char* name, int64_t n) {
   return static_cast<int>(n);
 }
 
-HeadBias head_bias(const OptionalTensor& given, const Tensor& q, Tensor& home) {
-  if (!given) return {};
-  TORCH_CHECK_TYPE(given->scalar_type() == at::kFloat || given->scalar_type() == q.scalar_type(),
+HeadBias head_bias(const Tensor& given, const Tensor& q, Tensor& home) {
+  if (!given.defined()) return {};
+  TORCH_CHECK_TYPE(given.scalar_type() == at::kFloat || given.scalar_type() == q.scalar_type(),
                    "rel_attention: biases must be float32 or of q's dtype, got ",
-                   given->scalar_type());
-  home = given->contiguous();
+                   given.scalar_type());
+  home = given.contiguous();
   return {home.data_ptr(), home.scalar_type() == at::kFloat};
 }
 
-Lengths lengths(const OptionalTensor& given, Tensor& home) {
-  if (!given) return {};
-  home = given->contiguous();
+Lengths lengths(const Tensor& given, Tensor& home) {
+  if (!given.defined()) return {};
+  home = given.contiguous();
   return {home.data_ptr(), home.scalar_type() == at::kLong};
 }
 
-std::tuple<Tensor, Tensor> rel_attention_fwd(
-    const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& r_,
-    const OptionalTensor& r_w_bias_, const OptionalTensor& r_r_bias_, const OptionalTensor& mem_k_,
-    const OptionalTensor& mem_v_, const OptionalTensor& q_pos, const OptionalTensor& key_start_,
-    const OptionalTensor& key_lens_, const OptionalTensor& mask, const OptionalTensor& bias,
-    const OptionalTensor&, int64_t offset, bool clamp, bool causal,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right, at::IntArrayRef chunk,
-    double scale, double softcap, double dropout_p, bool dead_uniform) {
-  TORCH_CHECK(!q_pos && !bias && !dead_uniform && dropout_p == 0,
-              "rel_attention: the native backend takes none of q_pos, bias, "
-              "dead_rows=\"uniform\", dropout_p on CUDA");
-  TORCH_CHECK_VALUE(q_.size(2) <= kDecodeQueries && q_.size(3) <= kDecodeHeadSize &&
-                        v_.size(3) <= kDecodeHeadSize,
+std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                             const Tensor& r_, at::TensorList optional_,
+                                             at::IntArrayRef rules_,
+                                             at::ArrayRef<double> numbers_) {
+  const OptionalTensors optional(optional_);
+  const Rules rules(rules_);
+  const Numbers numbers(numbers_);
+  TORCH_CHECK(!optional.q_pos.defined() && !optional.q_start.defined() && numbers.dropout_p == 0 &&
+                  numbers.pos_scale == numbers.scale && k_.size(1) == q_.size(1),
+              "rel_attention: the native backend does not support this yet on CUDA");
+  TORCH_CHECK_VALUE(q_.size(2) <= kDecodeQueries && q_.size(3) <= kMaxHeadSize &&
+                        v_.size(3) <= kMaxHeadSize,
                     "rel_attention: the native backend takes up to ", kDecodeQueries,
-                    " queries and head sizes up to ", kDecodeHeadSize,
+                    " queries and head sizes up to ", kMaxHeadSize,
                     " on CUDA, got Tq = ", q_.size(2), ", D = ", q_.size(3), ", Dv = ", v_.size(3));
   const Scalar dtype = scalar_of("rel_attention", "q", q_);
   TORCH_CHECK_TYPE(dtype != Scalar::f64,
@@ -71,22 +70,25 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(
   args.D = count("D", q.size(3)), args.Dv = count("Dv", v.size(3));
   args.R = count("R", r.size(2));
   args.q = view4(q), args.k = view4(k), args.v = view4(v), args.r = view4(r);
-  if (mem_k_) {
-    mem_k = last_dim_contiguous(*mem_k_), mem_v = last_dim_contiguous(*mem_v_);
+  if (optional.mem_k.defined()) {
+    mem_k = last_dim_contiguous(optional.mem_k), mem_v = last_dim_contiguous(optional.mem_v);
     args.mem_k = view4(mem_k), args.mem_v = view4(mem_v);
     args.Tm = count("Tm", mem_k.size(2));
   }
   count("Tk", int64_t(args.Tm) + args.Ts);
-  args.r_w_bias = head_bias(r_w_bias_, q, r_w_bias);
-  args.r_r_bias = head_bias(r_r_bias_, q, r_r_bias);
-  args.key_start = lengths(key_start_, key_start), args.key_lens = lengths(key_lens_, key_lens);
-  if (mask) {
+  args.r_w_bias = head_bias(optional.r_w_bias, q, r_w_bias);
+  args.r_r_bias = head_bias(optional.r_r_bias, q, r_r_bias);
+  args.key_start = lengths(optional.key_start, key_start),
+  args.key_lens = lengths(optional.key_lens, key_lens);
+  if (optional.mask.defined()) {
+    const Tensor* const mask = &optional.mask;
     args.mask = {mask->data_ptr(), mask->stride(0), mask->stride(1), mask->stride(2)};
     args.mask_stride_key = mask->stride(3);
   }
-  args.offset = offset, args.clamp = clamp;
-  args.rule = key_rule(causal, window_left, window_right, chunk);
-  args.scale = static_cast<float>(scale), args.softcap = static_cast<float>(softcap);
+  args.offset = rules.offset, args.clamp = rules.clamp;
+  args.rule = rules.keys;
+  args.scale = static_cast<float>(numbers.scale),
+  args.softcap = static_cast<float>(numbers.softcap);
 
   const Tensor out = at::empty({args.B, args.H, args.Tq, args.Dv}, q.options());
   const auto floats = q.options().dtype(at::kFloat);

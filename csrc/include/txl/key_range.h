@@ -21,14 +21,12 @@ struct KeyRange {
 };
 
 struct KeyRule {
-  bool causal = false;
   int64_t window_left = kOpen, window_right = kOpen;
   int64_t chunk_size = 0, chunk_left = 0, chunk_phase = 0;
 
   // The part of `keys` that a query at key position `p` attends to; empty if begin >= end. Both
   // ends grow with p. Nothing overflows, whatever the options are.
   TXL_HOST_DEVICE KeyRange narrow(KeyRange keys, int64_t p) const {
-    if (causal) keys = keys.within(keys.begin, p + 1);
     if (window_left < kOpen) keys = keys.within(p - window_left, keys.end);
     if (window_right < kOpen) keys = keys.within(keys.begin, p + window_right + 1);
     if (chunk_size > 0) {

@@ -9,7 +9,6 @@
 namespace txl {
 
 constexpr int kDecodeQueries = 16;  // the most queries
-constexpr int kDecodeHeadSize = 256;
 
 // [H, D], contiguous, in float32 or in q's dtype; null = zeros.
 struct HeadBias {

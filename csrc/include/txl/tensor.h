@@ -1,4 +1,4 @@
-// What every kernel, on every device, is told about a tensor.
+// The description of a tensor that kernels on every device receive.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,8 @@
 #include "txl/host_device.h"
 
 namespace txl {
+
+constexpr int kMaxHeadSize = TXL_MAX_HEAD_SIZE;  // set by CMakeLists.txt
 
 enum class Scalar { f32, f64, f16, bf16 };
 
