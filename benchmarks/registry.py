@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -130,9 +131,14 @@ def memory_cases() -> list[Case]:
     return [AttentionCase(LONG, torch.float32, "forward+backward")]
 
 
+@functools.cache
+def _cases() -> dict[str, Case]:
+    return {known.name: known for known in (*timed_cases(), *memory_cases())}
+
+
 def case(name: str) -> Case:
     """The case `name`; ValueError with the nearest name if there is none."""
-    cases = {known.name: known for known in (*timed_cases(), *memory_cases())}
+    cases = _cases()
     if name not in cases:
         near = difflib.get_close_matches(name, cases, n=1, cutoff=0.0)
         raise ValueError(f"unknown case {name!r}; did you mean {near[0]!r}?")
