@@ -52,9 +52,7 @@ def flash(q: Tensor, keys: Tensor, values: Tensor, *, causal: bool) -> Tensor:
     # `is_causal` lets the first query attend to the first key alone, also if there are more keys.
     mask: Any = causal_lower_right(q.shape[2], keys.shape[2]) if causal else None
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, enable_gqa=is_grouped
-        )
+        return scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=is_grouped)
 
 
 def cudnn(q: Tensor, keys: Tensor, values: Tensor, *, causal: bool) -> Tensor:
