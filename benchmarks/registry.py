@@ -27,8 +27,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 PARAKEET = AttentionShape(
     name="parakeet_2min", B=1, H=8, Tq=1500, Tm=0, D=64, causal=False, key_lens=(1500,)
 )
-# Layers of Inkling-Small: the bias of a global layer covers 1,024 distances, that of a sliding layer
-# its whole window of 512.
+# Layers of Inkling-Small: the bias of a global layer covers 1,024 distances, that of a sliding
+# layer its whole window of 512.
 INKLING_GLOBAL = AttentionShape(
     name="inkling_small_global",
     B=1,

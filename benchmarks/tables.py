@@ -92,8 +92,10 @@ def docs_tables(run: Record, source: str) -> str:
 
 
 def _rows(cases: list[Record], cells: Callable[[Record], tuple[str, ...]]) -> Iterator[str]:
-    """One row per case, in the order in which shapes, dtypes and passes first appear; shape and dtype
-    are written where they change."""
+    """One row per case, in the order in which shapes, dtypes and passes first appear.
+
+    Shape and dtype are written where they change.
+    """
     names = [case["case"].split("/")[1:] for case in cases]
     order = {part: place for place, part in enumerate(dict.fromkeys(itertools.chain(*names)))}
     ordered = sorted(

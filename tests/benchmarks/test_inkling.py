@@ -44,7 +44,7 @@ class Layer:
         return self.n_keys is not None
 
     @property
-    def Tk(self) -> int:
+    def n_all_keys(self) -> int:
         return self.n_keys or self.n_before + self.n_queries - self.first_key
 
 
@@ -74,7 +74,11 @@ def tensors(layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
         return drawn.to(dtype).requires_grad_()
 
-    shapes = {"q": (B, H, layer.n_queries, D), "k": (B, HK, layer.Tk, D), "v": (B, HK, layer.Tk, D)}
+    shapes = {
+        "q": (B, H, layer.n_queries, D),
+        "k": (B, HK, layer.n_all_keys, D),
+        "v": (B, HK, layer.n_all_keys, D),
+    }
     found = {name: normal(*shape) for name, shape in shapes.items()}
     found |= {"rel": normal(B, H, layer.n_queries, D_REL), "proj": normal(D_REL, R)}
     return found | ({"sink": normal(B, H, layer.n_queries)} if layer.has_sink else {})
@@ -90,7 +94,7 @@ def tau(layer: Layer, dtype: torch.dtype) -> Tensor | None:
 def materialised(layer: Layer, x: dict[str, Tensor]) -> Tensor:
     """The peer's output."""
     query = torch.arange(layer.n_queries) + layer.n_before
-    key = torch.arange(layer.Tk) + layer.first_key
+    key = torch.arange(layer.n_all_keys) + layer.first_key
     distance = query[:, None] - key
     attends = distance >= 0
     if layer.window is not None:
@@ -115,7 +119,7 @@ def fused(layer: Layer, x: dict[str, Tensor], backend: str) -> Tensor:
         q_pos=rel,
         scale=1 / D,
         pos_scale=1.0,
-        offset=R - 1 - (layer.Tk - layer.n_queries),
+        offset=R - 1 - (layer.n_all_keys - layer.n_queries),
         causal=True,
         window=None if layer.window is None else (layer.window - 1, None),
         key_start=torch.tensor(layer.padding) - layer.first_key,
