@@ -103,7 +103,7 @@ def timed_cases() -> list[Case]:
     inkling = [
         AttentionCase(shape, torch.float32, direction)
         for shape in (INKLING_GLOBAL, INKLING_SLIDING)
-        for direction in ("forward", "backward", "forward+backward")
+        for direction in ("forward", "forward+backward")
     ]
     models = [
         ModelCase(shape, dtype, work)
