@@ -16,7 +16,9 @@ from torch import Tensor
 # A window without a limit on one side.
 UNLIMITED = 2**63 - 1
 
-SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor r, Tensor[] optional, SymInt[] rules, float[] numbers"
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor r, Tensor[] optional, SymInt[] rules, float[] numbers"
+)
 
 
 class OptionalTensors(NamedTuple):

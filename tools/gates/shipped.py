@@ -37,7 +37,8 @@ from txl_kernels.backends.triton import (
 from txl_kernels.backends.triton.launching import Launch
 
 _F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
-_INKLING: dict[str, Any] = {"B": 1, "H": 64, "Tm": 0, "D": 128, "biases": False}
+_INKLING: dict[str, Any] = {"B": 1, "H": 64, "Hk": 8, "Tm": 0, "D": 128, "Dp": 16, "biases": False}
+_GLOBAL: dict[str, Any] = {**_INKLING, "Tq": 8192, "R": 1024, "rules": {"offset": 1023}}
 _DECODE: dict[str, Any] = {"B": 32, "Tq": 1, "Tm": 3799, "backward": False}
 _CONFORMER: dict[str, Any] = {
     "B": 1,
@@ -63,8 +64,22 @@ _ATTENTION: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("wt103_base", False, {"B": 22, "H": 10, "Tq": 150, "Tm": 150, "D": 41}),
     ("head_192_values_40", False, {"D": 192, "Dv": 40}),
     ("parakeet_10min", True, {**_CONFORMER, "tensors": ("key_lens",)}),
-    ("inkling_global", True, _INKLING),
-    ("inkling_sliding", True, {**_INKLING, "rules": {"window_left": 511}}),
+    ("inkling_global", True, _GLOBAL),
+    ("inkling_sliding", True, {**_INKLING, "R": 512, "rules": {"offset": 511, "window_left": 511}}),
+    ("inkling_packed", False, {**_GLOBAL, "tensors": ("ranges",)}),
+    (
+        "inkling_decode",
+        False,
+        {
+            **_GLOBAL,
+            "B": 32,
+            "Tq": 1,
+            "Tm": 8191,
+            "R": 1024,
+            "tensors": ("q_start",),
+            "backward": False,
+        },
+    ),
     ("enwik8_large_eval", True, {"B": 1, "Tq": 128, "Tm": 3800, "D": 128, "backward": False}),
     ("one_query_d64", True, _DECODE),
     ("one_query_d128", False, {**_DECODE, "D": 128}),
@@ -191,6 +206,8 @@ def attention(
     Tm: int = 2048,
     D: int = 64,
     Dv: int | None = None,
+    Hk: int | None = None,
+    Dp: int | None = None,
     R: int | None = None,
     biases: bool = True,
     tensors: Sequence[str] = (),
@@ -201,17 +218,22 @@ def attention(
 ) -> None:
     """`rel_attention` on tensors of the device "meta", forward and backward.
 
-    `tensors` are names among key_start, key_lens and mask. Causal unless `rules` differ.
+    `tensors` are names among q_start, key_start, key_lens and mask, and "ranges", which makes
+    key_start and key_lens ranges per query. Dp is the width of a position query, None: there is
+    none. Causal unless `rules` differ.
     """
-    Tk, Dv = Tm + Tq, Dv or D
+    Tk, Dv, Hk = Tm + Tq, Dv or D, Hk or H
     made = functools.partial(torch.empty, dtype=dtype, device="meta")
     integers = functools.partial(torch.empty, dtype=torch.int64, device="meta")
-    floats: dict[str, tuple[int, ...]] = {"q": (B, H, Tq, D), "k": (B, H, Tq, D)}
-    floats |= {"v": (B, H, Tq, Dv), "r": (1, H, R or Tk, D)}
-    floats |= {"r_w_bias": (H, D), "r_r_bias": (H, D)} if biases else {}
-    floats |= {"mem_k": (B, H, Tm, D), "mem_v": (B, H, Tm, Dv)} if Tm else {}
+    floats: dict[str, tuple[int, ...]] = {"q": (B, H, Tq, D), "k": (B, Hk, Tq, D)}
+    floats |= {"v": (B, Hk, Tq, Dv), "r": (1, H, R or Tk, Dp or D)}
+    floats |= {"r_w_bias": (H, D), "r_r_bias": (H, Dp or D)} if biases else {}
+    floats |= {"mem_k": (B, Hk, Tm, D), "mem_v": (B, Hk, Tm, Dv)} if Tm else {}
+    floats |= {"q_pos": (B, H, Tq, Dp)} if Dp else {}
     given = {name: made(shape) for name, shape in floats.items()}
-    given |= {name: integers(B) for name in tensors if name != "mask"}
+    given |= {name: integers(B) for name in tensors if name not in ("mask", "ranges")}
+    if "ranges" in tensors:
+        given |= {name: integers(B, Tq) for name in ("key_start", "key_lens")}
     if "mask" in tensors:
         given["mask"] = integers(B, H, Tq, Tk, dtype=torch.bool)
     if numbers.get("dropout_p"):

@@ -45,10 +45,8 @@ def rel_attention(
     group = q.shape[1] // max(k.shape[1], 1)  # query heads of a key head
     keys, values = _joined(mem_k, k, group), _joined(mem_v, v, group)
     Tq, Tk = q.shape[2], keys.shape[2]
-    key_start, key_lens = _per_query(optional.key_start), _per_query(optional.key_lens)
-    absent = _outside(
-        Tk, *(None if x is None or x.shape[1] > 1 else x for x in (key_start, key_lens))
-    )
+    ranges = (optional.key_start, optional.key_lens)
+    absent = _outside(Tk, *(x if x is not None and x.ndim == 1 else None for x in ranges))
     if absent is not None:  # [B, 1, Tk]
         # An absent key may hold NaN, which a product with a probability or gradient of 0 keeps.
         keys = keys.masked_fill(absent.mT[:, None], 0.0)
@@ -70,7 +68,7 @@ def rel_attention(
     if numbers.softcap > 0:
         scores = numbers.softcap * torch.tanh(scores / numbers.softcap)
     conditions = _conditions(torch.arange(Tq, device=q.device)[:, None] + start, Tk, rules)
-    outside = _outside(Tk, key_start, key_lens)
+    outside = _outside(Tk, *ranges)
     if outside is not None:
         conditions.append(~outside[:, None])
     if optional.mask is not None:
@@ -109,20 +107,20 @@ def _first_position(default: int, q_start: Tensor | None) -> int | Tensor:
     return q_start.long().clamp(-_FARTHEST, _FARTHEST)[:, None, None, None]
 
 
-def _per_query(ends: Tensor | None) -> Tensor | None:
-    """[B, 1] or [B, Tq]."""
-    return ends[:, None] if ends is not None and ends.ndim == 1 else ends
-
-
 def _outside(Tk: int, key_start: Tensor | None, key_lens: Tensor | None) -> Tensor | None:
     """bool [B, 1 or Tq, Tk]: not key_start <= j < key_lens; None if neither is given."""
     outside = None
     if key_start is not None:
-        outside = torch.arange(Tk, device=key_start.device) < key_start[..., None]
+        outside = torch.arange(Tk, device=key_start.device) < _per_query(key_start)
     if key_lens is not None:
-        after = torch.arange(Tk, device=key_lens.device) >= key_lens[..., None]
+        after = torch.arange(Tk, device=key_lens.device) >= _per_query(key_lens)
         outside = after if outside is None else outside | after
     return outside
+
+
+def _per_query(ends: Tensor) -> Tensor:
+    """[B, 1 or Tq, 1]."""
+    return (ends[:, None] if ends.ndim == 1 else ends)[..., None]
 
 
 def _conditions(p: Tensor, Tk: int, rules: Rules) -> list[Tensor]:

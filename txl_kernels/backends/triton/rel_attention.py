@@ -14,10 +14,7 @@ from torch import Tensor
 from txl_kernels._rel_attention_call import RelAttentionCall
 from txl_kernels.backends.triton.launching import launch
 from txl_kernels.backends.triton.rel_attention_call import kernel_arguments
-from txl_kernels.backends.triton.rel_attention_config import (
-    block_size,
-    forward_config,
-)
+from txl_kernels.backends.triton.rel_attention_config import forward_config
 from txl_kernels.backends.triton.rel_attention_fwd import _rel_attention_fwd_kernel
 
 
@@ -34,14 +31,13 @@ def rel_attention_fwd(
     call = RelAttentionCall.of_arguments(q, k, v, r, optional, rules, numbers)
     arguments = kernel_arguments(call)
     B, H, Tq, D = q.shape
-    Dv = v.shape[3]
+    Dv, Dp = v.shape[3], r.shape[3]
     out = q.new_empty(B, H, Tq, Dv)
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    config = forward_config(
-        q.device, D, Dv, q.dtype, Tq, call.optional.mask is not None, call.numbers.dropout_p > 0
-    )
+    has_mask, has_dropout = call.optional.mask is not None, call.numbers.dropout_p > 0
+    config = forward_config(q.device, (D, Dv, Dp), q.dtype, Tq, has_mask, has_dropout)
     grid = (triton.cdiv(Tq, config.BLOCK_Q) * B * H,)
     with torch.cuda.device_of(q):
         launch(
@@ -50,8 +46,6 @@ def rel_attention_fwd(
             **arguments,
             p_out=out,
             p_lse=lse,
-            BLOCK_D=block_size(D),
-            BLOCK_DV=block_size(Dv),
             **config.options(),
         )
     return out, lse

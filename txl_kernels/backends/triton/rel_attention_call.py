@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from txl_kernels._rel_attention_call import RelAttentionCall, Rules
+from txl_kernels.backends.triton import rel_attention_ranges
+from txl_kernels.backends.triton.rel_attention_config import block_size
 
 # Kernels are compiled again for each dtype, head size and set of given tensors, and for strides
 # that are multiples of 16 or not, but not for these, which change from call to call.
@@ -25,11 +27,15 @@ UNSPECIALIZED = (
     "chunk_left",
     "chunk_phase",
     "scale",
-    "sign",
+    "content_factor",
+    "position_factor",
     "softcap",
     "threshold",
     "dropout_scale",
 )
+# With q_start: values beyond ±2³¹ act as ±2³¹.
+_FURTHEST_POSITION = 2**31
+_FURTHEST = 2**40
 _LONGEST_CHUNK = 2**40
 # Within a block of rows, 128 at most, kernels multiply by strides in 32 bits.
 _LONGEST_STRIDE = 2**24
@@ -39,67 +45,122 @@ def kernel_arguments(call: RelAttentionCall) -> dict[str, Any]:
     """Pointers, strides and numbers by the names that every kernel of the op gives them.
 
     An absent tensor and its strides are None, which makes the kernel one without it. Numbers are
-    brought into ranges where 32-bit arithmetic cannot overflow, without changing what they mean.
+    brought into ranges where arithmetic cannot overflow, without changing what they mean. Launches
+    the kernel that computes the tables of ranges per query, if there are any.
     """
     optional, rules, numbers = call.optional, call.rules, call.numbers
     q, k, v, r = (near_rows(x) for x in call[:4])
-    mem_k, mem_v = (None if x is None else near_rows(x) for x in optional[2:4])
-    r_w_bias, r_r_bias, mask = optional.r_w_bias, optional.r_r_bias, optional.mask
-    key_start, key_lens = optional.key_start, optional.key_lens
-    H, Tq, D = q.shape[1:]
+    mem_k, mem_v, q_pos = (None if x is None else near_rows(x) for x in optional[2:5])
+    B, H, Tq, D = q.shape
+    DV, R, DP = v.shape[3], *r.shape[2:]
     Tm = 0 if mem_k is None else mem_k.shape[2]
-    Tk, R = Tm + k.shape[2], r.shape[2]
-    far = Tq + Tk  # no two of queries and keys are further apart
-    chunk_size, chunk_left, chunk_phase = _normal_chunk(rules, Tq, Tk)
-    scale, softcap, dropout_p = numbers.scale, numbers.softcap, numbers.dropout_p
-    dropout = dropout_p > 0
+    Tk = Tm + k.shape[2]
+    query_ranges, tile_ranges = rel_attention_ranges.query_ranges(
+        _with_dims(optional.key_start, 2), _with_dims(optional.key_lens, 2), B, Tq, Tk
+    )
+    # Without q_start no two of queries and keys are further apart than `far`.
+    far = Tq + Tk if optional.q_start is None else _FURTHEST
+    lowest, highest = (-Tk, R + Tq) if optional.q_start is None else (-far, far)
+    left, right = min(rules.window_left, far), min(rules.window_right, far)
+    chunk_size, chunk_left, chunk_phase = _normal_chunk(rules, min(far, _FURTHEST_POSITION) + Tq)
+    scale, content_factor, position_factor = score_factors(numbers.scale, numbers.pos_scale)
+    dropout = numbers.dropout_p > 0
     return {
         "p_q": q,
+        "p_q_pos": q_pos,
         "p_k": k,
         "p_v": v,
         "p_r": r,
-        "p_r_w_bias": None if r_w_bias is None else r_w_bias.contiguous(),
-        "p_r_r_bias": None if r_r_bias is None else r_r_bias.contiguous(),
+        "p_r_w_bias": _contiguous(optional.r_w_bias),
+        "p_r_r_bias": _contiguous(optional.r_r_bias),
         "p_mem_k": mem_k if Tm else None,
         "p_mem_v": mem_v if Tm else None,
-        "p_key_start": None if key_start is None else key_start.contiguous(),
-        "p_key_lens": None if key_lens is None else key_lens.contiguous(),
-        "p_mask": None if mask is None else mask.view(torch.uint8),
+        "p_q_start": _contiguous(optional.q_start),
+        "p_key_start": _contiguous(_with_dims(optional.key_start, 1)),
+        "p_key_lens": _contiguous(_with_dims(optional.key_lens, 1)),
+        "p_query_ranges": query_ranges,
+        "p_tile_ranges": tile_ranges,
+        "p_mask": None if optional.mask is None else optional.mask.view(torch.uint8),
         "p_seed": optional.dropout_seed if dropout else None,
         **strides("q", q, "bhi"),
+        **strides("q_pos", q_pos, "bhi"),
         **strides("k", k, "bhj"),
         **strides("v", v, "bhj"),
         **strides("r", r, "bhm"),
         **strides("mem_k", mem_k if Tm else None, "bhj"),
         **strides("mem_v", mem_v if Tm else None, "bhj"),
-        **strides("mask", mask, "bhij"),
+        **strides("mask", optional.mask, "bhij"),
         "H": H,
         "Tq": Tq,
         "Tm": Tm,
         "Tk": Tk,
         "R": R,
-        "offset": min(max(rules.offset, -Tk), R + Tq),
-        "left": min(rules.window_left, far),
-        "right": min(rules.window_right, far),
+        "offset": min(max(rules.offset, lowest), highest),
+        "left": left,
+        "right": right,
         "chunk_size": chunk_size,
         "chunk_left": chunk_left,
         "chunk_phase": chunk_phase,
-        # A scale that a GPU rounds to 0 would turn masked scores, -inf, into NaN. A sign of 0 makes
-        # the products 0 instead.
-        "scale": abs(scale) if query_sign(scale) else 1.0,
-        "sign": query_sign(scale),
-        "softcap": softcap if softcap > 0 else None,
-        "threshold": _as_int32(int(dropout_p * 2**32)) if dropout else None,
-        "dropout_scale": 1.0 / (1.0 - dropout_p) if dropout else None,
+        "scale": scale,
+        "content_factor": content_factor,
+        "position_factor": position_factor,
+        "softcap": numbers.softcap if numbers.softcap > 0 else None,
+        "threshold": _as_int32(int(numbers.dropout_p * 2**32)) if dropout else None,
+        "dropout_scale": 1.0 / (1.0 - numbers.dropout_p) if dropout else None,
         "D": D,
-        "DV": v.shape[3],
+        "DV": DV,
+        "DP": DP,
+        "BLOCK_D": block_size(D),
+        "BLOCK_DV": block_size(DV),
+        "BLOCK_DP": block_size(DP),
+        "GROUP": H // max(k.shape[1], 1),
         "CLAMP": rules.clamp == 1,
+        "FAR": _has_far_keys(call, Tk),
     }
 
 
-def query_sign(scale: float) -> float:
-    """The sign of the scale, 0 if float32 arithmetic on a GPU rounds the scale to 0."""
-    return 0.0 if abs(scale) < torch.finfo(torch.float32).tiny else math.copysign(1.0, scale)
+def score_factors(scale: float, pos_scale: float) -> tuple[float, float, float]:
+    """factor, content, position: scale = factor · content and pos_scale = factor · position.
+
+    The kernels multiply queries by `content` and `position` before they round them, and scores by
+    `factor`, which is above 0: a factor of 0 or below would change masked scores, -inf. `content`
+    is 0 or a power of two, so that content products are exact; neither exceeds 1 in magnitude, so
+    that no query overflows. A scale that a GPU rounds to 0 is 0.
+    """
+    scale, pos_scale = _in_float32(scale), _in_float32(pos_scale)
+    if scale == 0.0:
+        factor = abs(pos_scale) or 1.0
+        return factor, 0.0, pos_scale / factor
+    mantissa, exponent = math.frexp(pos_scale / scale)
+    exponent = max(0, exponent - (abs(mantissa) == 0.5))
+    factor = math.ldexp(abs(scale), exponent)
+    return factor, scale / factor, pos_scale / factor
+
+
+def _in_float32(factor: float) -> float:
+    """0 below float32's normal numbers, and at most half of the largest one."""
+    if abs(factor) < torch.finfo(torch.float32).tiny:
+        return 0.0
+    return math.copysign(min(abs(factor), 2.0**126), factor)
+
+
+def _has_far_keys(call: RelAttentionCall, Tk: int) -> bool:
+    """Whether a query may attend to a key without a row of r, by lengths and window alone."""
+    rules, Tq, R = call.rules, call.q.shape[2], call.r.shape[2]
+    lowest, highest = -rules.window_left, rules.window_right  # of j - p
+    if call.optional.q_start is None:
+        lowest, highest = max(lowest, 1 - Tk), min(highest, Tq - 1)
+    offset = rules.offset + Tk - Tq
+    return rules.clamp == 0 and (lowest + offset < 0 or highest + offset >= R)
+
+
+def _with_dims(tensor: Tensor | None, n: int) -> Tensor | None:
+    """The tensor if it has n dimensions, else None."""
+    return tensor if tensor is not None and tensor.dim() == n else None
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def near_rows(tensor: Tensor) -> Tensor:
@@ -117,8 +178,8 @@ def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int | None
     }
 
 
-def _normal_chunk(rules: Rules, Tq: int, Tk: int) -> tuple[int, int, int] | tuple[None, None, None]:
-    """The same borders between positions -Tq and Tk from numbers that are small and above 0.
+def _normal_chunk(rules: Rules, far: int) -> tuple[int, int, int] | tuple[None, None, None]:
+    """The same borders between positions -far and far from numbers that are small and above 0.
 
     With a phase that lifts every position above 0, division rounds down as a floor does.
     """
@@ -130,8 +191,8 @@ def _normal_chunk(rules: Rules, Tq: int, Tk: int) -> tuple[int, int, int] | tupl
         near_end = size - phase <= _LONGEST_CHUNK // 2
         phase = _LONGEST_CHUNK - (size - phase) if near_end else min(phase, _LONGEST_CHUNK // 2)
         size = _LONGEST_CHUNK
-    phase += -(-Tq // size) * size
-    return size, min(left, (Tq + Tk) // size + 1), phase
+    phase += -(-far // size) * size
+    return size, min(left, 2 * far // size + 1), phase
 
 
 def _as_int32(word: int) -> int:

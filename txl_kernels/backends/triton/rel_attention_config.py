@@ -12,40 +12,45 @@ SHORT = 16
 
 def forward_config(
     device: torch.device,
-    D: int,
-    Dv: int,
+    head_sizes: tuple[int, int, int],
     dtype: torch.dtype,
     Tq: int,
     has_mask: bool,
     has_dropout: bool,
 ) -> AttentionConfig:
-    """For the forward kernel.
+    """For the forward kernel. `head_sizes` are D, Dv and Dp.
 
     The extras of a variant are dropout, a dense mask, and rows whose length is no multiple of 16
     elements. Each needs registers for every pair of a query and a key, or for every load.
     """
-    n_extras = has_mask + has_dropout + (D % 16 > 0 or Dv % 16 > 0)
+    n_extras = has_mask + has_dropout + any(size % 16 for size in head_sizes)
     variants = ["short"] if Tq <= SHORT else []
     variants += ("two_extras", "one_extra")[2 - min(n_extras, 2) :]
-    return _find("rel_attention_fwd", device, D, Dv, dtype, *variants)
+    return _find("rel_attention_fwd", device, head_sizes, dtype, *variants)
 
 
-def dkdv_config(device: torch.device, D: int, Dv: int, dtype: torch.dtype) -> AttentionConfig:
+def dkdv_config(
+    device: torch.device, head_sizes: tuple[int, int, int], dtype: torch.dtype
+) -> AttentionConfig:
     """For the backward kernel in which a program owns keys.
 
     Backward kernels compute tiles [keys, queries]. Tiles of 64 or more keys use HGMMA on sm_90;
     fewer queries leave more registers for the accumulators; with more queries each load of k, v
     and r and each addition to dr serves more pairs.
     """
-    return _find("rel_attention_bwd_dkdv", device, D, Dv, dtype)
+    return _find("rel_attention_bwd_dkdv", device, head_sizes, dtype)
 
 
 def dqdr_config(
-    device: torch.device, D: int, Dv: int, dtype: torch.dtype, has_mask: bool, has_dropout: bool
+    device: torch.device,
+    head_sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    has_mask: bool,
+    has_dropout: bool,
 ) -> AttentionConfig:
     """For the backward kernel in which a program owns queries."""
     variants = ["one_extra"] if has_mask or has_dropout else []
-    return _find("rel_attention_bwd_dqdr", device, D, Dv, dtype, *variants)
+    return _find("rel_attention_bwd_dqdr", device, head_sizes, dtype, *variants)
 
 
 def block_size(head_size: int) -> int:
@@ -54,8 +59,12 @@ def block_size(head_size: int) -> int:
 
 
 def _find(
-    kernel: str, device: torch.device, D: int, Dv: int, dtype: torch.dtype, *variants: str
+    kernel: str,
+    device: torch.device,
+    head_sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    *variants: str,
 ) -> AttentionConfig:
-    head_size = max(64, block_size(max(D, Dv)))
+    head_size = max(64, block_size(max(head_sizes)))
     bits = 8 * dtype.itemsize
     return find(AttentionConfig, kernel, device, variants=variants, bits=bits, head_size=head_size)

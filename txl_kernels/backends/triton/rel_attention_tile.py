@@ -1,9 +1,7 @@
 """Functions of a tile [queries, keys] that forward and backward of `rel_attention` share.
 
-They compute which keys a query attends to, load rows of keys and of r, and apply softcap and
-dropout. The skew is in `rel_attention_skew.py`. `docs/mathematics.md` derives both. The numbers are
-from `rel_attention_call.py`, which limits them so that no 32-bit sum overflows and no negative
-number is divided.
+They load rows of keys and of r, and apply softcap and dropout. Which keys a query attends to is in
+`rel_attention_keys.py`, the skew in `rel_attention_skew.py`. `docs/mathematics.md` derives both.
 """
 
 from __future__ import annotations
@@ -15,95 +13,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def key_limits(p_key_start, p_key_lens, i_b, Tk):
-    """[first, last): the keys of batch row i_b, clamped to [0, Tk]; empty if first >= last."""
-    first = 0
-    last = Tk
-    if p_key_start is not None:
-        start = tl.load(p_key_start + i_b).to(tl.int64)
-        first = tl.minimum(tl.maximum(start, 0), Tk).to(tl.int32)
-    if p_key_lens is not None:
-        length = tl.load(p_key_lens + i_b).to(tl.int64)
-        last = tl.minimum(tl.maximum(length, 0), Tk).to(tl.int32)
-    return first, last
-
-
-@triton.jit
-def visible_keys(o_i, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase):
-    """[lo, hi) of the keys that query o_i attends to; o_i is a number or a block.
-
-    Neither lo nor hi decreases with o_i. So no query of a tile attends to a key outside
-    [lo(first query), hi(last query)), and each attends to all of [lo(last query), hi(first query)).
-    """
-    p = o_i + (Tk - Tq)
-    lo = tl.maximum(p - left, first)
-    hi = tl.minimum(p + right + 1, last)
-    if chunk_size is not None:
-        chunk = (p + chunk_phase).to(tl.int64) // chunk_size
-        lo = tl.maximum(lo, (chunk - chunk_left) * chunk_size - chunk_phase).to(tl.int32)
-        hi = tl.minimum(hi, (chunk + 1) * chunk_size - chunk_phase).to(tl.int32)
-    return lo, hi
-
-
-@triton.jit
-def visible_tile(
-    begin_i, begin_j, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """bool [queries from begin_i on, keys from begin_j on]: True where the query attends.
-
-    Keys are counted from begin_j, so that no intermediate result stays in registers between blocks.
-    """
-    if chunk_size is not None:
-        chunk_phase += begin_j
-    lo, hi = visible_keys(
-        begin_i - begin_j + tl.arange(0, ROWS), first - begin_j, last - begin_j, Tq, Tk,
-        left, right, chunk_size, chunk_left, chunk_phase,
-    )  # fmt: skip
-    o = tl.arange(0, COLUMNS)[None, :]
-    return (o >= lo[:, None]) & (o < hi[:, None])
-
-
-@triton.jit
-def seeing_queries(
-    begin_j, end_j, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
-):
-    """[lo, hi) of the queries that attend to a key in [begin_j, end_j), within [0, Tq].
-
-    The mirror image of `visible_keys`: queries outside attend to none of these keys; some queries
-    inside may attend to none either.
-    """
-    begin_j = tl.maximum(begin_j, first)
-    end_j = tl.minimum(end_j, last)
-    lo = begin_j - right
-    hi = end_j + left
-    if chunk_size is not None:
-        chunk = (begin_j + chunk_phase).to(tl.int64) // chunk_size
-        lo = tl.maximum(lo, chunk * chunk_size - chunk_phase).to(tl.int32)
-        chunk = (end_j - 1 + chunk_phase).to(tl.int64) // chunk_size
-        after = (chunk + chunk_left + 1) * chunk_size - chunk_phase
-        hi = tl.minimum(hi, after).to(tl.int32)
-    lo = tl.maximum(lo - (Tk - Tq), 0)
-    hi = tl.minimum(hi - (Tk - Tq), Tq)
-    return lo, tl.where(begin_j < end_j, hi, lo)
-
-
-@triton.jit
-def mask_tile(p_mask, s_mi, s_mj, o_i, o_j, Tq, Tk):
-    """bool [queries, keys] of the dense mask, False outside it; p_mask points to [b, h, 0, 0].
-
-    Where the memory's length is no multiple of a block, the keys of its first block begin below 0;
-    as unsigned numbers they are above Tk. Backward exchanges queries and keys, with their strides
-    and counts.
-    """
-    m_i = o_i.to(tl.uint32, bitcast=True) < Tq
-    m_j = o_j.to(tl.uint32, bitcast=True) < Tk
-    inside = m_i[:, None] & m_j[None, :]
-    p_tile = p_mask + o_i.to(tl.int64)[:, None] * s_mi + o_j.to(tl.int64)[None, :] * s_mj
-    return tl.load(p_tile, mask=inside, other=0) != 0
-
-
-@triton.jit
 def load_rows(p_rows, o_row, stride, n_rows, o_d, D: tl.constexpr):
     """[rows, D]: rows o_row of a matrix; 0 outside [0, n_rows) and from column D on."""
     p_tile = p_rows + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
@@ -111,12 +20,6 @@ def load_rows(p_rows, o_row, stride, n_rows, o_d, D: tl.constexpr):
     if o_d.shape[0] > D:
         inside = inside & (o_d < D)[None, :]
     return tl.load(p_tile, mask=inside, other=0.0)
-
-
-@triton.jit
-def padded_rows(Tq):
-    """Rows per (batch, head) in backward's copies of the queries: a multiple of every tile."""
-    return (Tq + 127) // 128 * 128
 
 
 @triton.jit
@@ -159,15 +62,15 @@ def load_position_block(
 
 
 @triton.jit
-def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, sign):
-    """sign · (queries [rows, D] + row i_h of a head bias [H, D], or None), added in float32.
+def biased_queries(b_q, p_bias, i_h, o_d, D: tl.constexpr, factor):
+    """factor · (queries [rows, D] + row i_h of a head bias [H, D], or None), in float32.
 
-    Rounded to the queries' dtype for the product that follows.
+    Rounded once, to the queries' dtype, for the product that follows.
     """
     b_sum = b_q.to(tl.float32)
     if p_bias is not None:
         b_sum += tl.load(p_bias + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
-    return (b_sum * sign).to(b_q.dtype)
+    return (b_sum * factor).to(b_q.dtype)
 
 
 @triton.jit

@@ -70,23 +70,6 @@ def _tanh_kernel(p_x, p_out, SIZE: tl.constexpr):
     tl.store(p_out + o, tile.tanh(tl.load(p_x + o)))
 
 
-@triton.jit
-def _bounds_kernel(
-    p_out, begin, end, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase,
-    OF_QUERIES: tl.constexpr,
-):  # fmt: skip
-    if OF_QUERIES:
-        lo, hi = tile.seeing_queries(
-            begin, end, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
-        )
-    else:
-        lo, hi = tile.visible_keys(
-            begin, first, last, Tq, Tk, left, right, chunk_size, chunk_left, chunk_phase
-        )
-    tl.store(p_out, lo)
-    tl.store(p_out + 1, hi)
-
-
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (16, 64), (64, 64), (8, 128)])
 def test_skew_reads_both_chunks_along_the_diagonals(rows, columns):
     chunk, earlier = torch.randn(2, rows, columns)
@@ -146,30 +129,3 @@ def test_tanh_is_good_to_two_units_in_the_last_place():
     _tanh_kernel[(1,)](x, out, 2048)
     due = x.double().tanh()
     assert ((out - due).abs() <= 2 * torch.finfo(torch.float32).eps * due.abs()).all()
-
-
-@pytest.mark.parametrize("chunk", [None, (5, 1, 3), (1, 0, 0), (40, 2, 39)], ids=str)
-@pytest.mark.parametrize(("left", "right"), [(60, 60), (60, 0), (4, 7), (0, 0)])
-@pytest.mark.parametrize(("Tq", "Tk"), [(7, 19), (12, 5)])
-def test_bounds_hold_exactly_the_keys_and_queries_that_see_each_other(Tq, Tk, left, right, chunk):
-    first, last = 2, Tk - 1
-    size, chunk_left, phase = chunk or (1, 0, 0)
-    p = torch.arange(Tq)[:, None] + Tk - Tq
-    j = torch.arange(Tk)
-    sees = (j >= p - left) & (j <= p + right) & (j >= first) & (j < last)
-    if chunk:
-        behind = (p + phase) // size - (j + phase) // size
-        sees &= (behind >= 0) & (behind <= chunk_left)
-    lifted = (size, chunk_left, phase + -(-Tq // size) * size) if chunk else (None, None, None)
-    out = torch.empty(2, dtype=torch.int32)
-    for i in range(Tq):
-        _bounds_kernel[(1,)](out, i, 0, first, last, Tq, Tk, left, right, *lifted, False)
-        lo, hi = out.tolist()
-        assert [key for key in range(Tk) if lo <= key < hi] == sees[i].nonzero()[:, 0].tolist()
-    for begin, end in [(0, Tk), (3, 5), (Tk - 3, Tk)]:
-        _bounds_kernel[(1,)](out, begin, end, first, last, Tq, Tk, left, right, *lifted, True)
-        lo, hi = out.tolist()
-        seeing = sees[:, begin:end].any(1).nonzero()[:, 0].tolist()
-        assert set(seeing) <= set(range(lo, hi))
-        assert lo >= 0
-        assert hi <= Tq
