@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from txl_kernels.errors import BackendUnavailableError
@@ -79,9 +80,31 @@ def refuse_second_derivative(operator: str) -> None:
     register_autograd(operator, backward)
 
 
+def without_derivative(op: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, as they are; if torch records a graph of them, differentiating it raises."""
+    if not torch.is_grad_enabled():
+        return list(grads)
+    leaves = [grad.requires_grad_() for grad in grads if grad is not None]
+    guarded = iter(_NoSecondDerivative.apply(op, *leaves))  # type: ignore[no-untyped-call]
+    return [None if grad is None else next(guarded) for grad in grads]
+
+
 def no_second_derivative(op: str) -> str:
     """The message of the error."""
     return f'{op}: no second derivative exists on this backend; backend="reference" has one'
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on gradients; differentiating it is an error instead of a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, *grads: Tensor) -> tuple[Tensor, ...]:
+        ctx.op = op
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(no_second_derivative(ctx.op))
 
 
 def _element(x: Any, dim: Any, n: int) -> Any:

@@ -13,18 +13,18 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from txl_kernels._derivatives import without_derivative
 from txl_kernels._rel_attention_call import Numbers, OptionalTensors, RelAttentionCall, Rules
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.ops import autocast, flash_attention
 from txl_kernels.ops.checks import check_flag, check_shape, check_tensor
-from txl_kernels.ops.rel_attention import backward, forward, prepared
+from txl_kernels.ops.rel_attention_calls import Prepared, backward, forward, prepare
 from txl_kernels.transforms import inside_transform
 
 OP = "banded_attention"
 
 Far = tuple[flash_attention.Forward, flash_attention.Backward]
-_DEFAULT_FAR: Far = (flash_attention.forward, flash_attention.backward)
 # Arguments of `rel_attention` that no attention without positions supports, or that are fixed here.
 _NOT_HERE = frozenset(
     ("mem_k", "mem_v", "q_start", "offset", "causal", "window", "chunk", "key_start", "key_lens")
@@ -96,6 +96,7 @@ def banded_attention(
     """
     _refuse(others)
     check_flag(OP, "clamp", clamp)
+    _check_pair(far)
     check_tensor(OP, "q", q)
     check_tensor(OP, "k", k)
     check_tensor(OP, "r", r)
@@ -104,14 +105,13 @@ def banded_attention(
     check_shape(OP, "k", k, (q.shape[0], "Hk", T, q.shape[3]))
     check_shape(OP, "r", r, (q.shape[0], q.shape[1], "R", "Dp"), or_one=(0, 1))
     R = r.shape[2]
-    chosen, call = prepared(
+    prepared = prepare(
+        OP,
         q,
         k,
         v,
         r,
-        r_w_bias=r_w_bias,
-        r_r_bias=r_r_bias,
-        q_pos=q_pos,
+        OptionalTensors(r_w_bias, r_r_bias, q_pos=q_pos),
         pos_scale=pos_scale,
         scale=scale,
         offset=R - 1,
@@ -119,21 +119,21 @@ def banded_attention(
         window=(R - 1, None),
         backend=backend,
     )
-    with autocast.outside_autocast(q.device):
-        if chosen == "reference" and far is None:
-            call = call._replace(rules=Rules(R - 1, clamp=int(clamp), window_right=0))
-            return reference.rel_attention(call)[0]
-        if T <= R:
-            return forward(chosen, call)[0]
-        if inside_transform("grad", "jvp", "vmap"):
-            raise BackendUnavailableError(
-                f'{OP}: no transform of torch.func supports it: pass backend="reference"'
-            )
-        options = _Options(
-            chosen, clamp, call.rules, call.numbers, *_checked_far(far, call.q)
+    call = prepared.call
+    if prepared.backend == "reference" and far is None:
+        rules = Rules(R - 1, clamp=int(clamp), window_right=0)
+        return forward(prepared._replace(call=call._replace(rules=rules)))[0]
+    if T <= R:
+        return forward(prepared)[0]
+    if inside_transform("grad", "jvp", "vmap"):
+        raise BackendUnavailableError(
+            f'{OP}: it runs inside no transform of torch.func: pass backend="reference"'
         )
-        optional = call.optional
-        tensors = (*call[:4], optional.r_w_bias, optional.r_r_bias, optional.q_pos)
+    far_pair = _flash(call.q) if far is None else far
+    options = _Options(prepared.backend, clamp, call.rules, call.numbers, *far_pair)
+    optional = call.optional
+    tensors = (*call[:4], optional.r_w_bias, optional.r_r_bias, optional.q_pos)
+    with autocast.outside_autocast(q.device):
         out: Tensor = _Banded.apply(options, *tensors)  # type: ignore[no-untyped-call]
     return out
 
@@ -175,7 +175,7 @@ class _Banded(torch.autograd.Function):
     def forward(ctx: Any, options: _Options, *tensors: Tensor | None) -> Tensor:
         call = _near_call(options, tensors)
         R, numbers = call.r.shape[2], options.numbers
-        out, lse = forward(options.backend, call)
+        out, lse = forward(Prepared(options.backend, call, bias=None, dead_uniform=False))
         far_out, far_lse = options.far_forward(*_far_tensors(call), numbers.scale)
         _check_far(far_out, far_lse, out[:, :, R:], lse[:, :, R:])
         far_lse = far_lse.to(lse.dtype)
@@ -191,14 +191,13 @@ class _Banded(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, lse, far_out, share = ctx.saved_tensors
         call, options = _near_call(ctx.options, tensors), ctx.options
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
         needs = ctx.needs_input_grad[1:]  # q, k, v, r, r_w_bias, r_r_bias, q_pos
-        with autocast.outside_autocast(dout.device):
+        with torch.no_grad(), autocast.outside_autocast(dout.device):
             grads = _near_gradients(options.backend, dout, call, out, lse, needs)
             far_lse = lse[:, :, call.r.shape[2] :]
             if options.clamp:
@@ -206,7 +205,7 @@ class _Banded(torch.autograd.Function):
                 _add_gradients_of_constant(grads, call, dout, out, far_out, share)
             if any(needs[:3]) or needs[4]:
                 _add_far_gradients(grads, options, call, dout, out, far_lse)
-        return (None, *grads)
+        return (None, *without_derivative(OP, grads))
 
 
 def _near_call(options: _Options, tensors: Any) -> RelAttentionCall:
@@ -244,9 +243,37 @@ def _near_gradients(
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, r, r_w_bias, r_r_bias, q_pos from the near keys; None: not needed."""
     needs_grad = [*needs[:6], False, False, needs[6]]
-    found = backward(backend, dout, None, call, out, lse, needs_grad)
+    if backend == "reference":
+        found = _reference_gradients(dout, call, out, lse, needs_grad)
+    else:
+        found = backward(backend, dout, None, call, out, lse, needs_grad)
     grads = [grad if needed else None for grad, needed in zip(found, needs_grad, strict=True)]
     return [*grads[:6], grads[8]]
+
+
+def _reference_gradients(
+    dout: Tensor, call: RelAttentionCall, out: Tensor, lse: Tensor, needs_grad: list[bool]
+) -> list[Tensor | None]:
+    """The same by automatic differentiation of the merging, with near_out and near_lse computed
+    again: out = share · near_out + …, d out / d near_lse = share · (near_out - out)."""
+    given = (*call[:4], *call.optional[:5])
+    leaves = [
+        None if x is None else x.detach().requires_grad_(needed)
+        for x, needed in zip(given, needs_grad, strict=True)
+    ]
+    with torch.enable_grad():
+        optional = OptionalTensors(*leaves[4:])
+        near = call._replace(optional=optional)
+        near_out, near_lse = reference.rel_attention(
+            RelAttentionCall(*leaves[:4], *near[4:])  # type: ignore[arg-type]
+        )
+    share = (near_lse.detach() - lse).exp()
+    wide = dout.to(lse.dtype)
+    dlse = share * (wide * (near_out.detach().to(lse.dtype) - out)).sum(-1)
+    douts = ((share[..., None] * wide).to(out.dtype), dlse)
+    inputs = [x for x, needed in zip(leaves, needs_grad, strict=True) if needed]
+    grads = iter(torch.autograd.grad((near_out, near_lse), inputs, douts))
+    return [next(grads) if needed else None for needed in needs_grad]
 
 
 def _add_far_gradients(
@@ -305,21 +332,19 @@ def _add_gradients_of_constant(
         dbias += dqueries.sum((0, 2))
 
 
-def _checked_far(far: object, q: Tensor) -> Far:
-    """The pair of functions.
-
-    Raises:
-        TypeError: not a pair of functions.
-        ValueError: none is given and torch has none.
-    """
-    if far is None:
-        reason = flash_attention.unsupported_reason(q.device, q.dtype)
-        if reason is not None:
-            raise ValueError(f"{OP}: {reason}: pass far=(forward, backward)")
-        return _DEFAULT_FAR
-    if not isinstance(far, (tuple, list)) or len(far) != 2 or not all(map(callable, far)):
+def _check_pair(far: object) -> None:
+    """Raises TypeError unless far is None or a pair of functions."""
+    is_pair = isinstance(far, (tuple, list)) and len(far) == 2 and all(map(callable, far))
+    if far is not None and not is_pair:
         raise TypeError(f"{OP}: far must be a pair of functions (forward, backward), got {far!r}")
-    return far[0], far[1]
+
+
+def _flash(q: Tensor) -> Far:
+    """The default pair. Raises ValueError if torch has no flash attention for such tensors."""
+    reason = flash_attention.unsupported_reason(q.device, q.dtype)
+    if reason is not None:
+        raise ValueError(f"{OP}: {reason}: pass far=(forward, backward)")
+    return flash_attention.forward, flash_attention.backward
 
 
 def _check_far(out: Tensor, lse: Tensor, near_out: Tensor, near_lse: Tensor) -> None:
