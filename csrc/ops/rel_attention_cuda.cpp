@@ -14,82 +14,111 @@ namespace {
 
 using at::Tensor;
 
-// The kernels count keys, rows and queries in 32 bits.
+// The kernels count keys, rows of r and query rows in 32 bits.
 int count(const char* name, int64_t n) {
   TORCH_CHECK_VALUE(n < (int64_t(1) << 30),
-                    "rel_attention: the native backend takes sizes below "
-                    "2^30 on CUDA, got ",
+                    "rel_attention: the native backend supports sizes below 2^30 on CUDA, got ",
                     name, " = ", n);
   return static_cast<int>(n);
 }
 
-HeadBias head_bias(const Tensor& given, const Tensor& q, Tensor& home) {
-  if (!given.defined()) return {};
-  TORCH_CHECK_TYPE(given.scalar_type() == at::kFloat || given.scalar_type() == q.scalar_type(),
-                   "rel_attention: biases must be float32 or of q's dtype, got ",
-                   given.scalar_type());
-  home = given.contiguous();
-  return {home.data_ptr(), home.scalar_type() == at::kFloat};
+// The public function has checked the arguments; checks here are those that memory safety depends
+// on.
+void check_place(const char* name, const Tensor& x, const Tensor& q, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(x.device() == q.device(), "rel_attention: ", name, " must be on ", q.device(),
+                    ", got ", x.device());
+  TORCH_CHECK_VALUE(x.sizes() == shape, "rel_attention: ", name, " must have shape ", shape,
+                    ", got ", x.sizes());
 }
 
-Lengths lengths(const Tensor& given, Tensor& home) {
-  if (!given.defined()) return {};
-  home = given.contiguous();
-  return {home.data_ptr(), home.scalar_type() == at::kLong};
+Tensor4 rows_of(const char* name, const Tensor& x, const Tensor& q, at::IntArrayRef shape) {
+  check_place(name, x, q, shape);
+  TORCH_CHECK_TYPE(x.scalar_type() == q.scalar_type(), "rel_attention: ", name,
+                   " must have q's dtype, ", q.scalar_type(), ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.stride(3) == 1 || x.size(3) == 1, "rel_attention: the last dimension of ",
+                    name, " must be contiguous");
+  return view4(x);
 }
 
-std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                             const Tensor& r_, at::TensorList optional_,
-                                             at::IntArrayRef rules_,
-                                             at::ArrayRef<double> numbers_) {
-  const OptionalTensors optional(optional_);
-  const Rules rules(rules_);
-  const Numbers numbers(numbers_);
-  TORCH_CHECK(!optional.q_pos.defined() && !optional.q_start.defined() && numbers.dropout_p == 0 &&
-                  numbers.pos_scale == numbers.scale && k_.size(1) == q_.size(1),
-              "rel_attention: the native backend does not support this yet on CUDA");
-  TORCH_CHECK_VALUE(q_.size(2) <= kDecodeQueries && q_.size(3) <= kMaxHeadSize &&
-                        v_.size(3) <= kMaxHeadSize,
-                    "rel_attention: the native backend takes up to ", kDecodeQueries,
-                    " queries and head sizes up to ", kMaxHeadSize,
-                    " on CUDA, got Tq = ", q_.size(2), ", D = ", q_.size(3), ", Dv = ", v_.size(3));
-  const Scalar dtype = scalar_of("rel_attention", "q", q_);
-  TORCH_CHECK_TYPE(dtype != Scalar::f64,
-                   "rel_attention: the native backend takes no float64 on CUDA");
-  for (const Tensor* x : {&k_, &v_, &r_})
-    TORCH_CHECK_TYPE(x->scalar_type() == q_.scalar_type(),
-                     "rel_attention: q, k, v, r must share a dtype, got ", q_.scalar_type(),
-                     " and ", x->scalar_type());
-  const DeviceCall call(q_);
-  const Tensor q = last_dim_contiguous(q_), k = last_dim_contiguous(k_),
-               v = last_dim_contiguous(v_), r = last_dim_contiguous(r_);
-  Tensor mem_k, mem_v, r_w_bias, r_r_bias, key_start, key_lens;
+HeadBias head_bias(const char* name, Tensor& bias, const Tensor& q, at::IntArrayRef shape) {
+  if (!bias.defined()) return {};
+  check_place(name, bias, q, shape);
+  const bool is_float = bias.scalar_type() == at::kFloat;
+  TORCH_CHECK_TYPE(is_float || bias.scalar_type() == q.scalar_type(), "rel_attention: ", name,
+                   " must be float32 or of q's dtype, got ", bias.scalar_type());
+  bias = bias.contiguous();
+  return {bias.data_ptr(), is_float};
+}
+
+RowNumbers row_numbers(const char* name, const Tensor& x, const Tensor& q, bool per_query) {
+  if (!x.defined()) return {};
+  const int64_t shape[] = {q.size(0), q.size(2)};
+  check_place(name, x, q, {shape, per_query && x.dim() == 2 ? 2u : 1u});
+  const bool is_wide = x.scalar_type() == at::kLong;
+  TORCH_CHECK_TYPE(is_wide || x.scalar_type() == at::kInt, "rel_attention: ", name,
+                   " must be int32 or int64, got ", x.scalar_type());
+  return {x.data_ptr(), is_wide, x.stride(0), x.dim() == 2 ? x.stride(1) : 0};
+}
+
+DecodeArgs decode_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r,
+                       OptionalTensors& optional, const Rules& rules, const Numbers& numbers) {
+  for (const Tensor* x : {&q, &k, &v, &r})
+    TORCH_CHECK_VALUE(x->dim() == 4, "rel_attention: q, k, v, r must have 4 dimensions");
+  const int64_t B = q.size(0), H = q.size(1), Hk = k.size(1), Tq = q.size(2), Ts = k.size(2);
+  const int64_t D = q.size(3), Dv = v.size(3), Dp = r.size(3), R = r.size(2);
+  const int64_t Tm = optional.mem_k.defined() && optional.mem_k.dim() == 4 ? optional.mem_k.size(2) : 0;
+  TORCH_CHECK_VALUE(Tq <= kDecodeQueries && std::max({D, Dv, Dp}) <= kMaxHeadSize,
+                    "rel_attention: the native backend supports up to ", kDecodeQueries,
+                    " queries and head sizes up to ", kMaxHeadSize, " on CUDA, got Tq = ", Tq,
+                    ", D = ", D, ", Dv = ", Dv, ", Dp = ", Dp);
+  TORCH_CHECK(numbers.dropout_p == 0,
+              "rel_attention: the native backend does not support dropout_p on CUDA");
+  TORCH_CHECK_VALUE(Hk > 0 && H % Hk == 0, "rel_attention: q must have a multiple of k's ", Hk,
+                    " heads, got ", H, " heads");
   DecodeArgs args;
-  args.B = count("B", q.size(0)), args.H = count("H", q.size(1));
-  args.Tq = count("Tq", q.size(2)), args.Ts = count("Ts", k.size(2));
-  args.D = count("D", q.size(3)), args.Dv = count("Dv", v.size(3));
-  args.R = count("R", r.size(2));
-  args.q = view4(q), args.k = view4(k), args.v = view4(v), args.r = view4(r);
-  if (optional.mem_k.defined()) {
-    mem_k = last_dim_contiguous(optional.mem_k), mem_v = last_dim_contiguous(optional.mem_v);
-    args.mem_k = view4(mem_k), args.mem_v = view4(mem_v);
-    args.Tm = count("Tm", mem_k.size(2));
+  args.B = count("B", B), args.H = count("H", H), args.Hk = count("Hk", Hk);
+  args.Tq = count("Tq", Tq), args.Tm = count("Tm", Tm), args.Ts = count("Ts", Ts);
+  args.D = count("D", D), args.Dv = count("Dv", Dv), args.Dp = count("Dp", Dp);
+  args.R = count("R", R);
+  const int64_t Tk = count("Tm + Ts", Tm + Ts);
+  count("B · H · Tq", B * H * Tq);
+  args.q = rows_of("q", q, q, {B, H, Tq, D}), args.k = rows_of("k", k, q, {B, Hk, Ts, D});
+  args.v = rows_of("v", v, q, {B, Hk, Ts, Dv});
+  const int64_t r_batch = r.size(0) == 1 ? 1 : B, r_heads = r.size(1) == 1 ? 1 : H;
+  args.r = rows_of("r", r, q, {r_batch, r_heads, R, Dp});
+  if (optional.mem_k.defined() || optional.mem_v.defined()) {
+    args.mem_k = rows_of("mem_k", optional.mem_k, q, {B, Hk, Tm, D});
+    args.mem_v = rows_of("mem_v", optional.mem_v, q, {B, Hk, Tm, Dv});
   }
-  count("Tk", int64_t(args.Tm) + args.Ts);
-  args.r_w_bias = head_bias(optional.r_w_bias, q, r_w_bias);
-  args.r_r_bias = head_bias(optional.r_r_bias, q, r_r_bias);
-  args.key_start = lengths(optional.key_start, key_start),
-  args.key_lens = lengths(optional.key_lens, key_lens);
+  const Tensor& q_pos = optional.q_pos.defined() ? optional.q_pos : q;
+  args.q_pos = rows_of("q_pos", q_pos, q, {B, H, Tq, Dp});
+  args.r_w_bias = head_bias("r_w_bias", optional.r_w_bias, q, {H, D});
+  args.r_r_bias = head_bias("r_r_bias", optional.r_r_bias, q, {H, Dp});
+  args.q_start = row_numbers("q_start", optional.q_start, q, false);
+  args.key_start = row_numbers("key_start", optional.key_start, q, true);
+  args.key_lens = row_numbers("key_lens", optional.key_lens, q, true);
   if (optional.mask.defined()) {
-    const Tensor* const mask = &optional.mask;
-    args.mask = {mask->data_ptr(), mask->stride(0), mask->stride(1), mask->stride(2)};
-    args.mask_stride_key = mask->stride(3);
+    const Tensor& mask = optional.mask;
+    check_place("mask", mask, q, {B, H, Tq, Tk});
+    TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool, "rel_attention: mask must be bool");
+    args.mask = view4(mask), args.mask_stride_key = mask.stride(3);
   }
-  args.offset = rules.offset, args.clamp = rules.clamp;
-  args.rule = rules.keys;
-  args.scale = static_cast<float>(numbers.scale),
+  args.offset = rules.offset, args.clamp = rules.clamp, args.rule = rules.keys;
+  args.scale = static_cast<float>(numbers.scale);
+  args.pos_scale = static_cast<float>(numbers.pos_scale);
   args.softcap = static_cast<float>(numbers.softcap);
+  return args;
+}
 
+std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& r, at::TensorList tensors,
+                                             at::IntArrayRef rules, at::ArrayRef<double> numbers) {
+  OptionalTensors optional(tensors);
+  const Scalar dtype = scalar_of("rel_attention", "q", q);
+  TORCH_CHECK_TYPE(dtype != Scalar::f64,
+                   "rel_attention: the native backend does not support float64 on CUDA");
+  const DeviceCall call(q);
+  DecodeArgs args = decode_args(q, k, v, r, optional, Rules(rules), Numbers(numbers));
   const Tensor out = at::empty({args.B, args.H, args.Tq, args.Dv}, q.options());
   const auto floats = q.options().dtype(at::kFloat);
   const Tensor lse = at::empty({args.B, args.H, args.Tq}, floats);

@@ -15,6 +15,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from txl_kernels._rel_attention_call import UNLIMITED
+from txl_kernels.ops.rel_attention_checks import checked_numbers, checked_rules
+
 CSRC = Path(__file__).parents[2] / "csrc"
 EMULATION = Path(__file__).parent / "cuda_emulation"
 SCALARS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -52,48 +55,37 @@ class Emulation:
 
     def attend(self, **call: Any) -> tuple[Tensor, Tensor]:
         """Returns the output and lse of `rel_attention` for its own arguments."""
-        q, v = call["q"], call["v"]
-        B, H, Tq, D = q.shape
-        Tm = call["mem_k"].shape[2] if "mem_k" in call else 0
-        Ts, Dv, R = v.shape[2], v.shape[3], call["r"].shape[2]
-        window_left, window_right = call.get("window", (None, None))
-        size, left, phase = (*call.get("chunk", ()), 0, 0, 0)[:3]
-        numbers = {
-            "B": B,
-            "H": H,
-            "Tq": Tq,
-            "Tm": Tm,
-            "Ts": Ts,
-            "D": D,
-            "Dv": Dv,
-            "R": R,
-            "dtype": SCALARS[q.dtype],
-            "bytes": q.element_size(),
-            "offset": call.get("offset", Tq - 1),
-            "clamp": call.get("clamp", False),
-            "scale": call.get("scale", D**-0.5),
-            "softcap": call.get("softcap", 0.0),
-            "causal": call.get("causal", False),
-            "chunk_size": size,
-            "chunk_left": left,
-            "chunk_phase": phase,
-            "float_biases": call.get("r_w_bias", q).dtype == torch.float32,
-        }
-        for name, side in (("window_left", window_left), ("window_right", window_right)):
-            if side is not None:
-                numbers[name] = side
         tensors = {name: given for name, given in call.items() if isinstance(given, Tensor)}
+        tensors = {"q_pos": call["q"], **tensors}
+        q, k, v, r = (tensors[name] for name in ("q", "k", "v", "r"))
+        B, H, Tq, D = q.shape
+        Tm = tensors["mem_k"].shape[2] if "mem_k" in tensors else 0
+        sizes = {"B": B, "H": H, "Hk": k.shape[1], "Tq": Tq, "Tm": Tm, "Ts": k.shape[2]}
+        sizes |= {"D": D, "Dv": v.shape[3], "Dp": r.shape[3], "R": r.shape[2]}
+        rules = checked_rules(
+            Tq,
+            call.get("offset"),
+            call.get("clamp", False),
+            call.get("causal", False),
+            call.get("window"),
+            call.get("chunk"),
+        )._asdict()
+        numbers: dict[str, float] = {name: rules.pop(name) for name in ("offset", "clamp")}
+        numbers |= {f"rule.{name}": n for name, n in rules.items() if n != UNLIMITED}
+        scales = call.get("scale"), call.get("pos_scale")
+        numbers |= checked_numbers(q, *scales, call.get("softcap", 0.0), 0.0)._asdict()
+        numbers |= {**sizes, "dtype": SCALARS[q.dtype], "bytes": q.element_size()}
+        numbers["float_biases"] = call.get("r_w_bias", q).dtype == torch.float32
         if "mask" in tensors:
-            tensors["mask"] = tensors["mask"].expand(B, H, Tq, Tm + Ts)
+            tensors["mask"] = tensors["mask"].expand(B, H, Tq, Tm + sizes["Ts"])
             numbers["mask_stride_key"] = tensors["mask"].stride(3)
-        for name in ("key_start", "key_lens"):
-            if name in tensors:
-                numbers["wide_lengths"] = tensors[name].dtype == torch.int64
+        row_numbers = [tensors[x] for x in ("q_start", "key_start", "key_lens") if x in tensors]
+        numbers["is_wide"] = any(x.dtype == torch.int64 for x in row_numbers)
         results = self.run(numbers, tensors)
-        n_out = B * H * Tq * Dv * q.element_size()
+        n_out = B * H * Tq * v.shape[3] * q.element_size()
         out = torch.frombuffer(bytearray(results[:n_out]), dtype=q.dtype)
         lse = torch.frombuffer(bytearray(results[n_out:]), dtype=torch.float32)
-        return out.view(B, H, Tq, Dv), lse.view(B, H, Tq)
+        return out.view(B, H, Tq, -1), lse.view(B, H, Tq)
 
 
 @pytest.fixture
