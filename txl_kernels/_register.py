@@ -54,7 +54,7 @@ def _register_rel_attention(operators: Any) -> None:
         q, k, v, r, *optional, out, lse = ctx.saved_tensors
         needs_grad = [*ctx.needs_input_grad[:4], *ctx.needs_input_grad[4][:_N_OPTIONAL_GRADS]]
         if dout is None:
-            dout = out.new_zeros(()).expand_as(out)
+            dout = out.new_zeros(out.shape[-1]).expand_as(out)
         elif dout.stride(-1) != 1:
             dout = dout.contiguous()
         if dlse is None:

@@ -18,58 +18,69 @@ struct RowRun {
   int64_t stride, n;
 };
 
-// The keys (or values) of one (b, h) pair, counted over [memory; segment]; zeros outside `valid`.
+// The keys (or the values) of one key head, from all runs of keys; zeros outside `valid`.
 template <typename T>
-struct KeyRows {
-  const T *memory, *segment;
-  int64_t stride_memory, stride_segment, Tm;
-  KeyRange valid;
-
-  KeyRows(const RelAttentionArgs& args, const Tensor4& memory, const Tensor4& segment, int64_t b,
-          int64_t h)
-      : memory(memory.head<const T>(b, h)),
-        segment(segment.head<const T>(b, h)),
-        stride_memory(memory.stride_t),
-        stride_segment(segment.stride_t),
-        Tm(args.Tm),
-        valid(args.keys_of_row(b)) {}
+class KeyRows {
+ public:
+  KeyRows(const RelAttentionArgs& args, Tensor4 KeyRun::* tensor, int64_t b, int64_t hk)
+      : n_runs_(args.n_runs), valid_(args.keys_of_row(b)) {
+    for (int n = 0; n < n_runs_; ++n) {
+      const KeyRun& run = args.runs[n];
+      const Tensor4& rows = run.*tensor;
+      runs_[n] = {rows.head<const T>(b, hk), rows.stride_t, run.begin, run.begin + run.n};
+    }
+  }
 
   // Whether rows of D columns are a right-hand matrix for `gemm`. Rows of expanded or overlapping
   // tensors are not, nor are strides that BLAS, which has 32-bit integers, cannot express.
   bool products_can_read(int64_t D) const {
     constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-    auto fits = [&](int64_t stride) { return D <= stride && stride <= kMax; };
-    return fits(stride_segment) && (Tm == 0 || fits(stride_memory));
+    return all([&](const Run& run) { return D <= run.stride && run.stride <= kMax; });
   }
   // Whether the rows are adjacent in memory, so that products read them as fast as packed ones.
-  bool adjacent(int64_t D) const { return stride_segment == D && (Tm == 0 || stride_memory == D); }
-  // The longest run of rows that starts at key j.
-  RowRun<T> from(int64_t j) const {
-    if (j < valid.begin) return {nullptr, 0, valid.begin - j};
-    if (j >= valid.end) return {nullptr, 0, kOpen};
-    if (j < Tm) return {memory + j * stride_memory, stride_memory, std::min(Tm, valid.end) - j};
-    return {segment + (j - Tm) * stride_segment, stride_segment, valid.end - j};
+  bool adjacent(int64_t D) const {
+    return all([&](const Run& run) { return run.stride == D; });
   }
+  // The longest run of rows that starts at key j, which may be negative.
+  RowRun<T> from(int64_t j) const {
+    if (j < valid_.begin) return {nullptr, 0, valid_.begin - j};
+    if (j >= valid_.end) return {nullptr, 0, kOpen};
+    int n = 0;
+    while (j >= runs_[n].end) ++n;
+    const Run& run = runs_[n];
+    return {run.first + (j - run.begin) * run.stride, run.stride,
+            std::min(run.end, valid_.end) - j};
+  }
+
+ private:
+  struct Run {
+    const T* first;
+    int64_t stride, begin, end;
+  };
+  template <typename F>
+  bool all(F&& holds) const {
+    return std::all_of(runs_, runs_ + n_runs_, holds);
+  }
+
+  int n_runs_;
+  Run runs_[kMaxKeyRuns];
+  KeyRange valid_;
 };
 
-// The position table of one group by column e = j - i + Tq - 1, which is row m = e - (Tq-1) +
-// offset of the table. Outside the table rows are zeros, or with `clamp` the table's first or last
-// row.
+// A table of positions: row m of `r`, or zeros outside of `r`, with `clamp` its first or last row.
 template <typename T>
 struct TableRows {
   const T* table;
-  int64_t stride, R, e_of_row0;
+  int64_t stride, R;
   bool clamp;
 
-  TableRows(const RelAttentionArgs& args, int64_t pair)
-      : table(args.r.head<const T>(args.batch_of(pair), args.head_of(pair))),
+  TableRows(const RelAttentionArgs& args, int64_t b, int64_t h)
+      : table(args.r.head<const T>(b, h)),
         stride(args.r.stride_t),
         R(args.R),
-        e_of_row0(args.Tq - 1 - args.offset),
         clamp(args.clamp) {}
 
-  RowRun<T> from(int64_t e) const {
-    const int64_t m = e - e_of_row0;
+  RowRun<T> from(int64_t m) const {
     if (m < 0) return {clamp ? table : nullptr, 0, -m};
     if (m < R) return {table + m * stride, stride, R - m};
     return {clamp ? table + (R - 1) * stride : nullptr, 0, kOpen};

@@ -1,14 +1,15 @@
 // rel_attention backward on the CPU, for one instruction set.
 //
-// A chunk is computed pair by pair, and a pair block by block of keys: all query tiles of the pair
-// recompute the block's probabilities from the saved log-sum-exp, while its packed keys and values
-// and their gradients are in the cache. These gradients and the position table's are accumulated
-// transposed, [D, keys], in float32. The tiles of probabilities and of score gradients are then
-// right-hand matrices without a transposition, and the score gradients, read with the skewed row
-// stride, are those by distance. Nothing is atomic: sums to which two chunks contribute go to
-// slots, which `finish` adds in order.
+// A chunk is computed unit by unit, a unit run by run, and a run block by block of keys: all query
+// tiles of the run, of all query heads that share the keys, recompute the block's probabilities from
+// the saved log-sum-exp, while its packed keys and values and their gradients are in the cache.
+// These gradients and the position table's are accumulated transposed, [D, keys], in float32. The
+// tiles of probabilities and of score gradients are then right-hand matrices without a
+// transposition, and the score gradients, read with the skewed row stride, are those by distance.
+// Nothing is atomic: sums to which two chunks contribute go to slots, which `finish` adds in order.
+#include <utility>
+
 #include "kernels.h"
-#include "philox.h"
 #include "rel_attention_bwd_outputs.h"
 #include "rel_attention_tile.h"
 
@@ -30,12 +31,14 @@ void transpose_tile(const operand_t* src, int64_t ld_src, int64_t rows, int64_t 
     std::fill(dst + d * K + rows, dst + (d + 1) * K, operand_t(0));
 }
 
-// dout's tile as operands, and delta_i = Σ_d dout_id · out_id.
+// dout's tile as operands, and delta_i = Σ_d dout_id · out_id - dlse_i. The gradient of the lse of a
+// row without keys is ignored.
 template <typename T>
 void load_dout(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
                const BwdTile<T>& tile) {
   const int64_t ld = row_length<T>(args.Dv);
-  Acc<T> dout[256], out[256];
+  const auto* lse = static_cast<const Acc<T>*>(args.lse) + (b * args.H + h) * args.Tq;
+  Acc<T> dout[kMaxHeadSize], out[kMaxHeadSize];
   for (int64_t a = 0; a < tile.rows.count(); ++a) {
     const int64_t i = tile.rows.begin + a;
     convert_row(grads.dout.head<const T>(b, h) + i * grads.dout.stride_t, dout, args.Dv);
@@ -44,6 +47,9 @@ void load_dout(const RelAttentionArgs& args, const RelAttentionGrads& grads, int
     std::fill(tile.dout + a * ld + args.Dv, tile.dout + (a + 1) * ld, Operand<T>(0));
     Acc<T> delta = 0;
     for (int64_t d = 0; d < args.Dv; ++d) delta += dout[d] * out[d];
+    const bool dead = lse[i] == -std::numeric_limits<Acc<T>>::infinity();
+    if (grads.dlse.data != nullptr && !dead)
+      delta -= grads.dlse.head<const Acc<T>>(b, h)[i * grads.dlse.stride_t];
     tile.delta[a] = delta;
   }
   std::fill(tile.dout + tile.rows.count() * ld, tile.dout + tile.rows.height * ld, Operand<T>(0));
@@ -54,13 +60,13 @@ void load_dout(const RelAttentionArgs& args, const RelAttentionGrads& grads, int
 // is rounded before the subtraction: where one key dominates the row, lse is that key's rounded
 // score, and p exactly 1.
 template <typename T, typename operand_p, typename operand_s>
-void gradient_row(const RelAttentionArgs& args, const Acc<T>* scores, const Acc<T>* dprobs,
+void gradient_row(const RelAttentionArgs& args, Acc<T> score_factor, const Acc<T>* scores, const Acc<T>* dprobs,
                   const Acc<T>* keep, Acc<T> lse, Acc<T> delta, int64_t n, operand_p* probs,
                   operand_s* dscores) {
   using Vec = Vectorized<Acc<T>>;
-  const Vec factor_vec(score_factor<Acc<T>>(args)), lse_vec(lse), delta_vec(delta),
+  const Vec factor_vec(score_factor), lse_vec(lse), delta_vec(delta),
       rescale(static_cast<Acc<T>>(1 / (1 - args.dropout_p))), zero(0), one(1), minus_one(-1);
-  const bool dropout = args.dropout_p > 0, capped = args.softcap > 0;
+  const bool dropout = keep != nullptr, capped = args.softcap > 0;
   for (int64_t j = 0; j < n; j += Vec::size()) {
     const Vec score = Vec::loadu(scores + j);
     const Vec p = exp_nonpositive(at::vec::clamp_max(score * factor_vec - lse_vec, zero));
@@ -92,20 +98,20 @@ void clear_gaps(operand_t* tile, int64_t rows, int64_t n, int64_t ld) {
   std::fill(tile + rows * ld, tile + rows * ld + kScoreSlack, operand_t(0));
 }
 
-// Probabilities and score gradients of a block, in the layouts that its products read.
+// Probabilities and score gradients of a block, in the layouts that its products read; `by_column`:
+// those of the position products too.
 template <typename T>
 void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, const BwdTile<T>& tile,
-                   Block block, const BwdWorkspace<T>& ws) {
+                   Block block, bool by_column, const BwdWorkspace<T>& ws) {
   constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
   const TileRows rows = tile.rows;
   const auto* lse = static_cast<const Acc<T>*>(args.lse) + (b * args.H + h) * args.Tq + rows.begin;
   const int64_t n = block.padded;
+  const Acc<T> factor = Factors<Acc<T>>(args).score;
   auto row = [&](int64_t a, auto* probs, auto* dscores) {
-    if (args.dropout_p > 0) {
-      dropout_keep(args.dropout_seed, b * args.H + h, rows.begin + a, block.begin, n,
-                   dropout_threshold(args.dropout_p), ws.keep);
-    }
-    gradient_row<T>(args, ws.scores + a * kScoreLd, ws.dprobs + a * kScoreLd, ws.keep,
+    const Acc<T>* keep =
+        args.dropout_p > 0 ? block_keep(args, b, h, rows.begin + a, block, ws.keep) : nullptr;
+    gradient_row<T>(args, factor, ws.scores + a * kScoreLd, ws.dprobs + a * kScoreLd, keep,
                     lse[a] == kNone ? 0 : lse[a], tile.delta[a], n, probs, dscores);
   };
   if constexpr (kPacked<T>) {
@@ -126,6 +132,7 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, const Bwd
       interleave(probs_even, probs_odd, n, ws.probs_pairs + a / 2 * kKeyBlock);
       interleave(even, odd, n, ws.dscores_pairs + a / 2 * kKeyBlock);
     }
+    if (!by_column) return;
     clear_gaps(ws.dscores, padded_rows, n, kScoreLd);
     clear_gaps(ws.shifted_pairs, padded_rows / 2, n, kPairLd);
     for (int64_t a = 0; a < padded_rows; a += 2) {
@@ -140,7 +147,7 @@ void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, const Bwd
       std::fill(ws.dprobs + a * kScoreLd, ws.dprobs + a * kScoreLd + n, Acc<T>(0));
       std::fill(ws.scores + a * kScoreLd, ws.scores + a * kScoreLd + n, Acc<T>(0));
     }
-    clear_gaps(ws.scores, rows.height, n, kScoreLd);
+    if (by_column) clear_gaps(ws.scores, rows.height, n, kScoreLd);
   }
 }
 
@@ -162,51 +169,77 @@ void key_product(const RelAttentionArgs& args, const BwdTile<T>& tile, Block blo
   });
 }
 
-// The five products of a block that read its probabilities and score gradients; `key`: the block's
-// first packed column; `keys`: as in key_product.
+// The products of a block that read its probabilities and score gradients. Element (a, x) of a
+// shifted tile is the score gradient of query a and table column x.
 template <typename T>
-void accumulate_block(const RelAttentionArgs& args, int64_t b, const BwdTile<T>& tile, Block block,
-                      Columns columns, int64_t key, const KeyRows<T>* keys,
-                      const BwdWorkspace<T>& ws) {
-  const int64_t height = tile.rows.height, K = row_length<T>(height), D = args.D;
-  // Element (a, x) of a shifted tile is the score gradient of query a and table column x.
-  const int64_t shift = height - 1;
+struct BlockGradients {
   const Operand<T>*probs, *dscores, *dscores_rows, *shifted;
   int64_t ld_probs, ld_shifted;
-  if constexpr (kPacked<T>) {
-    probs = operands<T>(ws.probs_pairs), dscores = operands<T>(ws.dscores_pairs);
-    dscores_rows = ws.dscores, shifted = operands<T>(ws.shifted_pairs - shift);
-    ld_probs = kKeyBlock, ld_shifted = kPairLd + 2;
-  } else {
-    probs = ws.dprobs, dscores = dscores_rows = ws.scores, shifted = ws.scores - shift;
-    ld_probs = kScoreLd, ld_shifted = kScoreLd + 1;
+
+  BlockGradients(const BwdWorkspace<T>& ws, int64_t height) {
+    const int64_t shift = height - 1;
+    if constexpr (kPacked<T>) {
+      probs = operands<T>(ws.probs_pairs), dscores = operands<T>(ws.dscores_pairs);
+      dscores_rows = ws.dscores, shifted = operands<T>(ws.shifted_pairs - shift);
+      ld_probs = kKeyBlock, ld_shifted = kPairLd + 2;
+    } else {
+      probs = ws.dprobs, dscores = dscores_rows = ws.scores, shifted = ws.scores - shift;
+      ld_probs = kScoreLd, ld_shifted = kScoreLd + 1;
+    }
   }
+};
+
+// dv, dk and dqu; `column`: the block's first column in the panels of dk and dv; `key`: its first
+// packed column; `keys`: as in key_product.
+template <typename T>
+void accumulate_keys(const RelAttentionArgs& args, int64_t b, const BwdTile<T>& tile, Block block,
+                     int64_t column, int64_t key, const KeyRows<T>* keys,
+                     const BwdWorkspace<T>& ws) {
   constexpr int64_t kPerWord = kRowsPerWord<T>;
+  const int64_t height = tile.rows.height, K = row_length<T>(height);
+  const BlockGradients<T> from(ws, height);
   for_each_column_piece(
-      0, block.padded, height,
-      [&](int64_t x, int64_t n) { return attending_rows(args, b, tile.rows, block.begin + x, n); },
+      column, block.padded, height,
+      [&](int64_t x, int64_t n) {
+        return attending_rows(args, b, tile.rows, block.begin + x - column, n);
+      },
       [&](int64_t x, int64_t size, RowSpan span) {
         const int64_t inner = row_length<T>(span.n());
-        const int64_t from = span.begin / kPerWord * ld_probs * kPerWord + x * kPerWord;
-        gemm(args.Dv, size, inner, tile.dout_t + span.begin, K, probs + from, ld_probs,
-             ws.dv_t + key + x, ws.ld_k, /*accumulate=*/true);
-        gemm(D, size, inner, tile.qu_t + span.begin, K, dscores + from, ld_probs, ws.dk_t + key + x,
-             ws.ld_k, /*accumulate=*/true);
+        const int64_t at = (span.begin / kPerWord * from.ld_probs + x - column) * kPerWord;
+        gemm(args.Dv, size, inner, tile.dout_t + span.begin, K, from.probs + at, from.ld_probs,
+             ws.dv_t.at(x), ws.dv_t.ld, /*accumulate=*/true);
+        gemm(args.D, size, inner, tile.qu_t + span.begin, K, from.dscores + at, from.ld_probs,
+             ws.dk_t.at(x), ws.dk_t.ld, /*accumulate=*/true);
       });
-  key_product<T>(args, tile, block, key, keys, dscores_rows, ws);
+  key_product<T>(args, tile, block, key, keys, from.dscores_rows, ws);
+}
+
+// dr and dqv; pieces of columns without a row of `r` are skipped. `head`: counted from the unit's
+// first.
+template <typename T>
+void accumulate_positions(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t head,
+                          const BwdTile<T>& tile, Block block, Columns columns,
+                          const BwdWorkspace<T>& ws) {
+  constexpr int64_t kPerWord = kRowsPerWord<T>;
+  const int64_t height = tile.rows.height, K = row_length<T>(height), D = args.Dp;
+  const BlockGradients<T> from(ws, height);
+  const Panels<Acc<T>> dr_t = table_of(args, ws.dr_t, ws.dr_t_size, head);
+  const Word<T>* r = ws.r + (args.r_per_head ? head * ws.r_size : 0);
   for_each_column_piece(
       columns.first, columns.n, height,
       [&](int64_t x, int64_t n) { return shifted_rows(tile.rows, block, columns, x, n); },
       [&](int64_t x, int64_t size, RowSpan span) {
-        const int64_t column = x - columns.origin;
+        if (!has_rows(args, plan, x, size)) return;
+        const int64_t at = span.begin / kPerWord * from.ld_shifted + x - columns.origin;
         gemm(D, size, row_length<T>(span.n()), tile.qv_t + span.begin, K,
-             shifted + span.begin / kPerWord * ld_shifted * kPerWord + column * kPerWord,
-             ld_shifted, ws.dr_t.at(x), kPanelLd, /*accumulate=*/true);
+             from.shifted + at * kPerWord, from.ld_shifted, dr_t.at(x), dr_t.ld,
+             /*accumulate=*/true);
       });
+  const Operand<T>* shifted = from.dscores_rows - (height - 1);
   for_each_inner_piece(columns.first, columns.n, [&](int64_t x, int64_t size) {
-    const int64_t column = x - columns.origin;
-    gemm(height, D, size, dscores_rows - shift + column, kScoreLd + 1,
-         operands<T>(ws.r + x / kPerWord * ws.ld_row), ws.ld_row, tile.dqv, ws.ld_acc,
+    if (!has_rows(args, plan, x, size)) return;
+    gemm(height, D, size, shifted + x - columns.origin, kScoreLd + 1,
+         operands<T>(r + x / kPerWord * ws.ld_r), ws.ld_r, tile.dqv, ws.ld_acc_pos,
          /*accumulate=*/true);
   });
 }
@@ -215,25 +248,25 @@ template <typename T>
 void load_tile(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
                const BwdTile<T>& tile, const BwdWorkspace<T>& ws) {
   const int64_t n_rows = tile.rows.count(), K = row_length<T>(tile.rows.height);
-  const int64_t ld_q = row_length<T>(args.D), ld_o = row_length<T>(args.Dv);
-  load_queries<T>(args, b, h, tile.rows, tile.qu, tile.qv, ld_q);
+  load_queries<T>(args, b, h, tile.rows, tile.qu, tile.qv);
   load_dout<T>(args, grads, b, h, tile);
-  transpose_tile(tile.qu, ld_q, n_rows, args.D, tile.qu_t, K);
-  transpose_tile(tile.qv, ld_q, n_rows, args.D, tile.qv_t, K);
-  transpose_tile(tile.dout, ld_o, n_rows, args.Dv, tile.dout_t, K);
+  transpose_tile(tile.qu, row_length<T>(args.D), n_rows, args.D, tile.qu_t, K);
+  transpose_tile(tile.qv, row_length<T>(args.Dp), n_rows, args.Dp, tile.qv_t, K);
+  transpose_tile(tile.dout, row_length<T>(args.Dv), n_rows, args.Dv, tile.dout_t, K);
   std::fill(tile.dqu, tile.dqu + tile.rows.height * ws.ld_acc, Acc<T>(0));
-  std::fill(tile.dqv, tile.dqv + tile.rows.height * ws.ld_acc, Acc<T>(0));
+  std::fill(tile.dqv, tile.dqv + tile.rows.height * ws.ld_acc_pos, Acc<T>(0));
 }
 
-// One tile against the part of a block to which it attends; `key`: the part's first packed column.
+// One tile against the part of a block to which it attends. `head`: counted from the unit's first;
+// `column`, `key`, `keys`: as in accumulate_keys.
 template <typename T>
-void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t h,
-              const BwdTile<T>& tile, Block part, int64_t key, const KeyRows<T>* keys,
-              const BwdWorkspace<T>& ws) {
-  const int64_t ld_o = row_length<T>(args.Dv);
-  const Columns columns = block_columns(args, plan, tile.rows, part);
-  score_block<T>(args, b, tile.rows, part, columns, tile.qu, tile.qv, ws.k_t + key, ws.ld_k, ws.r_t,
-                 ws.scores);
+void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t hk,
+              int64_t head, const BwdTile<T>& tile, Block part, int64_t column, int64_t key,
+              const KeyRows<T>* keys, const BwdWorkspace<T>& ws) {
+  const int64_t ld_o = row_length<T>(args.Dv), h = hk * plan.heads + head;
+  const Columns columns = block_columns(args, plan, b, tile.rows, part);
+  score_block<T>(args, plan, b, tile.rows, part, columns, tile.qu, tile.qv, ws.k_t + key, ws.ld_k,
+                 table_of(args, ws.r_t, ws.r_t_size, head), ws.scores);
   // A piece leaves out rows whose probabilities are 0; their gradients must be finite.
   auto clear = [&](int64_t first, int64_t last, int64_t x, int64_t size) {
     for (int64_t a = first; a < last; ++a)
@@ -250,42 +283,82 @@ void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
         clear(span.end, tile.rows.height, x, size);
       });
   finish_scores<T>(args, b, h, tile.rows, part, ws.scores);
-  gradient_rows<T>(args, b, h, tile, part, ws);
-  accumulate_block<T>(args, b, tile, part, columns, key, keys, ws);
+  const bool by_column = has_rows(args, plan, columns.first, columns.n);
+  gradient_rows<T>(args, b, h, tile, part, by_column, ws);
+  accumulate_keys<T>(args, b, tile, part, column, key, keys, ws);
+  if (by_column) accumulate_positions<T>(args, plan, head, tile, part, columns, ws);
 }
 
-// Items [first, last] of one pair: those of its query tiles that belong to this chunk.
+// Items [first, stop) of one unit, counted from the unit's first.
 template <typename T>
-void bwd_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan,
-              const RelAttentionGrads& grads, const RelAttentionPartials& partials, int64_t first,
-              int64_t last, int64_t slot, const BwdWorkspace<T>& ws) {
-  const int64_t pair = first / plan.n_tiles, b = args.batch_of(pair), h = args.head_of(pair);
-  auto tile = [&](int64_t item) {
-    return ws.tile(tile_rows(args, plan, item % plan.n_tiles), item - first);
-  };
-  for (int64_t item = first; item <= last; ++item) load_tile<T>(args, grads, b, h, tile(item), ws);
-  std::fill(ws.dbias, ws.dbias + 2 * args.D, Acc<T>(0));
-
-  const KeyRows<T> keys(args, args.mem_k, args.k, b, h), values(args, args.mem_v, args.v, b, h);
+void bwd_unit(const RelAttentionArgs& args, const RelAttentionPlan& plan,
+              const RelAttentionGrads& grads, const RelAttentionPartials& partials, int64_t unit,
+              int64_t first, int64_t stop, int64_t slot, const BwdWorkspace<T>& ws) {
+  const int64_t b = args.batch_of(unit), hk = args.key_head_of(unit);
+  const KeyRows<T> keys(args, &KeyRun::k, b, hk), values(args, &KeyRun::v, b, hk);
   const bool in_place = kReadable<T> && keys.adjacent(args.D);
-  const TileKeys seen = tile_keys(args, plan, b, tile(first).rows.begin, tile(last).rows.end);
-  clear_other_keys<T>(args, grads, partials, b, h, {seen.aligned_begin, seen.end}, slot, ws);
-  for_each_block(seen, [&](Block block) {
-    const int64_t end = block.begin + block.padded;
-    pack_transposed<T>(keys, block.begin, end, args.D, ws.stage, ws.k_t, ws.ld_k);
-    pack_transposed<T>(values, block.begin, end, args.Dv, ws.stage, ws.v_t, ws.ld_k);
-    if (!in_place) pack_natural<T>(keys, block.begin, end, args.D, ws.stage, ws.k, ws.ld_row);
-    std::fill(ws.dk_t, ws.dk_t + args.D * ws.ld_k, Acc<T>(0));
-    std::fill(ws.dv_t, ws.dv_t + args.Dv * ws.ld_k, Acc<T>(0));
-    for (int64_t item = first; item <= last; ++item) {
-      const Block part = seen_part(args, b, tile(item).rows, block);
-      if (part.n == 0) continue;
-      bwd_tile<T>(args, plan, b, h, tile(item), part, part.begin - block.begin,
-                  in_place ? &keys : nullptr, ws);
+  const bool whole = plan.has_several_runs();  // the panels of dk and dv hold all keys
+  const TileKeys all = keys_of_items(args, plan, b, first, stop);
+  const int64_t padded = round_up(all.end - all.aligned_begin, 16);
+  auto clear_keys = [&](int64_t n) {
+    auto clear = [](Acc<T>* row, int64_t size) { std::fill(row, row + size, Acc<T>(0)); };
+    ws.dk_t.for_each_row(0, n, clear);
+    ws.dv_t.for_each_row(0, n, clear);
+  };
+  clear_other_keys<T>(args, grads, partials, b, hk, {all.aligned_begin, all.end}, slot, ws);
+  if (whole) clear_keys(padded);
+  for_each_run(args, plan, b, first, stop, [&](int64_t begin, int64_t end, TileKeys seen) {
+    auto item = [&](int64_t n) { return plan.item(begin + n); };
+    auto tile = [&](int64_t n) { return ws.tile(tile_rows(args, plan, item(n).tile), n); };
+    const int64_t n_items = end - begin;
+    for (int64_t n = 0; n < n_items; ++n)
+      load_tile<T>(args, grads, b, hk * plan.heads + item(n).head, tile(n), ws);
+    for_each_block(seen, [&](Block block) {
+      const int64_t origin = whole ? all.aligned_begin : block.begin;
+      if (!whole) clear_keys(block.padded);
+      bool packed = false;
+      for (int64_t n = 0; n < n_items; ++n) {
+        const Block part = seen_part(args, b, tile(n).rows, block);
+        if (part.n == 0) continue;
+        if (!std::exchange(packed, true)) {
+          const int64_t stop_key = block.begin + block.padded;
+          pack_transposed<T>(keys, block.begin, stop_key, args.D, ws.stage, ws.k_t, ws.ld_k);
+          pack_transposed<T>(values, block.begin, stop_key, args.Dv, ws.stage, ws.v_t, ws.ld_k);
+          if (!in_place)
+            pack_natural<T>(keys, block.begin, stop_key, args.D, ws.stage, ws.k, ws.ld_row);
+        }
+        bwd_tile<T>(args, plan, b, hk, item(n).head, tile(n), part, part.begin - origin,
+                    part.begin - block.begin, in_place ? &keys : nullptr, ws);
+      }
+      if (!whole) {
+        const KeyRange span{block.begin, block.begin + block.n};
+        write_keys<T>(args, grads, partials, b, hk, span, block.begin, slot, ws);
+      }
+    });
+    for (int64_t n = 0; n < n_items; ++n) {
+      const int64_t head = item(n).head;
+      write_dq<T>(args, grads, b, hk * plan.heads + head, tile(n), ws,
+                  ws.dbias + head * (args.D + args.Dp));
     }
-    write_keys<T>(args, grads, partials, b, h, block, slot, ws);
   });
-  for (int64_t item = first; item <= last; ++item) write_dq<T>(args, grads, b, h, tile(item), ws);
+  if (whole) {
+    const KeyRange span{all.aligned_begin, all.end};
+    write_keys<T>(args, grads, partials, b, hk, span, all.aligned_begin, slot, ws);
+  }
+}
+
+// Packs the tables of a unit's group and clears their gradients.
+template <typename T>
+void load_tables(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t unit,
+                 const BwdWorkspace<T>& ws) {
+  const int64_t begin = plan.packed_begin, end = plan.packed_end, row = plan.column_begin;
+  for_each_table<T>(args, unit, [&](int64_t n, const TableRows<T>& table) {
+    pack_table<T>(table, plan, args.Dp, ws.stage, table_of(args, ws.r_t, ws.r_t_size, n));
+    pack_natural<T>(table, row + begin, row + end, args.Dp, ws.stage,
+                    ws.r + n * ws.r_size + begin / kRowsPerWord<T> * ws.ld_r, ws.ld_r);
+    table_of(args, ws.dr_t, ws.dr_t_size, n)
+        .for_each_row(begin, end, [](Acc<T>* x, int64_t size) { std::fill(x, x + size, 0); });
+  });
 }
 
 template <typename T>
@@ -296,25 +369,24 @@ void bwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan,
   const BwdWorkspace<T> ws(args, plan, arena);
   const int64_t start = plan.chunks[static_cast<size_t>(chunk)],
                 stop = plan.chunks[static_cast<size_t>(chunk + 1)];
+  const int64_t n_items = plan.unit_items(), bias_size = ws.bias_size(args);
   int64_t group = -1;
   for (int64_t item = start, next; item < stop; item = next) {
-    const int64_t pair = item / plan.n_tiles;
-    next = std::min(stop, (pair + 1) * plan.n_tiles);
-    const bool whole = item == pair * plan.n_tiles && next == (pair + 1) * plan.n_tiles;
-    const int64_t slot = whole ? -1 : 2 * chunk + (pair != start / plan.n_tiles);
-    if (args.group_of(pair) != group) {
-      if (group >= 0) write_table<T>(args, plan, partials, group + chunk, ws);
-      group = args.group_of(pair);
-      const TableRows<T> table(args, pair);
-      pack_table<T>(table, plan, args.D, ws.stage, ws.r_t);
-      pack_natural<T>(table, plan.e_begin, plan.e_end, args.D, ws.stage, ws.r, ws.ld_row);
-      for_each_panel_row(plan, ws.dr_t, [](Acc<T>* row, int64_t n) { std::fill(row, row + n, 0); });
+    const int64_t unit = item / n_items, before = unit * n_items;
+    next = std::min(stop, before + n_items);
+    const bool whole = item == before && next == before + n_items;
+    const int64_t slot = whole ? -1 : 2 * chunk + (unit != start / n_items);
+    if (args.group_of(unit) != group) {
+      if (group >= 0) write_tables<T>(args, plan, partials, group + chunk, ws);
+      group = args.group_of(unit);
+      load_tables<T>(args, plan, unit, ws);
     }
-    bwd_pair<T>(args, plan, grads, partials, item, next - 1, slot, ws);
-    std::copy(ws.dbias, ws.dbias + 2 * args.D,
-              static_cast<Acc<T>*>(partials.dbias) + (pair + chunk) * 2 * args.D);
+    std::fill(ws.dbias, ws.dbias + bias_size, Acc<T>(0));
+    bwd_unit<T>(args, plan, grads, partials, unit, item - before, next - before, slot, ws);
+    std::copy(ws.dbias, ws.dbias + bias_size,
+              static_cast<Acc<T>*>(partials.dbias) + (unit + chunk) * bias_size);
   }
-  if (group >= 0) write_table<T>(args, plan, partials, group + chunk, ws);
+  if (group >= 0) write_tables<T>(args, plan, partials, group + chunk, ws);
   gemm_release();
 }
 
@@ -326,7 +398,15 @@ int64_t bwd_workspace(const RelAttentionArgs& args, const RelAttentionPlan& plan
 }
 
 template <typename T>
-constexpr BwdKernels kBwdKernels{bwd_workspace<T>, bwd_chunk<T>, bwd_finish<T>};
+int64_t bwd_item_bytes(const RelAttentionArgs& args) {
+  const int64_t D = args.D + args.Dp;
+  const auto operands = static_cast<int64_t>(sizeof(Operand<T>)) * 2 *
+                        (tile_size<T>(args.D) + tile_size<T>(args.Dp) + tile_size<T>(args.Dv));
+  return operands + static_cast<int64_t>(sizeof(Acc<T>)) * kQueryTile * round_up(D + 1, 16);
+}
+
+template <typename T>
+constexpr BwdKernels kBwdKernels{bwd_item_bytes<T>, bwd_workspace<T>, bwd_chunk<T>, bwd_finish<T>};
 
 }  // namespace
 

@@ -1,14 +1,16 @@
 // rel_attention forward on the CPU, for one instruction set.
 //
-// A chunk is computed pair by pair, and a pair block by block of keys: all query tiles of the pair
-// use a block while it is in the cache. For a tile of up to 64 queries, two products write the
-// shifted scores into a score tile, a pass over its rows turns them into probabilities relative to
-// a running maximum (online softmax, sums in float32), and a third product adds their products with
-// the values to the output. The position table is packed (transposed) once per table, keys and
-// values once per block. Values that only one tile uses, or whose rows are adjacent, are read from
-// the caller's memory if products can read them there.
+// A chunk is computed unit by unit, a unit run by run, and a run block by block of keys: all query
+// tiles of the run, of all query heads that share the keys, use a block while it is in the cache.
+// For a tile of up to 64 queries, two products write the shifted scores into a score tile, a pass
+// over its rows turns them into probabilities relative to a running maximum (online softmax, sums in
+// float32), and a third product adds their products with the values to the output. The position
+// table is packed (transposed) once per table, keys and values once per block and run. Values that
+// only one tile uses, or whose rows are adjacent, are read from the caller's memory if products can
+// read them there.
+#include <utility>
+
 #include "kernels.h"
-#include "philox.h"
 #include "rel_attention_tile.h"
 
 namespace txl::TXL_ISA {
@@ -24,34 +26,34 @@ struct FwdTile {
 
 template <typename T>
 struct FwdWorkspace {
-  int64_t ld_k, ld_v, ld_acc, q_size;
-  TablePanels<Word<T>> r_t;
+  int64_t ld_k, ld_v, ld_acc, q_size, q_pos_size;
+  Panels<Word<T>> r_t;  // of the first table of a group
+  int64_t table_size;   // from one table to the next
   Word<T>*k_t, *v;
   Operand<T>*queries, *probs, *stage;
   Acc<T>*accs, *maxima, *sums, *scores, *keep;
 
   FwdWorkspace(const RelAttentionArgs& args, const RelAttentionPlan& plan, Arena& arena) {
-    const int64_t n_tiles = plan.n_tiles, key_block = plan.key_block;
+    const int64_t items = plan.run_items, key_block = plan.key_block;
     ld_k = leading_dimension(key_block + 16);
     ld_v = leading_dimension(args.Dv);
     ld_acc = round_up(args.Dv, 16);
-    q_size = kQueryTile * round_up(row_length<T>(args.D), 16);
+    q_size = tile_size<T>(args.D), q_pos_size = tile_size<T>(args.Dp);
     k_t = arena.take<Word<T>>(row_words<T>(args.D) * ld_k);
-    const int64_t words = row_words<T>(args.D);
-    r_t = take_table<Word<T>>(arena, words, plan);
+    r_t = take_tables<Word<T>>(arena, args, plan, row_words<T>(args.Dp), &table_size);
     v = arena.take<Word<T>>(key_block / kRowsPerWord<T> * ld_v);
-    queries = arena.take<Operand<T>>(n_tiles * 2 * q_size);
-    accs = arena.take<Acc<T>>(n_tiles * kQueryTile * ld_acc);
-    maxima = arena.take<Acc<T>>(n_tiles * kQueryTile);
-    sums = arena.take<Acc<T>>(n_tiles * kQueryTile);
+    queries = arena.take<Operand<T>>(items * (q_size + q_pos_size));
+    accs = arena.take<Acc<T>>(items * kQueryTile * ld_acc);
+    maxima = arena.take<Acc<T>>(items * kQueryTile);
+    sums = arena.take<Acc<T>>(items * kQueryTile);
     probs = kPacked<T> ? arena.take<Operand<T>>(kQueryTile * kScoreLd) : nullptr;
-    stage = arena.take<Operand<T>>(16 * row_length<T>(std::max(args.D, args.Dv)));
+    stage = arena.take<Operand<T>>(16 * row_length<T>(std::max({args.D, args.Dp, args.Dv})));
     scores = arena.take<Acc<T>>(kScoreSize) + kScoreSlack;
-    keep = arena.take<Acc<T>>(kKeyBlock);
+    keep = arena.take<Acc<T>>(kKeyBlock + 16);
   }
 
   FwdTile<T> tile(TileRows rows, int64_t index) const {
-    Operand<T>* q = queries + index * 2 * q_size;
+    Operand<T>* q = queries + index * (q_size + q_pos_size);
     const int64_t row = index * kQueryTile;
     return {rows, q, q + q_size, accs + row * ld_acc, maxima + row, sums + row};
   }
@@ -87,11 +89,9 @@ void scale_row(acc_t* row, acc_t factor, int64_t n) {
 // One row of one block: replaces masked scores by probabilities, updates the running maximum and
 // sum.
 template <typename T>
-void softmax_row(const RelAttentionArgs& args, int64_t pair_bh, int64_t i, Block block,
-                 Acc<T>* scores, Operand<T>* probs, Acc<T>* max, Acc<T>* sum, Acc<T>* acc,
-                 Acc<T>* keep) {
+void softmax_row(const RelAttentionArgs& args, Acc<T> factor, Block block, const Acc<T>* keep,
+                 Acc<T>* scores, Operand<T>* probs, Acc<T>* max, Acc<T>* sum, Acc<T>* acc) {
   constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
-  const auto factor = score_factor<Acc<T>>(args);
   const Acc<T> new_max = std::max(*max, factor * row_max(scores, block.padded));
   const Acc<T> shift = new_max == kNone ? 0 : new_max;
   const Acc<T> block_sum = exponentiate(scores, factor, shift, block.padded, probs);
@@ -102,9 +102,7 @@ void softmax_row(const RelAttentionArgs& args, int64_t pair_bh, int64_t i, Block
   }
   *sum += block_sum;
   *max = new_max;
-  if (args.dropout_p > 0) {
-    dropout_keep(args.dropout_seed, pair_bh, i, block.begin, block.padded,
-                 dropout_threshold(args.dropout_p), keep);
+  if (keep != nullptr) {
     for (int64_t c = 0; c < block.padded; ++c) {
       if (keep[c] == 0) probs[c] = Operand<T>(0);
     }
@@ -154,7 +152,7 @@ template <typename T>
 void load_tile(const RelAttentionArgs& args, int64_t b, int64_t h, const FwdTile<T>& tile,
                int64_t ld_acc) {
   const int64_t n_rows = tile.rows.count();
-  load_queries<T>(args, b, h, tile.rows, tile.qu, tile.qv, row_length<T>(args.D));
+  load_queries<T>(args, b, h, tile.rows, tile.qu, tile.qv);
   std::fill(tile.acc, tile.acc + tile.rows.height * ld_acc, Acc<T>(0));
   std::fill(tile.max, tile.max + n_rows, -std::numeric_limits<Acc<T>>::infinity());
   std::fill(tile.sum, tile.sum + n_rows, Acc<T>(0));
@@ -164,19 +162,21 @@ void load_tile(const RelAttentionArgs& args, int64_t b, int64_t h, const FwdTile
 template <typename T>
 void fwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b, int64_t h,
               const FwdTile<T>& tile, Block part, int64_t key, const KeyRows<T>* values,
-              const FwdWorkspace<T>& ws) {
-  score_block<T>(args, b, tile.rows, part, block_columns(args, plan, tile.rows, part), tile.qu,
-                 tile.qv, ws.k_t + key, ws.ld_k, ws.r_t, ws.scores);
+              Panels<Word<T>> r_t, const FwdWorkspace<T>& ws) {
+  score_block<T>(args, plan, b, tile.rows, part, block_columns(args, plan, b, tile.rows, part),
+                 tile.qu, tile.qv, ws.k_t + key, ws.ld_k, r_t, ws.scores);
   finish_scores<T>(args, b, h, tile.rows, part, ws.scores);
   Operand<T>* probs;
   if constexpr (kPacked<T>)
     probs = ws.probs;
   else
     probs = ws.scores;
+  const Acc<T> factor = Factors<Acc<T>>(args).score;
   for (int64_t a = 0; a < tile.rows.count(); ++a) {
-    softmax_row<T>(args, b * args.H + h, tile.rows.begin + a, part, ws.scores + a * kScoreLd,
-                   probs + a * kScoreLd, tile.max + a, tile.sum + a, tile.acc + a * ws.ld_acc,
-                   ws.keep);
+    const Acc<T>* keep =
+        args.dropout_p > 0 ? block_keep(args, b, h, tile.rows.begin + a, part, ws.keep) : nullptr;
+    softmax_row<T>(args, factor, part, keep, ws.scores + a * kScoreLd, probs + a * kScoreLd,
+                   tile.max + a, tile.sum + a, tile.acc + a * ws.ld_acc);
   }
   if constexpr (kPacked<T>) {
     for (int64_t a = tile.rows.count(); a < tile.rows.height; ++a)
@@ -185,16 +185,12 @@ void fwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
   value_product<T>(args, tile, part, key, values, probs, ws);
 }
 
-// Items [first, last] of one pair: those of its query tiles that belong to this chunk.
+// Items [first, stop) of one unit, counted from the unit's first.
 template <typename T>
-void fwd_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t first,
-              int64_t last, const FwdWorkspace<T>& ws) {
-  const int64_t pair = first / plan.n_tiles, b = args.batch_of(pair), h = args.head_of(pair);
-  auto tile = [&](int64_t item) {
-    return ws.tile(tile_rows(args, plan, item % plan.n_tiles), item - first);
-  };
-  for (int64_t item = first; item <= last; ++item) load_tile<T>(args, b, h, tile(item), ws.ld_acc);
-  const KeyRows<T> keys(args, args.mem_k, args.k, b, h), values(args, args.mem_v, args.v, b, h);
+void fwd_unit(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t unit,
+              int64_t first, int64_t stop, const FwdWorkspace<T>& ws) {
+  const int64_t b = args.batch_of(unit), hk = args.key_head_of(unit);
+  const KeyRows<T> keys(args, &KeyRun::k, b, hk), values(args, &KeyRun::v, b, hk);
   // Packing costs more than it saves if only one tile uses the values, or if their rows are
   // adjacent and many tiles use them. (Read in place with AVX-512: two tiles, D 128, 2% slower;
   // eight tiles, D 64, 1.5% faster. With AVX2 both are faster.)
@@ -203,22 +199,33 @@ void fwd_pair(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
 #else
   constexpr int64_t kMany = 2;
 #endif
-  const bool pays = first == last || (last - first + 1 >= kMany && values.adjacent(args.Dv));
+  const bool pays = stop - first == 1 || (stop - first >= kMany && values.adjacent(args.Dv));
   const bool in_place = kReadable<T> && pays && values.products_can_read(args.Dv);
-  const TileKeys seen = tile_keys(args, plan, b, tile(first).rows.begin, tile(last).rows.end);
-  for_each_block(seen, [&](Block block) {
-    const int64_t end = block.begin + block.padded;
-    pack_transposed<T>(keys, block.begin, end, args.D, ws.stage, ws.k_t, ws.ld_k);
-    if (!in_place) pack_natural<T>(values, block.begin, end, args.Dv, ws.stage, ws.v, ws.ld_v);
-    for (int64_t item = first; item <= last; ++item) {
-      const Block part = seen_part(args, b, tile(item).rows, block);
-      if (part.n == 0) continue;
-      fwd_tile<T>(args, plan, b, h, tile(item), part, part.begin - block.begin,
-                  in_place ? &values : nullptr, ws);
-    }
+  for_each_run(args, plan, b, first, stop, [&](int64_t begin, int64_t end, TileKeys seen) {
+    auto head = [&](int64_t n) { return hk * plan.heads + plan.item(begin + n).head; };
+    auto tile = [&](int64_t n) {
+      return ws.tile(tile_rows(args, plan, plan.item(begin + n).tile), n);
+    };
+    const int64_t n_items = end - begin;
+    for (int64_t n = 0; n < n_items; ++n) load_tile<T>(args, b, head(n), tile(n), ws.ld_acc);
+    for_each_block(seen, [&](Block block) {
+      bool packed = false;
+      for (int64_t n = 0; n < n_items; ++n) {
+        const Block part = seen_part(args, b, tile(n).rows, block);
+        if (part.n == 0) continue;
+        if (!std::exchange(packed, true)) {
+          const int64_t block_end = block.begin + block.padded;
+          pack_transposed<T>(keys, block.begin, block_end, args.D, ws.stage, ws.k_t, ws.ld_k);
+          if (!in_place)
+            pack_natural<T>(values, block.begin, block_end, args.Dv, ws.stage, ws.v, ws.ld_v);
+        }
+        fwd_tile<T>(args, plan, b, head(n), tile(n), part, part.begin - block.begin,
+                    in_place ? &values : nullptr,
+                    table_of(args, ws.r_t, ws.table_size, plan.item(begin + n).head), ws);
+      }
+    });
+    for (int64_t n = 0; n < n_items; ++n) write_outputs<T>(args, b, head(n), tile(n), ws.ld_acc);
   });
-  for (int64_t item = first; item <= last; ++item)
-    write_outputs<T>(args, b, h, tile(item), ws.ld_acc);
 }
 
 template <typename T>
@@ -226,16 +233,18 @@ void fwd_chunk(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64
                char* workspace) {
   Arena arena(workspace);
   const FwdWorkspace<T> ws(args, plan, arena);
-  const int64_t stop = plan.chunks[static_cast<size_t>(chunk + 1)];
+  const int64_t stop = plan.chunks[static_cast<size_t>(chunk + 1)], n_items = plan.unit_items();
   int64_t group = -1;
   for (int64_t item = plan.chunks[static_cast<size_t>(chunk)], next; item < stop; item = next) {
-    const int64_t pair = item / plan.n_tiles;
-    next = std::min(stop, (pair + 1) * plan.n_tiles);
-    if (args.group_of(pair) != group) {
-      group = args.group_of(pair);
-      pack_table<T>(TableRows<T>(args, pair), plan, args.D, ws.stage, ws.r_t);
+    const int64_t unit = item / n_items, before = unit * n_items;
+    next = std::min(stop, before + n_items);
+    if (args.group_of(unit) != group) {
+      group = args.group_of(unit);
+      for_each_table<T>(args, unit, [&](int64_t n, const TableRows<T>& table) {
+        pack_table<T>(table, plan, args.Dp, ws.stage, table_of(args, ws.r_t, ws.table_size, n));
+      });
     }
-    fwd_pair<T>(args, plan, item, next - 1, ws);
+    fwd_unit<T>(args, plan, unit, item - before, next - before, ws);
   }
   gemm_release();
 }
@@ -247,11 +256,19 @@ int64_t fwd_workspace(const RelAttentionArgs& args, const RelAttentionPlan& plan
   return arena.used();
 }
 
+template <typename T>
+int64_t fwd_item_bytes(const RelAttentionArgs& args) {
+  const auto operands = static_cast<int64_t>(sizeof(Operand<T>)) *
+                        (tile_size<T>(args.D) + tile_size<T>(args.Dp));
+  return operands + static_cast<int64_t>(sizeof(Acc<T>)) * kQueryTile * (round_up(args.Dv, 16) + 2);
+}
+
+template <typename T>
+constexpr FwdKernels kFwdKernels{fwd_item_bytes<T>, fwd_workspace<T>, fwd_chunk<T>};
+
 }  // namespace
 
-const FwdKernels fwd_kernels[4] = {{fwd_workspace<float>, fwd_chunk<float>},
-                                   {fwd_workspace<double>, fwd_chunk<double>},
-                                   {fwd_workspace<Half>, fwd_chunk<Half>},
-                                   {fwd_workspace<BFloat16>, fwd_chunk<BFloat16>}};
+const FwdKernels fwd_kernels[4] = {kFwdKernels<float>, kFwdKernels<double>, kFwdKernels<Half>,
+                                   kFwdKernels<BFloat16>};
 
 }  // namespace txl::TXL_ISA

@@ -27,9 +27,9 @@ int64_t chunks_of_whole_tables(int64_t n_tables, int64_t threads) {
   return threads;
 }
 
-// Divides the items into at most `max_chunks` runs of about equal cost. A border between two pairs
-// is preferred if one is near.
-std::vector<int64_t> deal(const std::vector<int64_t>& cost_before, int64_t n_tiles,
+// Divides the items into at most `max_chunks` sequences of about equal cost. A border between two
+// units is preferred if one is near.
+std::vector<int64_t> deal(const std::vector<int64_t>& cost_before, int64_t unit_items,
                           int64_t max_chunks) {
   const int64_t n_items = static_cast<int64_t>(cost_before.size()) - 1;
   const int64_t n_chunks = std::max<int64_t>(1, std::min(max_chunks, n_items));
@@ -42,9 +42,9 @@ std::vector<int64_t> deal(const std::vector<int64_t>& cost_before, int64_t n_til
     };
     const auto after = std::lower_bound(cost_before.begin(), cost_before.end(), target);
     int64_t item = std::min<int64_t>(after - cost_before.begin(), n_items);
-    const int64_t pair_begin = item / n_tiles * n_tiles;
-    const int64_t pair_end = std::min(pair_begin + n_tiles, n_items);
-    const int64_t border = distance(pair_begin) <= distance(pair_end) ? pair_begin : pair_end;
+    const int64_t unit_begin = item / unit_items * unit_items;
+    const int64_t unit_end = std::min(unit_begin + unit_items, n_items);
+    const int64_t border = distance(unit_begin) <= distance(unit_end) ? unit_begin : unit_end;
     if (distance(border) <= 0.03 * share) item = border;
     if (item > chunks.back() && item < n_items) chunks.push_back(item);
   }
@@ -52,69 +52,147 @@ std::vector<int64_t> deal(const std::vector<int64_t>& cost_before, int64_t n_til
   return chunks;
 }
 
+// The columns of the position table that some tile reads, and each tile's cost.
+class TileSurvey {
+ public:
+  TileSurvey(const RelAttentionArgs& args, RelAttentionPlan& plan) : args_(args), plan_(plan) {
+    costs_.resize(static_cast<size_t>(args.B * plan.n_tiles));
+    for (int64_t b = 0; b < args.B; ++b) {
+      for (int64_t tile = 0; tile < plan.n_tiles; ++tile) visit(b, tile);
+    }
+    set_columns();
+  }
+  int64_t cost(int64_t b, int64_t tile) const {
+    return costs_[static_cast<size_t>(b * plan_.n_tiles + tile)];
+  }
+
+ private:
+  void visit(int64_t b, int64_t tile) {
+    const int64_t row_begin = tile * plan_.tile_rows;
+    const int64_t row_end = std::min(row_begin + plan_.tile_rows, args_.Tq);
+    const TileKeys keys = tile_keys(args_, plan_, b, row_begin, row_end);
+    costs_[static_cast<size_t>(b * plan_.n_tiles + tile)] = keys.end - keys.begin + kQueryTile;
+    if (keys.begin >= keys.end) return;
+    const int64_t height = plan_.tile_height(row_end - row_begin), offset = args_.row_offset(b) + 1;
+    const int64_t first = keys.aligned_begin - (row_begin + height) + offset;
+    // Keys and columns are rounded up to multiples of 16 each.
+    const int64_t last = keys.end + 32 - row_begin + offset;
+    begin_ = any_ ? std::min(begin_, first) : first;
+    end_ = any_ ? std::max(end_, last) : last;
+    any_ = true;
+  }
+
+  // Every tile's first column is a multiple of 16 from the first column, and for keys and queries in
+  // multiples of 64 a multiple of 64, so that its products are cut into large pieces.
+  void set_columns() {
+    if (!any_) return;
+    const int64_t phase = args_.row_offset(0) + 1 - plan_.tile_height(plan_.tile_rows);
+    begin_ = phase + floor_div(begin_ - phase, 64) * 64;
+    // Products skip pieces of columns without a row of `r`. The borders of pieces, and with them the
+    // order of sums, do not depend on the number of panels that are left out here.
+    if (!args_.clamp) {
+      begin_ += std::max<int64_t>(0, floor_div(-kPiece - begin_, kPanel)) * kPanel;
+      end_ = std::min(end_, args_.R + kPiece);
+    }
+    plan_.column_begin = begin_;
+    plan_.n_columns = std::max<int64_t>(0, round_up(end_ - begin_, 16));
+    plan_.packed_end = plan_.n_columns;
+    if (!args_.clamp)
+      plan_.packed_begin = std::clamp<int64_t>((-kPiece - begin_) / 16 * 16, 0, plan_.n_columns);
+  }
+
+  const RelAttentionArgs& args_;
+  RelAttentionPlan& plan_;
+  std::vector<int64_t> costs_;
+  int64_t begin_ = 0, end_ = 0;
+  bool any_ = false;
+};
+
 }  // namespace
 
+int64_t RelAttentionArgs::row_offset(int64_t b) const {
+  if (q_start == nullptr) return offset;
+  return std::clamp(offset + (Tk - Tq) - q_start[b], -Tk, R + Tq);
+}
+
+int64_t RelAttentionArgs::aligned(int64_t b, int64_t j) const {
+  return j - ((j - row_offset(0) + row_offset(b)) & 15);
+}
+
 KeyRange RelAttentionArgs::keys_of_row(int64_t b) const {
-  return {key_start != nullptr ? key_start[b] : 0, key_lens != nullptr ? key_lens[b] : Tk()};
+  return {key_start.stride_i == 0 ? key_start.of(b, 0, 0) : 0,
+          key_lens.stride_i == 0 ? key_lens.of(b, 0, Tk) : Tk};
 }
 
 KeyRange RelAttentionArgs::keys_of(int64_t b, int64_t i) const {
-  return rule.narrow(keys_of_row(b), i + Tk() - Tq);
+  return rule.narrow({key_start.of(b, i, 0), key_lens.of(b, i, Tk)}, i + position(b));
+}
+
+KeyRange RelAttentionArgs::keys_of_rows(int64_t b, int64_t first, int64_t last) const {
+  // Without a table both ends grow with the query.
+  if (key_table == nullptr) return {keys_of(b, first).begin, keys_of(b, last - 1).end};
+  const int64_t n_entries = ceil_div(Tq, kRangeRows);
+  KeyRange all{Tk, 0};
+  for (int64_t n = first / kRangeRows; n < ceil_div(last, kRangeRows); ++n) {
+    const KeyRange entry = key_table[b * n_entries + n];
+    all = {std::min(all.begin, entry.begin), std::max(all.end, entry.end)};
+  }
+  return all;
+}
+
+void fill_key_table(const RelAttentionArgs& args, KeyRange* table) {
+  const int64_t n_entries = ceil_div(args.Tq, kRangeRows);
+  for (int64_t b = 0; b < args.B; ++b) {
+    for (int64_t n = 0; n < n_entries; ++n) {
+      KeyRange all{args.Tk, 0};
+      for (int64_t i = n * kRangeRows; i < std::min((n + 1) * kRangeRows, args.Tq); ++i) {
+        const KeyRange keys = args.keys_of(b, i);
+        if (keys.begin >= keys.end) continue;
+        all = {std::min(all.begin, keys.begin), std::max(all.end, keys.end)};
+      }
+      table[b * n_entries + n] = all;
+    }
+  }
 }
 
 TileKeys tile_keys(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b,
                    int64_t row_begin, int64_t row_end) {
-  const int64_t begin = args.keys_of(b, row_begin).begin;
-  const int64_t end = args.keys_of(b, row_end - 1).end;
+  const auto [begin, end] = args.keys_of_rows(b, row_begin, row_end);
   if (begin >= end) return {0, 0, 0, 0};
-  const int64_t aligned_begin = begin / 16 * 16;
+  const int64_t aligned_begin = args.aligned(b, begin);
   const int64_t n = end - aligned_begin;
   const int64_t n_blocks = ceil_div(n, plan.key_block);
   return {begin, end, aligned_begin, round_up(ceil_div(n, n_blocks), 64)};
 }
 
 RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_block,
-                                    int64_t threads) {
+                                    int64_t item_bytes, int64_t threads) {
   RelAttentionPlan plan;
   plan.key_block = key_block;
+  plan.heads = args.heads_per_key();
   plan.n_tiles = ceil_div(args.Tq, kQueryTile);
   plan.tile_rows = plan.n_tiles == 1 ? args.Tq : round_up(ceil_div(args.Tq, plan.n_tiles), 16);
-  std::vector<int64_t> tile_cost(static_cast<size_t>(args.B * plan.n_tiles));
-  bool any = false;
-  for (int64_t b = 0; b < args.B; ++b) {
-    for (int64_t tile = 0; tile < plan.n_tiles; ++tile) {
-      const int64_t row_begin = tile * plan.tile_rows;
-      const int64_t row_end = std::min(row_begin + plan.tile_rows, args.Tq);
-      const TileKeys keys = tile_keys(args, plan, b, row_begin, row_end);
-      tile_cost[static_cast<size_t>(b * plan.n_tiles + tile)] = keys.end - keys.begin + kQueryTile;
-      if (keys.begin >= keys.end) continue;
-      const int64_t height = plan.tile_height(row_end - row_begin);
-      const int64_t e_first = keys.aligned_begin - (row_begin + height) + args.Tq;
-      // Keys and columns are rounded up to multiples of 16 each.
-      const int64_t e_last = keys.end + 32 - row_begin + args.Tq;
-      plan.e_begin = any ? std::min(plan.e_begin, e_first) : e_first;
-      plan.e_end = any ? std::max(plan.e_end, e_last) : e_last;
-      any = true;
-    }
-  }
-  // Every tile's first column is then a multiple of 16 from e_begin, and for keys and queries in
-  // multiples of 64 a multiple of 64, so that its products are cut into large pieces.
-  const int64_t phase = args.Tq - plan.tile_height(plan.tile_rows);
-  plan.e_begin = phase + floor_div(plan.e_begin - phase, 64) * 64;
-  plan.e_end = plan.e_begin + round_up(plan.e_end - plan.e_begin, 16);
-  std::vector<int64_t> cost_before{0};
-  for (int64_t pair = 0; pair < args.n_pairs(); ++pair) {
-    for (int64_t tile = 0; tile < plan.n_tiles; ++tile) {
-      const int64_t index = args.batch_of(pair) * plan.n_tiles + tile;
-      cost_before.push_back(cost_before.back() + tile_cost[static_cast<size_t>(index)]);
-    }
-  }
+  // Runs of more items pack keys more rarely, but need more scratch memory.
+  constexpr int64_t kRunBytes = 4 << 20;
+  plan.run_items = std::clamp<int64_t>(kRunBytes / item_bytes, 8, 64);
+  plan.run_tiles = std::max<int64_t>(1, std::min(plan.n_tiles, plan.run_items / plan.heads));
+  const TileSurvey survey(args, plan);
+  const int64_t n_items = args.n_units() * plan.unit_items();
   const int64_t spare = chunks_of_whole_tables(args.n_groups(), threads);
   if (spare > threads) {
-    const int64_t items = static_cast<int64_t>(cost_before.size()) - 1;
-    for (int64_t c = 0; c <= spare; ++c) plan.chunks.push_back(c * (items / spare));
+    for (int64_t c = 0; c <= spare; ++c) plan.chunks.push_back(c * (n_items / spare));
+  } else if (threads == 1) {
+    plan.chunks = {0, n_items};
   } else {
-    plan.chunks = deal(cost_before, plan.n_tiles, threads);
+    std::vector<int64_t> cost_before{0};
+    cost_before.reserve(static_cast<size_t>(n_items + 1));
+    for (int64_t unit = 0; unit < args.n_units(); ++unit) {
+      for (int64_t index = 0; index < plan.unit_items(); ++index) {
+        cost_before.push_back(cost_before.back() +
+                              survey.cost(args.batch_of(unit), plan.item(index).tile));
+      }
+    }
+    plan.chunks = deal(cost_before, plan.unit_items(), threads);
   }
   return plan;
 }

@@ -6,6 +6,7 @@
 #include "arena.h"
 #include "operand.h"
 #include "pack.h"
+#include "philox.h"
 #include "txl/gemm.h"
 #include "txl/rel_attention.h"
 
@@ -18,41 +19,73 @@ constexpr int64_t kScoreLd = leading_dimension(kKeyBlock + kQueryTile + 16);
 constexpr int64_t kScoreSlack = kQueryTile + 16;
 constexpr int64_t kScoreSize = kScoreSlack + kQueryTile * kScoreLd + kScoreSlack;
 
-// The columns of the position table (or of its gradient), transposed: [panel][rows][kPanelLd] with
-// kPanel columns in a panel, so that no leading dimension depends on the number of columns.
-constexpr int64_t kPanel = 1024, kPanelLd = leading_dimension(kPanel);
+constexpr int64_t kPanelLd = leading_dimension(kPanel);
 
+// A transposed matrix, [rows, columns], as panels [columns / kPanel][rows][ld].
 template <typename W>
-struct TablePanels {
+struct Panels {
   W* data;
-  int64_t rows;
+  int64_t rows, ld = kPanelLd;
 
-  W* at(int64_t column) const { return data + column / kPanel * rows * kPanelLd + column % kPanel; }
+  W* at(int64_t column) const { return data + column / kPanel * rows * ld + column % kPanel; }
+
+  // Calls f(row, n) for each row of each panel, with the elements of columns [begin, end).
+  template <typename F>
+  void for_each_row(int64_t begin, int64_t end, F&& f) const {
+    for (int64_t x = begin, stop; x < end; x = stop) {
+      stop = std::min(end, x + kPanel - x % kPanel);
+      for (int64_t d = 0; d < rows; ++d) f(at(x) + d * ld, stop - x);
+    }
+  }
 };
 
 template <typename W>
-TablePanels<W> take_table(Arena& arena, int64_t rows, const RelAttentionPlan& plan) {
-  const int64_t n_panels = round_up(plan.n_columns(), kPanel) / kPanel;
+Panels<W> take_panels(Arena& arena, int64_t rows, int64_t columns) {
+  const int64_t n_panels = round_up(columns, kPanel) / kPanel;
   return {arena.take<W>(n_panels * rows * kPanelLd), rows};
+}
+
+// Panels for each table of a group; `size` returns the distance from one table to the next.
+template <typename W>
+Panels<W> take_tables(Arena& arena, const RelAttentionArgs& args, const RelAttentionPlan& plan,
+                      int64_t rows, int64_t* size) {
+  const int64_t n_panels = round_up(plan.n_columns, kPanel) / kPanel;
+  *size = n_panels * rows * kPanelLd;
+  return {arena.take<W>(args.tables_per_group() * *size), rows};
+}
+
+// The table of one of a unit's query heads.
+template <typename W>
+Panels<W> table_of(const RelAttentionArgs& args, Panels<W> first, int64_t size, int64_t head) {
+  return {first.data + (args.r_per_head ? head * size : 0), first.rows};
+}
+
+// Calls f(n, rows) for each table of a unit's group.
+template <typename T, typename F>
+void for_each_table(const RelAttentionArgs& args, int64_t unit, F&& f) {
+  const int64_t h = args.key_head_of(unit) * args.heads_per_key();
+  for (int64_t n = 0; n < args.tables_per_group(); ++n)
+    f(n, TableRows<T>(args, args.batch_of(unit), h + n));
 }
 
 // Packs the table's columns of the plan, transposed.
 template <typename T>
-void pack_table(const TableRows<T>& rows, const RelAttentionPlan& plan, int64_t D,
-                Operand<T>* stage, TablePanels<Word<T>> panels) {
-  for (int64_t column = 0; column < plan.n_columns(); column += kPanel) {
-    const int64_t n = std::min(kPanel, plan.n_columns() - column), e = plan.e_begin + column;
-    pack_transposed<T>(rows, e, e + n, D, stage, panels.at(column), kPanelLd);
+void pack_table(const TableRows<T>& rows, const RelAttentionPlan& plan, int64_t Dp,
+                Operand<T>* stage, Panels<Word<T>> panels) {
+  for (int64_t x = plan.packed_begin, stop; x < plan.packed_end; x = stop) {
+    stop = std::min(plan.packed_end, x + kPanel - x % kPanel);
+    const int64_t row = plan.column_begin + x;
+    pack_transposed<T>(rows, row, row + stop - x, Dp, stage, panels.at(x), panels.ld);
   }
 }
 
 // Calls f(x, size) for consecutive pieces of [begin, begin + n), n a multiple of 16. No piece
 // crosses a multiple of kPanel. There are at most three sizes, because ATen keeps machine code for
-// every distinct product (see txl/gemm.h).
+// every distinct product (see txl/gemm.h). `begin` may be negative.
 template <typename F>
 void for_each_piece(int64_t largest, int64_t begin, int64_t n, F&& f) {
   for (int64_t x = begin, end = begin + n, size; x < end; x += size) {
-    const int64_t room = std::min(end - x, kPanel - x % kPanel);
+    const int64_t room = std::min(end - x, kPanel - (x & (kPanel - 1)));
     size = room >= largest ? largest : room >= 64 ? 64 : 16;
     f(x, size);
   }
@@ -74,7 +107,8 @@ template <typename R, typename F>
 void for_each_column_piece(int64_t begin, int64_t n, [[maybe_unused]] int64_t height,
                            [[maybe_unused]] R&& rows_of, F&& f) {
 #if defined(CPU_CAPABILITY_AVX512)
-  for_each_piece(256, begin, n, [&](int64_t x, int64_t size) { f(x, size, RowSpan{0, height}); });
+  for_each_piece(kPiece, begin, n,
+                 [&](int64_t x, int64_t size) { f(x, size, RowSpan{0, height}); });
 #else
   for_each_piece(64, begin, n, [&](int64_t x, int64_t size) {
     if (size < 64) return f(x, size, RowSpan{0, height});
@@ -89,7 +123,7 @@ void for_each_column_piece(int64_t begin, int64_t n, [[maybe_unused]] int64_t he
 // Pieces of a product's inner dimension.
 template <typename F>
 void for_each_inner_piece(int64_t begin, int64_t n, F&& f) {
-  for_each_piece(256, begin, n, f);
+  for_each_piece(kPiece, begin, n, f);
 }
 
 // The rows [begin, end) of queries; products compute `height` rows (RelAttentionPlan::tile_height).
@@ -105,43 +139,66 @@ inline TileRows tile_rows(const RelAttentionArgs& args, const RelAttentionPlan& 
   return {begin, end, plan.tile_height(end - begin)};
 }
 
-// A score is a tile's element times a positive factor; a masked one, -inf, stays so. The tile holds
-// products with queries that have the sign of `scale`, its magnitude being the factor. With a
-// softcap the tile holds tanh(scale · product / softcap), and the factor is the softcap. A scale
-// that is 0 in the accumulation type cannot be a factor; the products are 0 instead.
+// score = scale · content + pos_scale · position. Products read queries that are multiplied by
+// `content` and `position`; a score is a product's element times `score` > 0, so that a masked one,
+// -inf, stays so. With a softcap the tile holds tanh(base · product / softcap), and `score` is the
+// softcap. `base` is the factor of the two that products leave out: |base| = 1 · scale unless the
+// scale is far smaller than pos_scale. If both factors are 0, products are 0. Gradients of k and r
+// are sums of products with the multiplied queries, times `gradient`.
 template <typename acc_t>
-acc_t query_sign(const RelAttentionArgs& args) {
-  const auto scale = static_cast<acc_t>(args.scale);
-  return scale == 0 ? 0 : args.softcap > 0 || scale > 0 ? 1 : -1;
-}
-template <typename acc_t>
-acc_t score_factor(const RelAttentionArgs& args) {
-  const auto scale = static_cast<acc_t>(args.scale);
-  if (args.softcap > 0) return static_cast<acc_t>(args.softcap);
-  return scale == 0 ? 1 : std::abs(scale);
+struct Factors {
+  acc_t content = 0, position = 0, score = 1, gradient = 0;
+  double base = 0;
+
+  explicit Factors(const RelAttentionArgs& args) {
+    const auto scale = static_cast<acc_t>(args.scale), pos = static_cast<acc_t>(args.pos_scale);
+    // 2^32: products with the multiplied queries stay far from overflow.
+    const bool by_scale = std::abs(args.scale) * 4294967296.0 >= std::abs(args.pos_scale);
+    base = scale != 0 && (by_scale || pos == 0) ? args.scale : pos != 0 ? args.pos_scale : 0;
+    const double sign = args.softcap > 0 || base > 0 ? 1 : -1;
+    if (base != 0) {
+      content = scale == 0 ? 0 : static_cast<acc_t>(args.scale / base * sign);
+      position = pos == 0 ? 0 : static_cast<acc_t>(args.pos_scale / base * sign);
+      score = static_cast<acc_t>(std::abs(base));
+      gradient = static_cast<acc_t>(base) * static_cast<acc_t>(sign);
+    }
+    if (args.softcap > 0) score = static_cast<acc_t>(args.softcap);
+  }
+};
+
+// dst = factor · (x + bias) in rows of `ld` operands, for one tile's rows of one head; zeros after
+// the last query.
+template <typename T>
+void load_query_rows(const T* x, int64_t stride, const Acc<T>* bias, Acc<T> factor, TileRows rows,
+                     int64_t D, Operand<T>* dst, int64_t ld) {
+  Acc<T> sum[kMaxHeadSize];
+  for (int64_t a = 0; a < rows.count(); ++a) {
+    convert_row(x + (rows.begin + a) * stride, sum, D);
+    for (int64_t d = 0; d < D; ++d) sum[d] = (bias ? sum[d] + bias[d] : sum[d]) * factor;
+    convert_row(sum, dst + a * ld, D);
+    std::fill(dst + a * ld + D, dst + (a + 1) * ld, Operand<T>(0));
+  }
+  std::fill(dst + rows.count() * ld, dst + rows.height * ld, Operand<T>(0));
 }
 
-// qu = ±(q + r_w_bias), qv = ±(q + r_r_bias), rows of `ld` operands; zeros after the last query.
+// qu = content · (q + r_w_bias), qv = position · (q_pos + r_r_bias).
 template <typename T>
 void load_queries(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows rows, Operand<T>* qu,
-                  Operand<T>* qv, int64_t ld) {
-  const auto sign = query_sign<Acc<T>>(args);
+                  Operand<T>* qv) {
+  const Factors<Acc<T>> factors(args);
   const auto* u = static_cast<const Acc<T>*>(args.r_w_bias);
   const auto* v = static_cast<const Acc<T>*>(args.r_r_bias);
-  Acc<T> q[256], sum[256];
-  auto biased = [&](const Acc<T>* bias, Operand<T>* dst) {
-    for (int64_t d = 0; d < args.D; ++d)
-      sum[d] = (bias ? q[d] + bias[h * args.D + d] : q[d]) * sign;
-    convert_row(sum, dst, args.D);
-    std::fill(dst + args.D, dst + ld, Operand<T>(0));
-  };
-  for (int64_t a = 0; a < rows.count(); ++a) {
-    convert_row(args.q.head<const T>(b, h) + (rows.begin + a) * args.q.stride_t, q, args.D);
-    biased(u, qu + a * ld);
-    biased(v, qv + a * ld);
-  }
-  std::fill(qu + rows.count() * ld, qu + rows.height * ld, Operand<T>(0));
-  std::fill(qv + rows.count() * ld, qv + rows.height * ld, Operand<T>(0));
+  load_query_rows<T>(args.q.head<const T>(b, h), args.q.stride_t, u ? u + h * args.D : nullptr,
+                     factors.content, rows, args.D, qu, row_length<T>(args.D));
+  load_query_rows<T>(args.q_pos.head<const T>(b, h), args.q_pos.stride_t,
+                     v ? v + h * args.Dp : nullptr, factors.position, rows, args.Dp, qv,
+                     row_length<T>(args.Dp));
+}
+
+// Elements of a tile's queries of head size D.
+template <typename T>
+int64_t tile_size(int64_t D) {
+  return kQueryTile * round_up(row_length<T>(D), 16);
 }
 
 // The keys [begin, begin + n) of one block.
@@ -157,10 +214,38 @@ void for_each_block(const TileKeys& keys, F&& f) {
   }
 }
 
+// The key blocks of items [first, stop) of a unit.
+inline TileKeys keys_of_items(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b,
+                              int64_t first, int64_t stop) {
+  int64_t first_tile = plan.n_tiles, last_tile = 0;
+  for (int64_t item = first; item < stop; ++item) {
+    first_tile = std::min(first_tile, plan.item(item).tile);
+    last_tile = std::max(last_tile, plan.item(item).tile);
+  }
+  return tile_keys(args, plan, b, tile_rows(args, plan, first_tile).begin,
+                   tile_rows(args, plan, last_tile).end);
+}
+
+// Calls f(begin, end, keys) for each run of items [first, stop) of a unit. If neighbouring queries
+// may have unrelated ranges of keys, each run has blocks of its own; otherwise all runs have the
+// blocks of the first to the last item.
+template <typename F>
+void for_each_run(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b,
+                  int64_t first, int64_t stop, F&& f) {
+  TileKeys keys = keys_of_items(args, plan, b, first, stop);
+  for (int64_t begin = first, end; begin < stop; begin = end) {
+    end = std::min(stop, plan.run_end(begin));
+    if (args.key_table != nullptr) keys = keys_of_items(args, plan, b, begin, end);
+    f(begin, end, keys);
+  }
+}
+
 // The part of a block to which a query tile attends; n = 0 if there is none.
 inline Block seen_part(const RelAttentionArgs& args, int64_t b, TileRows rows, Block block) {
-  const int64_t begin = std::max(block.begin, args.keys_of(b, rows.begin).begin / 16 * 16);
-  const int64_t end = std::min(block.begin + block.n, args.keys_of(b, rows.end - 1).end);
+  const KeyRange keys = args.keys_of_rows(b, rows.begin, rows.end);
+  if (keys.begin >= keys.end) return {block.begin, 0, 0};
+  const int64_t begin = std::max(block.begin, args.aligned(b, keys.begin));
+  const int64_t end = std::min(block.begin + block.n, keys.end);
   const int64_t n = std::max<int64_t>(0, end - begin);
   return {begin, n, round_up(n, 16)};
 }
@@ -172,17 +257,25 @@ struct Columns {
   int64_t origin, first, n;
 };
 
-// Columns at distances that a window masks are left out: scores there stay unwritten
-// until they are masked, and their gradients are 0.
-inline Columns block_columns(const RelAttentionArgs& args, const RelAttentionPlan& plan,
+// Columns at distances that a window masks are left out: scores there stay unwritten until they are
+// masked, and their gradients are 0.
+inline Columns block_columns(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b,
                              TileRows rows, Block block) {
-  const int64_t origin = block.begin - (rows.begin + rows.height) + args.Tq - plan.e_begin;
+  const int64_t first_column = args.row_offset(b) - plan.column_begin;  // of j - i = 0
+  const int64_t origin = block.begin - (rows.begin + rows.height) + 1 + first_column;
   const int64_t end = origin + round_up(block.padded + rows.height - 1, 16);
-  const int64_t same = args.Tk() - 1 - plan.e_begin;  // the column of a query's own position
-  const int64_t right = args.rule.window_right;
-  const int64_t first = std::max(origin, (same - args.rule.window_left) / 16 * 16);
-  const int64_t last = std::min(end, round_up(same + right + 1, 16));
+  const int64_t same = args.position(b) + first_column;  // of a query's own position
+  const int64_t first = std::max(origin, (same - args.rule.window_left) & -16);
+  const int64_t last = std::min(end, round_up(same + args.rule.window_right + 1, 16));
   return {origin, first, std::max<int64_t>(0, last - first)};
+}
+
+// Whether one of columns [x, x + n) of the position table is a row of `r`. Products skip other
+// columns, which are zeros.
+inline bool has_rows(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t x,
+                     int64_t n) {
+  const int64_t row = plan.column_begin + x;
+  return args.clamp || (row + n > 0 && row < args.R);
 }
 
 // The halves of a full tile that keys [begin, begin + n) concern: those with a row that attends to
@@ -192,8 +285,8 @@ inline RowSpan attending_rows(const RelAttentionArgs& args, int64_t b, TileRows 
   constexpr int64_t kHalf = kQueryTile / 2;
   if (rows.count() < kQueryTile) return {0, rows.height};
   auto attends = [&](int64_t first) {
-    return args.keys_of(b, first).begin < begin + n &&
-           args.keys_of(b, first + kHalf - 1).end > begin;
+    const KeyRange keys = args.keys_of_rows(b, first, first + kHalf);
+    return keys.begin < begin + n && keys.end > begin;
   };
   const bool upper = attends(rows.begin), lower = attends(rows.begin + kHalf);
   if (upper == lower) return {0, kQueryTile};
@@ -217,37 +310,79 @@ const Operand<T>* operands(const Word<T>* words) {
   return reinterpret_cast<const Operand<T>*>(words);
 }
 
-// scores[a, c] = qu_a · k_c + qv_a · r[c - a + ...]: the position product, written with the shift,
-// then the content product on top.
+// Columns [begin, end) of the position table for which a tile's position product was computed, and
+// key c of the tile's row a belongs to column `origin` + height - 1 - a + c.
+struct Computed {
+  int64_t begin, end;
+  bool any() const { return begin < end; }
+};
+
+// The position product, written with the shift: scores[a, c] = qv_a · r[c - a + ...]. Pieces of
+// columns without a row of `r` are skipped.
 template <typename T>
-void score_block(const RelAttentionArgs& args, int64_t b, TileRows rows, Block block,
-                 Columns columns, const Operand<T>* qu, const Operand<T>* qv, const Word<T>* k_t,
-                 int64_t ld_k, TablePanels<Word<T>> r_t, Acc<T>* scores) {
-  const int64_t K = row_length<T>(args.D);
+Computed position_product(const RelAttentionArgs& args, const RelAttentionPlan& plan, TileRows rows,
+                          Block block, Columns columns, const Operand<T>* qv,
+                          Panels<Word<T>> r_t, Acc<T>* scores) {
+  const int64_t K = row_length<T>(args.Dp);
   Acc<T>* shifted = scores - (rows.height - 1);
+  Computed computed{columns.first + columns.n, columns.first};
   for_each_column_piece(
       columns.first, columns.n, rows.height,
       [&](int64_t x, int64_t n) { return shifted_rows(rows, block, columns, x, n); },
       [&](int64_t x, int64_t size, RowSpan span) {
-        gemm(span.n(), size, K, qv + span.begin * K, K, operands<T>(r_t.at(x)), kPanelLd,
+        if (!has_rows(args, plan, x, size)) return;
+        computed = {std::min(computed.begin, x), std::max(computed.end, x + size)};
+        gemm(span.n(), size, K, qv + span.begin * K, K, operands<T>(r_t.at(x)), r_t.ld,
              shifted + span.begin * (kScoreLd + 1) + (x - columns.origin), kScoreLd + 1,
              /*accumulate=*/false);
       });
+  return computed;
+}
+
+// Clears the scores of keys [x, x + n) to which no computed column of the position table belongs.
+template <typename acc_t>
+void clear_other_scores(Computed computed, Columns columns, RowSpan span, int64_t height, int64_t x,
+                        int64_t n, acc_t* scores) {
+  for (int64_t a = span.begin; a < span.end; ++a) {
+    const int64_t first = columns.origin + height - 1 - a;  // the column of key 0
+    const int64_t begin = std::clamp(computed.begin - first, x, x + n);
+    const int64_t end = std::clamp(computed.end - first, begin, x + n);
+    acc_t* row = scores + a * kScoreLd;
+    std::fill(row + x, row + begin, acc_t(0));
+    std::fill(row + end, row + x + n, acc_t(0));
+  }
+}
+
+// The products of a tile's scores: the position product, then the content product on top.
+template <typename T>
+void score_block(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b,
+                 TileRows rows, Block block, Columns columns, const Operand<T>* qu,
+                 const Operand<T>* qv, const Word<T>* k_t, int64_t ld_k, Panels<Word<T>> r_t,
+                 Acc<T>* scores) {
+  const int64_t K = row_length<T>(args.D);
+  const Computed computed =
+      position_product<T>(args, plan, rows, block, columns, qv, r_t, scores);
   for_each_column_piece(
       0, block.padded, rows.height,
       [&](int64_t x, int64_t n) { return attending_rows(args, b, rows, block.begin + x, n); },
       [&](int64_t x, int64_t size, RowSpan span) {
+        // The columns of these keys.
+        const int64_t first = columns.origin + x, last = first + size + rows.height - 1;
+        const bool accumulate = computed.any() && first < computed.end && last > computed.begin;
+        if (accumulate && (std::max(first, columns.first) < computed.begin ||
+                           std::min(last, columns.first + columns.n) > computed.end))
+          clear_other_scores(computed, columns, span, rows.height, x, size, scores);
         gemm(span.n(), size, K, qu + span.begin * K, K, operands<T>(k_t + x), ld_k,
-             scores + span.begin * kScoreLd + x, kScoreLd, /*accumulate=*/true);
+             scores + span.begin * kScoreLd + x, kScoreLd, accumulate);
       });
 }
 
-// tanh(scale · product / softcap).
+// tanh(base · product / softcap).
 template <typename acc_t>
-void cap_row(const RelAttentionArgs& args, acc_t* scores, int64_t n) {
+void cap_row(double base, double softcap, acc_t* scores, int64_t n) {
   using Vec = Vectorized<acc_t>;
   constexpr double kMax = std::numeric_limits<acc_t>::max();
-  const Vec factor(static_cast<acc_t>(std::clamp(args.scale / args.softcap, -kMax, kMax)));
+  const Vec factor(static_cast<acc_t>(std::clamp(base / softcap, -kMax, kMax)));
   for (int64_t j = 0; j < n; j += Vec::size()) {
     (Vec::loadu(scores + j) * factor).tanh().store(scores + j);
   }
@@ -274,9 +409,10 @@ void mask_row(const RelAttentionArgs& args, int64_t b, int64_t h, int64_t i, Blo
 template <typename T>
 void finish_scores(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows rows, Block block,
                    Acc<T>* scores) {
+  const double base = Factors<Acc<T>>(args).base;
   for (int64_t a = 0; a < rows.count(); ++a) {
     Acc<T>* row = scores + a * kScoreLd;
-    if (args.softcap > 0) cap_row(args, row, block.padded);
+    if (args.softcap > 0) cap_row(base, args.softcap, row, block.padded);
     mask_row(args, b, h, rows.begin + a, block, row);
   }
 }
@@ -284,6 +420,16 @@ void finish_scores(const RelAttentionArgs& args, int64_t b, int64_t h, TileRows 
 // floor(p · 2^32): an element is kept if its Philox word is at least this number.
 inline uint64_t dropout_threshold(double p) {
   return static_cast<uint64_t>(p * 4294967296.0);
+}
+
+// Row i's dropout factors, 0 or 1, of the block's keys. `keep` has room for kKeyBlock + 16 of them.
+template <typename acc_t>
+const acc_t* block_keep(const RelAttentionArgs& args, int64_t b, int64_t h, int64_t i, Block block,
+                        acc_t* keep) {
+  const int64_t before = block.begin & 15;  // a counter belongs to four aligned keys
+  dropout_keep(args.dropout_seed, b * args.H + h, i, block.begin - before, block.padded + before,
+               dropout_threshold(args.dropout_p), keep);
+  return keep + before;
 }
 
 // C += A[:, x - begin] · rows[x] over x in [begin, begin + n), n a multiple of 16. Runs of at least

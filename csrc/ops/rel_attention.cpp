@@ -18,77 +18,162 @@ namespace {
 
 using at::Tensor;
 
-// The arguments of the schema that both directions share, and what kernels read of them. The
-// public function has checked the arguments; checks here are those that memory safety depends on.
+// q_start, key_start and key_lens beyond these limits act as the limits.
+constexpr int64_t kFarthest = int64_t{1} << 31;
+
+bool same_shape(const Tensor& x, std::initializer_list<int64_t> sizes) {
+  return x.sizes() == at::IntArrayRef(sizes);
+}
+
+// The arguments of the schema that both directions share, as kernels read them. The public function
+// has checked the arguments; the checks here are those that memory safety depends on.
 struct Call {
   OptionalTensors optional;
-  Tensor q, k, v, r;
   RelAttentionArgs args;
 
-  Call(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& r_,
-       at::TensorList optional_, at::IntArrayRef rules_, at::ArrayRef<double> numbers_)
-      : optional(optional_), q(q_), k(k_), v(v_), r(r_) {
-    const char* missing = gemm_unavailable_reason();
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r, at::TensorList tensors,
+       at::IntArrayRef rules_, at::ArrayRef<double> numbers)
+      : optional(tensors), dtype_(q.scalar_type()), acc_dtype_(acc_dtype(q)) {
+    static const char* const missing = gemm_unavailable_reason();
     TORCH_CHECK(missing == nullptr, "rel_attention: the native backend cannot run here: ", missing);
+    set_rows(q, k, v, r);
     const Rules rules(rules_);
-    const Numbers numbers(numbers_);
-    args.B = q.size(0), args.H = q.size(1), args.Tq = q.size(2), args.D = q.size(3);
-    args.Ts = k.size(2), args.Tm = optional.mem_k.defined() ? optional.mem_k.size(2) : 0;
-    args.Dv = v.size(3), args.R = r.size(2);
-    TORCH_CHECK(!optional.q_pos.defined() && !optional.q_start.defined() &&
-                    numbers.pos_scale == numbers.scale && k.size(1) == args.H,
-                "rel_attention: the native backend does not support this yet");
-    TORCH_CHECK_VALUE(args.D <= kMaxHeadSize && args.Dv <= kMaxHeadSize,
-                      "rel_attention: head sizes must be at most ", kMaxHeadSize);
-    args.q = rows_of("q", q), args.k = rows_of("k", k);
-    args.v = rows_of("v", v), args.r = rows_of("r", r);
-    if (optional.mem_k.defined()) {
-      args.mem_k = rows_of("mem_k", optional.mem_k), args.mem_v = rows_of("mem_v", optional.mem_v);
-    }
-    args.r_per_batch = r.size(0) > 1, args.r_per_head = r.size(1) > 1;
-    args.r_w_bias = bias_pointer(optional.r_w_bias);
-    args.r_r_bias = bias_pointer(optional.r_r_bias);
-    args.key_start = length_pointer(optional.key_start);
-    args.key_lens = length_pointer(optional.key_lens);
-    if (optional.mask.defined()) {
-      const Tensor& mask = optional.mask;
-      args.mask = {mask.data_ptr(), mask.stride(0), mask.stride(1), mask.stride(2)};
-      args.mask_stride_key = mask.stride(3);
-    }
-    args.offset = near_offset(rules.offset, args.Tq, args.Tk(), args.R), args.clamp = rules.clamp;
-    args.rule = rules.keys;
-    args.scale = numbers.scale, args.softcap = numbers.softcap, args.dropout_p = numbers.dropout_p;
-    if (args.dropout_p > 0)
-      args.dropout_seed = static_cast<uint64_t>(optional.dropout_seed.item<int64_t>());
+    args.clamp = rules.clamp, args.rule = rules.keys;
+    set_numbers(Numbers(numbers));
+    set_positions(rules.offset);
+    args.r_w_bias = bias_pointer(optional.r_w_bias, args.D);
+    args.r_r_bias = bias_pointer(optional.r_r_bias, args.Dp);
+    set_masks();
   }
 
   bool empty() const { return args.B * args.H * args.Tq == 0; }
   // Work below this many multiply-adds is not worth waking other threads.
   int64_t threads() const {
     const double work = 3.0 * static_cast<double>(args.B * args.H * args.Tq) *
-                        static_cast<double>(args.Tk() * args.D);
+                        static_cast<double>(args.Tk * args.D);
     return at::in_parallel_region() || work < 5e5 ? 1 : at::get_num_threads();
   }
 
- private:
-  Tensor4 rows_of(const char* name, const Tensor& x) const {
-    TORCH_CHECK_TYPE(x.scalar_type() == q.scalar_type(), "rel_attention: ", name,
-                     " must have q's dtype, ", q.scalar_type(), ", got ", x.scalar_type());
-    TORCH_CHECK_VALUE(x.stride(-1) == 1 || x.size(-1) == 1, "rel_attention: the last dimension of ",
-                      name, " must be contiguous");
+  // The rows of a tensor of q's dtype.
+  Tensor4 rows_of(const char* name, const Tensor& x, std::initializer_list<int64_t> sizes) const {
+    TORCH_CHECK_TYPE(x.scalar_type() == dtype_, "rel_attention: ", name, " must have q's dtype, ",
+                     dtype_, ", got ", x.scalar_type());
+    TORCH_CHECK_VALUE(same_shape(x, sizes), "rel_attention: ", name, " must have shape ",
+                      at::IntArrayRef(sizes), ", got ", x.sizes());
+    TORCH_CHECK_VALUE(x.stride(3) == 1 || x.size(3) == 1 || x.numel() == 0,
+                      "rel_attention: the last dimension of ", name, " must be contiguous");
     return view4(x);
   }
-  const void* bias_pointer(Tensor& bias) const {
+
+ private:
+  void set_rows(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r) {
+    for (const Tensor* x : {&q, &k, &v, &r})
+      TORCH_CHECK_VALUE(x->dim() == 4, "rel_attention: q, k, v, r must have 4 dimensions");
+    args.B = q.size(0), args.H = q.size(1), args.Tq = q.size(2), args.D = q.size(3);
+    args.Hk = k.size(1), args.Dv = v.size(3), args.R = r.size(2), args.Dp = r.size(3);
+    for (const int64_t size : {args.D, args.Dv, args.Dp})
+      TORCH_CHECK_VALUE(1 <= size && size <= kMaxHeadSize, "rel_attention: head sizes must be 1 to ",
+                        kMaxHeadSize, ", got ", size);
+    TORCH_CHECK_VALUE(args.Hk > 0 ? args.H % args.Hk == 0 : args.H == 0,
+                      "rel_attention: k's heads must divide q's, got ", args.Hk, " and ", args.H);
+    args.q = rows_of("q", q, {args.B, args.H, args.Tq, args.D});
+    args.has_q_pos = optional.q_pos.defined();
+    const Tensor& q_pos = args.has_q_pos ? optional.q_pos : q;
+    args.q_pos = rows_of("q_pos", q_pos, {args.B, args.H, args.Tq, args.Dp});
+    args.r_per_batch = r.size(0) != 1, args.r_per_head = r.size(1) != 1;
+    const int64_t tables = args.r_per_batch ? args.B : 1, heads = args.r_per_head ? args.H : 1;
+    TORCH_CHECK_VALUE(args.R > 0, "rel_attention: r must have at least one row");
+    args.r = rows_of("r", r, {tables, heads, args.R, args.Dp});
+    if (optional.mem_k.defined() && optional.mem_k.numel() > 0)
+      add_run(optional.mem_k, optional.mem_v);
+    add_run(k, v);
+  }
+
+  void add_run(const Tensor& k, const Tensor& v) {
+    KeyRun& run = args.runs[args.n_runs++];
+    run.begin = args.Tk, run.n = k.dim() == 4 ? k.size(2) : 0;
+    run.k = rows_of("k", k, {args.B, args.Hk, run.n, args.D});
+    run.v = rows_of("v", v, {args.B, args.Hk, run.n, args.Dv});
+    args.Tk += run.n;
+  }
+
+  void set_numbers(const Numbers& numbers) {
+    args.scale = numbers.scale, args.pos_scale = numbers.pos_scale;
+    args.softcap = numbers.softcap, args.dropout_p = numbers.dropout_p;
+    if (args.dropout_p > 0) {
+      TORCH_CHECK(optional.dropout_seed.defined(), "rel_attention: dropout needs a seed");
+      args.dropout_seed = static_cast<uint64_t>(optional.dropout_seed.item<int64_t>());
+    }
+  }
+
+  void set_positions(int64_t offset) {
+    if (!optional.q_start.defined()) {
+      args.offset = near_offset(offset, args.Tq, args.Tk, args.R);
+      return;
+    }
+    // Sums with q_start do not overflow; RelAttentionArgs::row_offset clamps them.
+    args.offset = std::clamp(offset, -kOpen, kOpen);
+    args.q_start = integers("q_start", optional.q_start, {args.B}, -kFarthest, kFarthest, q_start_);
+  }
+
+  const void* bias_pointer(Tensor& bias, int64_t D) const {
     if (!bias.defined()) return nullptr;
-    bias = bias.to(acc_dtype(q)).contiguous();
+    TORCH_CHECK_VALUE(same_shape(bias, {args.H, D}), "rel_attention: biases must be [H, D]");
+    if (bias.scalar_type() != acc_dtype_) bias = bias.to(acc_dtype_);
+    bias = bias.contiguous();
     return bias.data_ptr();
   }
-  const int64_t* length_pointer(Tensor& lengths) const {
-    if (!lengths.defined()) return nullptr;
-    TORCH_CHECK(lengths.dim() == 1, "rel_attention: the native backend does not support this yet");
-    lengths = lengths.to(at::kLong).clamp(0, args.Tk()).contiguous();
-    return lengths.const_data_ptr<int64_t>();
+
+  void set_masks() {
+    args.key_start = bounds("key_start", optional.key_start, key_start_);
+    args.key_lens = bounds("key_lens", optional.key_lens, key_lens_);
+    if (args.key_start.stride_i != 0 || args.key_lens.stride_i != 0) {
+      const int64_t entries = (args.Tq + kRangeRows - 1) / kRangeRows;
+      key_table_.resize(static_cast<size_t>(args.B * entries));
+      fill_key_table(args, key_table_.data());
+      args.key_table = key_table_.data();
+    }
+    if (optional.mask.defined()) {
+      const Tensor& mask = optional.mask;
+      TORCH_CHECK_VALUE(same_shape(mask, {args.B, args.H, args.Tq, args.Tk}) &&
+                            mask.scalar_type() == at::kBool,
+                        "rel_attention: mask must be bool [B, H, Tq, Tk]");
+      args.mask = {mask.data_ptr(), mask.stride(0), mask.stride(1), mask.stride(2)};
+      args.mask_stride_key = mask.stride(3);
+    }
   }
+
+  KeyBounds bounds(const char* name, const Tensor& x, std::vector<int64_t>& home) const {
+    if (!x.defined()) return {};
+    if (x.dim() == 1) return {integers(name, x, {args.B}, 0, args.Tk, home), 1, 0};
+    return {integers(name, x, {args.B, args.Tq}, 0, args.Tk, home), args.Tq, 1};
+  }
+
+  // The elements of an int32 or int64 tensor of any strides, clamped to [least, most].
+  static const int64_t* integers(const char* name, const Tensor& x,
+                                 std::initializer_list<int64_t> sizes, int64_t least, int64_t most,
+                                 std::vector<int64_t>& home) {
+    TORCH_CHECK_VALUE(same_shape(x, sizes), "rel_attention: ", name, " must have shape ",
+                      at::IntArrayRef(sizes), ", got ", x.sizes());
+    home.reserve(static_cast<size_t>(x.numel()));
+    auto copy = [&](auto* data) {
+      const int64_t n = x.dim() > 1 ? x.size(1) : 1, step = x.dim() > 1 ? x.stride(1) : 0;
+      for (int64_t b = 0; b < x.size(0); ++b) {
+        for (int64_t i = 0; i < n; ++i)
+          home.push_back(std::clamp<int64_t>(data[b * x.stride(0) + i * step], least, most));
+      }
+    };
+    if (x.scalar_type() == at::kInt) {
+      copy(x.const_data_ptr<int32_t>());
+    } else {
+      copy(x.const_data_ptr<int64_t>());  // raises for other types
+    }
+    return home.data();
+  }
+
+  at::ScalarType dtype_, acc_dtype_;
+  std::vector<int64_t> q_start_, key_start_, key_lens_;
+  std::vector<KeyRange> key_table_;
 };
 
 // Runs f(chunk, workspace) for every chunk; each thread continues with the next chunk that is left.
@@ -115,7 +200,7 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, c
   if (call.empty()) return {out, lse};
   args.out = view4(out), args.lse = lse.data_ptr();
   const FwdKernels& kernels = rel_attention_fwd_kernels(scalar_of("rel_attention", "q", q));
-  const RelAttentionPlan plan = plan_rel_attention(args, kFwdKeyBlock, call.threads());
+  const RelAttentionPlan plan = plan_rel_attention(args, kFwdKeyBlock, kernels.item_bytes(args), call.threads());
   run_chunks(plan, call.threads(), kernels.workspace(args, plan),
              [&](int64_t c, char* workspace) { kernels.chunk(args, plan, c, workspace); });
   return {out, lse};
@@ -128,15 +213,79 @@ int64_t bwd_key_block(const RelAttentionArgs& args) {
   return args.rule.window_left + right < kBwdKeyBlock ? kKeyBlock : kBwdKeyBlock;
 }
 
-// Key and value gradients need slots for partial sums only if two chunks share a pair.
-bool cuts_a_pair(const RelAttentionPlan& plan) {
+// Key and value gradients need slots for partial sums only if two chunks share a unit.
+bool cuts_a_unit(const RelAttentionPlan& plan) {
   for (const int64_t border : plan.chunks) {
-    if (border % plan.n_tiles != 0) return true;
+    if (border % plan.unit_items() != 0) return true;
   }
   return false;
 }
 
-// The gradients of q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos.
+// The results of the backward, in the schema's order.
+enum Gradient : size_t { kQ, kK, kV, kR, kRWBias, kRRBias, kMemK, kMemV, kQPos, kGradients };
+
+// The gradients that are requested, uninitialised (zeros if the call is empty); the others are of
+// size 0, each a tensor of its own, because outputs of an operator must not alias. The biases'
+// gradients have the accumulation type.
+std::vector<Tensor> empty_gradients(const Call& call, const Tensor* const (&inputs)[kGradients],
+                                    const c10::List<bool>& needs_grad) {
+  TORCH_CHECK_VALUE(needs_grad.size() == kGradients, "rel_attention: needs_grad must have ",
+                    size_t{kGradients}, " flags, got ", needs_grad.size());
+  const auto options = inputs[kQ]->options();
+  std::vector<Tensor> grads;
+  for (size_t n = 0; n < kGradients; ++n) {
+    if (!needs_grad.get(n) || !inputs[n]->defined()) {
+      grads.push_back(at::empty({0}, options));
+      continue;
+    }
+    const bool is_bias = n == kRWBias || n == kRRBias;
+    const auto own = options.dtype(is_bias ? acc_dtype(*inputs[kQ]) : inputs[n]->scalar_type());
+    const at::IntArrayRef sizes = inputs[n]->sizes();
+    grads.push_back(call.empty() ? at::zeros(sizes, own) : at::empty(sizes, own));
+  }
+  return grads;
+}
+
+void* pointer(const Tensor& x) {
+  return x.numel() == 0 ? nullptr : x.data_ptr();
+}
+
+RelAttentionGrads grad_pointers(const RelAttentionArgs& args, const std::vector<Tensor>& grads) {
+  RelAttentionGrads pointers;
+  pointers.dq = pointer(grads[kQ]), pointers.dq_pos = pointer(grads[kQPos]);
+  const int segment = args.n_runs - 1;
+  if (segment > 0)
+    pointers.dk[0] = pointer(grads[kMemK]), pointers.dv[0] = pointer(grads[kMemV]);
+  pointers.dk[segment] = pointer(grads[kK]), pointers.dv[segment] = pointer(grads[kV]);
+  pointers.dr = pointer(grads[kR]);
+  pointers.dr_w_bias = pointer(grads[kRWBias]), pointers.dr_r_bias = pointer(grads[kRRBias]);
+  return pointers;
+}
+
+void compute_gradients(const Call& call, const RelAttentionGrads& grads, const Tensor& q) {
+  const RelAttentionArgs& args = call.args;
+  const BwdKernels& kernels = rel_attention_bwd_kernels(scalar_of("rel_attention", "q", q));
+  const RelAttentionPlan plan =
+      plan_rel_attention(args, bwd_key_block(args), kernels.item_bytes(args), call.threads());
+  const auto options = q.options().dtype(acc_dtype(q));
+  const int64_t chunks = plan.n_chunks(), parked = cuts_a_unit(plan) ? 2 * chunks : 0;
+  const Tensor park_k = at::empty({parked, args.Tk, args.D}, options);
+  const Tensor park_v = at::empty({parked, args.Tk, args.Dv}, options);
+  const int64_t table_slots = grads.dr == nullptr ? 0 : args.n_groups() + chunks - 1;
+  const Tensor park_r =
+      at::empty({table_slots, args.tables_per_group(), args.R, args.Dp}, options);
+  const Tensor park_bias = at::empty(
+      {args.n_units() + chunks - 1, args.heads_per_key(), args.D + args.Dp}, options);
+  const RelAttentionPartials partials{pointer(park_k), pointer(park_v), pointer(park_r),
+                                      pointer(park_bias)};
+  run_chunks(plan, call.threads(), kernels.workspace(args, plan), [&](int64_t c, char* workspace) {
+    kernels.chunk(args, plan, grads, partials, c, workspace);
+  });
+  at::parallel_for(0, finish_items(args), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) kernels.finish(args, plan, grads, partials, item);
+  });
+}
+
 std::vector<Tensor> rel_attention_bwd(const Tensor& dout, const Tensor& dlse, const Tensor& q,
                                       const Tensor& k, const Tensor& v, const Tensor& r,
                                       at::TensorList optional, at::IntArrayRef rules,
@@ -144,62 +293,32 @@ std::vector<Tensor> rel_attention_bwd(const Tensor& dout, const Tensor& dlse, co
                                       const Tensor& lse_, const c10::List<bool>& needs_grad) {
   Call call(q, k, v, r, optional, rules, numbers);
   RelAttentionArgs& args = call.args;
-  TORCH_CHECK(dlse.dim() == 1 && dlse.numel() == 0, "rel_attention: no dlse yet");
   const Tensor lse = lse_.contiguous();
-  args.out = view4(out), args.lse = lse.data_ptr();
-
-  auto none = [&] {
-    return at::empty({0}, q.options());
-  };  // never one shared: outputs must not alias
-  auto gradient = [&](size_t index, const Tensor& like, bool accumulated = false) {
-    if (!needs_grad.get(index) || !like.defined()) return none();
-    const auto options = accumulated ? like.options().dtype(acc_dtype(q)) : like.options();
-    return call.empty() ? at::zeros(like.sizes(), options) : at::empty(like.sizes(), options);
-  };
-  // In the dtypes of the arguments, before the biases were converted.
-  const OptionalTensors given(optional);
-  const Tensor dq = gradient(0, q), dk = gradient(1, k), dv = gradient(2, v), dr = gradient(3, r);
-  const Tensor dr_w_bias = gradient(4, given.r_w_bias, true);
-  const Tensor dr_r_bias = gradient(5, given.r_r_bias, true);
-  const Tensor dmem_k = gradient(6, given.mem_k), dmem_v = gradient(7, given.mem_v);
-  auto pointer = [](const Tensor& x) { return x.numel() == 0 ? nullptr : x.data_ptr(); };
-  auto typed = [](const Tensor& x, const Tensor& like) {
-    return like.defined() ? x.to(like.scalar_type()) : x;
-  };
-
+  const OptionalTensors given(optional);  // the biases in their own dtype
+  const Tensor* const inputs[kGradients] = {
+      &q,           &k, &v, &r, &given.r_w_bias, &given.r_r_bias, &given.mem_k,
+      &given.mem_v, &given.q_pos};
+  std::vector<Tensor> grads = empty_gradients(call, inputs, needs_grad);
   if (!call.empty()) {
-    const BwdKernels& kernels = rel_attention_bwd_kernels(scalar_of("rel_attention", "q", q));
-    const RelAttentionPlan plan = plan_rel_attention(args, bwd_key_block(args), call.threads());
-    const RelAttentionGrads grads{view4(dout), pointer(dq),        pointer(dk),
-                                  pointer(dv), pointer(dmem_k),    pointer(dmem_v),
-                                  pointer(dr), pointer(dr_w_bias), pointer(dr_r_bias)};
-    const auto options = q.options().dtype(acc_dtype(q));
-    const int64_t chunks = plan.n_chunks(), parked = cuts_a_pair(plan) ? 2 * chunks : 0;
-    const Tensor park_k = at::empty({parked, args.Tk(), args.D}, options);
-    const Tensor park_v = at::empty({parked, args.Tk(), args.Dv}, options);
-    const int64_t table_slots = dr.numel() == 0 ? 0 : args.n_groups() + chunks - 1;
-    const Tensor park_r = at::empty({table_slots, args.R, args.D}, options);
-    const Tensor park_bias = at::empty({args.n_pairs() + chunks - 1, 2, args.D}, options);
-    const RelAttentionPartials partials{pointer(park_k), pointer(park_v), pointer(park_r),
-                                        pointer(park_bias)};
-    run_chunks(plan, call.threads(), kernels.workspace(args, plan),
-               [&](int64_t c, char* workspace) {
-                 kernels.chunk(args, plan, grads, partials, c, workspace);
-               });
-    at::parallel_for(0, finish_items(args), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item)
-        kernels.finish(args, plan, grads, partials, item);
-    });
+    args.out = call.rows_of("out", out, {args.B, args.H, args.Tq, args.Dv});
+    TORCH_CHECK_VALUE(same_shape(lse, {args.B, args.H, args.Tq}) &&
+                          lse.scalar_type() == acc_dtype(q),
+                      "rel_attention: lse must be [B, H, Tq] as the forward returned it");
+    args.lse = lse.data_ptr();
+    RelAttentionGrads pointers = grad_pointers(args, grads);
+    pointers.dout = call.rows_of("dout", dout, {args.B, args.H, args.Tq, args.Dv});
+    if (dlse.dim() != 1 || dlse.numel() != 0) {
+      TORCH_CHECK_VALUE(
+          dlse.sizes() == lse.sizes() && dlse.scalar_type() == lse.scalar_type(),
+          "rel_attention: dlse must have the shape and dtype of lse");
+      pointers.dlse = {dlse.data_ptr(), dlse.stride(0), dlse.stride(1), dlse.stride(2)};
+    }
+    compute_gradients(call, pointers, q);
   }
-  return {dq,
-          dk,
-          dv,
-          dr,
-          typed(dr_w_bias, given.r_w_bias),
-          typed(dr_r_bias, given.r_r_bias),
-          dmem_k,
-          dmem_v,
-          none()};
+  for (const size_t n : {kRWBias, kRRBias}) {
+    if (inputs[n]->defined()) grads[n] = grads[n].to(inputs[n]->scalar_type());
+  }
+  return grads;
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,22 @@ from txl_kernels.ops.rel_attention_checks import (
 )
 
 
+class Options(NamedTuple):
+    """The arguments of `rel_attention` that are not tensors, as the caller gives them."""
+
+    offset: int | None = None
+    clamp: bool = False
+    causal: bool = False
+    window: Sequence[int | None] | None = None
+    chunk: Sequence[int] | None = None
+    scale: float | None = None
+    pos_scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    dead_rows: str = "zero"
+    backend: str = "auto"
+
+
 class Prepared(NamedTuple):
     """A valid call and the backend that runs it."""
 
@@ -38,19 +54,8 @@ def prepare(
     v: Tensor,
     r: Tensor,
     optional: OptionalTensors,
-    *,
-    pos_scale: float | None = None,
-    offset: int | None = None,
-    clamp: bool = False,
-    causal: bool = False,
-    window: Sequence[int | None] | None = None,
-    chunk: Sequence[int] | None = None,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
-    dead_rows: str = "zero",
-    backend: str = "auto",
+    bias: Tensor | None,
+    options: Options,
 ) -> Prepared:
     """Checks and normalises the arguments of `rel_attention`, and chooses the backend.
 
@@ -69,9 +74,9 @@ def prepare(
     optional = optional._replace(mem_k=mem_k, mem_v=mem_v, q_pos=q_pos)
     Tk = check_tensors(op, q, k, v, r, optional)
     check_keys(op, q, Tk, optional, bias)
-    rules = checked_rules(op, q.shape[2], offset, clamp, causal, window, chunk)
-    numbers = checked_numbers(op, q, scale, pos_scale, softcap, dropout_p)
-    check_choice(op, "dead_rows", dead_rows, ("zero", "uniform"))
+    rules = checked_rules(op, q.shape[2], *options[:5])
+    numbers = checked_numbers(op, q, *options[5:9])
+    check_choice(op, "dead_rows", options.dead_rows, ("zero", "uniform"))
     check_seed(op, q, optional.dropout_seed)
     call = _with_contiguous_rows(RelAttentionCall(q, k, v, r, optional, rules, numbers), Tk)
     chosen = choose(
@@ -79,16 +84,16 @@ def prepare(
         q,
         arguments=lambda: _with_seed(call, drawn=False).arguments(),
         n_scores=q.shape[0] * q.shape[1] * q.shape[2] * Tk,
-        backend=backend,
+        backend=options.backend,
         dtype=q.dtype,
         Tq=q.shape[2],
         D=q.shape[3],
         Dv=v.shape[3],
         Dp=r.shape[3],
         needs_grad=needs_grad(q, k, v, r, *optional[:5], bias),
-        uses=_uses(call, pos_scale, bias, dead_rows),
+        uses=_uses(call, options, bias),
     )
-    return Prepared(chosen, _with_seed(call, drawn=True), bias, dead_rows == "uniform")
+    return Prepared(chosen, _with_seed(call, drawn=True), bias, options.dead_rows == "uniform")
 
 
 def forward(prepared: Prepared) -> tuple[Tensor, Tensor]:
@@ -125,20 +130,18 @@ def backward(
     return grads
 
 
-def _uses(
-    call: RelAttentionCall, pos_scale: float | None, bias: Tensor | None, dead_rows: str
-) -> list[str]:
+def _uses(call: RelAttentionCall, options: Options, bias: Tensor | None) -> list[str]:
     """The arguments of a call that not every backend supports, in the words of `resolve`."""
     optional = call.optional
     ranges = (optional.key_start, optional.key_lens)
     given = {
         "q_pos": optional.q_pos is not None,
-        "pos_scale": pos_scale is not None,
+        "pos_scale": options.pos_scale is not None,
         "q_start": optional.q_start is not None,
         "fewer key heads": call.k.shape[1] != call.q.shape[1],
         "ranges per query": any(x is not None and x.ndim == 2 for x in ranges),
         "bias": bias is not None,
-        "dead_rows='uniform'": dead_rows == "uniform",
+        "dead_rows='uniform'": options.dead_rows == "uniform",
         "dropout_p": call.numbers.dropout_p > 0,
     }
     return [name for name, used in given.items() if used]

@@ -119,6 +119,14 @@ class RelAttentionCase:
         return drawn.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def _unordered(B: int, Tq: int, Tk: int) -> dict[str, list[list[int]]]:
+    """Ranges of keys per query that neither grow nor shrink; some are empty."""
+    starts = [[(7 * i * i + 5 * b) % Tk - 2 for i in range(Tq)] for b in range(B)]
+    lengths = [[(11 * i + 3 * b) % (Tk // 2 + 2) for i in range(Tq)] for b in range(B)]
+    ends = [[x + n for x, n in zip(*rows, strict=True)] for rows in zip(starts, lengths, strict=True)]
+    return {"key_start": starts, "key_lens": ends}
+
+
 def _cases() -> tuple[RelAttentionCase, ...]:
     Case = RelAttentionCase
     causal = {"causal": True}
@@ -177,6 +185,47 @@ def _cases() -> tuple[RelAttentionCase, ...]:
         Case("bias", bias=(1, 3, 17, 22)),
         Case("bias_full", bias=(2, 3, 17, 22), options=causal),
         Case("q_pos", Dp=5, options=causal),
+        Case("q_pos_wider", Dp=70, r_heads=False, options={"pos_scale": -0.2}),
+        Case("pos_scale", lse_gradient=True, options={"pos_scale": 0.9, "scale": 0.0}),
+        Case("pos_scale_0", Dp=3, options={"pos_scale": 0.0, "scale": -0.4, "causal": True}),
+        Case("groups", H=6, Hk=2, lse_gradient=True, options=causal),
+        Case("one_key_head", B=1, H=4, Hk=1, Tq=40, Tm=0, D=16, transposed=True),
+        Case("q_start", B=4, Tq=20, Tm=30, q_start=[0, 25, -30, 60], options=causal),
+        Case(
+            "q_start_far",
+            B=4,
+            R=9,
+            q_start=[2**40, -(2**63), 7, -9],
+            lse_gradient=True,
+            options={"offset": 4, "clamp": True, "window": (2**62, 5)},
+        ),
+        Case("q_start_chunk", Tq=40, q_start=[3, 30], options={"chunk": (7, 1, 3), "causal": True}),
+        Case("ranges", Tq=40, Tm=30, **_unordered(2, 40, 70), lse_gradient=True),
+        Case("ranges_mixed", Tm=9, key_start=[0, 4], key_lens=_unordered(2, 17, 26)["key_lens"]),
+        Case(
+            "packed",
+            B=1,
+            Tq=70,
+            Tm=4,
+            key_start=[[0] * 20 + [24] * 33 + [57] * 17],
+            key_lens=[[24] * 20 + [57] * 33 + [74] * 17],
+            options=causal,
+        ),
+        Case(
+            "inkling",
+            H=4,
+            Hk=2,
+            Tq=100,
+            Tm=60,
+            D=32,
+            Dp=4,
+            R=24,
+            r_heads=False,
+            biases=False,
+            key_start=[0, 70],
+            lse_gradient=True,
+            options={"causal": True, "offset": -37, "pos_scale": 1.0},
+        ),
         Case("dropout", Tq=30, options={"causal": True, "dropout_p": 0.25}),
         Case("dropout_most", Tq=9, Tm=0, options={"dropout_p": 0.9}),
         Case(
@@ -200,6 +249,30 @@ def _cases() -> tuple[RelAttentionCase, ...]:
                 "chunk": (16, 3, 5),
                 "softcap": 8.0,
                 "scale": 0.2,
+                "dropout_p": 0.1,
+            },
+        ),
+        Case(
+            "everything_else",
+            B=3,
+            H=4,
+            Hk=2,
+            Tq=37,
+            Tm=50,
+            D=24,
+            Dv=20,
+            Dp=9,
+            R=30,
+            transposed=True,
+            q_start=[50, 20, -3],
+            **_unordered(3, 37, 87),
+            lse_gradient=True,
+            options={
+                "offset": 3,
+                "window": (40, 9),
+                "softcap": 8.0,
+                "scale": 0.2,
+                "pos_scale": -0.3,
                 "dropout_p": 0.1,
             },
         ),
@@ -252,6 +325,15 @@ def _decode_cases() -> tuple[RelAttentionCase, ...]:
         case("softcap", Tq=2, options={"softcap": 5.0}),
         case("negative_scale", Tq=2, options={"scale": -0.4}),
         case("zero_scale", options={"scale": 0.0}),
+        case("pos_scale", options={"pos_scale": -0.3}),
+        case("q_pos", Dp=5),
+        case("q_pos_wider", Tq=3, Dp=70, r_heads=False, options={"pos_scale": 0.0}),
+        case("groups", H=6, Hk=2),
+        case("one_key_head", H=8, Hk=1, Tq=5, Tm=20),
+        case("q_start", B=4, Tq=3, q_start=[31, 10, -2, 50]),
+        case("q_start_far", B=2, R=3, q_start=[2**40, -(2**63)], options={"causal": False}),
+        case("ranges", Tq=7, **_unordered(2, 7, 37)),
+        case("ranges_mixed", Tq=5, key_start=_unordered(2, 5, 35)["key_start"], key_lens=[35, 20]),
         case("large_scores", spread=30.0),
         case(
             "everything",
@@ -273,6 +355,27 @@ def _decode_cases() -> tuple[RelAttentionCase, ...]:
                 "chunk": (16, 3, 5),
                 "softcap": 8.0,
                 "scale": 0.2,
+            },
+        ),
+        case(
+            "everything_else",
+            B=3,
+            H=6,
+            Hk=2,
+            Tq=6,
+            Tm=50,
+            D=24,
+            Dv=20,
+            Dp=16,
+            R=30,
+            q_start=[50, 20, -3],
+            **_unordered(3, 6, 56),
+            options={
+                "offset": 10,
+                "window": (40, None),
+                "softcap": 8.0,
+                "scale": 0.2,
+                "pos_scale": 0.5,
             },
         ),
     )
