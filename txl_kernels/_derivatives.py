@@ -80,12 +80,22 @@ def refuse_second_derivative(operator: str) -> None:
     register_autograd(operator, backward)
 
 
-def without_derivative(op: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients, as they are; if torch records a graph of them, differentiating it raises."""
+def without_derivative(
+    op: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None] = ()
+) -> list[Tensor | None]:
+    """The gradients, as they are; if torch records a graph of them, differentiating it raises.
+
+    Args:
+        op: the op that the error names.
+        grads: None where a gradient was not requested.
+        inputs: tensors that the gradients depend on.
+    """
     if not torch.is_grad_enabled():
         return list(grads)
     leaves = [grad.requires_grad_() for grad in grads if grad is not None]
-    guarded = iter(_NoSecondDerivative.apply(op, *leaves))  # type: ignore[no-untyped-call]
+    guarded = iter(
+        _NoSecondDerivative.apply(op, len(inputs), *inputs, *leaves)  # type: ignore[no-untyped-call]
+    )
     return [None if grad is None else next(guarded) for grad in grads]
 
 
@@ -98,9 +108,10 @@ class _NoSecondDerivative(torch.autograd.Function):
     """The identity on gradients; differentiating it is an error instead of a silent zero."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, op: str, n_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors after the first `n_inputs`, which only connect the graph to them."""
         ctx.op = op
-        return tuple(grad.view_as(grad) for grad in grads)
+        return tuple(grad.view_as(grad) for grad in tensors[n_inputs:])
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:

@@ -21,28 +21,24 @@ using at::Tensor;
 // q_start, key_start and key_lens beyond these limits act as the limits.
 constexpr int64_t kFarthest = int64_t{1} << 31;
 
-bool same_shape(const Tensor& x, std::initializer_list<int64_t> sizes) {
-  return x.sizes() == at::IntArrayRef(sizes);
-}
-
-// The arguments of the schema that both directions share, as kernels read them. The public function
-// has checked the arguments; the checks here are those that memory safety depends on.
+// The arguments of the schema that both directions share, as kernels read them.
 struct Call {
   OptionalTensors optional;
   RelAttentionArgs args;
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r, at::TensorList tensors,
        at::IntArrayRef rules_, at::ArrayRef<double> numbers)
-      : optional(tensors), dtype_(q.scalar_type()), acc_dtype_(acc_dtype(q)) {
+      : optional(tensors) {
     static const char* const missing = gemm_unavailable_reason();
     TORCH_CHECK(missing == nullptr, "rel_attention: the native backend cannot run here: ", missing);
+    check_call(q, k, v, r, optional);
     set_rows(q, k, v, r);
     const Rules rules(rules_);
     args.clamp = rules.clamp, args.rule = rules.keys;
     set_numbers(Numbers(numbers));
     set_positions(rules.offset);
-    args.r_w_bias = bias_pointer(optional.r_w_bias, args.D);
-    args.r_r_bias = bias_pointer(optional.r_r_bias, args.Dp);
+    args.r_w_bias = bias_pointer(optional.r_w_bias, acc_dtype(q));
+    args.r_r_bias = bias_pointer(optional.r_r_bias, acc_dtype(q));
     set_masks();
   }
 
@@ -54,47 +50,22 @@ struct Call {
     return at::in_parallel_region() || work < 5e5 ? 1 : at::get_num_threads();
   }
 
-  // The rows of a tensor of q's dtype.
-  Tensor4 rows_of(const char* name, const Tensor& x, std::initializer_list<int64_t> sizes) const {
-    TORCH_CHECK_TYPE(x.scalar_type() == dtype_, "rel_attention: ", name, " must have q's dtype, ",
-                     dtype_, ", got ", x.scalar_type());
-    TORCH_CHECK_VALUE(same_shape(x, sizes), "rel_attention: ", name, " must have shape ",
-                      at::IntArrayRef(sizes), ", got ", x.sizes());
-    TORCH_CHECK_VALUE(x.stride(3) == 1 || x.size(3) == 1 || x.numel() == 0,
-                      "rel_attention: the last dimension of ", name, " must be contiguous");
-    return view4(x);
-  }
-
  private:
   void set_rows(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r) {
-    for (const Tensor* x : {&q, &k, &v, &r})
-      TORCH_CHECK_VALUE(x->dim() == 4, "rel_attention: q, k, v, r must have 4 dimensions");
     args.B = q.size(0), args.H = q.size(1), args.Tq = q.size(2), args.D = q.size(3);
     args.Hk = k.size(1), args.Dv = v.size(3), args.R = r.size(2), args.Dp = r.size(3);
-    for (const int64_t size : {args.D, args.Dv, args.Dp})
-      TORCH_CHECK_VALUE(1 <= size && size <= kMaxHeadSize, "rel_attention: head sizes must be 1 to ",
-                        kMaxHeadSize, ", got ", size);
-    TORCH_CHECK_VALUE(args.Hk > 0 ? args.H % args.Hk == 0 : args.H == 0,
-                      "rel_attention: k's heads must divide q's, got ", args.Hk, " and ", args.H);
-    args.q = rows_of("q", q, {args.B, args.H, args.Tq, args.D});
     args.has_q_pos = optional.q_pos.defined();
-    const Tensor& q_pos = args.has_q_pos ? optional.q_pos : q;
-    args.q_pos = rows_of("q_pos", q_pos, {args.B, args.H, args.Tq, args.Dp});
+    args.q = view4(q), args.q_pos = args.has_q_pos ? view4(optional.q_pos) : args.q;
     args.r_per_batch = r.size(0) != 1, args.r_per_head = r.size(1) != 1;
-    const int64_t tables = args.r_per_batch ? args.B : 1, heads = args.r_per_head ? args.H : 1;
-    TORCH_CHECK_VALUE(args.R > 0, "rel_attention: r must have at least one row");
-    args.r = rows_of("r", r, {tables, heads, args.R, args.Dp});
+    args.r = view4(r);
     if (optional.mem_k.defined() && optional.mem_k.numel() > 0)
       add_run(optional.mem_k, optional.mem_v);
     add_run(k, v);
   }
 
   void add_run(const Tensor& k, const Tensor& v) {
-    KeyRun& run = args.runs[args.n_runs++];
-    run.begin = args.Tk, run.n = k.dim() == 4 ? k.size(2) : 0;
-    run.k = rows_of("k", k, {args.B, args.Hk, run.n, args.D});
-    run.v = rows_of("v", v, {args.B, args.Hk, run.n, args.Dv});
-    args.Tk += run.n;
+    args.runs[args.n_runs++] = {args.Tk, k.size(2), view4(k), view4(v)};
+    args.Tk += k.size(2);
   }
 
   void set_numbers(const Numbers& numbers) {
@@ -113,20 +84,19 @@ struct Call {
     }
     // Sums with q_start do not overflow; RelAttentionArgs::row_offset clamps them.
     args.offset = std::clamp(offset, -kOpen, kOpen);
-    args.q_start = integers("q_start", optional.q_start, {args.B}, -kFarthest, kFarthest, q_start_);
+    args.q_start = integers(optional.q_start, -kFarthest, kFarthest, q_start_);
   }
 
-  const void* bias_pointer(Tensor& bias, int64_t D) const {
+  static const void* bias_pointer(Tensor& bias, at::ScalarType dtype) {
     if (!bias.defined()) return nullptr;
-    TORCH_CHECK_VALUE(same_shape(bias, {args.H, D}), "rel_attention: biases must be [H, D]");
-    if (bias.scalar_type() != acc_dtype_) bias = bias.to(acc_dtype_);
+    if (bias.scalar_type() != dtype) bias = bias.to(dtype);
     bias = bias.contiguous();
     return bias.data_ptr();
   }
 
   void set_masks() {
-    args.key_start = bounds("key_start", optional.key_start, key_start_);
-    args.key_lens = bounds("key_lens", optional.key_lens, key_lens_);
+    args.key_start = bounds(optional.key_start, key_start_);
+    args.key_lens = bounds(optional.key_lens, key_lens_);
     if (args.key_start.stride_i != 0 || args.key_lens.stride_i != 0) {
       const int64_t entries = (args.Tq + kRangeRows - 1) / kRangeRows;
       key_table_.resize(static_cast<size_t>(args.B * entries));
@@ -135,26 +105,20 @@ struct Call {
     }
     if (optional.mask.defined()) {
       const Tensor& mask = optional.mask;
-      TORCH_CHECK_VALUE(same_shape(mask, {args.B, args.H, args.Tq, args.Tk}) &&
-                            mask.scalar_type() == at::kBool,
-                        "rel_attention: mask must be bool [B, H, Tq, Tk]");
       args.mask = {mask.data_ptr(), mask.stride(0), mask.stride(1), mask.stride(2)};
       args.mask_stride_key = mask.stride(3);
     }
   }
 
-  KeyBounds bounds(const char* name, const Tensor& x, std::vector<int64_t>& home) const {
+  KeyBounds bounds(const Tensor& x, std::vector<int64_t>& home) const {
     if (!x.defined()) return {};
-    if (x.dim() == 1) return {integers(name, x, {args.B}, 0, args.Tk, home), 1, 0};
-    return {integers(name, x, {args.B, args.Tq}, 0, args.Tk, home), args.Tq, 1};
+    const bool per_query = x.dim() == 2;
+    return {integers(x, 0, args.Tk, home), per_query ? args.Tq : 1, per_query ? 1 : 0};
   }
 
   // The elements of an int32 or int64 tensor of any strides, clamped to [least, most].
-  static const int64_t* integers(const char* name, const Tensor& x,
-                                 std::initializer_list<int64_t> sizes, int64_t least, int64_t most,
+  static const int64_t* integers(const Tensor& x, int64_t least, int64_t most,
                                  std::vector<int64_t>& home) {
-    TORCH_CHECK_VALUE(same_shape(x, sizes), "rel_attention: ", name, " must have shape ",
-                      at::IntArrayRef(sizes), ", got ", x.sizes());
     home.reserve(static_cast<size_t>(x.numel()));
     auto copy = [&](auto* data) {
       const int64_t n = x.dim() > 1 ? x.size(1) : 1, step = x.dim() > 1 ? x.stride(1) : 0;
@@ -166,12 +130,11 @@ struct Call {
     if (x.scalar_type() == at::kInt) {
       copy(x.const_data_ptr<int32_t>());
     } else {
-      copy(x.const_data_ptr<int64_t>());  // raises for other types
+      copy(x.const_data_ptr<int64_t>());
     }
     return home.data();
   }
 
-  at::ScalarType dtype_, acc_dtype_;
   std::vector<int64_t> q_start_, key_start_, key_lens_;
   std::vector<KeyRange> key_table_;
 };
@@ -300,17 +263,18 @@ std::vector<Tensor> rel_attention_bwd(const Tensor& dout, const Tensor& dlse, co
       &given.mem_v, &given.q_pos};
   std::vector<Tensor> grads = empty_gradients(call, inputs, needs_grad);
   if (!call.empty()) {
-    args.out = call.rows_of("out", out, {args.B, args.H, args.Tq, args.Dv});
-    TORCH_CHECK_VALUE(same_shape(lse, {args.B, args.H, args.Tq}) &&
+    const CallChecks checks(q);
+    checks.rows("out", out, {args.B, args.H, args.Tq, args.Dv});
+    checks.rows("dout", dout, {args.B, args.H, args.Tq, args.Dv});
+    TORCH_CHECK_VALUE(lse.sizes() == at::IntArrayRef({args.B, args.H, args.Tq}) &&
                           lse.scalar_type() == acc_dtype(q),
-                      "rel_attention: lse must be [B, H, Tq] as the forward returned it");
-    args.lse = lse.data_ptr();
+                      "rel_attention: lse must be the forward's");
+    args.out = view4(out), args.lse = lse.data_ptr();
     RelAttentionGrads pointers = grad_pointers(args, grads);
-    pointers.dout = call.rows_of("dout", dout, {args.B, args.H, args.Tq, args.Dv});
+    pointers.dout = view4(dout);
     if (dlse.dim() != 1 || dlse.numel() != 0) {
-      TORCH_CHECK_VALUE(
-          dlse.sizes() == lse.sizes() && dlse.scalar_type() == lse.scalar_type(),
-          "rel_attention: dlse must have the shape and dtype of lse");
+      TORCH_CHECK_VALUE(dlse.sizes() == lse.sizes() && dlse.scalar_type() == lse.scalar_type(),
+                        "rel_attention: dlse must have the shape and dtype of lse");
       pointers.dlse = {dlse.data_ptr(), dlse.stride(0), dlse.stride(1), dlse.stride(2)};
     }
     compute_gradients(call, pointers, q);

@@ -59,7 +59,9 @@ class Serves(NamedTuple):
 # (backend, op) or, where devices differ, (backend, op, device type), which has precedence.
 # The reference supports every call and is not listed.
 _SERVES: dict[tuple[str, ...], Serves] = {
-    ("native", "rel_attention"): Serves(_FLOAT, head_size=MAX_HEAD_SIZE, lacks=_LATER),
+    ("native", "rel_attention"): Serves(
+        _FLOAT, head_size=MAX_HEAD_SIZE, lacks=_DENSE_ARGUMENTS
+    ),
     ("native", "rel_attention", "cuda"): Serves(
         _FLOAT_TO_16_BIT,
         head_size=MAX_HEAD_SIZE,

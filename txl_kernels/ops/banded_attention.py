@@ -7,7 +7,7 @@ without positions computes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -19,17 +19,13 @@ from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.ops import autocast, flash_attention
 from txl_kernels.ops.checks import check_flag, check_shape, check_tensor
+from txl_kernels.ops.rel_attention import rel_attention
 from txl_kernels.ops.rel_attention_calls import Prepared, backward, forward, prepare
 from txl_kernels.transforms import inside_transform
 
 OP = "banded_attention"
 
 Far = tuple[flash_attention.Forward, flash_attention.Backward]
-# Arguments of `rel_attention` that no attention without positions supports, or that are fixed here.
-_NOT_HERE = frozenset(
-    ("mem_k", "mem_v", "q_start", "offset", "causal", "window", "chunk", "key_start", "key_lens")
-    + ("mask", "bias", "softcap", "dropout_p", "dropout_seed", "dead_rows")
-)
 
 
 def banded_attention(
@@ -205,7 +201,7 @@ class _Banded(torch.autograd.Function):
                 _add_gradients_of_constant(grads, call, dout, out, far_out, share)
             if any(needs[:3]) or needs[4]:
                 _add_far_gradients(grads, options, call, dout, out, far_lse)
-        return (None, *without_derivative(OP, grads))
+        return (None, *without_derivative(OP, grads, tensors))
 
 
 def _near_call(options: _Options, tensors: Any) -> RelAttentionCall:
@@ -244,9 +240,8 @@ def _near_gradients(
     """Gradients of q, k, v, r, r_w_bias, r_r_bias, q_pos from the near keys; None: not needed."""
     needs_grad = [*needs[:6], False, False, needs[6]]
     if backend == "reference":
-        found = _reference_gradients(dout, call, out, lse, needs_grad)
-    else:
-        found = backward(backend, dout, None, call, out, lse, needs_grad)
+        return _reference_gradients(dout, call, out, lse, needs_grad)
+    found = backward(backend, dout, None, call, out, lse, needs_grad)
     grads = [grad if needed else None for grad, needed in zip(found, needs_grad, strict=True)]
     return [*grads[:6], grads[8]]
 
@@ -254,26 +249,25 @@ def _near_gradients(
 def _reference_gradients(
     dout: Tensor, call: RelAttentionCall, out: Tensor, lse: Tensor, needs_grad: list[bool]
 ) -> list[Tensor | None]:
-    """The same by automatic differentiation of the merging, with near_out and near_lse computed
-    again: out = share · near_out + …, d out / d near_lse = share · (near_out - out)."""
-    given = (*call[:4], *call.optional[:5])
-    leaves = [
-        None if x is None else x.detach().requires_grad_(needed)
-        for x, needed in zip(given, needs_grad, strict=True)
+    """The same by differentiating the reference, whose share of the merged result is
+    exp(near_lse - lse): out changes with near_out by share, with near_lse by
+    share · (near_out - out)."""
+    given = zip((*call[:4], *call.optional[:5]), needs_grad, strict=True)
+    leaves: list[Any] = [
+        None if x is None else x.detach().requires_grad_(needed) for x, needed in given
     ]
+    q, k, v, r, *optional = leaves
     with torch.enable_grad():
-        optional = OptionalTensors(*leaves[4:])
-        near = call._replace(optional=optional)
-        near_out, near_lse = reference.rel_attention(
-            RelAttentionCall(*leaves[:4], *near[4:])  # type: ignore[arg-type]
-        )
-    share = (near_lse.detach() - lse).exp()
+        near = call._replace(q=q, k=k, v=v, r=r, optional=OptionalTensors(*optional))
+        near_out, near_lse = reference.rel_attention(near)
+    share = (near_lse.detach() - lse).exp()[..., None]
     wide = dout.to(lse.dtype)
-    dlse = share * (wide * (near_out.detach().to(lse.dtype) - out)).sum(-1)
-    douts = ((share[..., None] * wide).to(out.dtype), dlse)
+    dlse = (share * wide * (near_out.detach().to(lse.dtype) - out)).sum(-1)
     inputs = [x for x, needed in zip(leaves, needs_grad, strict=True) if needed]
-    grads = iter(torch.autograd.grad((near_out, near_lse), inputs, douts))
-    return [next(grads) if needed else None for needed in needs_grad]
+    douts = ((share * wide).to(out.dtype), dlse)
+    found = iter(torch.autograd.grad((near_out, near_lse), inputs, douts))
+    grads = [next(found) if needed else None for needed in needs_grad]
+    return [*grads[:6], grads[8]]
 
 
 def _add_far_gradients(
@@ -360,6 +354,6 @@ def _check_far(out: Tensor, lse: Tensor, near_out: Tensor, near_lse: Tensor) -> 
 def _refuse(others: dict[str, Any]) -> None:
     """Raises for keyword arguments that the op does not have."""
     for name in others:
-        if name in _NOT_HERE:
+        if name in inspect.signature(rel_attention).parameters:
             raise ValueError(f"{OP}: {name} is not supported; rel_attention has it")
         raise TypeError(f"{OP}() got an unexpected keyword argument {name!r}")

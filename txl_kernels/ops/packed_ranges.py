@@ -32,10 +32,11 @@ def packed_ranges(cu_seqlens: Tensor, T: int, *, n_memory: int = 0) -> tuple[Ten
 
     Raises:
         TypeError: cu_seqlens is not an integer tensor, or T or n_memory is not an integer.
-        ValueError: a wrong shape, T or n_memory is negative, cu_seqlens decreases, or does not begin
-            with 0 after a memory. The values of cu_seqlens are read on a CPU only, outside of
-            compilers. Elsewhere the host never waits
-            for them, and ranges of any values are clamped to the tokens.
+        ValueError: cu_seqlens has another shape, decreases, or does not begin with 0 although
+            there is a memory; T or n_memory is negative.
+
+    The values of cu_seqlens are checked on a CPU only, and not inside compilers. Elsewhere the
+    host does not read them, and all ranges are clamped to the tokens.
     """
     check_tensor(OP, "cu_seqlens", cu_seqlens)
     check_dtype(OP, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))

@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, merged, is attention over all of them; sinks are one more key."""
+"""Attention over parts of the keys merges to attention over all; a sink is one more key."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def test_parts_of_the_keys_merge_to_attention_over_all(backend, require_backend)
     B, H, T, D = 3, 2, 9, 4
     generator = torch.Generator().manual_seed(1)
     shapes = [(B, H, T, D)] * 3 + [(1, H, T, D)]
-    inputs = leaves(
-        *(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    )
+    inputs = leaves(*(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes))
     end = torch.tensor([T, T, 0])
     ranges = [(torch.tensor([0, 5, 0]), torch.tensor([4, 3, 0])), (torch.tensor([4, 0, 3]), end)]
 
@@ -146,19 +144,14 @@ def test_sums_are_float32_and_out_has_its_own_dtype(dtype):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
 
 
-def test_one_graph_serves_any_length():
+def test_both_are_one_graph():
     def merged(outs, lses, sink):
         return with_sink(*merge_attention(outs, lses), sink)
 
-    compiled = torch.compile(merged, fullgraph=True, backend="aot_eager", dynamic=True)
     outs, lses = parts()
-    sink = torch.randn(3, 1, dtype=torch.float64)
-    inputs = leaves(outs[:2], lses[:2], sink)
-    for T in (5, 3):
-        outs, lses = inputs[0][..., :T, :].unbind(), inputs[1][..., :T].unbind()
-        results = [f(outs, lses, inputs[2]) for f in (compiled, merged)]
-        torch.testing.assert_close(*results)
-        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), inputs) for out, _ in results))
+    arguments = (list(outs), list(lses), torch.randn(3, 1, dtype=torch.float64))
+    compiled = torch.compile(merged, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), merged(*arguments))
 
 
 def zeros(*shape, **options):
