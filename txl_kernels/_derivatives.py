@@ -43,14 +43,40 @@ def register_vmap(operator: str, call: Callable[..., Any]) -> None:
     def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         if info.batch_size == 0:
             raise ValueError(f"{name}: torch.vmap needs at least one element, got a batch of 0")
-        results = [
-            call(*(_element(x, dim, n) for x, dim in zip(args, in_dims, strict=True)))
-            for n in range(info.batch_size)
-        ]
-        stacked = tree_map(lambda *parts: torch.stack(parts), *results)
+        stacked = _looped(call, args, in_dims, info.batch_size)
         return stacked, tree_map(lambda _: 0, stacked)
 
     torch.library.register_vmap(operator, one_by_one)
+
+
+def loop_over_batched_gradients(operator: str, call: Callable[..., Any]) -> None:
+    """Lets `torch.autograd.grad(is_grads_batched=True)` call a backward operator per gradient.
+
+    It batches with an older vmap than `torch.vmap`, which has no loop for lists of tensors.
+
+    Args:
+        operator: "namespace::name".
+        call: the operator itself.
+    """
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+    def one_by_one(*args: Any) -> Any:
+        level = max(torch._C._vmapmode_increment_nesting() - 1, 1)
+        torch._C._vmapmode_decrement_nesting()
+        sizes: list[int] = []
+
+        def whole(x: Any) -> Any:
+            if isinstance(x, Tensor) and is_batched(x):
+                x = torch._remove_batch_dim(x, level, 1, 0)
+                sizes.append(len(x))
+            return x
+
+        in_dims = tree_map(lambda x: 0 if isinstance(x, Tensor) and is_batched(x) else None, args)
+        unbatched = tree_map(whole, args)
+        stacked = _looped(call, unbatched, in_dims, sizes[0])
+        return tree_map(lambda x: torch._add_batch_dim(x, 0, level), stacked)
+
+    torch.library.impl(operator, "Batched", one_by_one)
 
 
 def refuse_batched_gradients(operator: str) -> None:
@@ -116,6 +142,17 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(no_second_derivative(ctx.op))
+
+
+def _looped(
+    call: Callable[..., Any], args: Sequence[Any], in_dims: Sequence[Any], batch_size: int
+) -> Any:
+    """The results of one call per element of the batch, stacked."""
+    results = [
+        call(*(_element(x, dim, n) for x, dim in zip(args, in_dims, strict=True)))
+        for n in range(batch_size)
+    ]
+    return tree_map(lambda *parts: torch.stack(parts), *results)
 
 
 def _element(x: Any, dim: Any, n: int) -> Any:

@@ -9,13 +9,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-
-import torch
 
 from txl_kernels._rel_attention_call import OptionalTensors
 
@@ -191,4 +189,3 @@ def _size(matrix: Shape) -> int:
 
 def _no_products(*_: Any, **__: Any) -> int:
     return 0
-

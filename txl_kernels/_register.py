@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from txl_kernels import _register_adaptive
-from txl_kernels._derivatives import refuse_second_derivative, register_autograd, register_vmap
-from txl_kernels._rel_attention_call import N_DIFFERENTIABLE, SCHEMA, OptionalTensors, is_absent
+from txl_kernels._derivatives import (
+    loop_over_batched_gradients,
+    refuse_second_derivative,
+    register_autograd,
+    register_vmap,
+)
+from txl_kernels._rel_attention_call import N_DIFFERENTIABLE, SCHEMA, OptionalTensors
 
 _N_OPTIONAL = len(OptionalTensors._fields)
 _N_OPTIONAL_GRADS = N_DIFFERENTIABLE - 4
@@ -70,6 +75,7 @@ def _register_rel_attention(operators: Any) -> None:
     refuse_second_derivative(bwd)
     register_vmap(fwd, operators.rel_attention_fwd)
     register_vmap(bwd, operators.rel_attention_bwd)
+    loop_over_batched_gradients(bwd, operators.rel_attention_bwd)
 
 
 def _register_rel_shift(operators: Any) -> None:

@@ -179,7 +179,9 @@ def _register_embedding(operators: Any) -> None:
         rows = tokens.new_empty((n, N) if sparse else (0,))
         like = tables
         if sparse:
-            like = [table.new_empty(_fake_rows(operators.name, N), table.shape[1]) for table in tables]
+            like = [
+                table.new_empty(_fake_rows(operators.name, N), table.shape[1]) for table in tables
+            ]
         dtables = _fake_grads(like, needs_grad[:n])
         return rows, dtables, _fake_grads(projections, needs_grad[n:])
 

@@ -36,6 +36,29 @@ class OptionalTensors(NamedTuple):
     dropout_seed: Tensor | None = None  # int64, one element
 
 
+# The axes of each optional tensor, as letters: G is Hk, V is Dv, P is Dp, M is Tm, T is Tq, K is Tk.
+# Ranges of keys are [B] or [B, Tq], the seed has no axis.
+AXES = OptionalTensors(
+    *("HD", "HP", "BGMD", "BGMV", "BHTP", "B", "BT", "BT", "BHTK", "")  # type: ignore[arg-type]
+)
+
+
+class Options(NamedTuple):
+    """The arguments of the public function that are not tensors, as the caller gives them."""
+
+    offset: int | None = None
+    clamp: bool = False
+    causal: bool = False
+    window: Sequence[int | None] | None = None
+    chunk: Sequence[int] | None = None
+    scale: float | None = None
+    pos_scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    dead_rows: str = "zero"
+    backend: str = "auto"
+
+
 class Rules(NamedTuple):
     """The integers that decide which keys a query attends to, and which row of `r` a key uses."""
 

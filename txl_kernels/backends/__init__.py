@@ -41,9 +41,6 @@ _AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}  # then the reference
 _FLOAT_TO_16_BIT = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT = (*_FLOAT_TO_16_BIT, torch.float64)
 _DENSE_ARGUMENTS = ("bias", "dead_rows='uniform'")
-_LATER = (
-    *_DENSE_ARGUMENTS, "q_pos", "pos_scale", "q_start", "fewer key heads", "ranges per query",
-)  # fmt: skip
 
 
 class Serves(NamedTuple):
@@ -59,21 +56,21 @@ class Serves(NamedTuple):
 # (backend, op) or, where devices differ, (backend, op, device type), which has precedence.
 # The reference supports every call and is not listed.
 _SERVES: dict[tuple[str, ...], Serves] = {
-    ("native", "rel_attention"): Serves(
-        _FLOAT, head_size=MAX_HEAD_SIZE, lacks=_DENSE_ARGUMENTS
-    ),
+    ("native", "rel_attention"): Serves(_FLOAT, head_size=MAX_HEAD_SIZE, lacks=_DENSE_ARGUMENTS),
     ("native", "rel_attention", "cuda"): Serves(
         _FLOAT_TO_16_BIT,
         head_size=MAX_HEAD_SIZE,
         Tq=16,
         gradients=False,
-        lacks=(*_LATER, "dropout_p"),
+        lacks=(*_DENSE_ARGUMENTS, "dropout_p"),
     ),
     ("native", "rel_shift"): Serves(_FLOAT),
     ("native", "adaptive_loss"): Serves(_FLOAT),
     ("native", "adaptive_nll"): Serves(_FLOAT),
     ("native", "adaptive_embedding"): Serves(_FLOAT),
-    ("triton", "rel_attention"): Serves(_FLOAT_TO_16_BIT, head_size=MAX_HEAD_SIZE, lacks=_LATER),
+    ("triton", "rel_attention"): Serves(
+        _FLOAT_TO_16_BIT, head_size=MAX_HEAD_SIZE, lacks=_DENSE_ARGUMENTS
+    ),
     ("triton", "rel_shift"): Serves(_FLOAT),
     ("triton", "adaptive_loss"): Serves(_FLOAT_TO_16_BIT),
     ("triton", "adaptive_nll"): Serves(_FLOAT_TO_16_BIT),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from txl_kernels._rel_attention_call import OptionalTensors
+from txl_kernels._rel_attention_call import OptionalTensors, Options
 from txl_kernels.ops import rel_attention_plans
-from txl_kernels.ops.rel_attention_calls import Options, forward, prepare
+from txl_kernels.ops.rel_attention_calls import forward, prepare
 
 
 def rel_attention(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from txl_kernels._rel_attention_call import OptionalTensors, RelAttentionCall
+from txl_kernels._rel_attention_call import OptionalTensors, Options, RelAttentionCall
 from txl_kernels.backends import choose
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.ops import autocast
@@ -20,22 +20,6 @@ from txl_kernels.ops.rel_attention_checks import (
     checked_numbers,
     checked_rules,
 )
-
-
-class Options(NamedTuple):
-    """The arguments of `rel_attention` that are not tensors, as the caller gives them."""
-
-    offset: int | None = None
-    clamp: bool = False
-    causal: bool = False
-    window: Sequence[int | None] | None = None
-    chunk: Sequence[int] | None = None
-    scale: float | None = None
-    pos_scale: float | None = None
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    dead_rows: str = "zero"
-    backend: str = "auto"
 
 
 class Prepared(NamedTuple):
@@ -74,8 +58,7 @@ def prepare(
     optional = optional._replace(mem_k=mem_k, mem_v=mem_v, q_pos=q_pos)
     Tk = check_tensors(op, q, k, v, r, optional)
     check_keys(op, q, Tk, optional, bias)
-    rules = checked_rules(op, q.shape[2], *options[:5])
-    numbers = checked_numbers(op, q, *options[5:9])
+    rules, numbers = checked_rules(op, q, options), checked_numbers(op, q, options)
     check_choice(op, "dead_rows", options.dead_rows, ("zero", "uniform"))
     check_seed(op, q, optional.dropout_seed)
     call = _with_contiguous_rows(RelAttentionCall(q, k, v, r, optional, rules, numbers), Tk)
@@ -132,14 +115,7 @@ def backward(
 
 def _uses(call: RelAttentionCall, options: Options, bias: Tensor | None) -> list[str]:
     """The arguments of a call that not every backend supports, in the words of `resolve`."""
-    optional = call.optional
-    ranges = (optional.key_start, optional.key_lens)
     given = {
-        "q_pos": optional.q_pos is not None,
-        "pos_scale": options.pos_scale is not None,
-        "q_start": optional.q_start is not None,
-        "fewer key heads": call.k.shape[1] != call.q.shape[1],
-        "ranges per query": any(x is not None and x.ndim == 2 for x in ranges),
         "bias": bias is not None,
         "dead_rows='uniform'": options.dead_rows == "uniform",
         "dropout_p": call.numbers.dropout_p > 0,

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from txl_kernels._rel_attention_call import UNLIMITED, Numbers, OptionalTensors, Rules
+from txl_kernels._rel_attention_call import (
+    UNLIMITED,
+    Numbers,
+    OptionalTensors,
+    Options,
+    Rules,
+)
 from txl_kernels.ops.checks import (
     FLOATING,
     check_broadcastable,
@@ -24,6 +30,7 @@ from txl_kernels.ops.checks import (
     checked_window,
     fixed_if_traced,
 )
+
 
 def check_tensors(
     op: str, q: Tensor, k: Tensor, v: Tensor, r: Tensor, optional: OptionalTensors
@@ -64,9 +71,7 @@ def check_tensors(
     return Ts + _check_memory(op, k, v, optional.mem_k, optional.mem_v)
 
 
-def _check_memory(
-    op: str, k: Tensor, v: Tensor, mem_k: Tensor | None, mem_v: Tensor | None
-) -> int:
+def _check_memory(op: str, k: Tensor, v: Tensor, mem_k: Tensor | None, mem_v: Tensor | None) -> int:
     """Returns Tm."""
     if mem_k is None and mem_v is None:
         return 0
@@ -79,9 +84,7 @@ def _check_memory(
     return mem_k.shape[2]
 
 
-def check_keys(
-    op: str, q: Tensor, Tk: int, optional: OptionalTensors, bias: Tensor | None
-) -> None:
+def check_keys(op: str, q: Tensor, Tk: int, optional: OptionalTensors, bias: Tensor | None) -> None:
     """The tensors that place queries, and that mask or bias keys.
 
     Raises:
@@ -107,54 +110,41 @@ def check_keys(
             check_broadcastable(op, name, dense, (*q.shape[:3], Tk))
 
 
-def checked_rules(
-    op: str,
-    Tq: int,
-    offset: int | None,
-    clamp: bool,
-    causal: bool,
-    window: Sequence[int | None] | None,
-    chunk: Sequence[int] | None,
-) -> Rules:
+def checked_rules(op: str, q: Tensor, options: Options) -> Rules:
     """The rules about keys and rows of r. Causal attention is a window of 0 to the right.
 
     Raises:
         TypeError: of the wrong type.
         ValueError: out of range, or clamp without offset.
     """
-    check_flag(op, "clamp", clamp)
-    check_flag(op, "causal", causal)
-    if clamp and offset is None:
+    offset = options.offset
+    check_flag(op, "clamp", options.clamp)
+    check_flag(op, "causal", options.causal)
+    if options.clamp and offset is None:
         raise ValueError(f"{op}: clamp=True needs an explicit offset, got offset=None")
-    left, right = checked_window(op, window)
+    left, right = checked_window(op, options.window)
     rules = Rules(
-        check_int(op, "offset", Tq - 1 if offset is None else offset),
-        int(clamp),
+        check_int(op, "offset", q.shape[2] - 1 if offset is None else offset),
+        int(options.clamp),
         UNLIMITED if left is None else left,
-        0 if causal else UNLIMITED if right is None else right,
-        *_checked_chunk(op, chunk),
+        0 if options.causal else UNLIMITED if right is None else right,
+        *_checked_chunk(op, options.chunk),
     )
     return Rules(*map(fixed_if_traced, rules))
 
 
-def checked_numbers(
-    op: str,
-    q: Tensor,
-    scale: float | None,
-    pos_scale: float | None,
-    softcap: float,
-    dropout_p: float,
-) -> Numbers:
+def checked_numbers(op: str, q: Tensor, options: Options) -> Numbers:
     """The factors and the dropout probability.
 
     Raises:
         TypeError: of the wrong type.
         ValueError: out of range, NaN or infinite.
     """
+    scale, pos_scale = options.scale, options.pos_scale
     scale = check_number(op, "scale", q.shape[3] ** -0.5 if scale is None else scale)
     pos_scale = scale if pos_scale is None else check_number(op, "pos_scale", pos_scale)
-    softcap = _effective_softcap(check_number(op, "softcap", softcap, at_least=0), q.dtype)
-    dropout_p = check_number(op, "dropout_p", dropout_p)
+    softcap = _effective_softcap(check_number(op, "softcap", options.softcap, at_least=0), q.dtype)
+    dropout_p = check_number(op, "dropout_p", options.dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     return Numbers(scale, pos_scale, softcap, dropout_p)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from txl_kernels._rel_attention_call import OptionalTensors
+from txl_kernels._rel_attention_call import OptionalTensors, Options
 from txl_kernels.backends import verification
-from txl_kernels.ops.rel_attention_calls import Options, Prepared
+from txl_kernels.ops.rel_attention_calls import Prepared
 
 _MOST_PLANS = 1024  # a decoding loop has other lengths in every call
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
@@ -61,7 +61,8 @@ def key(
 ) -> tuple[Any, ...] | None:
     """Equal for two calls that differ in the values of tensors only; None for calls without plan.
 
-    The latter are traced, transformed or autocast calls, and calls outside the CPU.
+    The latter are traced, transformed or autocast calls, calls outside the CPU, and those with
+    tensors whose rows have to be copied.
     """
     if torch.compiler.is_compiling() or bias is not None or _is_changed():
         return None
@@ -73,8 +74,8 @@ def key(
     for x in (q, k, v, r, *optional):
         if x is None:
             add(None)
-        elif type(x) in _TENSORS and x.is_cpu and x.ndim:
-            add((x.shape, x.dtype, x.stride(-1)))
+        elif type(x) in _TENSORS and x.is_cpu and x.ndim and x.stride(-1) == 1:
+            add((x.shape, x.dtype))
             needs_grad = needs_grad or x.requires_grad
         else:
             return None
@@ -100,12 +101,11 @@ def get(key: tuple[Any, ...] | None) -> Plan | None:
 
 
 def add(key: tuple[Any, ...] | None, prepared: Prepared) -> None:
-    """Keeps the plan of a call to the native backend that had nothing to cast, copy or draw."""
+    """Keeps the plan of a call to the native backend that had nothing to expand or draw."""
     call = prepared.call
     if key is None or prepared.backend != "native" or call.numbers.dropout_p > 0:
         return
-    tensors = (*call[:4], *call.optional)
-    if call.optional.mask is not None or any(x is not None and x.stride(-1) != 1 for x in tensors):
+    if call.optional.mask is not None:  # would have to be expanded
         return
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()

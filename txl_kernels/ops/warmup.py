@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from txl_kernels._rel_attention_call import AXES
 from txl_kernels.backends import verification
 from txl_kernels.ops.adaptive_embedding import adaptive_embedding
 from txl_kernels.ops.adaptive_softmax import adaptive_loss, adaptive_nll
@@ -32,9 +33,10 @@ def warmup(shapes: Iterable[Mapping[str, Any]], *, device: torch.device | str = 
             op: default "rel_attention"; "rel_shift", "adaptive_nll", "adaptive_loss" or
             "adaptive_embedding";
             dtype: default torch.bfloat16; gradients: whether to run backward too, default True;
-            for `rel_attention` B, H, Tq, D: sizes; Ts (default Tq), Tm (default 0), Dv (default D),
-            R (default Tk); biases, key_start, key_lens, mask: whether such tensors are given;
-            biases by default;
+            for `rel_attention` B, H, Tq, D: sizes; Hk (default H), Ts (default Tq), Tm (default 0),
+            Dv (default D), R (default Tk), and Dp, which gives q_pos; biases, key_start, key_lens,
+            q_start, mask: whether such tensors are given, biases by default; "per query" for
+            key_start and key_lens means [B, Tq];
             for `rel_shift` shape: that of x;
             for the adaptive ops N: tokens; d: width of hidden or of the result; sizes: tokens of
             each cluster, the head first; widths (default d for all): row widths of the clusters,
@@ -125,34 +127,47 @@ def _rel_attention(
     H: int,
     Tq: int,
     D: int,
+    Hk: int | None = None,
     Ts: int | None = None,
     Tm: int = 0,
     Dv: int | None = None,
+    Dp: int | None = None,
     R: int | None = None,
     biases: bool = True,
-    key_start: bool = False,
-    key_lens: bool = False,
     mask: bool = False,
     **options: Any,
 ) -> Tensor:
-    sizes = {"B": B, "H": H, "Tq": Tq, "D": D, "Ts": Tq if Ts is None else Ts, "Tm": Tm}
-    B, H, Tq, D, Ts, Tm = (_size(name, size, at_least=0) for name, size in sizes.items())
-    Tk = Tm + Ts
-    Dv = D if Dv is None else _size("Dv", Dv)
-    R = Tk if R is None else _size("R", R)
-    call: dict[str, Any] = {
-        "q": zeros(B, H, Tq, D),
-        "k": zeros(B, H, Ts, D),
-        "v": zeros(B, H, Ts, Dv),
-        "r": zeros(1, H, R, D),
+    given = {"Hk": H if Hk is None else Hk, "Ts": Tq if Ts is None else Ts, "Tm": Tm}
+    sizes = {
+        name: _size(name, size, at_least=0)
+        for name, size in {"B": B, "H": H, "Tq": Tq, "D": D, **given}.items()
     }
-    if Tm:
-        call |= {"mem_k": zeros(B, H, Tm, D), "mem_v": zeros(B, H, Tm, Dv)}
-    if biases:
-        call |= {"r_w_bias": zeros(H, D), "r_r_bias": zeros(H, D)}
-    for name, given in (("key_start", key_start), ("key_lens", key_lens)):
-        if given:
-            call[name] = torch.full((B,), Tk, dtype=torch.int64, device=device)
+    sizes |= {
+        "Dv": D if Dv is None else _size("Dv", Dv),
+        "Dp": D if Dp is None else _size("Dp", Dp),
+    }
+    Tk = sizes["Tm"] + sizes["Ts"]
+    sizes |= {"Tk": Tk, "R": Tk if R is None else _size("R", R)}
+    by_letter = {"G": "Hk", "S": "Ts", "M": "Tm", "T": "Tq", "K": "Tk", "V": "Dv", "P": "Dp"}
+
+    def shape(axes: str) -> list[int]:
+        return [sizes[by_letter.get(axis, axis)] for axis in axes]
+
+    call = {
+        name: zeros(*shape(axes)) for name, axes in (("q", "BHTD"), ("k", "BGSD"), ("v", "BGSV"))
+    }
+    call["r"] = zeros(1, *shape("HRP"))
+    floats = [*["r_w_bias", "r_r_bias"] * biases, *["mem_k", "mem_v"] * bool(Tm)]
+    if Dp is not None:
+        floats.append("q_pos")
+    for name, axes in AXES._asdict().items():
+        if name in floats:
+            call[name] = zeros(*shape(axes))
+        elif axes in ("B", "BT"):
+            kind = options.pop(name, None)
+            if kind:
+                size = shape(axes if kind == "per query" else "B")
+                call[name] = torch.full(size, Tk, dtype=torch.int64, device=device)
     if mask:
         call["mask"] = torch.ones(B, 1, Tq, Tk, dtype=torch.bool, device=device)
     out: Tensor = rel_attention(**call, **options)

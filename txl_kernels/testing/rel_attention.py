@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txl_kernels._rel_attention_call import OptionalTensors, RelAttentionCall, Rules
+from txl_kernels._rel_attention_call import OptionalTensors, Options, RelAttentionCall, Rules
 from txl_kernels.ops.rel_attention_checks import checked_numbers, checked_rules
 from txl_kernels.testing.comparison import call, check_results, repeated, results
 from txl_kernels.testing.rel_attention_cases import RelAttentionCase
@@ -75,17 +75,13 @@ def check_rel_attention_output(
 def attention_arguments(
     case: RelAttentionCase, floats: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> list[Any]:
-    """The operator's arguments for a case and its inputs, with a bias and dead rows if it has any."""
-    options = dict(case.options)
-    dead_uniform = options.pop("dead_rows", "zero") == "uniform"
-    numbers = {name: options.pop(name, None) for name in ("scale", "pos_scale")}
-    numbers |= {name: options.pop(name, 0.0) for name in ("softcap", "dropout_p")}
-    usual = {"offset": None, "clamp": False, "causal": False, "window": None, "chunk": None}
-    rules = checked_rules(OP, case.Tq, **{**usual, **options})
+    """The operator's arguments for a case and its inputs, and the reference's own if it has any."""
+    options = Options(**case.options)
     tensors: dict[str, Any] = {**floats, **others}
-    bias = tensors.pop("bias", None)
-    required = [tensors.pop(name) for name in "qkvr"]
-    given = RelAttentionCall(
-        *required, OptionalTensors(**tensors), rules, checked_numbers(OP, required[0], **numbers)
-    )
+    bias, dead_uniform = tensors.pop("bias", None), options.dead_rows == "uniform"
+    q, k, v, r = (tensors.pop(name) for name in "qkvr")
+    rules, numbers = checked_rules(OP, q, options), checked_numbers(OP, q, options)
+    if "mask" in tensors:
+        tensors["mask"] = tensors["mask"].expand(*q.shape[:3], case.Tm + k.shape[2])
+    given = RelAttentionCall(q, k, v, r, OptionalTensors(**tensors), rules, numbers)
     return [*given.arguments(), *([bias, dead_uniform] if bias is not None or dead_uniform else [])]

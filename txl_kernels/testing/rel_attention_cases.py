@@ -123,7 +123,9 @@ def _unordered(B: int, Tq: int, Tk: int) -> dict[str, list[list[int]]]:
     """Ranges of keys per query that neither grow nor shrink; some are empty."""
     starts = [[(7 * i * i + 5 * b) % Tk - 2 for i in range(Tq)] for b in range(B)]
     lengths = [[(11 * i + 3 * b) % (Tk // 2 + 2) for i in range(Tq)] for b in range(B)]
-    ends = [[x + n for x, n in zip(*rows, strict=True)] for rows in zip(starts, lengths, strict=True)]
+    ends = [
+        [x + n for x, n in zip(*rows, strict=True)] for rows in zip(starts, lengths, strict=True)
+    ]
     return {"key_start": starts, "key_lens": ends}
 
 

@@ -29,7 +29,12 @@ BAD = [
     # shapes
     ("q", zeros(B, H, D), ValueError, r"q must have shape \[B, H, Tq, D\], got \[2, 3, 8\]"),
     ("q", zeros(B, H, Tq, 0), ValueError, "q must have|k must have"),
-    ("k", zeros(B, H, Tq, 7), ValueError, r"k must have shape \[2, Hk, Ts, 8\], got \[2, 3, 5, 7\]"),
+    (
+        "k",
+        zeros(B, H, Tq, 7),
+        ValueError,
+        r"k must have shape \[2, Hk, Ts, 8\], got \[2, 3, 5, 7\]",
+    ),
     ("k", zeros(B, 2, Tq, D), ValueError, "q must have a multiple of k's 2 heads, got 3 heads"),
     ("k", zeros(B, 0, Tq, D), ValueError, "q must have a multiple of k's 0 heads"),
     ("k", zeros(B, 1, Tq, D), ValueError, r"v must have shape \[2, 1, 5, Dv\]"),

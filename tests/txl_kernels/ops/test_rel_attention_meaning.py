@@ -156,7 +156,9 @@ def test_the_gradient_of_lse_in_a_row_without_keys_is_ignored(backend):
     floats, others = case.inputs(torch.float32)
     lse = rel_attention_with_lse(**floats, **others, backend=backend)[1]
     dlse = torch.ones_like(lse)
-    due = torch.autograd.grad(lse, list(floats.values()), dlse, retain_graph=True, allow_unused=True)
+    due = torch.autograd.grad(
+        lse, list(floats.values()), dlse, retain_graph=True, allow_unused=True
+    )
     dlse[0] = float("nan")
     actual = torch.autograd.grad(lse, list(floats.values()), dlse, allow_unused=True)
     assert not due[0][0].any()

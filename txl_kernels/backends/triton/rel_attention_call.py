@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,9 +56,8 @@ def kernel_arguments(call: RelAttentionCall) -> dict[str, Any]:
     DV, R, DP = v.shape[3], *r.shape[2:]
     Tm = 0 if mem_k is None else mem_k.shape[2]
     Tk = Tm + k.shape[2]
-    query_ranges, tile_ranges = rel_attention_ranges.query_ranges(
-        _with_dims(optional.key_start, 2), _with_dims(optional.key_lens, 2), B, Tq, Tk
-    )
+    row_limits, query_limits = _split_limits((optional.key_start, optional.key_lens), Tq)
+    query_ranges, tile_ranges = rel_attention_ranges.query_ranges(*query_limits, B, Tq, Tk)
     # Without q_start no two of queries and keys are further apart than `far`.
     far = Tq + Tk if optional.q_start is None else _FURTHEST
     lowest, highest = (-Tk, R + Tq) if optional.q_start is None else (-far, far)
@@ -76,8 +76,8 @@ def kernel_arguments(call: RelAttentionCall) -> dict[str, Any]:
         "p_mem_k": mem_k if Tm else None,
         "p_mem_v": mem_v if Tm else None,
         "p_q_start": _contiguous(optional.q_start),
-        "p_key_start": _contiguous(_with_dims(optional.key_start, 1)),
-        "p_key_lens": _contiguous(_with_dims(optional.key_lens, 1)),
+        "p_key_start": row_limits[0],
+        "p_key_lens": row_limits[1],
         "p_query_ranges": query_ranges,
         "p_tile_ranges": tile_ranges,
         "p_mask": None if optional.mask is None else optional.mask.view(torch.uint8),
@@ -154,9 +154,16 @@ def _has_far_keys(call: RelAttentionCall, Tk: int) -> bool:
     return rules.clamp == 0 and (lowest + offset < 0 or highest + offset >= R)
 
 
-def _with_dims(tensor: Tensor | None, n: int) -> Tensor | None:
-    """The tensor if it has n dimensions, else None."""
-    return tensor if tensor is not None and tensor.dim() == n else None
+def _split_limits(
+    limits: Sequence[Tensor | None], Tq: int
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Those that hold for whole rows, [B] and contiguous, and those per query, [B, Tq]; or None.
+
+    Of one query both are the same, and a row's limits are cheaper.
+    """
+    limits = [x[:, 0] if x is not None and x.dim() == 2 and Tq == 1 else x for x in limits]
+    of_rows = [_contiguous(x) if x is not None and x.dim() == 1 else None for x in limits]
+    return of_rows, [x if x is not None and x.dim() == 2 else None for x in limits]
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

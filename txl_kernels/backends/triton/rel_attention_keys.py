@@ -144,10 +144,9 @@ def visible_tile(
     first, last = query_limits(p_query_ranges, i_b, begin_i, first, last, Tq, ROWS)
     if chunk_size is not None:
         chunk_phase += begin_j
-        first_p -= begin_j
     lo, hi = visible_keys(
-        begin_i + tl.arange(0, ROWS), first - begin_j, last - begin_j,
-        lo_shift - begin_j, hi_shift - begin_j, first_p, chunk_size, chunk_left, chunk_phase,
+        begin_i - begin_j + tl.arange(0, ROWS), first - begin_j, last - begin_j,
+        lo_shift, hi_shift, first_p, chunk_size, chunk_left, chunk_phase,
     )  # fmt: skip
     o = tl.arange(0, COLUMNS)[None, :]
     return (o >= lo[:, None]) & (o < hi[:, None])

@@ -7,7 +7,6 @@ launches are recorded, and a problem of a few tiles with the same specialisation
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from txl_kernels._rel_attention_call import OptionalTensors, RelAttentionCall, is_absent
+from txl_kernels._rel_attention_call import AXES, RelAttentionCall, is_absent
 from txl_kernels.transforms import unwrapped
 
 # Queries and keys of a problem: several tiles of every launch configuration, the last one partial.
@@ -24,20 +23,7 @@ _LONG, _FEW_QUERIES, _LONG_FOR_FEW = 144, 16, 1040
 _FEW_TOKENS = 48
 # Values of the sizes that a tracer leaves open: multiples of 16 and others, many and few.
 _SYMBOL_VALUES = (64, 65, 16, 5)
-# Axes of the tensors of `rel_attention`: G is Hk, P is Dp, V is Dv, S, T, M are Ts, Tq, Tm.
-_AXES = ("BHTD", "BGSD", "BGSV", "BHRP")
-_OPTIONAL_AXES = OptionalTensors(
-    r_w_bias="HD",
-    r_r_bias="HP",
-    mem_k="BGMD",
-    mem_v="BGMV",
-    q_pos="BHTP",
-    q_start="B",
-    key_start="BT",
-    key_lens="BT",
-    mask="BHTK",
-    dropout_seed="",
-)  # type: ignore[arg-type]
+_AXES = ("BHTD", "BGSD", "BGSV", "BHRP")  # of q, k, v, r, as in `_rel_attention_call.AXES`
 
 
 class Spec(NamedTuple):
@@ -116,9 +102,6 @@ def describe(
             else:
                 offset = number(value.storage_offset()) * size % 16 // size
             shape, strides = (tuple(map(number, x)) for x in (value.shape, value.stride()))
-            is_copied = op == "rel_attention" and value.dtype.is_floating_point
-            if is_copied and len(shape) == 4 and strides[-1] != 1:
-                strides, offset = _contiguous(shape), 0
             return Spec(value.dtype, shape, strides, offset, grad and memory.requires_grad)
         if isinstance(value, (list, tuple)):
             return tuple(described(part) for part in value)
@@ -126,10 +109,6 @@ def describe(
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     return Description(op, backend, described(tuple(arguments)), deterministic)
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(max(size, 1) for size in shape[n + 1 :]) for n in range(len(shape)))
 
 
 def specs(value: Any) -> Iterator[Spec]:
@@ -229,7 +208,7 @@ def _short_attention(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     Tm = 0 if optional.mem_k is None else optional.mem_k.shape[2]
     Tk = Tm + Ts
     sizes = {"B": min(B, 2), "H": H, "G": Hk, "D": D, "V": given.v.shape[3], "P": given.r.shape[3]}
-    if H == Hk:
+    if Hk == H:
         sizes["H"] = sizes["G"] = _shortened(H, 16)
     long = _LONG if Tq > _FEW_QUERIES else _LONG_FOR_FEW
     sizes |= {"T": _shortened(Tq, long), "S": _shortened(Ts, long), "M": _shortened(Tm, long)}
@@ -260,7 +239,7 @@ def _short_attention(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         left_chunks, phase = min(rules.chunk_left, 1), rules.chunk_phase % size
         rules = rules._replace(chunk_size=size, chunk_left=left_chunks, chunk_phase=phase)
     tensors = map(short, arguments[:4], _AXES)
-    return *tensors, tuple(map(short, arguments[4], _OPTIONAL_AXES)), tuple(rules), arguments[6]
+    return *tensors, tuple(map(short, arguments[4], AXES)), tuple(rules), arguments[6]
 
 
 def _short_shift(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from txl_kernels._rel_attention_call import RelAttentionCall
+from txl_kernels._rel_attention_call import AXES, RelAttentionCall
 from txl_kernels.backends.verification.calls import Description, Spec, replaced
 from txl_kernels.backends.verification.kernels import empty, layouts
 from txl_kernels.testing.comparison import check_results, random_like, reference, repeated
@@ -117,10 +117,11 @@ def _values(call: Description, device: torch.device) -> list[Any]:
         if optional.mem_k is not None:
             Tm = optional.mem_k.shape[2]
         half = (Tm + given.k.shape[2] + 1) // 2
-        # At least one key is left to queries without other rules.
-        for keys, first in ((optional.q_start, half), (optional.key_start, 0), (optional.key_lens, half)):
-            if keys is not None:
-                keys.remainder_(max(half, 1)).add_(first)
+        for name, axes in AXES._asdict().items():
+            positions = getattr(optional, name)
+            if positions is not None and axes in ("B", "BT"):
+                # At least one key is left to queries without other rules.
+                positions.remainder_(max(half, 1)).add_(0 if name == "key_start" else half)
     elif call.op == "adaptive_embedding":
         _spread(arguments[0], [len(table) for table in arguments[1]])
     elif call.op.startswith("adaptive"):

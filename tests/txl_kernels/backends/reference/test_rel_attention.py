@@ -173,9 +173,7 @@ def test_reference_gradients_equal_finite_differences(case):
 
     def call(*tensors):
         inputs = dict(zip(names, tensors, strict=True))
-        out, lse = rel_attention_with_lse(
-            **inputs, **others, **case.options, backend="reference"
-        )
+        out, lse = rel_attention_with_lse(**inputs, **others, **case.options, backend="reference")
         return out, lse[lse.isfinite()]
 
     assert torch.autograd.gradcheck(call, tuple(floats.values()), fast_mode=True)

@@ -15,7 +15,7 @@ from txl_kernels.testing import REL_ATTENTION_CASES, RelAttentionCase, check_rel
 
 pytestmark = pytest.mark.interpreted
 
-LACKS = {"q_pos", "bias", "dead_rows='uniform'"}
+LACKS = {"bias", "dead_rows='uniform'"}
 SERVED = [case for case in REL_ATTENTION_CASES if not LACKS & {*case.uses}]
 BY_NAME = {case.name: case for case in SERVED}
 IN_FLOAT16 = ("transformer_xl", "head_41", "clamp", "everything")
@@ -93,6 +93,24 @@ def test_wild_lengths_read_nothing_outside(start, length):
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("wild", WILD)
+def test_wild_positions_read_nothing_outside(wild):
+    case = RelAttentionCase("guarded", B=2, H=2, Hk=1, Tq=18, Tm=6, D=20, Dp=5, R=9)
+    floats, _ = case.inputs(torch.float32)
+    guarded = {name: _guarded(tensor.detach()).requires_grad_() for name, tensor in floats.items()}
+    others = {
+        "q_start": torch.tensor([wild, 30]),
+        "key_start": torch.tensor([3, -1 - wild, wild] * 12).view(2, 18),
+        "key_lens": torch.tensor([wild, 15, 20, 7] * 9).view(2, 18),
+    }
+    options = {"window": (9, 4), "offset": 6, "pos_scale": -0.3}
+    out = rel_attention(**guarded, **others, **options, backend="triton")
+    expected = rel_attention(**floats, **others, **options, backend="reference")
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad(out.sum(), list(guarded.values()))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize(
     "chunk",
     [(1, 0), (2**62, 0), (2**62, 3, 5), (2**50, 0, 2**50 - 4), (7, 2**60, -(2**60))],
@@ -103,9 +121,12 @@ def test_chunks_of_any_size(chunk):
     check_rel_attention(case, "triton", torch.float32)
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.4])
-def test_a_scale_that_is_not_positive(scale):
-    case = replace(BY_NAME["scale"], options={"causal": True, "scale": scale})
+@pytest.mark.parametrize(
+    ("scale", "pos_scale"), [(0.0, None), (-0.4, None), (0.0, -0.5), (0.02, 0.7), (-0.4, 0.0)]
+)
+def test_factors_of_any_sign(scale, pos_scale):
+    options = {"causal": True, "scale": scale, "pos_scale": pos_scale}
+    case = replace(BY_NAME["scale"], options=options)
     check_rel_attention(case, "triton", torch.float32)
 
 
@@ -137,15 +158,25 @@ def test_warmup_runs_each_shape_forward_and_backward():
 
 
 SIZES = st.integers(1, 40)
+FACTORS = st.sampled_from([None, None, 0.0, 0.3, -0.3, 1.0])
+
+
+def per_row(B, element):
+    return st.lists(element, min_size=B, max_size=B)
 
 
 @st.composite
 def cases(draw):
-    B, H, Tq, Ts = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(SIZES), draw(SIZES)
+    B, Hk, Tq, Ts = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(SIZES), draw(SIZES)
+    H = Hk * draw(st.integers(1, 3))
     Tm = draw(st.one_of(st.just(0), SIZES))
     Tk = Tm + Ts
-    length = st.one_of(st.none(), st.lists(st.integers(-3, Tk + 3), min_size=B, max_size=B))
+    key = st.integers(-3, Tk + 3)
+    ranges = st.lists(key, min_size=Tq, max_size=Tq)
+    length = st.one_of(st.none(), per_row(B, key), per_row(B, ranges))
+    q_start = st.one_of(st.none(), per_row(B, st.integers(-Tq - 9, Tk + 9)))
     options = {"causal": draw(st.booleans())}
+    options |= {"scale": draw(FACTORS), "pos_scale": draw(FACTORS)}
     if draw(st.booleans()):
         side = st.one_of(st.none(), st.integers(0, 30))
         options["window"] = (draw(side), draw(side))
@@ -163,19 +194,23 @@ def cases(draw):
         "drawn",
         B=B,
         H=H,
+        Hk=Hk,
         Tq=Tq,
         Ts=Ts,
         Tm=Tm,
         D=draw(st.integers(1, 40)),
         Dv=draw(st.one_of(st.none(), st.integers(1, 40))),
+        Dp=draw(st.one_of(st.none(), st.integers(1, 40))),
         R=draw(st.one_of(st.none(), st.integers(1, 90))),
         r_batch=draw(st.booleans()),
         r_heads=draw(st.booleans()),
         biases=draw(st.booleans()),
         transposed=draw(st.booleans()),
         mask=draw(st.sampled_from([None, (B, H, Tq, Tk), (B, 1, 1, Tk), (Tq, Tk)])),
+        q_start=draw(q_start),
         key_start=draw(length),
         key_lens=draw(length),
+        lse_gradient=draw(st.booleans()),
         spread=0.5,
         seed=draw(st.integers(0, 1000)),
         options=options,
