@@ -47,3 +47,11 @@ def test_every_link_has_a_target(path):
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_the_examples_of_attention_run(code):
     exec(code, {})
+
+
+@pytest.mark.parametrize("name", ["modules.md"])
+def test_the_examples_of_a_page_run_as_one_program(name):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    assert examples
+    exec("\n".join(examples), {})

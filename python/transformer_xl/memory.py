@@ -15,7 +15,8 @@ class Memory(NamedTuple):
     Args:
         hidden: [n_layer, B, M, d_model], the input of each layer at the last M tokens, newest
             last. Carries no gradient.
-        start: int64 [B], the first position of each row's memory; M: the row's memory is empty.
+        start: int64 [B], the first position of each row's memory, which is not before the row's
+            last document; M: the row's memory is empty.
     """
 
     hidden: Tensor
@@ -44,12 +45,20 @@ class Memory(NamedTuple):
         """M, in tokens."""
         return self.hidden.shape[2]
 
-    def update(self, new_hidden: Sequence[Tensor], mem_len: int) -> Memory:
+    def update(
+        self,
+        new_hidden: Sequence[Tensor],
+        mem_len: int,
+        *,
+        document_start: Tensor | None = None,
+    ) -> Memory:
         """The last `mem_len` positions of this memory followed by a segment's.
 
         Args:
             new_hidden: per layer [B, T, d_model], its input over the segment.
             mem_len: the most positions kept, in tokens.
+            document_start: bool [B, T], True at the first token of a document; the result starts at
+                the last of these.
         """
         new = torch.stack([hidden.detach().to(self.hidden.dtype) for hidden in new_hidden])
         both = torch.cat([self.hidden.detach(), new], dim=2)  # [n_layer, B, M + T, d_model]
@@ -57,7 +66,11 @@ class Memory(NamedTuple):
         dropped = bounded(total - mem_len, at_least=0)
         # An index, because torch.export fixes whether a slice of symbolic length is empty.
         newest = torch.arange(dropped, total, device=both.device)
-        return Memory(both[:, :, newest], (self.start - dropped).clamp(min=0))
+        start = self.start
+        if document_start is not None:
+            starts = document_key_start(document_start, new.shape[1:3], self.length, start)
+            start = torch.cat([start[:, None], starts], dim=1).amax(dim=1)  # T may be 0
+        return Memory(both[:, :, newest], (start - dropped).clamp(min=0))
 
     def reset(self, rows: Tensor) -> Memory:
         """This memory with the rows marked in `rows` (bool [B]) emptied, their states zeroed."""
@@ -82,6 +95,33 @@ class Memory(NamedTuple):
             shapes = [list(tensor.shape) for tensor in memory]
             raise ValueError(f"tensors: expected [n_layer, B, M, d_model] and [B], got {shapes}")
         return memory
+
+
+def document_key_start(
+    document_start: Tensor, shape: Sequence[int], n_memory: int, key_start: Tensor | None
+) -> Tensor:
+    """The first key of each token, at the start of its document or later: int64 [B, T].
+
+    Args:
+        document_start: bool [B, T], True at the first token of a document. Tokens before the first
+            True of a row continue the document in the memory.
+        shape: (B, T), of the segment.
+        n_memory: keys before the segment.
+        key_start: int32 or int64 [B] or [B, T], a further limit in [memory; segment]; None: 0.
+
+    Raises:
+        TypeError, ValueError: `document_start` of another type, dtype or shape.
+    """
+    if document_start.dtype != torch.bool:
+        raise TypeError(f"document_start: expected bool, got {document_start.dtype}")
+    if document_start.shape != torch.Size(shape):
+        expected, got = list(shape), list(document_start.shape)
+        raise ValueError(f"document_start: expected {expected}, got {got}")
+    position = n_memory + torch.arange(shape[1], device=document_start.device)
+    first = torch.where(document_start, position, 0).cummax(dim=1).values
+    if key_start is None:
+        return first
+    return torch.maximum(first, key_start[:, None] if key_start.dim() == 1 else key_start)
 
 
 def bounded(length: int, *, at_least: int | None = None, at_most: int | None = None) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transformer_xl.config import ModelConfig, check_lengths
-from transformer_xl.memory import Memory
+from transformer_xl.memory import Memory, document_key_start
 from transformer_xl.nn import AdaptiveEmbedding, AdaptiveSoftmax, DecoderLayer, SinusoidalPositions
 from transformer_xl.nn.adaptive_softmax import Reduction
 from transformer_xl.nn.dropout import Dropout
@@ -85,6 +85,7 @@ class TransformerXL(nn.Module):
         targets: Tensor | None = None,
         *,
         reduction: Reduction = "mean",
+        document_start: Tensor | None = None,
     ) -> Output:
         """Compute hidden states, and the loss, of a segment that follows the tokens in `memory`.
 
@@ -95,6 +96,10 @@ class TransformerXL(nn.Module):
                 here); -100 is not scored.
             reduction: of the loss over the scored targets: "mean" (0 if there are none), "sum", or
                 "none" for [B, T] in token order.
+            document_start: bool [B, T], True at the first token of a document; None: nowhere. No
+                token attends before the last True at or before it, in this segment and in later
+                ones: the returned memory starts where the row's last document starts. Needs a
+                config with `first_memory` "empty".
 
         Raises:
             ValueError, TypeError: an argument of another shape or dtype; a memory of another model.
@@ -111,6 +116,10 @@ class TransformerXL(nn.Module):
         shared = (positions._replace(embedding=R), self.r_w_bias, self.r_r_bias)
         # With `first_memory` "zeros" the model attends to the zeros before the first segment too.
         key_start = memory.start if self.config.first_memory == "empty" else None
+        if document_start is not None:
+            if key_start is None:
+                raise ValueError("document_start: expected None with first_memory 'zeros'")
+            key_start = document_key_start(document_start, (B, T), memory.length, key_start)
 
         inputs = []
         for layer, layer_memory in zip(self.layers, memory.hidden.detach().unbind(), strict=True):
@@ -122,7 +131,8 @@ class TransformerXL(nn.Module):
         if targets is not None:
             _check_tokens("targets", targets, shape=tokens.shape)
             loss = self.crit(hidden, targets, reduction=reduction)
-        return Output(hidden, loss, memory.update(inputs, self.mem_len))
+        new_memory = memory.update(inputs, self.mem_len, document_start=document_start)
+        return Output(hidden, loss, new_memory)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Natural logarithms of all V probabilities […, V], from `Output.hidden` […, d_model]."""

@@ -15,6 +15,8 @@ from transformer_xl.model import TransformerXL
 from transformer_xl.nn import (
     AdaptiveEmbedding,
     AdaptiveSoftmax,
+    GroupedQueryAttention,
+    RelativeBias,
     RelativeMultiHeadAttention,
     SampledSoftmax,
 )
@@ -48,12 +50,24 @@ def test_attention(
     B, T = shape
     module = RelativeMultiHeadAttention(D, 2, 4, causal=causal, backend=backend, **options)
     x = torch.randn(B, T, D)
-    for memory in (None, torch.randn(B, 0, D), torch.randn(B, 4, D)):
+    for layer_memory in (None, torch.randn(B, 0, D), torch.randn(B, 4, D)):
         module.zero_grad()
-        out = module(x, memory)
+        out = module(x, layer_memory)
         assert out.shape == x.shape
         out.sum().backward()
         assert_gradients_are_zero(module)
+
+
+@backends
+@shapes
+def test_grouped_query_attention(backend: str, shape: tuple[int, int]) -> None:
+    rel = RelativeBias(D, 2, 3, 5)
+    module = GroupedQueryAttention(D, 2, 1, 4, rel=rel, backend=backend)
+    x = torch.randn(*shape, D)
+    out = module(x, key_start=torch.zeros(shape, dtype=torch.int64))
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert_gradients_are_zero(module)
 
 
 @backends
@@ -155,6 +169,10 @@ def test_the_model(backend: str, shape: tuple[int, int], options: dict[str, Any]
     torch.testing.assert_close(actual.hidden, expected.hidden)
     same = model(segment[:, :0], expected.memory).memory
     torch.testing.assert_close(same, expected.memory)
+    if model.config.first_memory == "empty":
+        documents = torch.zeros(shape, dtype=torch.bool)
+        actual = model(tokens, document_start=documents)
+        torch.testing.assert_close(actual.memory, output.memory)
 
 
 @backends

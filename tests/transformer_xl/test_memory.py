@@ -47,6 +47,18 @@ def test_a_reset_row_starts_where_the_memory_ends_and_refills() -> None:
     assert refilled.update(third, mem_len=5).start.tolist() == [0, 0, 0]
 
 
+def test_a_memory_starts_where_the_rows_last_document_starts() -> None:
+    first, second = segments([4, 3])
+    memory = Memory.empty(N_LAYER, B, D_MODEL).update(first, mem_len=5)
+    document_start = torch.zeros(B, 3, dtype=torch.bool)
+    document_start[1] = torch.tensor([True, True, False])
+    document_start[2, 0] = True
+    memory = memory.update(second, mem_len=5, document_start=document_start)
+    assert memory.start.tolist() == [0, 3, 2]
+    nothing = memory.update(second, mem_len=0, document_start=document_start)
+    assert nothing.start.tolist() == [0, 0, 0]
+
+
 def test_a_memory_carries_no_gradient_and_keeps_its_dtype() -> None:
     segment = [hidden.to(torch.bfloat16).requires_grad_() for hidden in segments([3])[0]]
     memory = Memory.empty(N_LAYER, B, D_MODEL).update([h * 2 for h in segment], mem_len=5)

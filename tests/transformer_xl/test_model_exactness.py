@@ -1,5 +1,5 @@
-"""The model against the original's semantics of `attn_type` 0, written out naively: time first,
-memory concatenated, queries of the memory thrown away, the shift by padding and viewing."""
+"""The model against the original's semantics of `attn_type` 0, written in its way: time first,
+concatenated memory, unused queries of the memory, the shift by padding and viewing."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_gradients_are_the_originals(name: str, backend: str) -> None:
 
     aliases = model.state_dict(keep_vars=True)  # a tied tensor under each of its names
     state = {key: value.detach().clone().requires_grad_() for key, value in aliases.items()}
-    remembered = list(memory.hidden.transpose(1, 2).unbind())
-    hidden, _ = original_segment(state, config, tokens, remembered)
+    layer_memories = list(memory.hidden.transpose(1, 2).unbind())
+    hidden, _ = original_segment(state, config, tokens, layer_memories)
     log_probs = original_log_probs(state, config, hidden)
     nll = -log_probs.gather(-1, targets[..., None]).mean()
     found = torch.autograd.grad(nll, list(state.values()), materialize_grads=True)
@@ -109,19 +109,19 @@ def check_against_original(config: ModelConfig, backend: str, lengths: list[int]
 def check_model(model: TransformerXL, config: ModelConfig, lengths: list[int]) -> None:
     """Segments of `lengths` tokens one after the other, each compared."""
     state = model.state_dict()
-    original_memory = original_first_memory(config, batch_size=2)
+    original_memories = original_first_memory(config, batch_size=2)
     memory: Memory | None = None
     for length in lengths:
         tokens, targets = torch.randint(0, config.vocab_size, (2, 2, length)).unbind()
         output = model(tokens, memory, targets, reduction="none")
-        hidden, original_memory = original_segment(state, config, tokens, original_memory)
+        hidden, original_memories = original_segment(state, config, tokens, original_memories)
         log_probs = original_log_probs(state, config, hidden)
         nll = -log_probs.gather(-1, targets[..., None]).squeeze(-1)
 
         close(output.hidden, hidden)
         close(output.loss, nll)
         close(model.log_probs(output.hidden), log_probs)
-        close(output.memory.hidden, torch.stack(original_memory).transpose(1, 2))
+        close(output.memory.hidden, torch.stack(original_memories).transpose(1, 2))
         memory = output.memory
 
 
@@ -136,11 +136,11 @@ def original_first_memory(config: ModelConfig, batch_size: int) -> list[Tensor]:
 
 
 def original_segment(
-    state: State, config: ModelConfig, tokens: Tensor, memory: list[Tensor]
+    state: State, config: ModelConfig, tokens: Tensor, layer_memories: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Hidden states [B, T, d_model] and the next memory, per layer [M, B, d_model]."""
     x = original_embedding(state, config, tokens.t())  # [T, B, d_model]
-    T, M = len(x), len(memory[0])
+    T, M = len(x), len(layer_memories[0])
     ones = torch.ones(T, M + T)
     masked = ones.triu(1 + M)
     if config.same_length:
@@ -155,27 +155,27 @@ def original_segment(
     angle = torch.outer(position, frequency)
     R = torch.cat([angle.sin(), angle.cos()], dim=1)  # [M + T, d_model]
 
-    new_memory = []
-    for number, remembered in enumerate(memory):
-        kept = torch.cat([remembered, x])
-        new_memory.append(kept[max(0, M + T - config.mem_len) :])
+    new_memories = []
+    for number, layer_memory in enumerate(layer_memories):
+        kept = torch.cat([layer_memory, x])
+        new_memories.append(kept[max(0, M + T - config.mem_len) :])
         layer = {
             key.removeprefix(f"layers.{number}."): value
             for key, value in state.items()
             if not key.startswith("layers.") or key.startswith(f"layers.{number}.")
         }
-        x = original_layer(layer, config, x, remembered, R, masked.bool())
+        x = original_layer(layer, config, x, layer_memory, R, masked.bool())
     if config.final_lnorm:
         x = norm(state, "final_layer_norm", config, x)
-    return x.transpose(0, 1), new_memory
+    return x.transpose(0, 1), new_memories
 
 
 def original_layer(
-    state: State, config: ModelConfig, w: Tensor, memory: Tensor, R: Tensor, masked: Tensor
+    state: State, config: ModelConfig, w: Tensor, layer_memory: Tensor, R: Tensor, masked: Tensor
 ) -> Tensor:
     T, B, _ = w.shape
     heads = (config.n_head, config.d_head)
-    cat = torch.cat([memory, w])
+    cat = torch.cat([layer_memory, w])
     if config.pre_lnorm:
         cat = norm(state, "attn_layer_norm", config, cat)
     q, k, v = (cat @ state["dec_attn.qkv_net.weight"].t()).chunk(3, dim=-1)
@@ -195,7 +195,7 @@ def original_layer(
 
 
 def pad_and_view_shift(x: Tensor) -> Tensor:
-    """[T, K, …]: a zero column in front, read as [K + 1, T], without its first row."""
+    """Pads x [T, K, …] with a first column of zeros, views it as [K + 1, T] and drops row 0."""
     T, K = x.shape[:2]
     padded = torch.cat([x.new_zeros(T, 1, *x.shape[2:]), x], dim=1)
     return padded.view(K + 1, T, *x.shape[2:])[1:].reshape(x.shape)

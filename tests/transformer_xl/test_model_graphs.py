@@ -65,37 +65,47 @@ def test_limited_distances_compile_to_one_graph_at_every_length(options: dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["documents", "checkpointing"])
 def test_one_compiled_graph_serves_forward_and_backward(checkpointing: bool) -> None:
     model = build(cutoffs=(), div_val=1, gradient_checkpointing=checkpointing)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for length in (5, 7):
         segment, memory = tokens(2, length), memory_of(2, 6)
-        expected = model(segment, memory, segment)
-        output = compiled(segment, memory, segment)
+        documents = {} if checkpointing else {"document_start": segment % 4 == 0}
+        expected = model(segment, memory, segment, **documents)
+        output = compiled(segment, memory, segment, **documents)
         torch.testing.assert_close(output, expected)
         torch.testing.assert_close(gradients(model, output), gradients(model, expected))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"same_length": True, "clamp_len": 4, "first_memory": "zeros"}],
-    ids=["plain", "clamped-window"],
+    ("options", "packed"),
+    [({}, True), ({"same_length": True, "clamp_len": 4, "first_memory": "zeros"}, False)],
+    ids=["documents", "clamped-window"],
 )
-def test_one_exported_program_serves_every_batch_and_length(options: dict[str, Any]) -> None:
+def test_one_exported_program_serves_every_batch_and_length(
+    options: dict[str, Any], packed: bool
+) -> None:
     model = build(**options).eval()
-    shapes = {
+    shapes: dict[str, Any] = {
         "tokens": {0: DYNAMIC, 1: DYNAMIC},
         "memory": Memory({1: DYNAMIC, 2: DYNAMIC}, {0: DYNAMIC}),  # type: ignore[arg-type]
         "targets": {0: DYNAMIC, 1: DYNAMIC},
     }
-    arguments = (tokens(3, 5), memory_of(3, 6), tokens(3, 5))
-    program = torch.export.export(model, arguments, dynamic_shapes=shapes).module()
-    for batch, length, memory_length in ((3, 5, 6), (2, 9, 3), (5, 2, 20), (4, 12, 2)):
-        segment, memory = tokens(batch, length), memory_of(batch, memory_length)
-        expected = model(segment, memory, segment)
-        torch.testing.assert_close(program(segment, memory, segment), expected)
+    if packed:
+        shapes["document_start"] = {0: DYNAMIC, 1: DYNAMIC}
+
+    def inputs(batch: int, length: int, memory_length: int) -> tuple[Any, dict[str, Tensor]]:
+        segment = tokens(batch, length)
+        documents = {"document_start": segment % 4 == 0} if packed else {}
+        return (segment, memory_of(batch, memory_length), segment), documents
+
+    program = torch.export.export(model, *inputs(3, 5, 6), dynamic_shapes=shapes).module()
+    for sizes in ((3, 5, 6), (2, 9, 3), (5, 2, 20), (4, 12, 2)):
+        arguments, documents = inputs(*sizes)
+        expected = model(*arguments, **documents)
+        torch.testing.assert_close(program(*arguments, **documents), expected)
 
 
 def test_checkpointing_gives_the_same_bits() -> None:

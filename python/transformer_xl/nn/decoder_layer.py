@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from transformer_xl.memory import document_key_start
 from transformer_xl.nn.attention import RelativeMultiHeadAttention
 from transformer_xl.nn.dropout import Dropout
 from transformer_xl.nn.feed_forward import PositionwiseFeedForward
@@ -12,14 +13,14 @@ from txl_kernels.ops.checks import check_int, check_number
 
 
 class DecoderLayer(nn.Module):
-    """x = LN(x + drop(attention(x, memory))); x = LN(x + feed_forward(x)).
+    """x = LN(x + drop(attention(x, layer_memory))); x = LN(x + feed_forward(x)).
 
     Args:
         d_model, n_head, d_head, d_inner: sizes.
         dropout: after the attention, and twice inside the feed-forward.
         dropatt: on the attention probabilities.
-        pre_lnorm: x + drop(attention(LN(x), LN(memory))); x + feed_forward(LN(x)) instead, the
-            memory being stored un-normalised.
+        pre_lnorm: x + drop(attention(LN(x), LN(layer_memory))); x + feed_forward(LN(x)) instead,
+            the memory being stored un-normalised.
         layer_norm_epsilon: of both norms.
         untie_r: the layer has its own position biases, else they are passed in.
         backend: which `rel_attention` must run.
@@ -57,18 +58,26 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        memory: Tensor | None = None,
+        layer_memory: Tensor | None = None,
         positions: RelativePositions | None = None,
         r_w_bias: Tensor | None = None,
         r_r_bias: Tensor | None = None,
         key_start: Tensor | None = None,
+        document_start: Tensor | None = None,
     ) -> Tensor:
-        """[B, T, d_model] to the same; arguments as `RelativeMultiHeadAttention` has them."""
+        """[B, T, d_model] to the same; arguments as `RelativeMultiHeadAttention` has them.
 
-        def attention(x: Tensor, memory: Tensor | None) -> Tensor:
+        `document_start`, bool [B, T], is True at the first token of a document: no token attends
+        before the last True at or before it, neither in `x` nor in `layer_memory`.
+        """
+        if document_start is not None:
+            n_memory = 0 if layer_memory is None else layer_memory.shape[1]
+            key_start = document_key_start(document_start, x.shape[:2], n_memory, key_start)
+
+        def attention(x: Tensor, layer_memory: Tensor | None) -> Tensor:
             attended = self.dec_attn(
                 x,
-                memory,
+                layer_memory,
                 positions=positions,
                 r_w_bias=r_w_bias,
                 r_r_bias=r_r_bias,
@@ -79,9 +88,10 @@ class DecoderLayer(nn.Module):
 
         attn_norm, ff_norm = self.attn_layer_norm, self.ff_layer_norm
         if self.pre_lnorm:
-            x = x + attention(attn_norm(x), None if memory is None else attn_norm(memory))
+            normed = None if layer_memory is None else attn_norm(layer_memory)
+            x = x + attention(attn_norm(x), normed)
             out: Tensor = x + self.pos_ff(ff_norm(x))
         else:
-            x = attn_norm(x + attention(x, memory))
+            x = attn_norm(x + attention(x, layer_memory))
             out = ff_norm(x + self.pos_ff(x))
         return out

@@ -65,15 +65,26 @@ class SinusoidalPositions(nn.Module):
         self.clamp_len = check_int(op, "clamp_len", clamp_len)
 
     def forward(
-        self, n_queries: int, n_keys: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        n_queries: int,
+        n_keys: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        anywhere: bool = False,
     ) -> RelativePositions:
         """Positions of the last `n_queries` of `n_keys` tokens, the embedding in `dtype`.
 
         Lengths may be 0 or symbolic; no branch depends on a symbolic one.
+
+        Args:
+            anywhere: the queries may be any of the tokens (`q_start`), so that keys may be up to
+                n_keys - 1 tokens to their right.
         """
         left_window, right_window = self.window or (None, None)
         left = self._farthest(n_keys - 1, left_window)
-        right = 0 if self.causal else self._farthest(n_queries - 1, right_window)
+        rightmost = n_keys - 1 if anywhere else n_queries - 1
+        right = 0 if self.causal else self._farthest(rightmost, right_window)
 
         precise = torch.promote_types(dtype, torch.float32)
         distance = torch.arange(left, -right - 1, -1, dtype=precise, device=device)  # [R]

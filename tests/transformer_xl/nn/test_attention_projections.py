@@ -1,5 +1,5 @@
-"""Projections of the attention that are wrapped, hooked, quantised or reparametrised are called on
-the memory as on the segment."""
+"""Wrapped, hooked, quantised or reparametrised projections of the attention process the memory as
+they process the segment."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from transformer_xl.config import ModelConfig
 from transformer_xl.model import TransformerXL
 from transformer_xl.nn import PositionwiseFeedForward, RelativeMultiHeadAttention
 
-D_MODEL, H, D = 12, 3, 4
+D_MODEL, H, HK, D = 12, 3, 1, 4
 PROJECTIONS = ["qkv_net", "r_net", "o_net"]
 each_projection = pytest.mark.parametrize("name", PROJECTIONS)
 
 
 def attention() -> RelativeMultiHeadAttention:
     torch.manual_seed(0)
-    module = RelativeMultiHeadAttention(D_MODEL, H, D).double()
+    module = RelativeMultiHeadAttention(D_MODEL, H, D, n_kv_head=HK).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     return module
@@ -50,7 +50,7 @@ def assert_equal_to(module: RelativeMultiHeadAttention, expected: Tensor, **tole
 
 
 @each_projection
-def test_an_adapter_counts_in_the_memory_too(name: str, lora: Any) -> None:
+def test_an_adapter_changes_the_memorys_keys_too(name: str, lora: Any) -> None:
     module, merged = attention(), attention()
     wrapper = lora(getattr(module, name))
     setattr(module, name, wrapper)
@@ -103,7 +103,9 @@ def test_reparametrised_projections(name: str, technique: str) -> None:
     else:
         parametrize.register_parametrization(layer, "weight", nn.Softplus())
     with torch.no_grad():
-        for parameter in layer.parameters():  # as a step of an optimizer: no hook has run since
+        for (
+            parameter
+        ) in layer.parameters():  # as an optimizer does; no hook runs before the next call
             parameter.add_(0.3)
         if technique == "prune":
             weight = layer.weight_orig * layer.weight_mask
@@ -134,7 +136,7 @@ def test_dynamically_quantised_projections() -> None:
 
 def test_a_projection_with_a_bias() -> None:
     module, x = attention(), tokens()
-    module.qkv_net = nn.Linear(D_MODEL, 3 * H * D).double()
+    module.qkv_net = nn.Linear(D_MODEL, (H + 2 * HK) * D).double()
     assert_equal_to(module, module(x)[:, 4:])
 
 
@@ -158,7 +160,7 @@ def test_a_plain_layer_computes_only_keys_and_values_of_the_memory() -> None:
 
     with Products():
         attention()(tokens(), tokens(5))
-    assert rows[:2] == [(5, 2 * H * D), (7, 3 * H * D)]
+    assert rows[:2] == [(5, 2 * HK * D), (7, (H + 2 * HK) * D)]
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")

@@ -1,4 +1,4 @@
-"""DecoderLayer: where the norms stand, and dropout."""
+"""DecoderLayer: the places of the norms, documents, dropout."""
 
 from __future__ import annotations
 
@@ -12,20 +12,30 @@ def layer(**options: object) -> DecoderLayer:
     return DecoderLayer(8, 2, 4, 16, **options)  # type: ignore[arg-type]
 
 
-def test_norms_stand_after_the_residual_sums() -> None:
-    module, x, memory = layer(), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
-    attended = module.attn_layer_norm(x + module.dec_attn(x, memory))
+def test_norms_follow_the_residual_sums() -> None:
+    module, x, layer_memory = layer(), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    attended = module.attn_layer_norm(x + module.dec_attn(x, layer_memory))
     expected = module.ff_layer_norm(attended + module.pos_ff(attended))
-    torch.testing.assert_close(module(x, memory), expected)
+    torch.testing.assert_close(module(x, layer_memory), expected)
 
 
 def test_pre_lnorm_normalises_inputs_and_memory() -> None:
-    module, x, memory = layer(pre_lnorm=True), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    module, x, layer_memory = layer(pre_lnorm=True), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
     norm = module.attn_layer_norm
-    attended = x + module.dec_attn(norm(x), norm(memory))
+    attended = x + module.dec_attn(norm(x), norm(layer_memory))
     expected = attended + module.pos_ff(module.ff_layer_norm(attended))
-    torch.testing.assert_close(module(x, memory), expected)
-    torch.testing.assert_close(module(x), module(x, memory[:, :0]))
+    torch.testing.assert_close(module(x, layer_memory), expected)
+    torch.testing.assert_close(module(x), module(x, layer_memory[:, :0]))
+
+
+def test_documents_are_separate() -> None:
+    module, x, layer_memory = layer(), torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    document_start = torch.tensor([False, False, True, False, False]).expand(2, 5)
+    limit = torch.tensor([2, 7])  # of each row, in addition to the documents
+    out = module(x, layer_memory, key_start=limit, document_start=document_start)
+    torch.testing.assert_close(out[:1, :2], module(x[:1, :2], layer_memory[:1, 2:]))
+    torch.testing.assert_close(out[:1, 2:], module(x[:1, 2:]))
+    torch.testing.assert_close(out[1:, 3:], module(x[1:, 3:]))
 
 
 def test_dropout_is_on_in_training_only() -> None:

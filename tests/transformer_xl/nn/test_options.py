@@ -1,4 +1,4 @@
-"""Numeric options of the layers: NumPy's numbers are numbers, anything else is named."""
+"""Numeric options of the layers: NumPy's numbers are accepted; errors contain the option's name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformer_xl.nn import (
     AdaptiveEmbedding,
     AdaptiveSoftmax,
     DecoderLayer,
+    GroupedQueryAttention,
     PositionwiseFeedForward,
+    RelativeBias,
     RelativeMultiHeadAttention,
     SampledSoftmax,
     SinusoidalPositions,
@@ -23,7 +25,21 @@ from transformer_xl.nn.sampled_softmax import LogUniformSampler
 
 NAN, INF = float("nan"), float("inf")
 INTEGERS = {
-    RelativeMultiHeadAttention: {"d_model": 8, "n_head": 2, "d_head": 4, "clamp_len": 3},
+    RelativeMultiHeadAttention: {
+        "d_model": 8,
+        "n_head": 2,
+        "d_head": 4,
+        "n_kv_head": 1,
+        "clamp_len": 3,
+    },
+    RelativeBias: {"d_model": 8, "n_head": 2, "d_rel": 3, "extent": 5},
+    GroupedQueryAttention: {
+        "d_model": 8,
+        "n_head": 2,
+        "n_kv_head": 1,
+        "d_head": 4,
+        "rel": RelativeBias(8, 2, 3, 5),
+    },
     SinusoidalPositions: {"d_model": 8, "clamp_len": 3},
     PositionwiseFeedForward: {"d_model": 8, "d_inner": 4},
     DecoderLayer: {"d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 4},
@@ -40,11 +56,13 @@ INTEGERS = {
 }
 FLOATS = {
     RelativeMultiHeadAttention: ("dropatt",),
+    GroupedQueryAttention: ("scale", "pos_scale"),
     PositionwiseFeedForward: ("dropout",),
     DecoderLayer: ("dropout", "dropatt", "layer_norm_epsilon"),
     Dropout: ("p",),
 }
-UNCHECKED = ("in_features", "n_classes", "cutoffs")  # torch's own, which checks them
+# Options of torch's own, which checks them, and a module.
+UNCHECKED = ("in_features", "n_classes", "cutoffs", "rel")
 INTEGER_OPTIONS = [(m, o) for m, sizes in INTEGERS.items() for o in sizes if o not in UNCHECKED]
 FLOAT_OPTIONS = [(module, option) for module, options in FLOATS.items() for option in options]
 
@@ -63,20 +81,20 @@ def test_an_integer_may_be_of_numpy(module, option):
 
 @pytest.mark.parametrize(("module", "option"), INTEGER_OPTIONS, ids=name_of)
 @pytest.mark.parametrize("value", [1.5, True, NAN, "4"], ids=str)
-def test_what_is_no_integer_is_named(module, option, value):
+def test_other_types_than_integers_raise(module, option, value):
     with pytest.raises(TypeError, match=f"{option} must be an integer, got "):
         module(**{**INTEGERS[module], option: value})
 
 
 @pytest.mark.parametrize(("module", "option"), INTEGER_OPTIONS, ids=name_of)
-def test_an_integer_beyond_64_bits_is_named(module, option):
+def test_an_integer_beyond_64_bits_raises(module, option):
     with pytest.raises(ValueError, match=f"{option} must be a 64-bit integer, got "):
         module(**{**INTEGERS[module], option: 2**63})
 
 
 @pytest.mark.parametrize(("module", "option"), FLOAT_OPTIONS, ids=name_of)
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 10**400], ids=name_of)
-def test_a_number_that_is_not_finite_is_named(module, option, value):
+def test_a_number_that_is_not_finite_raises(module, option, value):
     name = "p" if option == "dropout" else option
     with pytest.raises(ValueError, match=f"{name} must be finite, got "):
         module(**{**INTEGERS.get(module, {}), option: value})
@@ -109,8 +127,10 @@ def test_the_largest_integer_is_no_limit(length):
         bounded.stream(x, cache_len=2.5)
 
 
-@pytest.mark.parametrize("module", [SinusoidalPositions, RelativeMultiHeadAttention])
-def test_a_window_is_checked_where_it_is_given(module):
+@pytest.mark.parametrize(
+    "module", [SinusoidalPositions, RelativeMultiHeadAttention, GroupedQueryAttention]
+)
+def test_a_window_is_checked_in_the_constructor(module):
     made = module(**INTEGERS[module], window=(np.int64(3), None))
     window = getattr(made, "pos_emb", made).window
     assert window == (3, None)

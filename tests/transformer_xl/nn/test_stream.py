@@ -77,6 +77,7 @@ def alone(
     seed=st.integers(0, 2**31),
     n_blocks=st.integers(1, 5),
     cache_len=st.integers(0, 12),
+    n_kv_head=st.sampled_from([1, 3]),
     causal=st.booleans(),
     clamp_len=st.integers(-1, 6),
     window=st.none() | st.tuples(st.none() | st.integers(0, 6), st.none() | st.integers(0, 3)),
