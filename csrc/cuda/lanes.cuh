@@ -111,9 +111,9 @@ __device__ float sum_over_lanes(float x) {
   return x;
 }
 
-// The sums of n values over kLanes neighbouring lanes. With kLanes >= n value u comes to the lanes of
-// [u, u + 1) · kLanes / n, as x[0]; with fewer lanes lane l gets values l · n / kLanes and the ones
-// after it, as x[0], x[1], …. Each step exchanges half of the values, so that it takes about n
+// The sums of n values over kLanes neighbouring lanes. With kLanes >= n value u comes to the lanes
+// of [u, u + 1) · kLanes / n, as x[0]; with fewer lanes lane l gets values l · n / kLanes and the
+// ones after it, as x[0], x[1], …. Each step exchanges half of the values, so that it takes about n
 // shuffles and not n log kLanes.
 template <int kLanes, int n>
 __device__ void deal_sums(float (&x)[n], int lane) {

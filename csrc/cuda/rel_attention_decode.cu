@@ -32,7 +32,8 @@ KeyRange keys_by_rule(const DecodeArgs& args) {
   const int64_t Tk = args.Tk();
   const KeyRange all = {0, Tk};
   if (args.q_start.data == nullptr) {
-    const KeyRange first = args.rule.narrow(all, Tk - args.Tq), last = args.rule.narrow(all, Tk - 1);
+    const KeyRange first = args.rule.narrow(all, Tk - args.Tq),
+                   last = args.rule.narrow(all, Tk - 1);
     const int64_t begin = std::clamp<int64_t>(first.begin, 0, Tk);
     return {begin, std::clamp(last.end, begin, Tk)};
   }
@@ -78,8 +79,8 @@ bool aligned(std::initializer_list<int> columns, std::initializer_list<Tensor4> 
 template <typename T, int kHead, bool kAligned>
 cudaError_t run_positions(const DecodeArgs& args, void* stream) {
   constexpr int kTile = kWarps * kRows * Lanes<T, kHead, kAligned>::kGroups;
-  const int64_t blocks = ceil_div(args.plan.n_rows, kTile) * args.H *
-                         ceil_div(args.B, args.plan.batches_per_block);
+  const int64_t blocks =
+      ceil_div(args.plan.n_rows, kTile) * args.H * ceil_div(args.B, args.plan.batches_per_block);
   return launch(&rel_attention_positions_kernel<T, kHead, kAligned>, blocks, args, stream);
 }
 
@@ -91,8 +92,7 @@ cudaError_t run_positions(const DecodeArgs& args, void* stream) {
 
 template <typename T, int kHead, int kQueries>
 cudaError_t run_splits(const DecodeArgs& args, void* stream) {
-  const int64_t blocks =
-      int64_t(args.B) * args.Hk * args.plan.n_splits * args.plan.query_blocks;
+  const int64_t blocks = int64_t(args.B) * args.Hk * args.plan.n_splits * args.plan.query_blocks;
   return aligned<T>({args.D, args.Dv}, {args.q, args.k, args.v, args.mem_k, args.mem_v})
              ? launch(&rel_attention_split_kernel<T, kHead, kQueries, true>, blocks, args, stream)
              : launch(&rel_attention_split_kernel<T, kHead, kQueries, false>, blocks, args, stream);

@@ -81,8 +81,8 @@ __device__ void finish(const DecodeArgs& args, int64_t query_row, int d, const M
 }
 
 // The keys that some query of batch row b attends to, in every lane of a warp.
-__device__ inline Keys keys_of_row(const DecodeArgs& args, int b, bool one_query) {
-  if (one_query) return args.keys_of(b, 0);
+__device__ inline Keys keys_of_row(const DecodeArgs& args, int b, bool has_one_query) {
+  if (has_one_query) return args.keys_of(b, 0);
   static_assert(kDecodeQueries <= kWarp);
   const int i = threadIdx.x % kWarp;
   Keys keys = i < args.Tq ? args.keys_of(b, i) : args.no_keys();
@@ -93,12 +93,13 @@ __device__ inline Keys keys_of_row(const DecodeArgs& args, int b, bool one_query
   return keys;
 }
 
-// What a warp reads about a query in every step.
+// What a warp reads about a query in every step, and which query it is.
 struct alignas(16) QueryInfo {
   int begin, end;    // its keys
   int shift;         // from a key to the row of r, counted from the plan's first
   int row;           // of the results: (b · H + h) · Tq + i
   const bool* mask;  // its row of the mask
+  int h, i;
 };
 
 // A warp's queries against its keys of one split.
@@ -118,30 +119,36 @@ struct SplitWarp {
   float query[kQueries][L::kElements];
   Online<L::kElements> online[kQueries];
 
-  // The warp's queries are those from number `first` on, below `end`, of key head hk; `info` is
-  // filled here.
-  __device__ SplitWarp(const DecodeArgs& args, int b, int hk, int first, int end,
+  // The warp's queries are those from number `first` on, below `end`, of key head hk. The block's
+  // queries attend to `keys`. Fills `info`.
+  __device__ SplitWarp(const DecodeArgs& args, int b, int hk, int first, int end, Keys keys,
                        QueryInfo (&info)[kQueries])
       : args(args), info(info), b(b), hk(hk) {
-    const int lane = threadIdx.x % kWarp, n_heads = args.group();
+    const int lane = threadIdx.x % kWarp;
     own = lane % L::kLanes, group = lane / L::kLanes;
-#pragma unroll
-    for (int a = 0; a < kQueries; ++a) {
-      const bool there = first + a < end;
-      const int i = there ? (first + a) / n_heads : 0;
-      const int h = hk * n_heads + (there ? (first + a) % n_heads : 0);
-      float bias[L::kElements];
-      load_bias<L, T>(args.r_w_bias, h, args.D, own, bias);
-      load_query<L, T>(args.q.head<const T>(b, h) + i * args.q.stride_t, args.D,
-                       product_factor(args, args.scale), bias, own, query[a]);
-      if (lane == a) {
-        const Keys keys = there ? args.keys_of(b, i) : args.no_keys();
-        info[a] = {keys.begin, keys.end, args.to_row(b) - i - args.plan.row_begin,
-                   (b * args.H + h) * args.Tq + i,
-                   args.mask.head<const bool>(b, h) + i * args.mask.stride_t};
-      }
+    if (lane < kQueries) {
+      const int n_heads = args.group(), number = first + lane < end ? first + lane : 0;
+      const int i = kQueries == 1 ? 0 : number / n_heads;
+      const int h = kQueries == 1 ? hk : hk * n_heads + number % n_heads;
+      if (kQueries > 1) keys = first + lane < end ? args.keys_of(b, i) : args.no_keys();
+      info[lane] = {keys.begin,
+                    keys.end,
+                    args.to_row(b) - i - args.plan.row_begin,
+                    (b * args.H + h) * args.Tq + i,
+                    args.mask.head<const bool>(b, h) + i * args.mask.stride_t,
+                    h,
+                    i};
     }
     __syncwarp();
+    const float factor = product_factor(args, args.scale);
+#pragma unroll
+    for (int a = 0; a < kQueries; ++a) {
+      const int h = kQueries == 1 ? hk : info[a].h, i = kQueries == 1 ? 0 : info[a].i;
+      float bias[L::kElements];
+      load_bias<L, T>(args.r_w_bias, h, args.D, own, bias);
+      load_query<L, T>(args.q.head<const T>(b, h) + i * args.q.stride_t, args.D, factor, bias, own,
+                       query[a]);
+    }
   }
 
   // The position score of a query and key j, and whether the mask lets them meet.
@@ -241,13 +248,13 @@ struct SplitWarp {
 
 // One split of the keys of one (b, hk) pair: up to kWarps · kQueries of the queries of its heads. A
 // warp computes kQueries of them, and the warps that share them take turns at the keys; in a warp,
-// groups of lanes take a key each, kKeys at a time, with a softmax state of their own: nothing waits
-// for another warp before the keys are done. The block reads K and V once, in 16 bytes to a lane
-// (queries beyond a warp's share meet them in L1; blocks of further queries of the same keys are
-// neighbours and meet them in L2). The keys are those that some query attends to, cut on the device;
-// a block without keys ends at once. Writes the split's unnormalised output and stats, or the
-// result where there is one split. Scores, softmax and sums are float32; the order of every sum is
-// fixed.
+// groups of lanes take a key each, kKeys at a time, with a softmax state of their own: nothing
+// waits for another warp before the keys are done. The block reads K and V once, in 16 bytes to a
+// lane (queries beyond a warp's share meet them in L1; blocks of further queries of the same keys
+// are neighbours and meet them in L2). The keys are those that some query attends to, cut on the
+// device; a block without keys ends at once. Writes the split's unnormalised output and stats, or
+// the result where there is one split. Scores, softmax and sums are float32; the order of every sum
+// is fixed.
 template <typename T, int kHead, int kQueries, bool kAligned>
 __global__ void __launch_bounds__(kThreads, SplitWarp<T, kHead, kQueries, kAligned>::kBlocks)
     rel_attention_split_kernel(const DecodeArgs args) {
@@ -257,19 +264,21 @@ __global__ void __launch_bounds__(kThreads, SplitWarp<T, kHead, kQueries, kAlign
   __shared__ Stats stats[kWarps][kQueries];
   __shared__ QueryInfo info[kWarps][kQueries];
   const DecodePlan& plan = args.plan;
-  const int part = blockIdx.x / plan.query_blocks, pair = part / plan.n_splits;
-  const int split = part % plan.n_splits, b = pair / args.Hk, hk = pair % args.Hk;
+  const int query_block = kQueries == 1 ? 0 : blockIdx.x % plan.query_blocks;
+  const int part = kQueries == 1 ? blockIdx.x : blockIdx.x / plan.query_blocks;
+  const int split = part % plan.n_splits, pair = part / plan.n_splits;
+  const int b = pair / args.Hk, hk = pair % args.Hk;
   const Keys keys = keys_of_row(args, b, kQueries == 1);
   const Splits splits = Splits::of(keys.count(), plan.n_splits);
   if (split >= splits.n && plan.n_splits > 1) return;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int first = blockIdx.x % plan.query_blocks * plan.block_queries;
+  const int first = query_block * plan.block_queries;
   const int n_queries = min(plan.block_queries, args.group() * args.Tq - first);
   // 1, 2 or 4 shares of the queries; the other warps double up on the keys.
   const int needed = (n_queries + kQueries - 1) / kQueries;
   const int shares = needed > 2 ? 4 : needed, turns = kWarps / shares;
 
-  Warp mine(args, b, hk, first + warp % shares * kQueries, first + n_queries, info[warp]);
+  Warp mine(args, b, hk, first + warp % shares * kQueries, first + n_queries, keys, info[warp]);
   const int begin = keys.begin + split * splits.keys;
   mine.walk({begin, min(begin + splits.keys, keys.end)}, warp / shares, turns);
 #pragma unroll
@@ -306,11 +315,11 @@ __global__ void __launch_bounds__(kThreads, SplitWarp<T, kHead, kQueries, kAlign
 // keys have no parts. Sums are float32.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rel_attention_combine_kernel(const DecodeArgs args) {
-  const int64_t query_row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (query_row >= int64_t(args.B) * args.H * args.Tq) return;
+  const int query_row = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  if (query_row >= args.B * args.H * args.Tq) return;
   const Keys keys = keys_of_row(args, query_row / args.Tq / args.H, args.Tq == 1);
   const int n_splits = Splits::of(keys.count(), args.plan.n_splits).n;
-  const int64_t first = query_row * args.plan.n_splits;
+  const int64_t first = int64_t(query_row) * args.plan.n_splits;
   const auto* stats = reinterpret_cast<const Stats*>(args.split_stats) + first;
   for (int d = threadIdx.x % kWarp; d < args.Dv; d += kWarp) {
     const float* out = args.split_out + first * args.Dv + d;

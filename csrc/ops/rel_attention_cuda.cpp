@@ -66,7 +66,8 @@ DecodeArgs decode_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
     TORCH_CHECK_VALUE(x->dim() == 4, "rel_attention: q, k, v, r must have 4 dimensions");
   const int64_t B = q.size(0), H = q.size(1), Hk = k.size(1), Tq = q.size(2), Ts = k.size(2);
   const int64_t D = q.size(3), Dv = v.size(3), Dp = r.size(3), R = r.size(2);
-  const int64_t Tm = optional.mem_k.defined() && optional.mem_k.dim() == 4 ? optional.mem_k.size(2) : 0;
+  const Tensor& mem_k = optional.mem_k;
+  const int64_t Tm = mem_k.defined() && mem_k.dim() == 4 ? mem_k.size(2) : 0;
   TORCH_CHECK_VALUE(Tq <= kDecodeQueries && std::max({D, Dv, Dp}) <= kMaxHeadSize,
                     "rel_attention: the native backend supports up to ", kDecodeQueries,
                     " queries and head sizes up to ", kMaxHeadSize, " on CUDA, got Tq = ", Tq,
@@ -86,8 +87,8 @@ DecodeArgs decode_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
   args.v = rows_of("v", v, q, {B, Hk, Ts, Dv});
   const int64_t r_batch = r.size(0) == 1 ? 1 : B, r_heads = r.size(1) == 1 ? 1 : H;
   args.r = rows_of("r", r, q, {r_batch, r_heads, R, Dp});
-  if (optional.mem_k.defined() || optional.mem_v.defined()) {
-    args.mem_k = rows_of("mem_k", optional.mem_k, q, {B, Hk, Tm, D});
+  if (mem_k.defined() || optional.mem_v.defined()) {
+    args.mem_k = rows_of("mem_k", mem_k, q, {B, Hk, Tm, D});
     args.mem_v = rows_of("mem_v", optional.mem_v, q, {B, Hk, Tm, Dv});
   }
   const Tensor& q_pos = optional.q_pos.defined() ? optional.q_pos : q;

@@ -15,8 +15,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from txl_kernels._rel_attention_call import UNLIMITED
-from txl_kernels.ops.rel_attention_checks import checked_numbers, checked_rules
+from txl_kernels._rel_attention_call import UNLIMITED, OptionalTensors
+from txl_kernels.backends.head_size import MAX_HEAD_SIZE
+from txl_kernels.ops.rel_attention_calls import prepare
 
 CSRC = Path(__file__).parents[2] / "csrc"
 EMULATION = Path(__file__).parent / "cuda_emulation"
@@ -24,6 +25,7 @@ SCALARS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16:
 FLAGS = (
     *("-std=c++20", "-O1", "-g1", "-pthread", "-mf16c", "-fno-strict-aliasing"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    f"-DTXL_MAX_HEAD_SIZE={MAX_HEAD_SIZE}",
 )
 
 
@@ -55,37 +57,29 @@ class Emulation:
 
     def attend(self, **call: Any) -> tuple[Tensor, Tensor]:
         """Returns the output and lse of `rel_attention` for its own arguments."""
-        tensors = {name: given for name, given in call.items() if isinstance(given, Tensor)}
-        tensors = {"q_pos": call["q"], **tensors}
-        q, k, v, r = (tensors[name] for name in ("q", "k", "v", "r"))
-        B, H, Tq, D = q.shape
+        q, k, v, r = (call.pop(name) for name in ("q", "k", "v", "r"))
+        given = {name: call.pop(name) for name in OptionalTensors._fields if name in call}
+        prepared = prepare("rel_attention", q, k, v, r, OptionalTensors(**given), **call, backend="reference")
+        *_, optional, rules, factors = prepared.call
+        tensors = {"q_pos": q, "q": q, "k": k, "v": v, "r": r}
+        tensors |= {name: x for name, x in optional._asdict().items() if x is not None}
+        (B, H, Tq, D), (_, Hk, Ts, Dv) = q.shape, v.shape
         Tm = tensors["mem_k"].shape[2] if "mem_k" in tensors else 0
-        sizes = {"B": B, "H": H, "Hk": k.shape[1], "Tq": Tq, "Tm": Tm, "Ts": k.shape[2]}
-        sizes |= {"D": D, "Dv": v.shape[3], "Dp": r.shape[3], "R": r.shape[2]}
-        rules = checked_rules(
-            Tq,
-            call.get("offset"),
-            call.get("clamp", False),
-            call.get("causal", False),
-            call.get("window"),
-            call.get("chunk"),
-        )._asdict()
-        numbers: dict[str, float] = {name: rules.pop(name) for name in ("offset", "clamp")}
-        numbers |= {f"rule.{name}": n for name, n in rules.items() if n != UNLIMITED}
-        scales = call.get("scale"), call.get("pos_scale")
-        numbers |= checked_numbers(q, *scales, call.get("softcap", 0.0), 0.0)._asdict()
-        numbers |= {**sizes, "dtype": SCALARS[q.dtype], "bytes": q.element_size()}
-        numbers["float_biases"] = call.get("r_w_bias", q).dtype == torch.float32
+        numbers = {"B": B, "H": H, "Hk": Hk, "Tq": Tq, "Tm": Tm, "Ts": Ts, "D": D, "Dv": Dv}
+        numbers |= {"R": r.shape[2], "Dp": r.shape[3], **factors._asdict()}
+        numbers |= {"offset": rules.offset, "clamp": rules.clamp}
+        numbers |= {f"rule.{name}": n for name, n in rules._asdict().items() if n != UNLIMITED}
+        numbers |= {"dtype": SCALARS[q.dtype], "bytes": q.element_size()}
+        numbers["float_biases"] = given.get("r_w_bias", q).dtype == torch.float32
         if "mask" in tensors:
-            tensors["mask"] = tensors["mask"].expand(B, H, Tq, Tm + sizes["Ts"])
             numbers["mask_stride_key"] = tensors["mask"].stride(3)
-        row_numbers = [tensors[x] for x in ("q_start", "key_start", "key_lens") if x in tensors]
-        numbers["is_wide"] = any(x.dtype == torch.int64 for x in row_numbers)
+        positions = [tensors.get(name) for name in ("q_start", "key_start", "key_lens")]
+        numbers["is_wide"] = any(x is not None and x.dtype == torch.int64 for x in positions)
         results = self.run(numbers, tensors)
-        n_out = B * H * Tq * v.shape[3] * q.element_size()
+        n_out = B * H * Tq * Dv * q.element_size()
         out = torch.frombuffer(bytearray(results[:n_out]), dtype=q.dtype)
         lse = torch.frombuffer(bytearray(results[n_out:]), dtype=torch.float32)
-        return out.view(B, H, Tq, -1), lse.view(B, H, Tq)
+        return out.view(B, H, Tq, Dv), lse.view(B, H, Tq)
 
 
 @pytest.fixture
