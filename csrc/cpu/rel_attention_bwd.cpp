@@ -204,6 +204,7 @@ void accumulate_keys(const RelAttentionArgs& args, int64_t b, const BwdTile<T>& 
         return attending_rows(args, b, tile.rows, block.begin + x - column, n);
       },
       [&](int64_t x, int64_t size, RowSpan span) {
+        if (span.n() == 0) return;
         const int64_t inner = row_length<T>(span.n());
         const int64_t at = (span.begin / kPerWord * from.ld_probs + x - column) * kPerWord;
         gemm(args.Dv, size, inner, tile.dout_t + span.begin, K, from.probs + at, from.ld_probs,
@@ -276,9 +277,11 @@ void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
       0, part.padded, tile.rows.height,
       [&](int64_t x, int64_t n) { return attending_rows(args, b, tile.rows, part.begin + x, n); },
       [&](int64_t x, int64_t size, RowSpan span) {
-        gemm(span.n(), size, ld_o, tile.dout + span.begin * ld_o, ld_o,
-             operands<T>(ws.v_t + key + x), ws.ld_k, ws.dprobs + span.begin * kScoreLd + x,
-             kScoreLd, /*accumulate=*/false);
+        if (span.n() > 0) {
+          gemm(span.n(), size, ld_o, tile.dout + span.begin * ld_o, ld_o,
+               operands<T>(ws.v_t + key + x), ws.ld_k, ws.dprobs + span.begin * kScoreLd + x,
+               kScoreLd, /*accumulate=*/false);
+        }
         clear(0, span.begin, x, size);
         clear(span.end, tile.rows.height, x, size);
       });
@@ -297,16 +300,9 @@ void bwd_unit(const RelAttentionArgs& args, const RelAttentionPlan& plan,
   const int64_t b = args.batch_of(unit), hk = args.key_head_of(unit);
   const KeyRows<T> keys(args, &KeyRun::k, b, hk), values(args, &KeyRun::v, b, hk);
   const bool in_place = kReadable<T> && keys.adjacent(args.D);
-  const bool whole = plan.has_several_runs();  // the panels of dk and dv hold all keys
-  const TileKeys all = keys_of_items(args, plan, b, first, stop);
-  const int64_t padded = round_up(all.end - all.aligned_begin, 16);
-  auto clear_keys = [&](int64_t n) {
-    auto clear = [](Acc<T>* row, int64_t size) { std::fill(row, row + size, Acc<T>(0)); };
-    ws.dk_t.for_each_row(0, n, clear);
-    ws.dv_t.for_each_row(0, n, clear);
-  };
-  clear_other_keys<T>(args, grads, partials, b, hk, {all.aligned_begin, all.end}, slot, ws);
-  if (whole) clear_keys(padded);
+  const bool several = plan.has_several_runs();
+  KeyGradients<T> sums(args, grads, partials, b, hk, slot, ws);
+  if (several) sums.restart(keys_of_items(args, plan, b, first, stop).aligned_begin);
   for_each_run(args, plan, b, first, stop, [&](int64_t begin, int64_t end, TileKeys seen) {
     auto item = [&](int64_t n) { return plan.item(begin + n); };
     auto tile = [&](int64_t n) { return ws.tile(tile_rows(args, plan, item(n).tile), n); };
@@ -314,25 +310,21 @@ void bwd_unit(const RelAttentionArgs& args, const RelAttentionPlan& plan,
     for (int64_t n = 0; n < n_items; ++n)
       load_tile<T>(args, grads, b, hk * plan.heads + item(n).head, tile(n), ws);
     for_each_block(seen, [&](Block block) {
-      const int64_t origin = whole ? all.aligned_begin : block.begin;
-      if (!whole) clear_keys(block.padded);
+      const int64_t block_end = block.begin + block.padded;
+      if (!several) sums.restart(block.begin);
       bool packed = false;
       for (int64_t n = 0; n < n_items; ++n) {
         const Block part = seen_part(args, b, tile(n).rows, block);
         if (part.n == 0) continue;
         if (!std::exchange(packed, true)) {
-          const int64_t stop_key = block.begin + block.padded;
-          pack_transposed<T>(keys, block.begin, stop_key, args.D, ws.stage, ws.k_t, ws.ld_k);
-          pack_transposed<T>(values, block.begin, stop_key, args.Dv, ws.stage, ws.v_t, ws.ld_k);
+          pack_transposed<T>(keys, block.begin, block_end, args.D, ws.stage, ws.k_t, ws.ld_k);
+          pack_transposed<T>(values, block.begin, block_end, args.Dv, ws.stage, ws.v_t, ws.ld_k);
           if (!in_place)
-            pack_natural<T>(keys, block.begin, stop_key, args.D, ws.stage, ws.k, ws.ld_row);
+            pack_natural<T>(keys, block.begin, block_end, args.D, ws.stage, ws.k, ws.ld_row);
         }
-        bwd_tile<T>(args, plan, b, hk, item(n).head, tile(n), part, part.begin - origin,
+        sums.open(part.begin + part.padded);
+        bwd_tile<T>(args, plan, b, hk, item(n).head, tile(n), part, sums.column(part.begin),
                     part.begin - block.begin, in_place ? &keys : nullptr, ws);
-      }
-      if (!whole) {
-        const KeyRange span{block.begin, block.begin + block.n};
-        write_keys<T>(args, grads, partials, b, hk, span, block.begin, slot, ws);
       }
     });
     for (int64_t n = 0; n < n_items; ++n) {
@@ -340,11 +332,9 @@ void bwd_unit(const RelAttentionArgs& args, const RelAttentionPlan& plan,
       write_dq<T>(args, grads, b, hk * plan.heads + head, tile(n), ws,
                   ws.dbias + head * (args.D + args.Dp));
     }
+    if (end < stop) sums.close(args.aligned(b, plan.first_key(b, end)));
   });
-  if (whole) {
-    const KeyRange span{all.aligned_begin, all.end};
-    write_keys<T>(args, grads, partials, b, hk, span, all.aligned_begin, slot, ws);
-  }
+  sums.close(args.Tk);
 }
 
 // Packs the tables of a unit's group and clears their gradients.

@@ -21,13 +21,16 @@ constexpr int64_t kScoreSize = kScoreSlack + kQueryTile * kScoreLd + kScoreSlack
 
 constexpr int64_t kPanelLd = leading_dimension(kPanel);
 
-// A transposed matrix, [rows, columns], as panels [columns / kPanel][rows][ld].
+// A transposed matrix, [rows, columns], as panels [columns / kPanel][rows][ld]. With a mask the
+// panels are a ring: panel n is kept where panel n & mask is.
 template <typename W>
 struct Panels {
   W* data;
-  int64_t rows, ld = kPanelLd;
+  int64_t rows, ld = kPanelLd, mask = -1;
 
-  W* at(int64_t column) const { return data + column / kPanel * rows * ld + column % kPanel; }
+  W* at(int64_t column) const {
+    return data + (column / kPanel & mask) * rows * ld + column % kPanel;
+  }
 
   // Calls f(row, n) for each row of each panel, with the elements of columns [begin, end).
   template <typename F>
@@ -278,19 +281,24 @@ inline bool has_rows(const RelAttentionArgs& args, const RelAttentionPlan& plan,
   return args.clamp || (row + n > 0 && row < args.R);
 }
 
-// The halves of a full tile that keys [begin, begin + n) concern: those with a row that attends to
-// one of them. Other tiles are not divided.
+// The rows of a full tile that keys [begin, begin + n) concern: the halves with a row that attends to
+// one of them, or, if neighbouring queries may have unrelated ranges, the entries of the table of
+// key ranges from the first such row to the last; none if there is no such row. Other tiles are not
+// divided.
 inline RowSpan attending_rows(const RelAttentionArgs& args, int64_t b, TileRows rows, int64_t begin,
                               int64_t n) {
-  constexpr int64_t kHalf = kQueryTile / 2;
   if (rows.count() < kQueryTile) return {0, rows.height};
+  const int64_t step = args.key_table != nullptr ? kRangeRows : kQueryTile / 2;
   auto attends = [&](int64_t first) {
-    const KeyRange keys = args.keys_of_rows(b, first, first + kHalf);
+    const KeyRange keys = args.keys_of_rows(b, rows.begin + first, rows.begin + first + step);
     return keys.begin < begin + n && keys.end > begin;
   };
-  const bool upper = attends(rows.begin), lower = attends(rows.begin + kHalf);
-  if (upper == lower) return {0, kQueryTile};
-  return upper ? RowSpan{0, kHalf} : RowSpan{kHalf, kQueryTile};
+  RowSpan span{0, kQueryTile};
+  while (span.begin < kQueryTile && !attends(span.begin)) span.begin += step;
+  if (span.begin == kQueryTile)
+    return args.key_table != nullptr ? RowSpan{0, 0} : RowSpan{0, kQueryTile};
+  while (!attends(span.end - step)) span.end -= step;
+  return span;
 }
 
 // The halves of a full tile that columns [x, x + n) of the position table concern: those with a row
@@ -366,6 +374,7 @@ void score_block(const RelAttentionArgs& args, const RelAttentionPlan& plan, int
       0, block.padded, rows.height,
       [&](int64_t x, int64_t n) { return attending_rows(args, b, rows, block.begin + x, n); },
       [&](int64_t x, int64_t size, RowSpan span) {
+        if (span.n() == 0) return;
         // The columns of these keys.
         const int64_t first = columns.origin + x, last = first + size + rows.height - 1;
         const bool accumulate = computed.any() && first < computed.end && last > computed.begin;

@@ -132,6 +132,9 @@ struct RelAttentionPlan {
   int64_t heads = 1;                   // query heads of a unit
   int64_t key_block = 0;               // the largest number of keys in a block
   int64_t run_items = 0, run_tiles = 0;  // the most items of a run, and tiles of each head in it
+  // For each batch row and each `run_tiles` tiles: the first key that these or later tiles read.
+  std::vector<int64_t> first_keys;
+  int64_t live_keys = 0;  // the most keys that a unit's earlier and later runs read
   std::vector<int64_t> chunks;         // chunk c computes items [chunks[c], chunks[c + 1])
   // Column x of the position table is row column_begin + x of `r`, extended on both sides. Products
   // read columns [0, n_columns); those outside [packed_begin, packed_end) they skip.
@@ -147,6 +150,11 @@ struct RelAttentionPlan {
   int64_t n_chunks() const { return static_cast<int64_t>(chunks.size()) - 1; }
   int64_t unit_items() const { return heads * n_tiles; }
   bool has_several_runs() const { return n_tiles > run_tiles || heads * run_tiles > run_items; }
+  // The first key that items `index` and later of a unit of batch row b read.
+  int64_t first_key(int64_t b, int64_t index) const {
+    const int64_t n = (n_tiles + run_tiles - 1) / run_tiles;
+    return first_keys[static_cast<size_t>(b * n + index / (heads * run_tiles))];
+  }
   // Item `index` of a unit. Runs of tiles come first, in each run the heads, in each head the tiles:
   // the items of a run read about the same keys.
   TileItem item(int64_t index) const {
