@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from txl_kernels._derivatives import without_derivative
-from txl_kernels._rel_attention_call import Numbers, OptionalTensors, RelAttentionCall, Rules
+from txl_kernels._rel_attention_call import (
+    Numbers,
+    OptionalTensors,
+    Options,
+    RelAttentionCall,
+    Rules,
+)
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.ops import autocast, flash_attention
@@ -101,20 +107,15 @@ def banded_attention(
     check_shape(OP, "k", k, (q.shape[0], "Hk", T, q.shape[3]))
     check_shape(OP, "r", r, (q.shape[0], q.shape[1], "R", "Dp"), or_one=(0, 1))
     R = r.shape[2]
-    prepared = prepare(
-        OP,
-        q,
-        k,
-        v,
-        r,
-        OptionalTensors(r_w_bias, r_r_bias, q_pos=q_pos),
-        pos_scale=pos_scale,
-        scale=scale,
+    near = Options(
         offset=R - 1,
         causal=True,
         window=(R - 1, None),
+        scale=scale,
+        pos_scale=pos_scale,
         backend=backend,
     )
+    prepared = prepare(OP, q, k, v, r, OptionalTensors(r_w_bias, r_r_bias, q_pos=q_pos), None, near)
     call = prepared.call
     if prepared.backend == "reference" and far is None:
         rules = Rules(R - 1, clamp=int(clamp), window_right=0)
@@ -126,11 +127,11 @@ def banded_attention(
             f'{OP}: it runs inside no transform of torch.func: pass backend="reference"'
         )
     far_pair = _flash(call.q) if far is None else far
-    options = _Options(prepared.backend, clamp, call.rules, call.numbers, *far_pair)
+    settings = _Settings(prepared.backend, clamp, call.rules, call.numbers, *far_pair)
     optional = call.optional
     tensors = (*call[:4], optional.r_w_bias, optional.r_r_bias, optional.q_pos)
     with autocast.outside_autocast(q.device):
-        out: Tensor = _Banded.apply(options, *tensors)  # type: ignore[no-untyped-call]
+        out: Tensor = _Banded.apply(settings, *tensors)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -148,7 +149,7 @@ def banded_is_faster(T: int, R: int, D: int, Dp: int, device: torch.device) -> b
     return False
 
 
-class _Options(NamedTuple):
+class _Settings(NamedTuple):
     """The arguments of a call that are not tensors."""
 
     backend: str
@@ -168,46 +169,46 @@ class _Banded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, options: _Options, *tensors: Tensor | None) -> Tensor:
-        call = _near_call(options, tensors)
-        R, numbers = call.r.shape[2], options.numbers
-        out, lse = forward(Prepared(options.backend, call, bias=None, dead_uniform=False))
-        far_out, far_lse = options.far_forward(*_far_tensors(call), numbers.scale)
+    def forward(ctx: Any, settings: _Settings, *tensors: Tensor | None) -> Tensor:
+        call = _near_call(settings, tensors)
+        R, numbers = call.r.shape[2], settings.numbers
+        out, lse = forward(Prepared(settings.backend, call, bias=None, dead_uniform=False))
+        far_out, far_lse = settings.far_forward(*_far_tensors(call), numbers.scale)
         _check_far(far_out, far_lse, out[:, :, R:], lse[:, :, R:])
         far_lse = far_lse.to(lse.dtype)
-        if options.clamp:
+        if settings.clamp:
             far_lse = far_lse + _constant(call)
         near_out, near_lse = out[:, :, R:], lse[:, :, R:]
         share = torch.sigmoid(far_lse - near_lse)[..., None]  # of the far keys in the softmax
         near_out.copy_(torch.lerp(near_out.to(lse.dtype), far_out.to(lse.dtype), share))
         near_lse.copy_(torch.logaddexp(near_lse, far_lse))
-        ctx.options = options
-        kept = (far_out, share) if options.clamp else (None, None)
+        ctx.settings = settings
+        kept = (far_out, share) if settings.clamp else (None, None)
         ctx.save_for_backward(*tensors, out, lse, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, lse, far_out, share = ctx.saved_tensors
-        call, options = _near_call(ctx.options, tensors), ctx.options
+        call, settings = _near_call(ctx.settings, tensors), ctx.settings
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
         needs = ctx.needs_input_grad[1:]  # q, k, v, r, r_w_bias, r_r_bias, q_pos
         with torch.no_grad(), autocast.outside_autocast(dout.device):
-            grads = _near_gradients(options.backend, dout, call, out, lse, needs)
+            grads = _near_gradients(settings.backend, dout, call, out, lse, needs)
             far_lse = lse[:, :, call.r.shape[2] :]
-            if options.clamp:
+            if settings.clamp:
                 far_lse = far_lse - _constant(call)
                 _add_gradients_of_constant(grads, call, dout, out, far_out, share)
             if any(needs[:3]) or needs[4]:
-                _add_far_gradients(grads, options, call, dout, out, far_lse)
+                _add_far_gradients(grads, settings, call, dout, out, far_lse)
         return (None, *without_derivative(OP, grads, tensors))
 
 
-def _near_call(options: _Options, tensors: Any) -> RelAttentionCall:
+def _near_call(settings: _Settings, tensors: Any) -> RelAttentionCall:
     q, k, v, r, r_w_bias, r_r_bias, q_pos = tensors
     optional = OptionalTensors(r_w_bias, r_r_bias, q_pos=q_pos)
-    return RelAttentionCall(q, k, v, r, optional, options.rules, options.numbers)
+    return RelAttentionCall(q, k, v, r, optional, settings.rules, settings.numbers)
 
 
 def _far_tensors(call: RelAttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +273,7 @@ def _reference_gradients(
 
 def _add_far_gradients(
     grads: list[Tensor | None],
-    options: _Options,
+    settings: _Settings,
     call: RelAttentionCall,
     dout: Tensor,
     out: Tensor,
@@ -285,7 +286,7 @@ def _add_far_gradients(
     """
     R, scale = call.r.shape[2], call.numbers.scale
     q, k, v = _far_tensors(call)
-    dq, dk, dv = options.far_backward(
+    dq, dk, dv = settings.far_backward(
         dout[:, :, R:], q, k, v, out[:, :, R:], lse.contiguous(), scale
     )
     n = k.shape[2]
