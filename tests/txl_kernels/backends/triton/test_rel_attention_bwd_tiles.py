@@ -18,17 +18,16 @@ WILD = [-(2**62), 20, 2**40]
 NOT_MONOTONE = [[(7 * i + b) % 23 for i in range(20)] for b in range(2)]
 CASES = [
     RelAttentionCase(
-        "groups", B=2, H=4, Hk=2, Tm=3, D=5, Dv=9, lse_gradient=True, options={"causal": True}
-    ),
-    RelAttentionCase(
         "position_query",
         B=1,
         H=2,
         Hk=1,
         Tq=20,
         D=3,
+        Dv=9,
         Dp=20,
         R=6,
+        lse_gradient=True,
         options={"causal": True, "offset": 4, "scale": 0.6, "pos_scale": -0.3, "softcap": 4.0},
     ),
     RelAttentionCase(
