@@ -1,7 +1,7 @@
-"""What a call of `rel_attention` costs beside the calls that it replaces, and at a small size.
+"""Times of calls of `rel_attention` relative to calls that they replace, and of a small call.
 
-The yardsticks are timed in the same rounds: documents one by one beside one packed row, a short
-cache beside a long one with as many valid keys, causal SDPA beside a small call.
+One packed row is compared with a call for each document, a long cache with a short one that has as
+many valid keys, a small call with causal SDPA; each time both contenders run in the same rounds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Call = Callable[..., Tensor]  # of q, k, v and r
 
 @dataclasses.dataclass(frozen=True)
 class CostCase:
-    """A float32 call on the CPU beside another one.
+    """A float32 call on the CPU, compared with another one.
 
     Attributes:
         shape: name of the shape.
@@ -112,7 +112,7 @@ class CostCase:
 
 @dataclasses.dataclass(frozen=True)
 class Packing(CostCase):
-    """Documents of equal length in one row, beside one call for each of them."""
+    """Documents of equal length in one row, compared with one call for each of them."""
 
     n_documents: int = 16
     length: int = 512
@@ -139,7 +139,7 @@ class Packing(CostCase):
 
 @dataclasses.dataclass(frozen=True)
 class Cache(CostCase):
-    """One query in a cache with few valid keys, beside a cache of these keys alone.
+    """One query in a cache with few valid keys, compared with a cache of these keys only.
 
     Row m of r is the distance Tk - 1 - m, in both.
     """
@@ -167,7 +167,7 @@ class Cache(CostCase):
 
 @dataclasses.dataclass(frozen=True)
 class SmallCall(CostCase):
-    """A call with little arithmetic, beside causal SDPA."""
+    """A call with little arithmetic, compared with causal SDPA."""
 
     H: int = 2
     T: int = 16

@@ -163,8 +163,9 @@ def build(name: str):
         classes = (inkling2.Inkling2SlidingAttention, inkling2.Inkling2FullAttention)
         replaced = dict.fromkeys(classes, inkling2_forward)
     model.config._attn_implementation = implementation
-    for parameter in model.parameters():  # those that begin as ones or zeros, too
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # also those whose initial values are all 0 or 1
+            torch.nn.init.normal_(parameter, std=0.3)
     return model.eval(), replaced
 
 
@@ -190,7 +191,7 @@ def results(model, tokens: Tensor, padding: Tensor, blocks: list[int], cache) ->
                 use_cache=cache is not None,
                 **options,
             ).last_hidden_state
-    out = out[real[:, begin:end]]  # what stands for padding may be anything
+    out = out[real[:, begin:end]]  # padding may have any result
     weights = torch.linspace(-1, 1, out.numel()).view_as(out)
     model.zero_grad()
     (out * weights).sum().backward()
