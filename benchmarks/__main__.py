@@ -21,7 +21,7 @@ from benchmarks.suite import Effort, Figures, take, take_memory
 from txl_kernels.backends import cuda_device
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH = 172  # columns, where there is no terminal to ask
+WIDTH = 172  # columns, without a terminal
 
 
 def main() -> None:
@@ -43,12 +43,12 @@ def main() -> None:
     described = machine.describe(options.device)
     probe = OneProgramAtATime() if on_gpu else Probe()
     slug = machine.Processor(str(described["processor"]), ()).slug
-    stem = f"{slug}-{datetime.date.today().isoformat()}"
+    stem = f"{slug}-{datetime.date.today().isoformat()}{'-malloc' * bool(machine.allocator())}"
     written = options.out / f"{stem}.json"
     results = []
     for case in track(timed, "timing", console=console):
         results.append(take(case, probe, effort))
-        write_json(written, described, results)  # a run that is stopped keeps what it has
+        write_json(written, described, results)  # a run that is stopped keeps its finished cases
     for case in memory if effort.memory else ():
         results.append(Figures(case.name))
         take_memory(case, (OURS,), results[-1])

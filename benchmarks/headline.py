@@ -1,4 +1,4 @@
-"""The headline shapes and cases on a GPU, in the order of their importance; needs torch alone."""
+"""The headline shapes and cases on a GPU, the most important first; needs no package but torch."""
 
 from __future__ import annotations
 
@@ -25,14 +25,8 @@ PARAKEET = AttentionShape(
 DECODE = AttentionShape(name="decode", B=32, H=16, Tq=1, Tm=3799, D=64, causal=True)
 # Keys and values, and r once per head, in bfloat16.
 DECODE_BYTES = 2 * DECODE.H * DECODE.D * (2 * DECODE.B * DECODE.n_keys + DECODE.n_rows)
-# Layers of Inkling-Small. INKLING_NOTE: what the Triton kernels still require.
-INKLING_NOTE = (
-    "inkling: each query head has keys of its own (the model shares 8 key heads), and the position "
-    "term is a product of 128 dimensions with q (the model's has 16 and a query of its own, q_pos)"
-)
-
-
-_layer = functools.partial(AttentionShape, B=1, H=32, Tm=0, D=128, causal=True)
+# Layers of Inkling-Small.
+_layer = functools.partial(AttentionShape, B=1, H=32, Hk=8, Tm=0, D=128, d_rel=16, causal=True)
 INKLING = tuple(
     _layer(name=f"inkling_{kind}_{Tq // 1024}k", Tq=Tq, rel_extent=extent, window=window)
     for Tq in (8192, 32768, 2048)

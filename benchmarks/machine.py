@@ -1,9 +1,10 @@
-"""The machine of a run: its processor, and how fast products of matrices can go on it."""
+"""The machine of a run: its processor, its allocator, its rates of products of matrices."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import platform
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from txl_kernels.backends import native
 TILES = ((64, 512, 64), (128, 512, 64), (64, 1024, 64), (128, 128, 512), (64, 512, 128))
 TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
-# What could carry a case's products; the fastest is its limit.
+# The routines that can compute the products of a case; the fastest is its limit.
 _TILE_KINDS = {
     torch.float32: ("brgemm_f32", "sgemm"),
     torch.bfloat16: ("brgemm_bf16", "brgemm_f32", "sgemm"),
@@ -26,7 +27,7 @@ _TILE_KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """What /proc/cpuinfo says; `name` with family and model, which virtual machines leave."""
+    """From /proc/cpuinfo; `name` contains family and model, which virtual machines do not hide."""
 
     name: str
     features: tuple[str, ...]
@@ -39,14 +40,14 @@ class Processor:
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """The best rate that products of tiles reach, in GFLOP/s, and by which routine."""
+    """The best rate that products of tiles reach, in GFLOP/s, and the routine that reaches it."""
 
     kind: str
     gflops: float
 
 
 def processor() -> Processor:
-    """The processor this runs on."""
+    """The processor of this machine."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     fields = dict(re.findall(r"^([^\t:]+?)\s*: (.*)$", text, re.M))
@@ -58,9 +59,15 @@ def processor() -> Processor:
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """GFLOP/s of torch's own product of two square matrices."""
+    """GFLOP/s of torch's product of two square matrices."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     return 2e-9 * size**3 / sample(stopwatch(lambda: a @ b), min_seconds=0.2)
+
+
+def allocator() -> str:
+    """The variables that change the C library's allocator, empty if there are none."""
+    settings = sorted(os.environ.items())
+    return " ".join(f"{name}={value}" for name, value in settings if name.startswith("MALLOC_"))
 
 
 def tile_rates(kinds: tuple[str, ...], seconds: float = 0.1) -> dict[str, float]:
@@ -101,6 +108,7 @@ def describe(device: str = "cpu") -> dict[str, object]:
         }
     return {
         "processor": here.name,
+        "allocator": allocator(),
         "features": here.features,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.cases.adaptive_embedding import EmbeddingCase
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
+from benchmarks.cases.costs import cost_cases
 from benchmarks.cases.model import ModelCase, ModelShape
 from benchmarks.cases.rel_attention import AttentionCase
 from benchmarks.inputs import AttentionShape
@@ -21,16 +23,33 @@ from transformer_xl.config import ModelConfig, load_preset
 DTYPES = (torch.float32, torch.bfloat16)
 
 # Two minutes of speech in an encoder of NVIDIA's Parakeet family: 8 heads of 64, a frame every
-# 80 ms. One recording alone, so its length is all frames.
+# 80 ms. The batch is one recording, so its key length is the number of frames.
 PARAKEET = AttentionShape(
     name="parakeet_2min", B=1, H=8, Tq=1500, Tm=0, D=64, causal=False, key_lens=(1500,)
 )
-# A book's chapter in one segment: what grows with Tq · Tk does not fit.
+# Layers of Inkling-Small: the bias of a global layer covers 1,024 distances, that of a sliding
+# layer its whole window of 512.
+INKLING_GLOBAL = AttentionShape(
+    name="inkling_small_global",
+    B=1,
+    H=32,
+    Hk=8,
+    Tq=2048,
+    Tm=0,
+    D=128,
+    causal=True,
+    d_rel=16,
+    rel_extent=1024,
+)
+INKLING_SLIDING = dataclasses.replace(
+    INKLING_GLOBAL, name="inkling_small_sliding", rel_extent=512, window=511
+)
+# A book's chapter in one segment: tensors of Tq · Tk elements do not fit.
 LONG = AttentionShape(name="long_16k", B=1, H=8, Tq=16384, Tm=16384, D=64, causal=True)
 
 
 def attention_shapes() -> list[AttentionShape]:
-    """The shapes that are timed; batches are cut to what two cores do in well under a second."""
+    """The shapes that are timed; batches are small, so that two cores need less than a second."""
     return [
         _train_shape("enwik8_base", B=4),
         PARAKEET,
@@ -42,7 +61,7 @@ def attention_shapes() -> list[AttentionShape]:
 def model_shapes() -> list[ModelShape]:
     """The models that are trained and evaluated."""
     preset = load_preset("enwik8_base")
-    # A vocabulary of bytes; biases per layer and a first memory of zeros are Hugging Face's.
+    # A vocabulary of bytes; biases per layer and a first memory of zeros, as Hugging Face has.
     config = dataclasses.replace(
         preset.model, vocab_size=256, n_layer=4, untie_r=True, first_memory="zeros"
     )
@@ -67,7 +86,7 @@ def softmax_shapes() -> list[SoftmaxShape]:
 
 
 def embedding_shapes() -> list[SoftmaxShape]:
-    """The adaptive embeddings of word-level models; tokens fall as targets do."""
+    """The adaptive embeddings of word-level models; tokens have the targets' distribution."""
     return [
         _softmax_shape(preset, N=2048, part="embedding") for preset in ("wt103_base", "wt103_large")
     ]
@@ -80,6 +99,11 @@ def timed_cases() -> list[Case]:
         for shape in attention_shapes()
         for dtype in DTYPES
         for direction in ("forward", "backward", "forward+backward")
+    ]
+    inkling = [
+        AttentionCase(shape, torch.float32, direction)
+        for shape in (INKLING_GLOBAL, INKLING_SLIDING)
+        for direction in ("forward", "forward+backward")
     ]
     models = [
         ModelCase(shape, dtype, work)
@@ -99,17 +123,22 @@ def timed_cases() -> list[Case]:
         for dtype in DTYPES
         for gradients in ("dense", "sparse")
     ]
-    return [*attention, *softmaxes, *embeddings, *models]
+    return [*attention, *inkling, *cost_cases(), *softmaxes, *embeddings, *models]
 
 
 def memory_cases() -> list[Case]:
-    """Cases whose memory alone is measured, only for ours."""
+    """Cases of which only the memory of ours is measured."""
     return [AttentionCase(LONG, torch.float32, "forward+backward")]
+
+
+@functools.cache
+def _cases() -> dict[str, Case]:
+    return {known.name: known for known in (*timed_cases(), *memory_cases())}
 
 
 def case(name: str) -> Case:
     """The case `name`; ValueError with the nearest name if there is none."""
-    cases = {known.name: known for known in (*timed_cases(), *memory_cases())}
+    cases = _cases()
     if name not in cases:
         near = difflib.get_close_matches(name, cases, n=1, cutoff=0.0)
         raise ValueError(f"unknown case {name!r}; did you mean {near[0]!r}?")
@@ -117,26 +146,26 @@ def case(name: str) -> Case:
 
 
 def select(cases: Iterable[Case], patterns: Iterable[str]) -> list[Case]:
-    """The cases whose name matches one of the patterns, as a whole or in part."""
-    wanted = [f"*{pattern}*" for pattern in patterns]
-    return [c for c in cases if any(fnmatch.fnmatch(c.name, pattern) for pattern in wanted)]
+    """The cases whose name contains a match of one of the patterns."""
+    within = [f"*{pattern}*" for pattern in patterns]
+    return [c for c in cases if any(fnmatch.fnmatch(c.name, pattern) for pattern in within)]
 
 
 def _train_shape(preset: str, *, B: int) -> AttentionShape:
-    """A training segment of a published run, behind a full memory."""
+    """A training segment of a published run, after a full memory."""
     run = load_preset(preset)
     return _shape(f"{preset}_train", run.model, B, Tq=run.train.tgt_len, Tm=run.model.mem_len)
 
 
 def _eval_shape(preset: str, *, B: int) -> AttentionShape:
-    """A segment of a published evaluation, behind a full memory."""
+    """A segment of a published evaluation, after a full memory."""
     run = load_preset(preset)
     lengths = run.evaluate
     return _shape(f"{preset}_eval", run.model, B, Tq=lengths.tgt_len, Tm=lengths.mem_len)
 
 
 def _softmax_shape(preset: str, *, N: int, part: str = "softmax") -> SoftmaxShape:
-    """A published model's adaptive softmax, without the head's own projection, or embedding."""
+    """A published model's adaptive softmax, without a projection of the head, or its embedding."""
     model = load_preset(preset).model
     return SoftmaxShape(
         name=f"{preset}_{part}",

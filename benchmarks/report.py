@@ -1,4 +1,4 @@
-"""What a run of the benchmarks leaves: one table for people, JSON for everything else."""
+"""The results of a run of the benchmarks: one table for people, JSON for everything else."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ NOT_QUIET = "~"
 
 EXPLANATION = """\
 Ratios are peer / ours, above 1 ours is faster: the median of the pairs' ratios [quartiles].
-A "~" marks what was taken while something else slowed the machine down. GFLOP/s are useful ones:
-6·D per attended pair forward, 16·D backward; three products per weight that its tokens need in
-the adaptive softmax; "of limit" is their share of the best rate that products of cached tiles
-reached just before, by the routine named. The yardstick computes something else: sdpa has no
-positions, no mask and no memory to join; full is the softmax over all V; one-table an embedding
-as wide for all tokens; reference is our own model without the kernel. MiB: growth at the peak,
-ours / the leanest peer's; of the adaptive softmax beyond the gradients handed back."""
+"~": the machine was not quiet. GFLOP/s are useful ones: 6·D per attended pair forward, 16·D
+backward (with a position query 4·D + 2·d_rel and 10·D + 6·d_rel); three products per weight that
+its tokens need in the adaptive softmax. "of limit" is their share of the best rate that products of
+cached tiles reached just before, with the routine of these products. A yardstick has another
+result: sdpa has no positions, no mask and no memory to join, sdpa-causal no positions; alone are
+the documents of a packed row one by one; cache-500 is a cache without other keys; full is the
+softmax over all V; one-table an embedding as wide for all tokens; reference is our own model
+without the kernel. MiB: growth at the peak, ours / the smallest of the peers; for the adaptive
+softmax without the returned gradients."""
 
 
 def print_report(
@@ -37,7 +39,7 @@ def print_report(
     results: Sequence[Figures],
     profile: Sequence[Share] = (),
 ) -> None:
-    """The machine, the table, what is missing and why, where a training step spends its time."""
+    """The machine, the table, the reasons for missing figures, the parts of a training step."""
     console.print(_machine_line(machine), highlight=False)
     console.print(table(results))
     console.print(EXPLANATION, style="dim", highlight=False, markup=False)
@@ -74,7 +76,7 @@ def table(results: Sequence[Figures]) -> Table:
 
 
 def profile_table(profile: Sequence[Share]) -> Table:
-    """Where the training step of the model spends its time."""
+    """The times of the parts of the model's training step."""
     drawn = Table(title="Our training step, float32", title_justify="left", box=box.SIMPLE_HEAD)
     drawn.add_column("part")
     drawn.add_column("ms", justify="right")
@@ -90,9 +92,9 @@ def write_json(
     results: Sequence[Figures],
     profile: Sequence[Share] = (),
 ) -> list[dict[str, Any]]:
-    """Everything that was measured; seconds, GFLOP/s, tokens/s, MiB.
+    """Writes everything that was measured (seconds, GFLOP/s, tokens/s, MiB) and returns all cases.
 
-    Cases that an earlier run left in the file stay, unless they were taken again. Returns all.
+    Cases that an earlier run wrote into the file stay, unless they were measured again.
     """
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     cases = {case["case"]: case for case in earlier.get("cases", ())}
@@ -172,7 +174,7 @@ def _share(figures: Figures) -> str:
 
 
 def _memory(figures: Figures) -> str:
-    """Ours and that of the peer which takes least."""
+    """Ours and the smallest of the peers."""
     if OURS not in figures.peak_mib:
         return NOTHING
     peers = [mib for name, mib in figures.peak_mib.items() if name in figures.peers]

@@ -1,4 +1,4 @@
-"""Figures as Markdown: `python -m benchmarks.tables FILE.json …` renews the marked tables of
+"""Figures as Markdown: `python -m benchmarks.tables FILE.json …` updates the marked tables of
 docs/benchmarks.md, a section for each file, and README.md's from the first."""
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def renew(document: Path, mark: str, text: str) -> None:
 
 
 def readme_table(run: Record, source: str) -> str:
-    """What a newcomer asks: forward and both passes of each shape, beside the strongest peer."""
+    """The rows that a newcomer reads: forward and both passes of each shape, the strongest peer."""
     rows = _rows(
         [case for case in run["cases"] if _pass(case) in PASSES and case["peers"]],
-        lambda case: (_ms(case), _fastest(case), _ratio(case, "sdpa"), _share(case)),
+        lambda case: (_ms(case), _fastest(case), _plain_sdpa(case), _share(case)),
     )
     return "\n".join([README_HEAD, *rows, "", _caption(run, source)])
 
@@ -83,15 +83,19 @@ def docs_tables(run: Record, source: str) -> str:
         f"| {part['part']} | {_figure(part['ms'])} | {part['share']:.1%} |"
         for part in run["training_step"]
     ]
-    date = Path(source).stem[-10:]
-    title = f"### {run['machine']['processor']}, {date}"
+    date = re.search(r"\d{4}-\d{2}-\d{2}", source)
+    title = f"### {run['machine']['processor']}, {date[0] if date else source}"
+    if run["machine"].get("allocator"):
+        title += ", an allocator that keeps freed memory"
     tables = [title, "", DOCS_HEAD, *rows, "", _caption(run, source)]
     return "\n".join([*tables, "", PARTS_HEAD, *parts] if parts else tables)
 
 
 def _rows(cases: list[Record], cells: Callable[[Record], tuple[str, ...]]) -> Iterator[str]:
-    """One row per case, by shape, dtype and pass as these first appear; shape and dtype are written
-    where they change."""
+    """One row per case, in the order in which shapes, dtypes and passes first appear.
+
+    Shape and dtype are written where they change.
+    """
     names = [case["case"].split("/")[1:] for case in cases]
     order = {part: place for place, part in enumerate(dict.fromkeys(itertools.chain(*names)))}
     ordered = sorted(
@@ -107,11 +111,13 @@ def _rows(cases: list[Record], cells: Callable[[Record], tuple[str, ...]]) -> It
 
 def _caption(run: Record, source: str) -> str:
     machine = run["machine"]
+    settings = machine.get("allocator")
     tiles = ", ".join(f"{kind} {rate:.0f}" for kind, rate in machine["tiles"].items())
     return (
         f"Measured on an {machine['processor']}, {machine['threads']} threads, torch "
         f"{machine['torch']}; GFLOP/s there: torch.mm float32 {machine['matmul_float32']:.0f}, "
         f"bfloat16 {machine['matmul_bfloat16']:.0f}; products of cached tiles {tiles}. "
+        f"{f'Allocator: `{settings}`. ' if settings else ''}"
         f"`~`: the machine was not quiet. From `benchmarks/results/{source}`."
     )
 
@@ -129,6 +135,11 @@ def _ms(case: Record) -> str:
 def _fastest(case: Record) -> str:
     name = case["fastest_peer"]
     return NOTHING if name is None else f"{_ratio(case, name)} ({name})"
+
+
+def _plain_sdpa(case: Record) -> str:
+    names = (name for name in ("sdpa", "sdpa-causal") if name in case["yardsticks"])
+    return _ratio(case, next(names, ""))
 
 
 def _ratio(case: Record, name: str) -> str:

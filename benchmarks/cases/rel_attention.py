@@ -17,7 +17,7 @@ from benchmarks.cases import OURS, PeerUnavailableError, WrongResultError
 from benchmarks.device import INPUT_SETS, preferred_backend, timer
 from benchmarks.inputs import AttentionInputs, AttentionShape, random_inputs
 from benchmarks.measure import Timed
-from benchmarks.peers import eager, flex, sdpa
+from benchmarks.peers import eager, flex, inkling, sdpa
 from txl_kernels import rel_attention
 
 Pass = Literal["forward", "backward", "forward+backward"]
@@ -26,7 +26,9 @@ Attend = Callable[[AttentionInputs], Tensor]
 REFERENCE = "reference"
 EAGER, COMPILED, SDPA_BIAS, SDPA_PLAIN = "eager", "compiled", "sdpa+bias", "sdpa"
 FLEX, FLASH, CUDNN = "flex", "flash", "cudnn"
-COMPILED_PEERS = (COMPILED, FLEX)  # which take many seconds before their first run
+# Hugging Face's own classes; what they compute, written here; SDPA without positions.
+HF_SDPA, HF_RESTATED, SDPA_CAUSAL = "hf-sdpa", "hf-restated", "sdpa-causal"
+COMPILED_PEERS = (COMPILED, FLEX)  # their compilation takes many seconds
 
 # Per dimension of a head, for each attended pair and for each pair with a position term. Forward:
 # q·k and P·v, q·r. Backward: q·k again, dP, dv, dk and a part of dq; q·r again, dr, a part of dq.
@@ -36,11 +38,16 @@ POSITION_FLOP: dict[Pass, int] = {"forward": 2, "backward": 6, "forward+backward
 CHECKED_QUERIES = 256  # on a GPU: the last ones of the first head
 # The largest allowed relative error against float64, by Frobenius norm.
 GATE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+CHECKED_KEY_HEADS = 2  # of grouped heads on a CPU: the float64 scores of all would need gigabytes
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
-    """A call of `rel_attention`. On a CPU "backward" is timed for ours alone, as its rate."""
+    """A call of `rel_attention`. On a CPU "backward" is timed for ours alone, for its rate.
+
+    Shapes with grouped heads are layers of the Inkling models; on a CPU their peers are Hugging
+    Face's implementation and a restatement of it.
+    """
 
     shape: AttentionShape
     dtype: torch.dtype
@@ -56,19 +63,27 @@ class AttentionCase:
     def peers(self) -> tuple[str, ...]:
         if self.device != "cpu":
             return EAGER, SDPA_BIAS, FLEX
-        return () if self.direction == "backward" else (EAGER, COMPILED, SDPA_BIAS)
+        if self.direction == "backward":
+            return ()
+        return (HF_RESTATED, HF_SDPA) if self.shape.Hk else (EAGER, COMPILED, SDPA_BIAS)
 
     @property
     def yardsticks(self) -> tuple[str, ...]:
         if self.device != "cpu":
             return FLASH, CUDNN
-        return () if self.direction == "backward" else (SDPA_PLAIN,)
+        if self.direction == "backward":
+            return ()
+        return (SDPA_CAUSAL,) if self.shape.Hk else (SDPA_PLAIN,)
 
     @property
     def in_process(self) -> tuple[str, ...]:
         if self.device != "cpu":
             return OURS, *self.peers, *self.yardsticks
-        return () if self.direction == "backward" else (OURS, EAGER, SDPA_BIAS, SDPA_PLAIN)
+        if self.direction == "backward":
+            return ()
+        if self.shape.Hk:
+            return OURS, HF_RESTATED, SDPA_CAUSAL
+        return OURS, EAGER, SDPA_BIAS, SDPA_PLAIN
 
     @property
     def flop(self) -> int:
@@ -86,8 +101,9 @@ class AttentionCase:
             shape = dataclasses.replace(shape, Tq=n_queries, Tm=shape.n_keys - n_queries)
             shape = dataclasses.replace(shape, window=None)
             return content[self.direction] * shape.D * shape.attended_pairs
-        pairs = content[self.direction] * shape.attended_pairs
-        return shape.D * (pairs + position[self.direction] * shape.position_pairs)
+        products = content[self.direction] * shape.D * shape.attended_pairs
+        width = shape.d_rel or shape.D
+        return products + position[self.direction] * width * shape.position_pairs
 
     def tiny(self) -> AttentionCase:
         return dataclasses.replace(self, shape=self.shape.tiny())
@@ -113,10 +129,14 @@ class AttentionCase:
         if name in self.yardsticks:
             return
         if self.device == "cpu":
-            labels, expected = _reference_results(self.shape, self.dtype, self.direction)
-            self._compare(name, labels, expected, self.results(name))
+            checked = self
+            if self.shape.Hk:
+                fewer = min(self.shape.Hk, CHECKED_KEY_HEADS)
+                checked = dataclasses.replace(self, shape=self.shape.with_key_heads(fewer))
+            labels, expected = _reference_results(checked.shape, self.dtype, self.direction)
+            self._compare(name, labels, expected, checked.results(name))
         else:
-            # Of the forward pass, so that FlexAttention is compiled for it only once.
+            # Only the forward pass, so that FlexAttention is compiled for it only once.
             forward = dataclasses.replace(self, direction="forward")
             self._compare(name, ["out"], *forward._last_queries(name))
 
@@ -144,15 +164,16 @@ class AttentionCase:
         attend, _ = self._bound(name)
         shape, n = self.shape, min(self.shape.Tq, CHECKED_QUERIES)
         inputs = self._inputs()
-        first = {key: x if x is None else x[:1, :1] for key, x in inputs._asdict().items()}
-        first |= {key: getattr(inputs, key)[:1] for key in ("r_w_bias", "r_r_bias")}
-        first["q"] = inputs.q[:1, :1, -n:]
+        first: dict[str, Any] = {}
+        for key, x in inputs._asdict().items():
+            if x is not None:
+                x = x[:1] if x.dim() == 2 else x[:1, :1]  # head biases are [H, D]
+                first[key] = (x[:, :, -n:] if key in ("q", "q_pos") else x).double()
         with torch.no_grad():
             right = rel_attention(
-                **{key: x if x is None else x.double() for key, x in first.items()},
+                **first,
                 **_options(shape) | {"offset": shape.offset - (shape.Tq - n)},
                 key_lens=_key_lens(dataclasses.replace(shape, B=1), self.device),
-                scale=shape.D**-0.5,
                 backend="reference",
             )
             return [right], [attend()[:1, :1, -n:]]
@@ -166,13 +187,15 @@ class AttentionCase:
     def _bound(self, name: str, seed: int = 0) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
         """A contender with its inputs, and those of them that get gradients."""
         inputs = self._inputs(seed)
-        if name in (SDPA_PLAIN, FLASH, CUDNN):
+        if name in (SDPA_PLAIN, SDPA_CAUSAL, FLASH, CUDNN):
             n, joined = self._yardstick_queries(name), eager.with_memory(inputs)
             q = inputs.q.repeat(1, 1, -(-n // self.shape.Tq), 1)[:, :, :n]
             leaves = [x.detach().requires_grad_(x.requires_grad) for x in (q, *joined)]
-            way = {SDPA_PLAIN: sdpa.plain, FLASH: sdpa.flash, CUDNN: sdpa.cudnn}[name]
-            causal = {} if name == SDPA_PLAIN else {"causal": self.shape.causal}
-            return functools.partial(way, *leaves, **causal), tuple(leaves)
+            if name in (FLASH, CUDNN):
+                fused = {FLASH: sdpa.flash, CUDNN: sdpa.cudnn}[name]
+                return functools.partial(fused, *leaves, causal=self.shape.causal), tuple(leaves)
+            without = {SDPA_PLAIN: sdpa.plain, SDPA_CAUSAL: sdpa.causal}[name]
+            return functools.partial(without, *leaves), tuple(leaves)
         attend = _attend(name, self.shape, self.device)
         if name == OURS:
             sizes = {"Tq": self.shape.Tq, "D": self.shape.D, "dtype": self.dtype}
@@ -204,6 +227,8 @@ def _attend(name: str, shape: AttentionShape, device: str = "cpu") -> Attend:
     if name == FLEX:
         mask = flex.block_mask(shape, torch.device(device))
         return functools.partial(flex.compiled(), shape, mask)
+    if name in (HF_SDPA, HF_RESTATED):
+        return _hugging_face(name, shape)
     hidden = eager.hidden_keys(shape.Tq, shape.n_keys, key_lens, shape.causal, device, shape.window)
     if name == SDPA_BIAS:
         return functools.partial(sdpa.with_position_bias, hidden=hidden)
@@ -212,14 +237,36 @@ def _attend(name: str, shape: AttentionShape, device: str = "cpu") -> Attend:
     if name != COMPILED:
         raise ValueError(f"no contender {name!r}")
     if shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise PeerUnavailableError("torch.compile needs a C++ compiler, and none is here")
-    torch.compiler.reset()  # each shape its own code: recompiling is limited, then silently eager
+        raise PeerUnavailableError("torch.compile needs a C++ compiler, and there is none")
+    torch.compiler.reset()  # each shape is compiled; after a few, torch would run eager code
     return functools.partial(torch.compile(eager.rel_attention, dynamic=False), hidden=hidden)
+
+
+def _hugging_face(name: str, shape: AttentionShape) -> Attend:
+    """The attention of a model of Hugging Face; masks and distances are computed once."""
+    i, j = torch.arange(shape.Tq)[:, None], torch.arange(shape.n_keys)
+    assert shape.d_rel
+    assert shape.rel_extent
+    window = shape.n_keys if shape.window is None else shape.window
+    attends = (j <= i) & (j >= i - window)
+    if name == HF_RESTATED:
+        attend = functools.partial(inkling.materialised, distance=i - j, attends=attends)
+    else:
+        mask = None if shape.window is None else attends[None, None]
+        attend = inkling.hugging_face(shape.d_rel, shape.rel_extent, shape.n_key_heads, mask)
+
+    def run(inputs: AttentionInputs) -> Tensor:
+        q, k, v, r, *_, rel = inputs
+        out: Tensor = attend(q, k, v, rel, r[0, 0].flip(0).T, scale=shape.D**-0.5)
+        return out
+
+    return run
 
 
 def _options(shape: AttentionShape) -> dict[str, Any]:
     window = None if shape.window is None else (shape.window, None)
-    return {"causal": shape.causal, "offset": shape.offset, "window": window}
+    factors = {"scale": shape.D**-0.5, "pos_scale": 1.0 if shape.d_rel else None}
+    return {"causal": shape.causal, "offset": shape.offset, "window": window, **factors}
 
 
 def _key_lens(shape: AttentionShape, device: str) -> Tensor | None:

@@ -15,22 +15,45 @@ from benchmarks.inputs import AttentionInputs
 
 
 def rel_attention(inputs: AttentionInputs, hidden: Tensor | None) -> Tensor:
-    """[B, H, Tq, D]; `hidden` comes from `hidden_keys`, made once for all layers of a model."""
-    q, r = inputs.q, inputs.r[0]
+    """[B, H, Tq, D]; `hidden` is the result of `hidden_keys`, once for all layers of a model."""
+    r = inputs.r[0]
     keys, values = with_memory(inputs)
-    content = torch.einsum("bhid,bhjd->bhij", q + inputs.r_w_bias[:, None], keys)
-    position = torch.einsum("bhid,hmd->bhim", q + inputs.r_r_bias[:, None], r)
-    scores = (content + rel_shift(position, keys.shape[2])) * q.shape[3] ** -0.5
+    query, position_query, pos_scale = queries(inputs)
+    keys, values = (per_query_head(x, query.shape[1]) for x in (keys, values))
+    scale = query.shape[3] ** -0.5
+    content = torch.einsum("bhid,bhjd->bhij", query, keys)
+    position = torch.einsum("bhid,hmd->bhim", position_query, r)
+    position = rel_shift(position, keys.shape[2])
+    if pos_scale == scale:
+        scores = (content + position) * scale
+    else:
+        scores = content * scale + position * pos_scale
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), values)
 
 
+def queries(inputs: AttentionInputs) -> tuple[Tensor, Tensor, float]:
+    """The queries of content and position with their head biases, and the factor of position."""
+    q = inputs.q
+    if inputs.q_pos is not None:
+        return q, inputs.q_pos, 1.0
+    assert inputs.r_w_bias is not None
+    assert inputs.r_r_bias is not None
+    return q + inputs.r_w_bias[:, None], q + inputs.r_r_bias[:, None], q.shape[3] ** -0.5
+
+
 def with_memory(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, Tk, D]: a copy of those of memory and segment."""
+    """Keys and values [B, Hk, Tk, D]: a copy of those of memory and segment."""
     if inputs.mem_k is None or inputs.mem_v is None:
         return inputs.k, inputs.v
     return torch.cat([inputs.mem_k, inputs.k], dim=2), torch.cat([inputs.mem_v, inputs.v], dim=2)
+
+
+def per_query_head(x: Tensor, n_head: int) -> Tensor:
+    """[B, H, T, D] from [B, Hk, T, D]: query head h has key head h // (H // Hk)."""
+    n_queries = n_head // x.shape[1]
+    return x if n_queries == 1 else x.repeat_interleave(n_queries, dim=1)
 
 
 def rel_shift(x: Tensor, Tk: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.inputs import AttentionInputs, AttentionShape
-from benchmarks.peers.eager import with_memory
+from benchmarks.peers.eager import queries, with_memory
 
 
 def attend(
@@ -20,17 +20,17 @@ def attend(
     """[B, H, Tq, D]; `attention` is `flex_attention`, compiled or not."""
     keys, values = with_memory(inputs)
     scale, offset, n_rows = shape.D**-0.5, shape.offset, shape.n_rows
-    position = (inputs.q + inputs.r_r_bias[:, None]) @ inputs.r.mT * scale  # [B, H, Tq, R]
+    query, position_query, pos_scale = queries(inputs)
+    position = position_query @ inputs.r.mT * pos_scale  # [B, H, Tq, R]
 
     def add_position(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         m = j - i + offset
         row = torch.clamp(m, 0, n_rows - 1)
         return score + torch.where(m == row, position[b, h, i, row], 0.0)
 
-    queries = inputs.q + inputs.r_w_bias[:, None]
-    out: Tensor = attention(
-        queries, keys, values, score_mod=add_position, block_mask=block_mask, scale=scale
-    )
+    is_grouped = keys.shape[1] < query.shape[1]
+    options = {"score_mod": add_position, "block_mask": block_mask, "enable_gqa": is_grouped}
+    out: Tensor = attention(query, keys, values, scale=scale, **options)
     return out
 
 
@@ -43,7 +43,7 @@ def compiled() -> Callable[..., Tensor]:
 
 
 def block_mask(shape: AttentionShape, device: torch.device) -> Any:
-    """The mask of a causal shape; None for one that attends to all keys."""
+    """The mask of a causal shape; None for a shape whose queries attend to all keys."""
     if not shape.causal:
         return None
     left = shape.n_keys if shape.window is None else shape.window

@@ -24,7 +24,7 @@ def test_operations_count_the_pairs_of_each_contender():
     assert sliding.attended_pairs == 32 * (1 + 2 + 6 * 3)
     assert sliding.position_pairs == 32 * (1 + 7 * 2)
     case = AttentionCase(sliding, torch.bfloat16, "backward", "cuda")
-    assert case.flop == 128 * 32 * (10 * 21 + 6 * 15)
+    assert case.flop == 32 * (128 * 10 * 21 + 16 * 6 * 15)
     assert case.flop_of(FLASH) == case.flop_of(CUDNN) == 128 * 32 * 10 * 36
     after_memory = dataclasses.replace(headline.TRAIN[0], Tq=2, Tm=2)
     case = AttentionCase(after_memory, torch.bfloat16, "forward", "cuda")

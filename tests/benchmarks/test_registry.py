@@ -1,4 +1,4 @@
-"""Names are unique, shapes are the presets', selection finds what it is asked for."""
+"""Names are unique, shapes are those of the presets, selection finds cases by their names."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ def test_shapes_are_those_of_the_published_runs():
     assert load_preset("wt103_base").model.d_head == shapes["wt103_base_train"].D
 
 
+def test_inkling_small_has_the_layers_of_its_published_configuration():
+    layers = (registry.INKLING_GLOBAL, registry.INKLING_SLIDING)
+    sizes = [(s.B, s.H, s.Hk, s.Tq, s.D, s.d_rel, s.rel_extent, s.window) for s in layers]
+    shared = (1, 32, 8, 2048, 128, 16)
+    assert sizes == [(*shared, 1024, None), (*shared, 512, 511)]
+    cases = registry.select(registry.timed_cases(), ["inkling_small"])
+    assert {case.dtype for case in cases} == {torch.float32}
+
+
 def test_the_model_is_the_base_models_layer_four_times():
     (shape,) = registry.model_shapes()
     config = shape.config
@@ -78,5 +87,6 @@ def test_both_dtypes_are_timed_everywhere():
         *registry.model_shapes(),
     )
     for shape in shapes:
-        dtypes = {case.dtype for case in registry.timed_cases() if case.shape.name == shape.name}
+        cases = registry.select(registry.timed_cases(), [f"/{shape.name}/"])
+        dtypes = {case.dtype for case in cases}
         assert dtypes == {torch.float32, torch.bfloat16}

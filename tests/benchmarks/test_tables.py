@@ -1,4 +1,4 @@
-"""Markdown tables of a run: they say what was measured, and go between the marks alone."""
+"""Markdown tables of a run: they contain its figures and replace only the text between marks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(tmp_path):
 def test_readme_names_the_peer_with_the_smallest_ratio(run):
     table = tables.readme_table(run, "run.json")
     assert "| `shape` | float32 | forward | 12.3 | 3.00 (compiled) | ~1.25 | 50% |" in table
-    assert "backward" not in table, "a pass without a peer is no comparison"
+    assert "backward" not in table, "a pass without a peer has no row"
     assert "a processor" in table
     assert "benchmarks/results/run.json" in table
 
@@ -62,7 +62,22 @@ def test_docs_show_every_contender_memory_and_parts(run):
     assert "| dropout | 12 | 12.5% |" in text
 
 
-def test_cases_of_a_shape_stand_together_however_they_were_taken(run):
+def test_a_changed_allocator_is_named(run):
+    assert "llocator" not in tables.docs_tables(run, "processor-2026-12-01.json")
+    run["machine"]["allocator"] = "MALLOC_MMAP_MAX_=0"
+    text = tables.docs_tables(run, "processor-2026-12-01-malloc.json")
+    title = text.splitlines()[0]
+    assert title == "### a processor, 2026-12-01, an allocator that keeps freed memory"
+    assert "Allocator: `MALLOC_MMAP_MAX_=0`." in text
+
+
+def test_readme_has_the_yardstick_of_grouped_heads(run):
+    case = run["cases"][0]
+    case["yardsticks"] = {"sdpa-causal": case["yardsticks"].pop("sdpa")}
+    assert "| 3.00 (compiled) | ~1.25 | 50% |" in tables.readme_table(run, "run.json")
+
+
+def test_cases_of_a_shape_are_adjacent_in_any_order_of_runs(run):
     case = run["cases"][0]
     taken = ["a/float32/forward", "b/float32/forward", "a/bfloat16/forward", "a/float32/backward"]
     run["cases"] = [case | {"case": f"rel_attention/{name}"} for name in taken]
@@ -76,7 +91,9 @@ def test_cases_of_a_shape_stand_together_however_they_were_taken(run):
     ]
 
 
-def test_docs_have_a_section_for_each_processor_and_readme_the_first(run, tmp_path, monkeypatch):
+def test_docs_have_a_section_for_each_processor_and_readme_one_of_the_first(
+    run, tmp_path, monkeypatch
+):
     (tmp_path / "docs").mkdir()
     for name, mark in {"README.md": "speed", "docs/benchmarks.md": "bench"}.items():
         (tmp_path / name).write_text(f"<!-- {mark} -->\n<!-- /{mark} -->\n", encoding="utf-8")
@@ -95,7 +112,7 @@ def test_docs_have_a_section_for_each_processor_and_readme_the_first(run, tmp_pa
     assert docs.index("### processor one") < docs.index("### processor two")
 
 
-def test_only_what_stands_between_the_marks_is_renewed(tmp_path):
+def test_only_the_text_between_the_marks_is_replaced(tmp_path):
     document = tmp_path / "README.md"
     document.write_text("a\n<!-- speed -->\nold\n<!-- /speed -->\nb\n", encoding="utf-8")
     tables.renew(document, "speed", r"new \1")

@@ -26,6 +26,7 @@ from tools.gates.shipped import attention, recording, shipped_calls
 from tools.gpu import memory, sweep
 from tools.gpu.programs import find_program, run_program
 from tools.gpu.runner import ROOT, Context, UnavailableError
+from txl_kernels._rel_attention_call import UNLIMITED
 from txl_kernels.backends.triton import launch_table, launching
 from txl_kernels.backends.triton.launch_table import AttentionConfig
 from txl_kernels.backends.triton.launching import Launch
@@ -86,14 +87,28 @@ def _compile(number: int) -> tuple[float, str | None]:
 def headline_calls() -> Calls:
     """The calls of the timings, and of parity with two heads in two dtypes."""
     for shape in headline.ATTENTION:
-        sizes = {"Tq": shape.Tq, "Tm": shape.Tm, "D": shape.D, "R": shape.n_rows}
-        options = {"causal": shape.causal, "offset": shape.offset, "window_left": shape.window}
-        options["tensors"] = ("key_lens",) if shape.key_lens else ()
-        options["backward"] = shape is not headline.DECODE
-        call = functools.partial(attention, **sizes, **options)
-        for B, H, dtype in ((shape.B, shape.H, "bfloat16"), (1, 2, "bfloat16"), (1, 2, "float16")):
-            changed = functools.partial(call, B=B, H=H, dtype=getattr(torch, dtype))
-            yield f"{shape.name}/{dtype}/H{H}", changed
+        sizes = {"Tq": shape.Tq, "Tm": shape.Tm, "D": shape.D, "Dp": shape.d_rel, "R": shape.n_rows}
+        rules = {"offset": shape.offset, "window_right": 0 if shape.causal else UNLIMITED}
+        if shape.window is not None:
+            rules["window_left"] = shape.window
+        call = functools.partial(
+            attention,
+            **sizes,
+            rules=rules,
+            numbers={"pos_scale": 1.0} if shape.d_rel else {},
+            biases=shape.d_rel is None,
+            tensors=("key_lens",) if shape.key_lens else (),
+            backward=shape is not headline.DECODE,
+        )
+        two_heads = {"B": 1, "H": 2, "Hk": 1 if shape.Hk else None}
+        all_heads = {"B": shape.B, "H": shape.H, "Hk": shape.Hk}
+        for heads, dtype in (
+            (all_heads, torch.bfloat16),
+            (two_heads, torch.bfloat16),
+            (two_heads, torch.float16),
+        ):
+            changed = functools.partial(call, **heads, dtype=dtype)
+            yield f"{shape.name}/{str(dtype).removeprefix('torch.')}/H{heads['H']}", changed
     for softmax in shipped_calls():
         if re.match("adaptive_(loss|nll)/.*float16/wt103_large", softmax.name):
             yield softmax.name, functools.partial(softmax.run, biases=False)

@@ -85,14 +85,24 @@ def calls(device: torch.device) -> Iterator[tuple[str, dict[str, Any], Callable[
 
 
 def _case(shape: AttentionShape) -> RelAttentionCase:
-    """One batch row and two heads."""
+    """One batch row and two heads; of grouped heads the two share one key head."""
     options: dict[str, Any] = {"causal": shape.causal, "offset": shape.offset}
+    if shape.d_rel is not None:
+        options["pos_scale"] = 1.0
     if shape.window is not None:
         options["window"] = (shape.window, None)
     lens = None if shape.key_lens is None else [shape.key_lens[0]]
     sizes = {"B": 1, "H": 2, "Tq": shape.Tq, "Tm": shape.Tm, "D": shape.D, "R": shape.n_rows}
-    r_heads = shape.rel_extent is None
-    return RelAttentionCase(shape.name, **sizes, r_heads=r_heads, key_lens=lens, options=options)
+    return RelAttentionCase(
+        shape.name,
+        **sizes,
+        Hk=1 if shape.Hk else None,
+        Dp=shape.d_rel,
+        r_heads=shape.rel_extent is None,
+        biases=shape.d_rel is None,
+        key_lens=lens,
+        options=options,
+    )
 
 
 def check_attention(case: RelAttentionCase, backend: str, dtype: torch.dtype, device: str) -> None:

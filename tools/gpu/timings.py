@@ -40,7 +40,7 @@ def run(context: Context) -> None:
     gc.freeze()  # later collections skip the imported modules: a third of a second each
     found: dict[str, Figures] = {}
     copy = copy_rate(context.device)
-    context.results |= {"note": headline.INKLING_NOTE, "copy_bytes_per_second": copy, "cases": {}}
+    context.results |= {"copy_bytes_per_second": copy, "cases": {}}
     for case, others in plan(context.device):
         if context.seconds_left() < LEAST:
             context.results["stopped"] = f"no time was left for {case.name}, {others}"
