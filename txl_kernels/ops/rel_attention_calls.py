@@ -132,7 +132,8 @@ def _with_contiguous_rows(call: RelAttentionCall, Tk: int) -> RelAttentionCall:
     if mask is not None:
         mask = mask.expand(*call.q.shape[:3], Tk)
     optional = optional._replace(mem_k=mem_k, mem_v=mem_v, q_pos=q_pos, mask=mask)
-    return RelAttentionCall(*map(_contiguous_rows, call[:4]), optional, *call[5:])
+    q, k, v, r = map(_contiguous_rows, call[:4])
+    return RelAttentionCall(q, k, v, r, optional, call.rules, call.numbers)
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def rel_attention(
         probs = probs.masked_fill(dead[..., None], 0.0)
     if numbers.dropout_p > 0:
         assert optional.dropout_seed is not None
-        keep = dropout_keep(optional.dropout_seed, numbers.dropout_p, probs.shape)
+        keep = dropout_keep(optional.dropout_seed, numbers.dropout_p, (*q.shape[:2], Tq, Tk))
         probs = (probs / (1.0 - numbers.dropout_p)).masked_fill(~keep, 0.0)
     return (probs @ values).to(dtype), lse
 
