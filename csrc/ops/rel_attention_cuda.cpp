@@ -48,11 +48,11 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q_, const Tensor& k_,
   TORCH_CHECK(!optional.q_pos.defined() && !optional.q_start.defined() && numbers.dropout_p == 0 &&
                   numbers.pos_scale == numbers.scale && k_.size(1) == q_.size(1),
               "rel_attention: the native backend does not support this yet on CUDA");
-  TORCH_CHECK_VALUE(q_.size(2) <= kDecodeQueries && q_.size(3) <= kMaxHeadSize &&
-                        v_.size(3) <= kMaxHeadSize,
-                    "rel_attention: the native backend takes up to ", kDecodeQueries,
-                    " queries and head sizes up to ", kMaxHeadSize,
-                    " on CUDA, got Tq = ", q_.size(2), ", D = ", q_.size(3), ", Dv = ", v_.size(3));
+  TORCH_CHECK_VALUE(
+      q_.size(2) <= kDecodeQueries && q_.size(3) <= kMaxHeadSize && v_.size(3) <= kMaxHeadSize,
+      "rel_attention: the native backend takes up to ", kDecodeQueries,
+      " queries and head sizes up to ", kMaxHeadSize, " on CUDA, got Tq = ", q_.size(2),
+      ", D = ", q_.size(3), ", Dv = ", v_.size(3));
   const Scalar dtype = scalar_of("rel_attention", "q", q_);
   TORCH_CHECK_TYPE(dtype != Scalar::f64,
                    "rel_attention: the native backend takes no float64 on CUDA");

@@ -148,7 +148,11 @@ def test_work_cut_anywhere_sums_to_the_same(threads, shape):
         {"window": (70, 40), "q_start": torch.tensor([-13])},
         {"causal": True, **documents(DOCUMENTS)},
         {"causal": True, **documents(DOCUMENTS[::-1]), "clamp": True},
-        {"key_start": torch.randint(0, 1100, (1, 1100), generator=torch.Generator().manual_seed(0))},
+        {
+            "key_start": torch.randint(
+                0, 1100, (1, 1100), generator=torch.Generator().manual_seed(0)
+            )
+        },
     ],
     ids=["causal", "window", "q_start", "documents", "documents_clamp", "no_order"],
 )
