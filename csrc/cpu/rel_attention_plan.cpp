@@ -214,7 +214,8 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_bl
   plan.tile_rows = plan.n_tiles == 1 ? args.Tq : round_up(ceil_div(args.Tq, plan.n_tiles), 16);
   // Runs of more items pack keys more rarely, but need more scratch memory.
   constexpr int64_t kRunBytes = 4 << 20;
-  plan.run_items = std::clamp<int64_t>(kRunBytes / item_bytes, 8, 64);
+  plan.run_items =
+      std::min(std::clamp<int64_t>(kRunBytes / item_bytes, 8, 64), plan.heads * plan.n_tiles);
   const TileSurvey survey(args, plan);
   const int64_t n_items = args.n_units() * plan.unit_items();
   const int64_t spare = chunks_of_whole_tables(args.n_groups(), threads);

@@ -179,8 +179,15 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, c
 // With a narrow window or short documents, the borders of small blocks divide the keys of many
 // tiles: 14% of the time at 128 keys.
 int64_t bwd_key_block(const RelAttentionArgs& args) {
-  const bool narrow = args.rule.window_left + args.rule.window_right < kBwdKeyBlock;
-  return narrow || args.key_table != nullptr ? kKeyBlock : kBwdKeyBlock;
+  int64_t keys = args.rule.window_left + args.rule.window_right;
+  if (args.key_table != nullptr) {
+    const int64_t n = args.B * ((args.Tq + kRangeRows - 1) / kRangeRows);
+    int64_t sum = 0;
+    for (int64_t entry = 0; entry < n; ++entry)
+      sum += std::max<int64_t>(0, args.key_table[entry].end - args.key_table[entry].begin);
+    keys = std::min(keys, sum / n);
+  }
+  return keys < kBwdKeyBlock ? kKeyBlock : kBwdKeyBlock;
 }
 
 // Key and value gradients need slots for partial sums only if two chunks share a unit.
