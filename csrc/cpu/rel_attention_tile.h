@@ -206,8 +206,7 @@ const Operand<T>* operands(const Word<T>* words) {
   return reinterpret_cast<const Operand<T>*>(words);
 }
 
-// Columns [begin, end) of the position table for which a tile's position product was computed, and
-// key c of the tile's row a belongs to column `origin` + height - 1 - a + c.
+// Columns [begin, end) of the position table for which a tile's position product was computed.
 struct Computed {
   int64_t begin, end;
   bool any() const { return begin < end; }
