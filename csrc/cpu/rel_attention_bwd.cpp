@@ -1,16 +1,17 @@
 // rel_attention backward on the CPU, for one instruction set.
 //
 // A chunk is computed unit by unit, a unit run by run, and a run block by block of keys: all query
-// tiles of the run, of all query heads that share the keys, recompute the block's probabilities from
-// the saved log-sum-exp, while its packed keys and values and their gradients are in the cache.
-// These gradients and the position table's are accumulated transposed, [D, keys], in float32. The
-// tiles of probabilities and of score gradients are then right-hand matrices without a
+// tiles of the run, of all query heads that share the keys, recompute the block's probabilities
+// from the saved log-sum-exp, while its packed keys and values and their gradients are in the
+// cache. These gradients and the position table's are accumulated transposed, [D, keys], in
+// float32. The tiles of probabilities and of score gradients are then right-hand matrices without a
 // transposition, and the score gradients, read with the skewed row stride, are those by distance.
 // Nothing is atomic: sums to which two chunks contribute go to slots, which `finish` adds in order.
 #include <utility>
 
 #include "kernels.h"
 #include "rel_attention_bwd_outputs.h"
+#include "rel_attention_bwd_rows.h"
 #include "rel_attention_tile.h"
 
 namespace txl::TXL_ISA {
@@ -31,8 +32,8 @@ void transpose_tile(const operand_t* src, int64_t ld_src, int64_t rows, int64_t 
     std::fill(dst + d * K + rows, dst + (d + 1) * K, operand_t(0));
 }
 
-// dout's tile as operands, and delta_i = Σ_d dout_id · out_id - dlse_i. The gradient of the lse of a
-// row without keys is ignored.
+// dout's tile as operands, and delta_i = Σ_d dout_id · out_id - dlse_i. The gradient of the lse of
+// a row without keys is ignored.
 template <typename T>
 void load_dout(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
                const BwdTile<T>& tile) {
@@ -53,102 +54,6 @@ void load_dout(const RelAttentionArgs& args, const RelAttentionGrads& grads, int
     tile.delta[a] = delta;
   }
   std::fill(tile.dout + tile.rows.count() * ld, tile.dout + tile.rows.height * ld, Operand<T>(0));
-}
-
-// One row's probabilities and score gradients, in place of its scores and probability gradients:
-// p = e^(s · factor - lse); ds = p · (dropout(dp) - delta), times the softcap's slope. The product
-// is rounded before the subtraction: where one key dominates the row, lse is that key's rounded
-// score, and p exactly 1.
-template <typename T, typename operand_p, typename operand_s>
-void gradient_row(const RelAttentionArgs& args, Acc<T> score_factor, const Acc<T>* scores, const Acc<T>* dprobs,
-                  const Acc<T>* keep, Acc<T> lse, Acc<T> delta, int64_t n, operand_p* probs,
-                  operand_s* dscores) {
-  using Vec = Vectorized<Acc<T>>;
-  const Vec factor_vec(score_factor), lse_vec(lse), delta_vec(delta),
-      rescale(static_cast<Acc<T>>(1 / (1 - args.dropout_p))), zero(0), one(1), minus_one(-1);
-  const bool dropout = keep != nullptr, capped = args.softcap > 0;
-  for (int64_t j = 0; j < n; j += Vec::size()) {
-    const Vec score = Vec::loadu(scores + j);
-    const Vec p = exp_nonpositive(at::vec::clamp_max(score * factor_vec - lse_vec, zero));
-    Vec dp = Vec::loadu(dprobs + j), kept = p;
-    if (dropout) {
-      const Vec factor = Vec::loadu(keep + j) * rescale;
-      dp = dp * factor;
-      kept = p * factor;
-    }
-    Vec ds = p * (dp - delta_vec);
-    if (capped) {
-      const Vec tanh = at::vec::maximum(score, minus_one);  // a masked score is -inf
-      ds = ds * (one - tanh * tanh);
-    }
-    store_operand(probs + j, kept);
-    store_operand(dscores + j, ds);
-  }
-}
-
-// Clears both sides of rows that are read with the skewed stride.
-template <typename operand_t>
-void clear_gaps(operand_t* tile, int64_t rows, int64_t n, int64_t ld) {
-  std::fill(tile - kScoreSlack, tile, operand_t(0));
-  for (int64_t a = 0; a < rows; ++a) {
-    operand_t* row = tile + a * ld;
-    std::fill(row + n, row + std::min(n + kScoreSlack, ld), operand_t(0));
-    std::fill(row + std::max(n, ld - kScoreSlack), row + ld, operand_t(0));
-  }
-  std::fill(tile + rows * ld, tile + rows * ld + kScoreSlack, operand_t(0));
-}
-
-// Probabilities and score gradients of a block, in the layouts that its products read; `by_column`:
-// those of the position products too.
-template <typename T>
-void gradient_rows(const RelAttentionArgs& args, int64_t b, int64_t h, const BwdTile<T>& tile,
-                   Block block, bool by_column, const BwdWorkspace<T>& ws) {
-  constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
-  const TileRows rows = tile.rows;
-  const auto* lse = static_cast<const Acc<T>*>(args.lse) + (b * args.H + h) * args.Tq + rows.begin;
-  const int64_t n = block.padded;
-  const Acc<T> factor = Factors<Acc<T>>(args).score;
-  auto row = [&](int64_t a, auto* probs, auto* dscores) {
-    const Acc<T>* keep =
-        args.dropout_p > 0 ? block_keep(args, b, h, rows.begin + a, block, ws.keep) : nullptr;
-    gradient_row<T>(args, factor, ws.scores + a * kScoreLd, ws.dprobs + a * kScoreLd, keep,
-                    lse[a] == kNone ? 0 : lse[a], tile.delta[a], n, probs, dscores);
-  };
-  if constexpr (kPacked<T>) {
-    const int64_t padded_rows = row_length<T>(rows.height);
-    auto row_or_zeros = [&](int64_t a, BFloat16* probs, BFloat16* dscores) {
-      if (a < rows.count()) {
-        row(a, probs, dscores);
-      } else {
-        std::fill(probs, probs + n, BFloat16(0));
-        std::fill(dscores, dscores + n, BFloat16(0));
-      }
-    };
-    for (int64_t a = 0; a < padded_rows; a += 2) {
-      BFloat16 *even = ws.dscores + a * kScoreLd, *odd = even + kScoreLd;
-      BFloat16 *probs_even = ws.probs_row, *probs_odd = ws.probs_row + kScoreLd;
-      row_or_zeros(a, probs_even, even);
-      row_or_zeros(a + 1, probs_odd, odd);
-      interleave(probs_even, probs_odd, n, ws.probs_pairs + a / 2 * kKeyBlock);
-      interleave(even, odd, n, ws.dscores_pairs + a / 2 * kKeyBlock);
-    }
-    if (!by_column) return;
-    clear_gaps(ws.dscores, padded_rows, n, kScoreLd);
-    clear_gaps(ws.shifted_pairs, padded_rows / 2, n, kPairLd);
-    for (int64_t a = 0; a < padded_rows; a += 2) {
-      const BFloat16* even = ws.dscores + a * kScoreLd;
-      interleave(even - 1, even + kScoreLd, n + 1, ws.shifted_pairs + a / 2 * kPairLd - 1);
-    }
-  } else {
-    for (int64_t a = 0; a < rows.count(); ++a) {
-      row(a, ws.dprobs + a * kScoreLd, ws.scores + a * kScoreLd);
-    }
-    for (int64_t a = rows.count(); a < rows.height; ++a) {
-      std::fill(ws.dprobs + a * kScoreLd, ws.dprobs + a * kScoreLd + n, Acc<T>(0));
-      std::fill(ws.scores + a * kScoreLd, ws.scores + a * kScoreLd + n, Acc<T>(0));
-    }
-    if (by_column) clear_gaps(ws.scores, rows.height, n, kScoreLd);
-  }
 }
 
 // dqu += dscores · k, from the packed keys or, if `keys` is not null, from the caller's memory.
@@ -204,6 +109,7 @@ void accumulate_keys(const RelAttentionArgs& args, int64_t b, const BwdTile<T>& 
         return attending_rows(args, b, tile.rows, block.begin + x - column, n);
       },
       [&](int64_t x, int64_t size, RowSpan span) {
+        if (span.n() == 0) return;
         const int64_t inner = row_length<T>(span.n());
         const int64_t at = (span.begin / kPerWord * from.ld_probs + x - column) * kPerWord;
         gemm(args.Dv, size, inner, tile.dout_t + span.begin, K, from.probs + at, from.ld_probs,
@@ -276,9 +182,11 @@ void bwd_tile(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_
       0, part.padded, tile.rows.height,
       [&](int64_t x, int64_t n) { return attending_rows(args, b, tile.rows, part.begin + x, n); },
       [&](int64_t x, int64_t size, RowSpan span) {
-        gemm(span.n(), size, ld_o, tile.dout + span.begin * ld_o, ld_o,
-             operands<T>(ws.v_t + key + x), ws.ld_k, ws.dprobs + span.begin * kScoreLd + x,
-             kScoreLd, /*accumulate=*/false);
+        if (span.n() > 0) {
+          gemm(span.n(), size, ld_o, tile.dout + span.begin * ld_o, ld_o,
+               operands<T>(ws.v_t + key + x), ws.ld_k, ws.dprobs + span.begin * kScoreLd + x,
+               kScoreLd, /*accumulate=*/false);
+        }
         clear(0, span.begin, x, size);
         clear(span.end, tile.rows.height, x, size);
       });
@@ -297,16 +205,9 @@ void bwd_unit(const RelAttentionArgs& args, const RelAttentionPlan& plan,
   const int64_t b = args.batch_of(unit), hk = args.key_head_of(unit);
   const KeyRows<T> keys(args, &KeyRun::k, b, hk), values(args, &KeyRun::v, b, hk);
   const bool in_place = kReadable<T> && keys.adjacent(args.D);
-  const bool whole = plan.has_several_runs();  // the panels of dk and dv hold all keys
-  const TileKeys all = keys_of_items(args, plan, b, first, stop);
-  const int64_t padded = round_up(all.end - all.aligned_begin, 16);
-  auto clear_keys = [&](int64_t n) {
-    auto clear = [](Acc<T>* row, int64_t size) { std::fill(row, row + size, Acc<T>(0)); };
-    ws.dk_t.for_each_row(0, n, clear);
-    ws.dv_t.for_each_row(0, n, clear);
-  };
-  clear_other_keys<T>(args, grads, partials, b, hk, {all.aligned_begin, all.end}, slot, ws);
-  if (whole) clear_keys(padded);
+  const bool several = plan.has_several_runs();
+  KeyGradients<T> sums(args, grads, partials, b, hk, slot, ws);
+  if (several) sums.restart(keys_of_items(args, plan, b, first, stop).aligned_begin);
   for_each_run(args, plan, b, first, stop, [&](int64_t begin, int64_t end, TileKeys seen) {
     auto item = [&](int64_t n) { return plan.item(begin + n); };
     auto tile = [&](int64_t n) { return ws.tile(tile_rows(args, plan, item(n).tile), n); };
@@ -314,25 +215,21 @@ void bwd_unit(const RelAttentionArgs& args, const RelAttentionPlan& plan,
     for (int64_t n = 0; n < n_items; ++n)
       load_tile<T>(args, grads, b, hk * plan.heads + item(n).head, tile(n), ws);
     for_each_block(seen, [&](Block block) {
-      const int64_t origin = whole ? all.aligned_begin : block.begin;
-      if (!whole) clear_keys(block.padded);
+      const int64_t block_end = block.begin + block.padded;
+      if (!several) sums.restart(block.begin);
       bool packed = false;
       for (int64_t n = 0; n < n_items; ++n) {
         const Block part = seen_part(args, b, tile(n).rows, block);
         if (part.n == 0) continue;
         if (!std::exchange(packed, true)) {
-          const int64_t stop_key = block.begin + block.padded;
-          pack_transposed<T>(keys, block.begin, stop_key, args.D, ws.stage, ws.k_t, ws.ld_k);
-          pack_transposed<T>(values, block.begin, stop_key, args.Dv, ws.stage, ws.v_t, ws.ld_k);
+          pack_transposed<T>(keys, block.begin, block_end, args.D, ws.stage, ws.k_t, ws.ld_k);
+          pack_transposed<T>(values, block.begin, block_end, args.Dv, ws.stage, ws.v_t, ws.ld_k);
           if (!in_place)
-            pack_natural<T>(keys, block.begin, stop_key, args.D, ws.stage, ws.k, ws.ld_row);
+            pack_natural<T>(keys, block.begin, block_end, args.D, ws.stage, ws.k, ws.ld_row);
         }
-        bwd_tile<T>(args, plan, b, hk, item(n).head, tile(n), part, part.begin - origin,
+        sums.open(part.begin + part.padded);
+        bwd_tile<T>(args, plan, b, hk, item(n).head, tile(n), part, sums.column(part.begin),
                     part.begin - block.begin, in_place ? &keys : nullptr, ws);
-      }
-      if (!whole) {
-        const KeyRange span{block.begin, block.begin + block.n};
-        write_keys<T>(args, grads, partials, b, hk, span, block.begin, slot, ws);
       }
     });
     for (int64_t n = 0; n < n_items; ++n) {
@@ -340,11 +237,9 @@ void bwd_unit(const RelAttentionArgs& args, const RelAttentionPlan& plan,
       write_dq<T>(args, grads, b, hk * plan.heads + head, tile(n), ws,
                   ws.dbias + head * (args.D + args.Dp));
     }
+    if (end < stop) sums.close(args.aligned(b, plan.first_key(b, end)));
   });
-  if (whole) {
-    const KeyRange span{all.aligned_begin, all.end};
-    write_keys<T>(args, grads, partials, b, hk, span, all.aligned_begin, slot, ws);
-  }
+  sums.close(args.Tk);
 }
 
 // Packs the tables of a unit's group and clears their gradients.
@@ -356,8 +251,9 @@ void load_tables(const RelAttentionArgs& args, const RelAttentionPlan& plan, int
     pack_table<T>(table, plan, args.Dp, ws.stage, table_of(args, ws.r_t, ws.r_t_size, n));
     pack_natural<T>(table, row + begin, row + end, args.Dp, ws.stage,
                     ws.r + n * ws.r_size + begin / kRowsPerWord<T> * ws.ld_r, ws.ld_r);
-    table_of(args, ws.dr_t, ws.dr_t_size, n)
-        .for_each_row(begin, end, [](Acc<T>* x, int64_t size) { std::fill(x, x + size, 0); });
+    table_of(args, ws.dr_t, ws.dr_t_size, n).for_each_row(begin, end, [](Acc<T>* x, int64_t size) {
+      std::fill(x, x + size, 0);
+    });
   });
 }
 

@@ -22,6 +22,14 @@ struct BwdTile {
   Acc<T>*dqu, *dqv, *delta;
 };
 
+// A ring of panels for `columns` adjacent columns.
+template <typename W>
+Panels<W> take_ring(Arena& arena, int64_t rows, int64_t columns) {
+  const auto n = static_cast<int64_t>(
+      std::bit_ceil(static_cast<uint64_t>(round_up(columns, kPanel) / kPanel)));
+  return {arena.take<W>(n * rows * kPanelLd), rows, kPanelLd, n - 1};
+}
+
 template <typename T>
 struct BwdWorkspace {
   int64_t ld_k, ld_row, ld_r, ld_acc, ld_acc_pos;
@@ -30,8 +38,8 @@ struct BwdWorkspace {
   Word<T>* r;
   Panels<Acc<T>> dr_t;
   int64_t r_t_size, r_size, dr_t_size;
-  // A block of keys and values. The gradients are those of a block, or of all keys if a unit has
-  // several runs.
+  // A block of keys and values. The gradients are those of a block or, if a unit has several runs,
+  // of all keys that earlier and later runs read.
   Word<T>*k_t, *v_t, *k;
   Panels<Acc<T>> dk_t, dv_t;
   // All items of a run, tile after tile.
@@ -58,8 +66,8 @@ struct BwdWorkspace {
     v_t = arena.take<Word<T>>(row_words<T>(Dv) * ld_k);
     k = arena.take<Word<T>>(plan.key_block / kRowsPerWord<T> * ld_row);
     if (plan.has_several_runs()) {
-      dk_t = take_panels<Acc<T>>(arena, D, args.Tk + 32);
-      dv_t = take_panels<Acc<T>>(arena, Dv, args.Tk + 32);
+      dk_t = take_ring<Acc<T>>(arena, D, plan.live_keys + 32);
+      dv_t = take_ring<Acc<T>>(arena, Dv, plan.live_keys + 32);
     } else {
       dk_t = {arena.take<Acc<T>>(D * ld_k), D, ld_k};
       dv_t = {arena.take<Acc<T>>(Dv * ld_k), Dv, ld_k};
@@ -93,13 +101,16 @@ struct BwdWorkspace {
     Operand<T>* q = queries + index * 2 * (q_size + q_pos_size);
     Operand<T>*q_t = q + q_size + q_pos_size, *o = douts + index * 2 * o_size;
     Acc<T>* dq = dqueries + index * (acc_size + acc_pos_size);
-    return {rows,          q,  q + q_size,    o, q_t, q_t + q_size, o + o_size, dq,
+    return {rows,          q,
+            q + q_size,    o,
+            q_t,           q_t + q_size,
+            o + o_size,    dq,
             dq + acc_size, deltas + index * kQueryTile};
   }
 };
 
-// dq = scale · dqu and dq_pos = pos_scale · dqv, or their sum in dq if the call has no q_pos. Column
-// sums are the gradients of the biases; `dbias` [D + Dp] are those of the head.
+// dq = scale · dqu and dq_pos = pos_scale · dqv, or their sum in dq if the call has no q_pos.
+// Column sums are the gradients of the biases; `dbias` [D + Dp] are those of the head.
 template <typename T>
 void write_dq(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
               const BwdTile<T>& tile, const BwdWorkspace<T>& ws, Acc<T>* dbias) {
@@ -170,7 +181,8 @@ void for_each_key_output(const RelAttentionArgs& args, const RelAttentionGrads& 
     for (int n = 0; n < args.n_runs; ++n) {
       const KeyRun& run = args.runs[n];
       if (results[n] != nullptr)
-        f(acc, factor, run.begin, run.begin + run.n, static_cast<T*>(results[n]) + unit * run.n * D);
+        f(acc, factor, run.begin, run.begin + run.n,
+          static_cast<T*>(results[n]) + unit * run.n * D);
     }
   };
   visit(ws.dk_t, Factors<Acc<T>>(args).gradient, grads.dk, partials.dk);
@@ -189,20 +201,59 @@ void write_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
   for_each_key_output<T>(args, grads, partials, b, hk, slot, ws, write);
 }
 
-// Clears the gradients of keys outside [span.begin, span.end), to which no tile of the chunk
-// attends.
+// Clears the gradients of keys [span.begin, span.end) in the destinations.
 template <typename T>
-void clear_other_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
-                      const RelAttentionPartials& partials, int64_t b, int64_t hk, KeyRange span,
-                      int64_t slot, const BwdWorkspace<T>& ws) {
+void clear_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
+                const RelAttentionPartials& partials, int64_t b, int64_t hk, KeyRange span,
+                int64_t slot, const BwdWorkspace<T>& ws) {
   auto clear = [&](Panels<Acc<T>> acc, Acc<T>, int64_t begin, int64_t end, auto* rows) {
     const std::remove_reference_t<decltype(*rows)> zero(0);
     const int64_t lo = std::clamp(span.begin, begin, end), hi = std::clamp(span.end, lo, end);
-    std::fill(rows, rows + (lo - begin) * acc.rows, zero);
-    std::fill(rows + (hi - begin) * acc.rows, rows + (end - begin) * acc.rows, zero);
+    std::fill(rows + (lo - begin) * acc.rows, rows + (hi - begin) * acc.rows, zero);
   };
   for_each_key_output<T>(args, grads, partials, b, hk, slot, ws, clear);
 }
+
+// The gradients of a unit's keys, in ascending order: those before key `written_` are in their
+// destinations, those from there to key `opened_` are sums in the workspace's panels.
+template <typename T>
+class KeyGradients {
+ public:
+  KeyGradients(const RelAttentionArgs& args, const RelAttentionGrads& grads,
+               const RelAttentionPartials& partials, int64_t b, int64_t hk, int64_t slot,
+               const BwdWorkspace<T>& ws)
+      : args_(args), grads_(grads), partials_(partials), b_(b), hk_(hk), slot_(slot), ws_(ws) {}
+
+  // The panels' column of a key.
+  int64_t column(int64_t key) const { return key - origin_; }
+  // Key `begin` is the panels' first column. All keys before it have been written.
+  void restart(int64_t begin) { close(begin), origin_ = begin; }
+  // Keys before `end`, a multiple of 16 from the panels' first, receive sums from now on.
+  void open(int64_t end) {
+    if (end <= opened_) return;
+    auto clear = [](Acc<T>* row, int64_t n) { std::fill(row, row + n, Acc<T>(0)); };
+    ws_.dk_t.for_each_row(column(opened_), column(end), clear);
+    ws_.dv_t.for_each_row(column(opened_), column(end), clear);
+    opened_ = end;
+  }
+  // Writes the keys before `end`, which receive no sums any more.
+  void close(int64_t end) {
+    const KeyRange sums{written_, std::min(end, opened_)}, zeros{opened_, end};
+    if (sums.begin < sums.end)
+      write_keys<T>(args_, grads_, partials_, b_, hk_, sums, origin_, slot_, ws_);
+    if (zeros.begin < zeros.end)
+      clear_keys<T>(args_, grads_, partials_, b_, hk_, zeros, slot_, ws_);
+    written_ = std::max(written_, end), opened_ = std::max(opened_, end);
+  }
+
+ private:
+  const RelAttentionArgs& args_;
+  const RelAttentionGrads& grads_;
+  const RelAttentionPartials& partials_;
+  int64_t b_, hk_, slot_;
+  const BwdWorkspace<T>& ws_;
+  int64_t origin_ = -16, written_ = -16, opened_ = -16;  // blocks begin at -15 or later
+};
 
 // Writes the gradient of one table's rows [R, Dp]. With `clamp` the columns outside the table are
 // added to its first and last row.

@@ -52,26 +52,33 @@ std::vector<int64_t> deal(const std::vector<int64_t>& cost_before, int64_t unit_
   return chunks;
 }
 
-// The columns of the position table that some tile reads, and each tile's cost.
+// The keys and the columns of the position table that each tile reads.
 class TileSurvey {
  public:
   TileSurvey(const RelAttentionArgs& args, RelAttentionPlan& plan) : args_(args), plan_(plan) {
-    costs_.resize(static_cast<size_t>(args.B * plan.n_tiles));
+    keys_.reserve(static_cast<size_t>(args.B * plan.n_tiles));
     for (int64_t b = 0; b < args.B; ++b) {
       for (int64_t tile = 0; tile < plan.n_tiles; ++tile) visit(b, tile);
     }
     set_columns();
+    set_run_tiles();
+    if (plan.has_several_runs()) set_live_keys();
   }
   int64_t cost(int64_t b, int64_t tile) const {
-    return costs_[static_cast<size_t>(b * plan_.n_tiles + tile)];
+    const KeyRange& keys = keys_of(b, tile);
+    return keys.end - keys.begin + kQueryTile;
   }
 
  private:
+  const KeyRange& keys_of(int64_t b, int64_t tile) const {
+    return keys_[static_cast<size_t>(b * plan_.n_tiles + tile)];
+  }
+
   void visit(int64_t b, int64_t tile) {
     const int64_t row_begin = tile * plan_.tile_rows;
     const int64_t row_end = std::min(row_begin + plan_.tile_rows, args_.Tq);
     const TileKeys keys = tile_keys(args_, plan_, b, row_begin, row_end);
-    costs_[static_cast<size_t>(b * plan_.n_tiles + tile)] = keys.end - keys.begin + kQueryTile;
+    keys_.push_back({keys.begin, keys.end});
     if (keys.begin >= keys.end) return;
     const int64_t height = plan_.tile_height(row_end - row_begin), offset = args_.row_offset(b) + 1;
     const int64_t first = keys.aligned_begin - (row_begin + height) + offset;
@@ -84,14 +91,14 @@ class TileSurvey {
              std::max(read_.end, std::min(last, same + args_.rule.window_right + 16))};
   }
 
-  // Every tile's first column is a multiple of 16 from the first column, and for keys and queries in
-  // multiples of 64 a multiple of 64, so that its products are cut into large pieces.
+  // Every tile's first column is a multiple of 16 from the first column, and for keys and queries
+  // in multiples of 64 a multiple of 64, so that its products are cut into large pieces.
   void set_columns() {
     if (columns_.begin >= columns_.end) return;
     const int64_t phase = args_.row_offset(0) + 1 - plan_.tile_height(plan_.tile_rows);
     int64_t begin = phase + floor_div(columns_.begin - phase, 64) * 64, end = columns_.end;
-    // Products skip pieces of columns without a row of `r`. The borders of pieces, and with them the
-    // order of sums, do not depend on the number of panels that are left out here.
+    // Products skip pieces of columns without a row of `r`. The borders of pieces, and with them
+    // the order of sums, do not depend on the number of panels that are left out here.
     if (!args_.clamp) {
       begin += std::max<int64_t>(0, floor_div(-kPiece - begin, kPanel)) * kPanel;
       end = std::min(end, args_.R + kPiece);
@@ -99,13 +106,43 @@ class TileSurvey {
     }
     plan_.column_begin = begin;
     plan_.n_columns = std::max<int64_t>(0, round_up(end - begin, 16));
-    plan_.packed_begin = std::clamp(floor_div(read_.begin - begin, 16) * 16, int64_t{0}, plan_.n_columns);
-    plan_.packed_end = std::clamp(round_up(read_.end - begin, 16), plan_.packed_begin, plan_.n_columns);
+    plan_.packed_begin =
+        std::clamp(floor_div(read_.begin - begin, 16) * 16, int64_t{0}, plan_.n_columns);
+    plan_.packed_end =
+        std::clamp(round_up(read_.end - begin, 16), plan_.packed_begin, plan_.n_columns);
+  }
+
+  void set_run_tiles() {
+    plan_.run_tiles = std::max<int64_t>(1, std::min(plan_.n_tiles, plan_.run_items / plan_.heads));
+    if (args_.key_table == nullptr) return;
+    // Documents in one row: a run of few tiles reads few documents, and its memory stays in the
+    // cache.
+    int64_t n_keys = 0;
+    for (const KeyRange& keys : keys_) n_keys += keys.end - keys.begin;
+    const int64_t mean = n_keys / static_cast<int64_t>(keys_.size());
+    plan_.run_tiles = std::min(plan_.run_tiles, std::max<int64_t>(4, mean * 3 / 2 / kQueryTile));
+  }
+
+  void set_live_keys() {
+    const int64_t n_runs = ceil_div(plan_.n_tiles, plan_.run_tiles);
+    plan_.first_keys.assign(static_cast<size_t>(args_.B * n_runs), args_.Tk);
+    for (int64_t b = 0; b < args_.B; ++b) {
+      int64_t* first = plan_.first_keys.data() + b * n_runs;
+      for (int64_t tile = plan_.n_tiles - 1, least = args_.Tk; tile >= 0; --tile) {
+        const KeyRange& keys = keys_of(b, tile);
+        if (keys.begin < keys.end) least = std::min(least, keys.begin);
+        first[tile / plan_.run_tiles] = least;
+      }
+      for (int64_t tile = 0, end = 0; tile < plan_.n_tiles; ++tile) {
+        end = std::max(end, keys_of(b, tile).end);
+        plan_.live_keys = std::max(plan_.live_keys, end - first[tile / plan_.run_tiles]);
+      }
+    }
   }
 
   const RelAttentionArgs& args_;
   RelAttentionPlan& plan_;
-  std::vector<int64_t> costs_;
+  std::vector<KeyRange> keys_;
   // Rows of `r`, extended on both sides, that belong to some tile, and those that products read.
   static constexpr KeyRange kNone{INT64_MAX, INT64_MIN};
   KeyRange columns_ = kNone, read_ = kNone;
@@ -177,8 +214,8 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_bl
   plan.tile_rows = plan.n_tiles == 1 ? args.Tq : round_up(ceil_div(args.Tq, plan.n_tiles), 16);
   // Runs of more items pack keys more rarely, but need more scratch memory.
   constexpr int64_t kRunBytes = 4 << 20;
-  plan.run_items = std::clamp<int64_t>(kRunBytes / item_bytes, 8, 64);
-  plan.run_tiles = std::max<int64_t>(1, std::min(plan.n_tiles, plan.run_items / plan.heads));
+  plan.run_items =
+      std::min(std::clamp<int64_t>(kRunBytes / item_bytes, 8, 64), plan.heads * plan.n_tiles);
   const TileSurvey survey(args, plan);
   const int64_t n_items = args.n_units() * plan.unit_items();
   const int64_t spare = chunks_of_whole_tables(args.n_groups(), threads);

@@ -38,16 +38,14 @@ from txl_kernels.backends.triton.launching import Launch
 
 _F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
 _INKLING: dict[str, Any] = {"B": 1, "H": 64, "Hk": 8, "Tm": 0, "D": 128, "Dp": 16, "biases": False}
+_SLIDING: dict[str, Any] = {**_INKLING, "R": 512, "rules": {"offset": 511, "window_left": 511}}
+# Most keys are further away than the first row of r.
 _GLOBAL: dict[str, Any] = {**_INKLING, "Tq": 8192, "R": 1024, "rules": {"offset": 1023}}
+_CACHE: dict[str, Any] = {**_GLOBAL, "B": 32, "Tq": 1, "Tm": 8191, "backward": False}
 _DECODE: dict[str, Any] = {"B": 32, "Tq": 1, "Tm": 3799, "backward": False}
-_CONFORMER: dict[str, Any] = {
-    "B": 1,
-    "H": 8,
-    "Tq": 7500,
-    "Tm": 0,
-    "R": 14_999,
-    "rules": {"window_right": UNLIMITED},
-}
+_ALL_KEYS = {"window_right": UNLIMITED}
+_CONFORMER: dict[str, Any] = {"B": 1, "H": 8, "Tq": 7500, "Tm": 0, "R": 14_999, "rules": _ALL_KEYS}
+_MASK: dict[str, Any] = {"tensors": ("mask",), "R": 6143, "rules": _ALL_KEYS}
 _WT103_BASE: dict[str, Any] = {"d": 410, "div_val": 1}
 
 # Calls of `attention`: a name, whether it is a common case, and the arguments that differ.
@@ -65,37 +63,25 @@ _ATTENTION: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("head_192_values_40", False, {"D": 192, "Dv": 40}),
     ("parakeet_10min", True, {**_CONFORMER, "tensors": ("key_lens",)}),
     ("inkling_global", True, _GLOBAL),
-    ("inkling_sliding", True, {**_INKLING, "R": 512, "rules": {"offset": 511, "window_left": 511}}),
-    ("inkling_packed", False, {**_GLOBAL, "tensors": ("ranges",)}),
-    (
-        "inkling_decode",
-        False,
-        {
-            **_GLOBAL,
-            "B": 32,
-            "Tq": 1,
-            "Tm": 8191,
-            "R": 1024,
-            "tensors": ("q_start",),
-            "backward": False,
-        },
-    ),
+    ("inkling_sliding", True, _SLIDING),
     ("enwik8_large_eval", True, {"B": 1, "Tq": 128, "Tm": 3800, "D": 128, "backward": False}),
     ("one_query_d64", True, _DECODE),
     ("one_query_d128", False, {**_DECODE, "D": 128}),
     ("one_query_d256", False, {**_DECODE, "D": 256}),
     # All flags that change the code.
     ("no_memory", False, {"Tm": 0}),
-    ("mask", False, {"tensors": ("mask",), "rules": {"window_right": UNLIMITED}}),
+    ("inkling_packed", False, {**_GLOBAL, "tensors": ("ranges",)}),
+    ("inkling_cache", False, {**_CACHE, "tensors": ("q_start",)}),
+    ("mask", False, _MASK),
     ("padding", False, {"tensors": ("key_start", "key_lens")}),
     ("dropout", True, {"numbers": {"dropout_p": 0.1}}),
     ("dropout_d128", False, {"numbers": {"dropout_p": 0.1}, "D": 128}),
     ("dropout_d256", False, {"numbers": {"dropout_p": 0.1}, "D": 256}),
-    ("mask_d128", False, {"tensors": ("mask",), "rules": {"window_right": UNLIMITED}, "D": 128}),
+    ("mask_d128", False, {**_MASK, "D": 128}),
     ("mask_and_dropout", False, {"tensors": ("mask",), "numbers": {"dropout_p": 0.1}}),
     ("clamp", False, {"rules": {"clamp": 1, "offset": 1000}}),
     ("window", False, {"rules": {"window_left": 1000}}),
-    ("chunk", False, {"rules": {"window_right": UNLIMITED, "chunk_size": 256, "chunk_left": 2}}),
+    ("chunk", False, {"rules": {**_ALL_KEYS, "chunk_size": 256, "chunk_left": 2}}),
     ("softcap", False, {"numbers": {"softcap": 30.0}}),
     ("deterministic", False, {"deterministic": True}),
 )

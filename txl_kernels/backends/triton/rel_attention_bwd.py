@@ -98,6 +98,7 @@ def _launch_dkdv(
             p_dmem_v=dmem_v,
             first_tile=first_tile,
             n_tiles=n_tiles,
+            NUM_STAGES=config.num_stages,
             **config.options(),
             enable_fp_fusion=False,  # see `exponents`
         )

@@ -88,6 +88,7 @@ def _rel_attention_bwd_dkdv_kernel(
     GROUP: tl.constexpr,
     CLAMP: tl.constexpr,
     FAR: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -99,9 +100,9 @@ def _rel_attention_bwd_dkdv_kernel(
     Recomputes probabilities from lse, a block of BLOCK_Q queries at a time, as tiles [keys,
     queries]: the products that sum over queries read them as left operands without a transposition.
     Two chunks of r are multiplied per block, because the queries change with each block; with FAR,
-    a second loop over blocks without a row of r multiplies none. Accumulates dk and dv of the GROUP
-    query heads in float32 in registers and writes them once. Deterministic: each sum is computed
-    by one program in a fixed order.
+    none in a block without a row of r. Accumulates dk and dv of the GROUP query heads in float32 in
+    registers and writes them once. Deterministic: each sum is computed by one program in a fixed
+    order.
     """
     NEEDS_DK: tl.constexpr = (p_dk is not None) or (p_dmem_k is not None)
     NEEDS_DV: tl.constexpr = (p_dv is not None) or (p_dmem_v is not None)
@@ -137,11 +138,13 @@ def _rel_attention_bwd_dkdv_kernel(
         first_i, end_i = queries_in_range(p_tile_ranges, i_b, begin_j, begin_j + BLOCK_K, Tq)
         begin, end = tl.maximum(begin, first_i), tl.minimum(end, end_i)
     # Blocks of queries are aligned; the padding of the queries completes the last one.
+    end = tl.where(begin < end, end, 0)
     begin = begin // BLOCK_Q * BLOCK_Q
-    near_begin, near_end = begin, end
     if FAR:
         near_begin, near_end = near_queries(begin, end, begin_j, offset, R, BLOCK_Q, BLOCK_K)
 
+    # In a loop with this attribute Triton also prefetches operands of products within a branch.
+    STAGES: tl.constexpr = NUM_STAGES if FAR else None
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     for i_member in tl.range(GROUP):
@@ -155,68 +158,66 @@ def _rel_attention_bwd_dkdv_kernel(
         p_mask_h = None
         if p_mask is not None:
             p_mask_h = p_mask + i_b * s_mask_b + i_h * s_mask_h
-        # The blocks with rows of r, then those before and after them.
-        for PART in tl.static_range(1 + FAR):
-            part_begin, part_end = near_begin, near_end
-            if PART == 1:
-                part_begin, part_end = begin, end - (near_end - near_begin)
-            for begin_i in tl.range(part_begin, part_end, BLOCK_Q):
-                if PART == 1:
-                    begin_i += tl.where(begin_i >= near_begin, near_end - near_begin, 0)
-                begin_i = tl.multiple_of(begin_i, BLOCK_Q)
-                o_i = begin_i + tl.arange(0, BLOCK_Q)
-                b_qu = load_padded(p_qu_h, begin_i, BLOCK_Q, BLOCK_D)
-                if PART == 0:
-                    b_qv = load_padded(p_qv_h, begin_i, BLOCK_Q, BLOCK_DP)
-                    begin_m = begin_j - begin_i + offset
-                    b_r = load_position_block(p_r_h, s_r_m, begin_m, R, o_dp, DP, CLAMP, BLOCK_K)
+        for begin_i in tl.range(begin, end, BLOCK_Q, num_stages=STAGES):
+            begin_i = tl.multiple_of(begin_i, BLOCK_Q)
+            o_i = begin_i + tl.arange(0, BLOCK_Q)
+            b_qu = load_padded(p_qu_h, begin_i, BLOCK_Q, BLOCK_D)
+            b_qv = load_padded(p_qv_h, begin_i, BLOCK_Q, BLOCK_DP)
+            begin_m = begin_j - begin_i + offset
+            b_r = load_position_block(p_r_h, s_r_m, begin_m, R, o_dp, DP, CLAMP, BLOCK_K)
+            begin_m -= BLOCK_K
+            if FAR:
+                b_before = load_position_block(p_r_h, s_r_m, begin_m, R, o_dp, DP, CLAMP, BLOCK_K)
+                b_scores = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+                if (begin_i >= near_begin) & (begin_i < near_end):
                     chunk = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
-                    begin_m -= BLOCK_K
-                    b_r = load_position_block(p_r_h, s_r_m, begin_m, R, o_dp, DP, CLAMP, BLOCK_K)
-                    earlier = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
+                    earlier = tl.dot(b_before, tl.trans(b_qv), input_precision="ieee")
                     b_scores = skew_transposed(chunk, earlier, BLOCK_K, BLOCK_Q)
-                    b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
-                else:
-                    b_scores = tl.dot(b_k, tl.trans(b_qu), input_precision="ieee")
-                b_dout = load_block(p_dout_h, s_dout_i, begin_i, 0, Tq, o_dv, DV, BLOCK_Q)
-                b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-                b_lse, b_delta = tl.load(p_lse_h + o_i), tl.load(p_delta_h + o_i)
-                b_exponents, b_tanh = exponents(b_scores, scale, softcap, b_lse)
-                _, all_end = visible_keys(
-                    begin_i, first, last, lo_shift, hi_shift, first_p,
-                    chunk_size, chunk_left, chunk_phase,
-                )  # fmt: skip
-                all_begin, _ = visible_keys(
-                    begin_i + BLOCK_Q - 1, first, last, lo_shift, hi_shift, first_p,
-                    chunk_size, chunk_left, chunk_phase,
-                )  # fmt: skip
-                if p_query_ranges is not None:
-                    all_begin = Tk  # the range of each query counts
-                if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
-                    b_first, b_last = query_limits(
-                        p_query_ranges, i_b, begin_i, first, last, Tq, BLOCK_Q
-                    )
-                    lo, hi = visible_keys(
-                        o_i, b_first, b_last, lo_shift, hi_shift, first_p,
-                        chunk_size, chunk_left, chunk_phase,
-                    )  # fmt: skip
-                    seen = (o_j[:, None] >= lo[None, :]) & (o_j[:, None] < hi[None, :])
-                    b_exponents = tl.where(seen, b_exponents, float("-inf"))
-                if p_mask is not None:
-                    seen = mask_tile(p_mask_h, s_mask_j, s_mask_i, o_j, o_i, Tk, Tq)
-                    b_exponents = tl.where(seen, b_exponents, float("-inf"))
-                keep = None
-                if threshold is not None:
-                    i_row = i_bh.to(tl.int32)
-                    keep = dropout_keep(p_seed, threshold, i_row, o_i, begin_j, BLOCK_Q, BLOCK_K)
-                    keep = tl.trans(keep)
-                b_probs, b_dscores = probs_and_dscores(
-                    b_exponents, b_tanh, b_dprobs, b_delta, keep, softcap, dropout_scale
+            else:
+                chunk = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
+                b_r = load_position_block(p_r_h, s_r_m, begin_m, R, o_dp, DP, CLAMP, BLOCK_K)
+                earlier = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
+                b_scores = skew_transposed(chunk, earlier, BLOCK_K, BLOCK_Q)
+            b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
+            b_dout = load_block(p_dout_h, s_dout_i, begin_i, 0, Tq, o_dv, DV, BLOCK_Q)
+            b_dprobs = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+            b_lse, b_delta = tl.load(p_lse_h + o_i), tl.load(p_delta_h + o_i)
+            b_exponents, b_tanh = exponents(b_scores, scale, softcap, b_lse)
+            _, all_end = visible_keys(
+                begin_i, first, last, lo_shift, hi_shift, first_p,
+                chunk_size, chunk_left, chunk_phase,
+            )  # fmt: skip
+            all_begin, _ = visible_keys(
+                begin_i + BLOCK_Q - 1, first, last, lo_shift, hi_shift, first_p,
+                chunk_size, chunk_left, chunk_phase,
+            )  # fmt: skip
+            if p_query_ranges is not None:
+                all_begin = Tk  # the range of each query counts
+            if (begin_j < all_begin) | (begin_j + BLOCK_K > all_end):
+                b_first, b_last = query_limits(
+                    p_query_ranges, i_b, begin_i, first, last, Tq, BLOCK_Q
                 )
-                if NEEDS_DV:
-                    b_dv = tl.dot(b_probs.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-                if NEEDS_DK:
-                    b_dk = tl.dot(b_dscores.to(b_k.dtype), b_qu, b_dk, input_precision="ieee")
+                lo, hi = visible_keys(
+                    o_i, b_first, b_last, lo_shift, hi_shift, first_p,
+                    chunk_size, chunk_left, chunk_phase,
+                )  # fmt: skip
+                seen = (o_j[:, None] >= lo[None, :]) & (o_j[:, None] < hi[None, :])
+                b_exponents = tl.where(seen, b_exponents, float("-inf"))
+            if p_mask is not None:
+                seen = mask_tile(p_mask_h, s_mask_j, s_mask_i, o_j, o_i, Tk, Tq)
+                b_exponents = tl.where(seen, b_exponents, float("-inf"))
+            keep = None
+            if threshold is not None:
+                i_row = i_bh.to(tl.int32)
+                keep = dropout_keep(p_seed, threshold, i_row, o_i, begin_j, BLOCK_Q, BLOCK_K)
+                keep = tl.trans(keep)
+            b_probs, b_dscores = probs_and_dscores(
+                b_exponents, b_tanh, b_dprobs, b_delta, keep, softcap, dropout_scale
+            )
+            if NEEDS_DV:
+                b_dv = tl.dot(b_probs.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
+            if NEEDS_DK:
+                b_dk = tl.dot(b_dscores.to(b_k.dtype), b_qu, b_dk, input_precision="ieee")
     if NEEDS_DK:
         _store_keys(p_dk, p_dmem_k, b_dk * scale, i_key_head, begin_j, Tm, Tk, o_d, D, BLOCK_K)
     if NEEDS_DV:
