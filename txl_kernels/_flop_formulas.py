@@ -17,6 +17,7 @@ from typing import Any
 
 from txl_kernels._rel_attention_call import OptionalTensors
 
+_MEM_K = OptionalTensors._fields.index("mem_k")
 _COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
@@ -103,7 +104,7 @@ def _rel_attention_bwd(
 
 def _pairs(q: Shape, k: Shape, optional: Sequence[Shape]) -> int:
     """FLOP of one product per query and key: 2 · B · H · Tq · Tk."""
-    mem_k = OptionalTensors(*optional).mem_k  # type: ignore[arg-type]
+    mem_k = optional[_MEM_K]
     Tk = k[2] + (mem_k[2] if len(mem_k) == 4 else 0)
     return 2 * q[0] * q[1] * q[2] * Tk
 

@@ -38,8 +38,12 @@ class OptionalTensors(NamedTuple):
 
 # The axes of each optional tensor: G is Hk, V is Dv, P is Dp, M is Tm, T is Tq, K is Tk. Ranges of
 # keys are [B] or [B, Tq]; the seed has no axis.
-AXES = OptionalTensors(
-    *("HD", "HP", "BGMD", "BGMV", "BHTP", "B", "BT", "BT", "BHTK", "")  # type: ignore[arg-type]
+AXES: dict[str, str] = dict(
+    zip(
+        OptionalTensors._fields,
+        ("HD", "HP", "BGMD", "BGMV", "BHTP", "B", "BT", "BT", "BHTK", ""),
+        strict=True,
+    )
 )
 
 

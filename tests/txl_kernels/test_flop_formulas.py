@@ -44,9 +44,10 @@ def test_a_position_query_of_its_own_width():
     formula = flop_registry[torch.ops.txl_triton.rel_attention_fwd]
     q, k, r = torch.empty(B, H, Tq, D), torch.empty(B, H, Ts, D), torch.empty(B, H, 9, 11)
     pairs = 2 * B * H * Tq * Ts
-    assert formula(q, k, k, r, None, None, None, None) == pairs * (D + 11 + D)
+    absent = [torch.empty(0)] * 10
+    assert formula(q, k, k, r, absent) == pairs * (D + 11 + D)
     backward = flop_registry[torch.ops.txl_triton.rel_attention_bwd]
-    assert backward(q, q, k, k, r, None, None, None) == pairs * (3 * (D + 11) + 2 * D)
+    assert backward(q, torch.empty(0), q, k, k, r, absent) == pairs * (3 * (D + 11) + 2 * D)
 
 
 def softmax(op, *, frozen=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from txl_kernels.backends import native
 from txl_kernels.transforms import is_jit_tracing
 
+_PACKAGE = "txl_kernels."
 MANY_BYTES = 256 * 2**20
 _warned: set[str] = set()  # reasons
 
@@ -41,7 +43,15 @@ def warn_of_fallback(op: str, reason: str, score_bytes: int, tensors: Sequence[T
     if kind not in _warned:
         _warned.add(kind)
         message = f"{op} runs on the plain PyTorch reference: {text}"
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=_caller_level())
+
+
+def _caller_level() -> int:
+    """The `stacklevel` of `warn_of_fallback` that points at the caller of a public function."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _is_traced(tensors: Sequence[Tensor]) -> bool:

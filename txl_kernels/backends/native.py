@@ -56,7 +56,8 @@ def register_kernels() -> None:
         ),
     ):
         for operator in directions:
-            torch.library.impl(operator.default.name(), "default", _loading(op, operator))
+            name: str = operator.default.name()
+            torch.library.impl(name, "default", _loading(op, operator))
 
 
 def _loading(op: str, operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -153,14 +153,13 @@ def _rel_attention(
     def shape(axes: str) -> list[int]:
         return [sizes[by_letter.get(axis, axis)] for axis in axes]
 
-    call = {
-        name: zeros(*shape(axes)) for name, axes in (("q", "BHTD"), ("k", "BGSD"), ("v", "BGSV"))
-    }
+    required = (("q", "BHTD"), ("k", "BGSD"), ("v", "BGSV"))
+    call: dict[str, Any] = {name: zeros(*shape(axes)) for name, axes in required}
     call["r"] = zeros(1, *shape("HRP"))
     floats = [*["r_w_bias", "r_r_bias"] * biases, *["mem_k", "mem_v"] * bool(Tm)]
     if Dp is not None:
         floats.append("q_pos")
-    for name, axes in AXES._asdict().items():
+    for name, axes in AXES.items():
         if name in floats:
             call[name] = zeros(*shape(axes))
         elif axes in ("B", "BT"):

@@ -42,8 +42,12 @@ def named(op: str, arguments: Sequence[Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if op == "rel_attention":
         call, bias, dead_uniform = attention_call(arguments)
-        found = dict(zip(call._fields[:4], call[:4], strict=True)) | call.optional._asdict()
-        found |= {"bias": bias, **call.rules._asdict(), **call.numbers._asdict()}
+        found |= {
+            **dict(zip("qkvr", call[:4], strict=True)),
+            **call.optional._asdict(),
+            "bias": bias,
+        }
+        found |= {**call.rules._asdict(), **call.numbers._asdict()}
         return found | {"dead_uniform": dead_uniform}
     op = "adaptive_nll" if op in ("adaptive_log_prob", "adaptive_topk") else op
     operator = getattr(torch.ops.txl_native, f"{op}_fwd").default
@@ -93,29 +97,23 @@ def call(op: str, backend: str, arguments: Sequence[Any]) -> Any:
 
 def _call_attention(backend: str, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
     given, bias, dead_uniform = attention_call(arguments)
-    rules, numbers = given.rules, given.numbers
+    rules = given.rules
+    options: dict[str, Any] = given.optional._asdict() | given.numbers._asdict()
+    options["dead_rows"] = "uniform" if dead_uniform else "zero"
+    options |= {"bias": bias, "offset": rules.offset, "clamp": bool(rules.clamp)}
     sides = (rules.window_left, rules.window_right)
-    return rel_attention_with_lse(
-        *given[:4],
-        **given.optional._asdict(),
-        **numbers._asdict(),
-        bias=bias,
-        dead_rows="uniform" if dead_uniform else "zero",
-        offset=rules.offset,
-        clamp=bool(rules.clamp),
-        window=tuple(None if side == UNLIMITED else side for side in sides),  # type: ignore[arg-type]
-        chunk=rules[4:] if rules.chunk_size else None,  # type: ignore[arg-type]
-        backend=backend,
-    )
+    options["window"] = tuple(None if side == UNLIMITED else side for side in sides)
+    options["chunk"] = rules[4:] if rules.chunk_size else None
+    q, k, v, r = given[:4]
+    return rel_attention_with_lse(q, k, v, r, **options, backend=backend)
 
 
 def reference(op: str, arguments: Sequence[Any], dtype: torch.dtype | None = None) -> Any:
     """The result of the specification, computed in `dtype` (None: in its usual one)."""
     if op == "rel_attention":
-        given, bias, dead_uniform = attention_call(arguments)
-        return attention.rel_attention(
-            given, bias=bias, dead_uniform=dead_uniform, compute_dtype=dtype
-        )
+        attended, bias, dead_uniform = attention_call(arguments)
+        own: dict[str, Any] = {"bias": bias, "dead_uniform": dead_uniform}
+        return attention.rel_attention(attended, **own, compute_dtype=dtype)
     if op == "rel_shift":
         return shift.rel_shift(*arguments)
     if op == "adaptive_embedding":

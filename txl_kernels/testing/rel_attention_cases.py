@@ -119,7 +119,7 @@ class RelAttentionCase:
         return drawn.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _unordered(B: int, Tq: int, Tk: int) -> dict[str, list[list[int]]]:
+def _unordered(B: int, Tq: int, Tk: int) -> dict[str, Any]:
     """Ranges of keys per query that neither grow nor shrink; some are empty."""
     starts = [[(7 * i * i + 5 * b) % Tk - 2 for i in range(Tq)] for b in range(B)]
     lengths = [[(11 * i + 3 * b) % (Tk // 2 + 2) for i in range(Tq)] for b in range(B)]

@@ -9,7 +9,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import txl_kernels
-from txl_kernels import adaptive_embedding, adaptive_topk, rel_attention, rel_shift
+from txl_kernels import (
+    adaptive_embedding,
+    adaptive_topk,
+    rel_attention,
+    rel_attention_with_lse,
+    rel_shift,
+)
 from txl_kernels.backends import fallback, native
 from txl_kernels.backends.reference import rel_attention as reference
 
@@ -114,9 +120,17 @@ def test_an_op_without_kernels_does_not_warn(not_built):
     assert warnings_of(lambda: adaptive_topk(hidden, weight, [], 1, cutoffs=())) == []
 
 
-def test_the_warning_points_at_the_caller(not_built):
+@pytest.mark.parametrize(
+    "call",
+    [
+        small,
+        lambda: rel_shift(torch.zeros(2, 3)),
+        lambda: rel_attention_with_lse(*[torch.zeros(1, 1, 2, 4)] * 4),
+    ],
+)
+def test_the_warning_points_at_the_caller(not_built, call):
     with pytest.warns(RuntimeWarning) as caught:
-        small()
+        call()
     assert caught[0].filename == __file__
 
 
@@ -149,7 +163,7 @@ def test_no_trace_and_no_compilation_warns(not_built):
 
 def test_the_reason_is_told_where_the_reference_answers():
     assert txl_kernels.resolve("rel_attention", backend="reference", device="cpu").reason is None
-    for device, uses in (("cpu", ["q_pos"]), ("cuda", ["q_pos"]), ("xpu", [])):
+    for device, uses in (("cpu", ["bias"]), ("cuda", ["bias"]), ("xpu", [])):
         backend, reason = txl_kernels.resolve("rel_attention", device=device, uses=uses)
         assert backend == "reference"
         assert reason

@@ -38,7 +38,7 @@ def test_the_reason_is_the_native_door_s_own(monkeypatch):
 
 
 def test_the_reference_is_explained_by_every_backend_before_it(cuda_kernels):
-    call = {"device": "cuda", "dtype": torch.float32, "Tq": 17, "uses": ["q_pos"]}
+    call = {"device": "cuda", "dtype": torch.float32, "Tq": 17, "uses": ["bias"]}
     reason = resolve("rel_attention", **call).reason
     for backend in ("native", "triton"):
         assert resolve("rel_attention", **call, backend=backend).reason in reason
@@ -85,8 +85,8 @@ def test_decoding_on_cuda_is_native(cuda_kernels, dtype, Tq, D):
         ({"needs_grad": True}, "no gradients on cuda"),
         ({"dtype": torch.float64}, "float64"),
         ({"D": 257}, "up to 256, not 257"),
+        ({"Dp": 257}, "up to 256, not 257"),
         ({"uses": ["dropout_p"]}, "dropout_p"),
-        ({"uses": ["q_pos"]}, "q_pos"),
         ({"uses": ["bias"]}, "bias"),
         ({"uses": ["dead_rows='uniform'"]}, "dead_rows='uniform'"),
     ],

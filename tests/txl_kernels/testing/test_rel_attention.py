@@ -20,10 +20,10 @@ def faulty(monkeypatch, fault):
     """Makes the op under test return `fault(out)`; the references stay right."""
 
     def call(*args, **options):
-        out, lse = op.rel_attention(*args, **options)
+        out, lse = op.rel_attention_with_lse(*args, **options)
         return (fault(out) if options["backend"] == "native" else out), lse
 
-    monkeypatch.setattr(comparison, "rel_attention", call)
+    monkeypatch.setattr(comparison, "rel_attention_with_lse", call)
 
 
 def test_the_last_queries_alone_agree(require_backend):

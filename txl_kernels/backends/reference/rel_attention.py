@@ -85,7 +85,7 @@ def rel_attention(
         probs = probs.masked_fill(dead[..., None], 0.0)
     if numbers.dropout_p > 0:
         assert optional.dropout_seed is not None
-        keep = dropout_keep(optional.dropout_seed, numbers.dropout_p, probs.shape)
+        keep = dropout_keep(optional.dropout_seed, numbers.dropout_p, (*q.shape[:2], Tq, Tk))
         probs = (probs / (1.0 - numbers.dropout_p)).masked_fill(~keep, 0.0)
     return (probs @ values).to(dtype), lse
 
@@ -143,7 +143,13 @@ def _conditions(p: Tensor, Tk: int, rules: Rules) -> list[Tensor]:
 
 
 def _is_open(side: int) -> bool:
-    """Whether a side of the window has no limit; a symbolic number is computed from a length."""
+    """Whether a side of the window has no limit.
+
+    Comparing a symbolic number would limit the length that it is computed from. Strict export shows
+    symbolic numbers as plain ones.
+    """
+    if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
+        return False
     return isinstance(side, int) and side == UNLIMITED
 
 

@@ -239,7 +239,7 @@ def _short_attention(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         left_chunks, phase = min(rules.chunk_left, 1), rules.chunk_phase % size
         rules = rules._replace(chunk_size=size, chunk_left=left_chunks, chunk_phase=phase)
     tensors = map(short, arguments[:4], _AXES)
-    return *tensors, tuple(map(short, arguments[4], AXES)), tuple(rules), arguments[6]
+    return *tensors, tuple(map(short, arguments[4], AXES.values())), tuple(rules), arguments[6]
 
 
 def _short_shift(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -117,7 +117,7 @@ def _values(call: Description, device: torch.device) -> list[Any]:
         if optional.mem_k is not None:
             Tm = optional.mem_k.shape[2]
         half = (Tm + given.k.shape[2] + 1) // 2
-        for name, axes in AXES._asdict().items():
+        for name, axes in AXES.items():
             positions = getattr(optional, name)
             if positions is not None and axes in ("B", "BT"):
                 # At least one key is left to queries without other rules.

@@ -109,10 +109,10 @@ def test_every_kind_of_fault_warns_once_and_the_next_backend_runs(
 
 
 def test_a_fault_in_backward_alone_does_not_concern_inference(device, plant):
-    plant("rel_attention_bwd", lambda dout, q, k, v, r, *rest: tuple(
+    plant("rel_attention_bwd", lambda dout, dlse, q, k, v, r, optional, *rest: [
         torch.zeros_like(t) if n else dout.new_empty(0)
-        for t, n in zip((q, k, v, r, *rest[:5], rest[8]), rest[-1], strict=True)
-    ))  # fmt: skip
+        for t, n in zip((q, k, v, r, *optional[:5]), rest[-1], strict=True)
+    ])  # fmt: skip
     q = x(2, 3, 20, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
