@@ -77,35 +77,38 @@ class TileSurvey {
     const int64_t first = keys.aligned_begin - (row_begin + height) + offset;
     // Keys and columns are rounded up to multiples of 16 each.
     const int64_t last = keys.end + 32 - row_begin + offset;
-    begin_ = any_ ? std::min(begin_, first) : first;
-    end_ = any_ ? std::max(end_, last) : last;
-    any_ = true;
+    columns_ = {std::min(columns_.begin, first), std::max(columns_.end, last)};
+    // A window on both sides of the query's own column leaves columns out.
+    const int64_t same = args_.position(b) + args_.row_offset(b);
+    read_ = {std::min(read_.begin, std::max(first, same - args_.rule.window_left - 15)),
+             std::max(read_.end, std::min(last, same + args_.rule.window_right + 16))};
   }
 
   // Every tile's first column is a multiple of 16 from the first column, and for keys and queries in
   // multiples of 64 a multiple of 64, so that its products are cut into large pieces.
   void set_columns() {
-    if (!any_) return;
+    if (columns_.begin >= columns_.end) return;
     const int64_t phase = args_.row_offset(0) + 1 - plan_.tile_height(plan_.tile_rows);
-    begin_ = phase + floor_div(begin_ - phase, 64) * 64;
+    int64_t begin = phase + floor_div(columns_.begin - phase, 64) * 64, end = columns_.end;
     // Products skip pieces of columns without a row of `r`. The borders of pieces, and with them the
     // order of sums, do not depend on the number of panels that are left out here.
     if (!args_.clamp) {
-      begin_ += std::max<int64_t>(0, floor_div(-kPiece - begin_, kPanel)) * kPanel;
-      end_ = std::min(end_, args_.R + kPiece);
+      begin += std::max<int64_t>(0, floor_div(-kPiece - begin, kPanel)) * kPanel;
+      end = std::min(end, args_.R + kPiece);
+      read_ = read_.within(-kPiece, args_.R + kPiece);
     }
-    plan_.column_begin = begin_;
-    plan_.n_columns = std::max<int64_t>(0, round_up(end_ - begin_, 16));
-    plan_.packed_end = plan_.n_columns;
-    if (!args_.clamp)
-      plan_.packed_begin = std::clamp<int64_t>((-kPiece - begin_) / 16 * 16, 0, plan_.n_columns);
+    plan_.column_begin = begin;
+    plan_.n_columns = std::max<int64_t>(0, round_up(end - begin, 16));
+    plan_.packed_begin = std::clamp(floor_div(read_.begin - begin, 16) * 16, int64_t{0}, plan_.n_columns);
+    plan_.packed_end = std::clamp(round_up(read_.end - begin, 16), plan_.packed_begin, plan_.n_columns);
   }
 
   const RelAttentionArgs& args_;
   RelAttentionPlan& plan_;
   std::vector<int64_t> costs_;
-  int64_t begin_ = 0, end_ = 0;
-  bool any_ = false;
+  // Rows of `r`, extended on both sides, that belong to some tile, and those that products read.
+  static constexpr KeyRange kNone{INT64_MAX, INT64_MIN};
+  KeyRange columns_ = kNone, read_ = kNone;
 };
 
 }  // namespace

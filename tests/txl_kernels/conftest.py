@@ -10,6 +10,13 @@ import pytest
 import torch
 
 from txl_kernels import resolve
+from txl_kernels.ops import rel_attention_plans
+
+
+@pytest.fixture(autouse=True)
+def _no_plans():
+    """No test sees a choice of an earlier one, which may have replaced a backend."""
+    rel_attention_plans.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from txl_kernels import rel_attention, rel_attention_with_lse
 from txl_kernels.testing import RelAttentionCase as Case
 
 CAUSAL = {"causal": True}
+POSITIONS = {"pos_scale": -0.3, "causal": True}
 RANGE = {"key_start": [3, 9], "key_lens": [22, 14]}
 EVERYTHING = {
     "causal": True,
@@ -38,17 +40,20 @@ CASES = (
     Case("window", **RANGE, options={"window": (6, 2)}),
     Case("clamp", **RANGE, R=5, r_batch=True, options={"offset": 2, "clamp": True}),
     Case("negative_scale", **RANGE, options={"scale": -0.4, **CAUSAL}),
+    Case("grouped_q_pos", H=4, Hk=2, Dp=5, q_start=[20, 4], **RANGE, options=POSITIONS),
+    Case("q_start", q_start=[-4, 40], **RANGE, lse_gradient=True),
+    Case("ranges_mixed", key_start=[3, 9], key_lens=[[*range(20, 3, -1)], [22, 3] * 8 + [0]]),
     Case("everything", Tm=9, R=9, mask=(2, 1, 17, 26), **RANGE, options=EVERYTHING),
 )
 ONLY_REFERENCE = (
     Case("bias", bias=(3, 17, 22), **RANGE),
     Case("bias_softcap", bias=(17, 22), **RANGE, options={"softcap": 3.0}),
-    Case("q_pos", Dp=5, **RANGE, options=CAUSAL),
 )
 ONE_HEAD = {"B": 1, "H": 1, "D": 4}
 SMALL = (  # for Triton's interpreter
     Case("memory", **ONE_HEAD, Tq=5, Tm=19, key_start=[3], key_lens=[22], options={"softcap": 3.0}),
     Case("segment", **ONE_HEAD, Tq=20, Tm=2, key_start=[7], key_lens=[21], options=CAUSAL),
+    Case("grouped", B=1, H=2, Hk=1, Dp=3, D=4, Tq=5, key_start=[3], q_start=[6], options=POSITIONS),
     Case("no_key", H=1, D=4, Tq=3, Tm=17, key_start=[9, 4], key_lens=[3, 19], mask=(3, 20)),
     Case(
         "everything", H=1, Tq=7, Tm=9, R=9, key_start=[3, 9], key_lens=[15, 14], options=EVERYTHING
@@ -59,10 +64,12 @@ BACKENDS = ["reference", "native"]
 
 
 def masked_keys(case: Case) -> torch.Tensor:
-    """bool [B, Tk]: the keys that `key_start` and `key_lens` mask out."""
+    """bool [B, Tk]: the keys that `key_start` and `key_lens` mask out for all queries alike."""
     j = torch.arange(case.Tm + (case.Ts or case.Tq))
     start = torch.tensor(case.key_start or [0] * case.B)
     end = torch.tensor(case.key_lens or [len(j)] * case.B)
+    if end.ndim == 2:
+        end = torch.full((case.B,), len(j))
     return (j < start[:, None]) | (j >= end[:, None])
 
 
@@ -83,7 +90,8 @@ def results(case: Case, backend: str, dtype: torch.dtype, value: float) -> dict[
     floats = filled(case, {name: x.detach() for name, x in floats.items()}, value)
     leaves = {name: x.requires_grad_() for name, x in floats.items()}
     out, lse = rel_attention_with_lse(**leaves, **others, **case.options, backend=backend)
-    grads = torch.autograd.grad(out, list(leaves.values()), case.dout(dtype))
+    douts = (case.dout(dtype), case.dlse(dtype) if case.lse_gradient else torch.zeros_like(lse))
+    grads = torch.autograd.grad((out, lse), list(leaves.values()), douts)
     return {"out": out, "lse": lse, **dict(zip(leaves, grads, strict=True))}
 
 
@@ -113,7 +121,7 @@ def test_nan_changes_nothing_beside_arguments_of_the_reference_alone(case):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize(("case", "value"), [*zip(SMALL, FILLS.values(), strict=True)], ids=str)
+@pytest.mark.parametrize(("case", "value"), [*zip(SMALL, cycle(FILLS.values()))], ids=str)
 def test_triton_reads_no_masked_key(case, value, require_backend):
     require_backend("rel_attention", "triton", needs_grad=True)
     check(case, "triton", torch.float32, value)

@@ -18,6 +18,7 @@ from txl_kernels import (
     adaptive_loss,
     adaptive_nll,
     rel_attention,
+    rel_attention_with_lse,
     rel_shift,
 )
 
@@ -45,12 +46,20 @@ class EveryOp(nn.Module):
         named = {"backend": self.backend}
         attended = rel_attention(q, k, v, r, **named)
         chunked = rel_attention(q, k, v, r, causal=True, chunk=(2, 1), **named)
+        placed = {
+            "q_pos": v,
+            "pos_scale": 0.3,
+            "q_start": tokens[:1],
+            "key_start": tokens[None] % 3,
+        }
+        placed |= {"key_lens": tokens[:1], "window": (9, 4)}
+        out, lse = rel_attention_with_lse(q, k[:, :1], v[:, :1], r, **placed, **named)
         shifted = rel_shift(q, **named)
         embedded = adaptive_embedding(tokens, [self.table], [None], **named)
         softmax = (self.head.weight, [(None, self.tail.weight, self.tail.bias)])
         nll = adaptive_nll(embedded, tokens, *softmax, cutoffs=(11,), **named)
         loss = adaptive_loss(embedded, tokens, *softmax, cutoffs=(11,), **named)
-        return attended, chunked, shifted, embedded, nll, loss
+        return attended, chunked, out, lse, shifted, embedded, nll, loss
 
 
 def _inputs(T=6):

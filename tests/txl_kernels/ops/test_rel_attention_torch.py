@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from torch.utils._pytree import tree_map_only
 
@@ -38,6 +39,21 @@ GRADCHECK = [
         mask=(5, 8),
         options={"window": (4, 2), "softcap": 2.0, "dropout_p": 0.2},
     ),
+    RelAttentionCase(
+        "placed",
+        B=2,
+        H=4,
+        Hk=2,
+        Tq=4,
+        Tm=2,
+        D=2,
+        Dp=3,
+        R=4,
+        q_start=[3, -1],
+        key_start=[[0, 2, 1, 0], [4, 0, 6, 1]],
+        key_lens=[6, 4],
+        options={"window": (4, 2), "offset": 2, "pos_scale": -0.6},
+    ),
 ]
 
 
@@ -48,7 +64,8 @@ def test_gradcheck(backend, case):
 
     def call(*tensors):
         inputs = dict(zip(names, tensors, strict=True))
-        return rel_attention(**inputs, **others, **case.options, backend=backend)
+        out, lse = rel_attention_with_lse(**inputs, **others, **case.options, backend=backend)
+        return out, lse[lse.isfinite()]
 
     assert torch.autograd.gradcheck(call, tuple(floats.values()))
 
@@ -62,7 +79,7 @@ def test_second_derivative_of_a_kernel_raises(require_backend):
         dq.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["transformer_xl", "plain", "everything"])
+@pytest.mark.parametrize("name", ["transformer_xl", "everything", "everything_else"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_opcheck_forward(name, dtype, require_backend):
     require_backend("rel_attention", "native", dtype=dtype, needs_grad=True)
@@ -86,7 +103,7 @@ def test_opcheck_backward(needs_grad, require_backend):
 
 @pytest.mark.parametrize(
     ("compiler", "name"),
-    [("aot_eager", "everything"), ("aot_eager", "bias"), ("inductor", "transformer_xl")],
+    [("aot_eager", "everything"), ("aot_eager", "bias"), ("inductor", "everything_else")],
 )
 def test_compiles_without_a_graph_break(backend, compiler, name, require_backend):
     case = CASES[name]
@@ -101,10 +118,11 @@ def test_compiles_without_a_graph_break(backend, compiler, name, require_backend
     due, due_lse = rel_attention_with_lse(**floats, **options)
     torch.testing.assert_close(out, due)
     torch.testing.assert_close(lse, due_lse)
-    leaves, dout = list(floats.values()), case.dout(torch.float32)
+    leaves = list(floats.values())
+    douts = (case.dout(torch.float32), torch.linspace(-1, 1, lse.numel()).view_as(lse))
     torch.testing.assert_close(
-        torch.autograd.grad(out, leaves, dout),
-        torch.autograd.grad(due, leaves, dout),
+        torch.autograd.grad((out, lse), leaves, douts),
+        torch.autograd.grad((due, due_lse), leaves, douts),
         rtol=1e-4,
         atol=1e-4,
     )
@@ -129,7 +147,7 @@ class _Streaming(torch.nn.Module):
         self.backend = backend
         self.r_w_bias = torch.nn.Parameter(torch.randn(2, 8))
 
-    def forward(self, q, k, v, mem_k, mem_v, r, key_start):
+    def forward(self, q, k, v, mem_k, mem_v, r, q_start, key_start):
         Tq, Tk = q.shape[2], mem_k.shape[2] + k.shape[2]
         return rel_attention(
             q,
@@ -139,6 +157,7 @@ class _Streaming(torch.nn.Module):
             r_w_bias=self.r_w_bias,
             mem_k=mem_k,
             mem_v=mem_v,
+            q_start=q_start,
             key_start=key_start,
             offset=r.shape[2] - 1 - (Tk - Tq),
             clamp=True,
@@ -153,15 +172,29 @@ def test_exports_with_dynamic_lengths(backend, strict):
     def inputs(Tq, Tm, R):
         q, k, v = (torch.randn(2, 2, Tq, 8) for _ in range(3))
         mem_k, mem_v = (torch.randn(2, 2, Tm, 8) for _ in range(2))
-        return q, k, v, mem_k, mem_v, torch.randn(1, 2, R, 8), torch.tensor([0, 3])
+        starts = torch.arange(2 * Tq).view(2, Tq) % 5
+        return q, k, v, mem_k, mem_v, torch.randn(1, 2, R, 8), torch.tensor([9, 2]), starts
 
     Tq, Tm, R = Dim("Tq", min=2, max=4096), Dim("Tm", min=2, max=4096), Dim("R", min=2, max=4096)
-    lengths = ({2: Tq}, {2: Tq}, {2: Tq}, {2: Tm}, {2: Tm}, {2: R}, None)
+    lengths = ({2: Tq}, {2: Tq}, {2: Tq}, {2: Tm}, {2: Tm}, {2: R}, None, {1: Tq})
     module = _Streaming(backend)
     program = torch.export.export(module, inputs(5, 9, 7), dynamic_shapes=lengths, strict=strict)
     for sizes in [(5, 9, 7), (3, 20, 11), (17, 2, 4)]:
         call = inputs(*sizes)
         torch.testing.assert_close(program.module()(*call), module(*call))
+
+
+def test_compiles_once_for_any_length(backend):
+    """One graph for the first lengths, one for all others."""
+    counter = CompileCounter()
+    torch.compiler.reset()
+    module = torch.compile(_Streaming(backend), backend=counter)
+    with torch.no_grad():
+        for Tq, Tm in ((5, 9), (6, 11), (9, 30), (7, 14)):
+            tensors = [torch.randn(2, 2, T, 8) for T in (Tq, Tq, Tq, Tm, Tm)]
+            tensors.append(torch.randn(1, 2, Tq + Tm, 8))
+            module(*tensors, torch.tensor([Tm, 3]), torch.zeros(2, Tq, dtype=torch.int64))
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
