@@ -36,8 +36,8 @@ class OptionalTensors(NamedTuple):
     dropout_seed: Tensor | None = None  # int64, one element
 
 
-# The axes of each optional tensor, as letters: G is Hk, V is Dv, P is Dp, M is Tm, T is Tq, K is Tk.
-# Ranges of keys are [B] or [B, Tq], the seed has no axis.
+# The axes of each optional tensor: G is Hk, V is Dv, P is Dp, M is Tm, T is Tq, K is Tk. Ranges of
+# keys are [B] or [B, Tq]; the seed has no axis.
 AXES = OptionalTensors(
     *("HD", "HP", "BGMD", "BGMV", "BHTP", "B", "BT", "BT", "BHTK", "")  # type: ignore[arg-type]
 )

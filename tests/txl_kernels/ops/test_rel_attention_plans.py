@@ -48,8 +48,8 @@ def test_equal_to_the_first_call_with_gradients(runs, given):
         assert torch.equal(x, due)
         assert x.requires_grad == bool(given)
     if given:
-        for x, due in zip(*(torch.autograd.grad(out.sum(), leaves) for out, _ in (second, first))):
-            assert torch.equal(x, due)
+        actual, due = (torch.autograd.grad(out.sum(), leaves) for out, _ in (second, first))
+        assert all(map(torch.equal, actual, due))
 
 
 def test_without_gradients_the_result_may_enter_a_graph(runs):
