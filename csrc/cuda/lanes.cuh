@@ -111,12 +111,13 @@ __device__ float sum_over_lanes(float x) {
   return x;
 }
 
-// The sums of n values over kLanes >= n neighbouring lanes: value u comes to the lanes of
-// [u, u + 1) · kLanes / n. Each step hands half of the values over, so that it takes about n
+// The sums of n values over kLanes neighbouring lanes. With kLanes >= n value u comes to the lanes
+// of [u, u + 1) · kLanes / n, as x[0]; with fewer lanes lane l gets values l · n / kLanes and the
+// ones after it, as x[0], x[1], …. Each step exchanges half of the values, so that it takes about n
 // shuffles and not n log kLanes.
 template <int kLanes, int n>
-__device__ float deal_sums(float (&x)[n], int lane) {
-  static_assert(kLanes >= n && (n & (n - 1)) == 0);
+__device__ void deal_sums(float (&x)[n], int lane) {
+  static_assert((n & (n - 1)) == 0);
   int held = n;
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
@@ -133,7 +134,6 @@ __device__ float deal_sums(float (&x)[n], int lane) {
       x[0] += __shfl_xor_sync(kAllLanes, x[0], distance);
     }
   }
-  return x[0];
 }
 
 }  // namespace txl::cuda

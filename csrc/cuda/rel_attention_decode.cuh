@@ -1,100 +1,18 @@
-// rel_attention for few queries in three kernels: position scores by row of r, splits of the keys,
-// and their merge. The derivation is in docs/mathematics.md, section 4.
+// rel_attention for few queries: splits of the keys and their merge, after the position scores. The
+// derivation is in docs/mathematics.md, section 4.
 #pragma once
 
-#include "lanes.cuh"
-#include "txl/rel_attention_decode.h"
+#include "rel_attention_positions.cuh"
 
 namespace txl::cuda {
 
-constexpr int kRows = 8;  // rows of r that a lane of the first kernel holds parts of
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kNone = -INFINITY;  // the maximum over no key
 
 // What a row's softmax knows about a run of keys: 2^maximum · sum is the denominator.
 struct Stats {
   float maximum, sum;
 };
-
-// What products of queries are multiplied by: scores in units of log2(e), or the softcap's
-// argument.
-__device__ inline float query_factor(const DecodeArgs& args) {
-  return args.softcap > 0 ? args.scale / args.softcap : args.scale * kLog2e;
-}
-
-// A lane's part of a head's bias; all loads are on their way before the first is used.
-template <typename L, typename T>
-__device__ void load_bias(const DecodeArgs& args, const HeadBias& bias, int h, int own,
-                          float (&x)[L::kElements]) {
-  const int64_t first = int64_t(h) * args.D;
-#pragma unroll
-  for (int e = 0; e < L::kElements; ++e) {
-    const int d = L::column(own, e);
-    const bool there = bias.data != nullptr && d < args.D;
-    x[e] = 0;
-    if (there && bias.is_float) x[e] = static_cast<const float*>(bias.data)[first + d];
-    if (there && !bias.is_float) x[e] = Word<T>::widen(static_cast<const T*>(bias.data)[first + d]);
-  }
-}
-
-// A lane's part of factor · (q_i + bias), in float32.
-template <typename L, typename T>
-__device__ void load_query(const DecodeArgs& args, const float (&bias)[L::kElements], int b, int h,
-                           int i, int own, float (&query)[L::kElements]) {
-  typename L::Part part;
-  part.load(args.q.head<const T>(b, h) + i * args.q.stride_t, args.D, own, true);
-  part.widen(query);
-#pragma unroll
-  for (int e = 0; e < L::kElements; ++e) query[e] = query_factor(args) * (query[e] + bias[e]);
-}
-
-// positions[b, h, i, m] = factor · (q_i + r_r_bias) · r_m for a tile of rows m and one head. A
-// block holds its tile of r in registers, widened, kRows rows to a group of lanes, and lets its
-// batch rows' queries pass: where r is shared by the batch, it is read once. Reads r, q, r_r_bias;
-// writes float32. Every sum is float32 and in a fixed order.
-template <typename T, int kHead, bool kAligned>
-__global__ void __launch_bounds__(kThreads) rel_attention_positions_kernel(const DecodeArgs args) {
-  using L = Lanes<T, kHead, kAligned>;
-  constexpr int kTile = kWarps * kRows * L::kGroups;
-  const int lane = threadIdx.x % kWarp, own = lane % L::kLanes, group = lane / L::kLanes;
-  const DecodePlan& plan = args.plan;
-  const int n_tiles = (plan.n_rows + kTile - 1) / kTile;
-  const int tile = blockIdx.x % n_tiles, h = blockIdx.x / n_tiles % args.H;
-  const int b_begin = blockIdx.x / n_tiles / args.H * plan.batches_per_block;
-  const int b_end = min(b_begin + plan.batches_per_block, args.B);
-  // Row u of this group, counted from the plan's first: neighbouring groups hold neighbours.
-  const int first = tile * kTile + threadIdx.x / kWarp * kRows * L::kGroups;
-  auto row_of = [&](int u, int of_group) { return first + u * L::kGroups + of_group; };
-
-  float rows[kRows][L::kElements];
-  {
-    const T* table = args.r.head<const T>(b_begin, h);
-    typename L::Part parts[kRows];
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const int row = row_of(u, group);
-      parts[u].load(table + (plan.row_begin + row) * args.r.stride_t, args.D, own,
-                    row < plan.n_rows);
-    }
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) parts[u].widen(rows[u]);
-  }
-  const int dealt = row_of(own * kRows / L::kLanes, group);  // the row whose sum comes to this lane
-  const bool writes = own % (L::kLanes / kRows) == 0 && dealt < plan.n_rows;
-  float bias[L::kElements];
-  load_bias<L, T>(args, args.r_r_bias, h, own, bias);
-  for (int b = b_begin; b < b_end; ++b) {
-    for (int i = 0; i < args.Tq; ++i) {
-      float query[L::kElements], sums[kRows];
-      load_query<L, T>(args, bias, b, h, i, own, query);
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) sums[u] = dot(query, rows[u]);
-      const float sum = deal_sums<L::kLanes>(sums, own);
-      const int64_t query_row = (int64_t(b) * args.H + h) * args.Tq + i;
-      if (writes) args.positions[query_row * plan.n_rows + dealt] = sum;
-    }
-  }
-}
 
 // One query's state over the keys that a group of lanes has met.
 template <int kElements>
@@ -162,16 +80,27 @@ __device__ void finish(const DecodeArgs& args, int64_t query_row, int d, const M
     args.lse[query_row] = dead ? kNone : kLn2 * (all.stats.maximum + log2f(all.stats.sum));
 }
 
-// The keys that one query sees, dense mask apart, within [0, Tk].
-struct Seen {
-  int begin, end;
-};
-__device__ inline Seen seen_by(const DecodeArgs& args, int b, int i) {
-  const int Tk = args.Tk();
-  const KeyRange there = {args.key_start.of(b, Tk, 0), args.key_lens.of(b, Tk, Tk)};
-  const KeyRange keys = args.rule.narrow(there, i + Tk - args.Tq).within(0, Tk);
-  return keys.begin < keys.end ? Seen{int(keys.begin), int(keys.end)} : Seen{Tk, 0};
+// The keys that some query of batch row b attends to, in every lane of a warp.
+__device__ inline Keys keys_of_row(const DecodeArgs& args, int b, bool has_one_query) {
+  if (has_one_query) return args.keys_of(b, 0);
+  static_assert(kDecodeQueries <= kWarp);
+  const int i = threadIdx.x % kWarp;
+  Keys keys = i < args.Tq ? args.keys_of(b, i) : args.no_keys();
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    keys = keys.with({__shfl_xor_sync(kAllLanes, keys.begin, distance),
+                      __shfl_xor_sync(kAllLanes, keys.end, distance)});
+  return keys;
 }
+
+// What a warp reads about a query in every step, and which query it is.
+struct alignas(16) QueryInfo {
+  int begin, end;    // its keys
+  int shift;         // from a key to the row of r, counted from the plan's first
+  int row;           // of the results: (b · H + h) · Tq + i
+  const bool* mask;  // its row of the mask
+  int h, i;
+};
 
 // A warp's queries against its keys of one split.
 template <typename T, int kHead, int kQueries, bool kAligned>
@@ -185,41 +114,56 @@ struct SplitWarp {
   static constexpr int kBlocks = kQueries == 1 ? 4 : kKeys == 4 ? 3 : 2;
 
   const DecodeArgs& args;
-  int b, h, own, group, first_query;
-  Seen seen[kQueries];
+  const QueryInfo (&info)[kQueries];
+  int b, hk, own, group;
   float query[kQueries][L::kElements];
   Online<L::kElements> online[kQueries];
 
-  __device__ SplitWarp(const DecodeArgs& args, int pair, int first_query)
-      : args(args), b(pair / args.H), h(pair % args.H), first_query(first_query) {
+  // The warp's queries are those from number `first` on, below `end`, of key head hk. The block's
+  // queries attend to `keys`. Fills `info`.
+  __device__ SplitWarp(const DecodeArgs& args, int b, int hk, int first, int end, Keys keys,
+                       QueryInfo (&info)[kQueries])
+      : args(args), info(info), b(b), hk(hk) {
     const int lane = threadIdx.x % kWarp;
     own = lane % L::kLanes, group = lane / L::kLanes;
-    float bias[L::kElements];
-    load_bias<L, T>(args, args.r_w_bias, h, own, bias);
+    if (lane < kQueries) {
+      const int n_heads = args.group(), number = first + lane < end ? first + lane : 0;
+      const int i = kQueries == 1 ? 0 : number / n_heads;
+      const int h = kQueries == 1 ? hk : hk * n_heads + number % n_heads;
+      if (kQueries > 1) keys = first + lane < end ? args.keys_of(b, i) : args.no_keys();
+      info[lane] = {keys.begin,
+                    keys.end,
+                    args.to_row(b) - i - args.plan.row_begin,
+                    (b * args.H + h) * args.Tq + i,
+                    args.mask.head<const bool>(b, h) + i * args.mask.stride_t,
+                    h,
+                    i};
+    }
+    __syncwarp();
+    const float factor = product_factor(args, args.scale);
 #pragma unroll
     for (int a = 0; a < kQueries; ++a) {
-      const bool there = first_query + a < args.Tq;
-      seen[a] = there ? seen_by(args, b, first_query + a) : Seen{args.Tk(), 0};
-      load_query<L, T>(args, bias, b, h, there ? first_query + a : 0, own, query[a]);
+      const int h = kQueries == 1 ? hk : info[a].h, i = kQueries == 1 ? 0 : info[a].i;
+      float bias[L::kElements];
+      load_bias<L, T>(args.r_w_bias, h, args.D, own, bias);
+      load_query<L, T>(args.q.head<const T>(b, h) + i * args.q.stride_t, args.D, factor, bias, own,
+                       query[a]);
     }
   }
 
-  // The position score of query a and key j, and whether the mask lets them meet.
-  __device__ float position(int a, int j) const {
-    const DecodePlan& plan = args.plan;
-    int m = j - (first_query + a) + plan.shift;
-    if (args.clamp) m = max(0, min(m, plan.n_rows - 1));
-    const int64_t query_row = (int64_t(b) * args.H + h) * args.Tq + first_query + a;
-    return m >= 0 && m < plan.n_rows ? args.positions[query_row * plan.n_rows + m] : 0;
+  // The position score of a query and key j, and whether the mask lets them meet.
+  __device__ float position(const QueryInfo& query, int j) const {
+    const int n_rows = args.plan.n_rows;
+    int m = j + query.shift;
+    if (args.clamp) m = max(0, min(m, n_rows - 1));
+    return m >= 0 && m < n_rows ? args.positions[int64_t(query.row) * n_rows + m] : 0;
   }
-  __device__ bool attends(int a, int j) const {
-    if (args.mask.data == nullptr) return true;
-    const bool* row = args.mask.head<const bool>(b, h) + (first_query + a) * args.mask.stride_t;
-    return row[j * args.mask_stride_key];
+  __device__ bool attends(const QueryInfo& query, int j) const {
+    return args.mask.data == nullptr || query.mask[j * args.mask_stride_key];
   }
 
   // Takes in keys [begin, end), at most kStep of them; `k` and `v` are the rows of this group's
-  // first. Loads of k and v are all on their way before the first is used.
+  // first. Loads of k and v are all issued before the first is used.
   __device__ void meet(const T* k, const T* v, int64_t k_stride, int64_t v_stride, int begin,
                        int end) {
     typename L::Part k_part[kKeys], v_part[kKeys];
@@ -238,8 +182,8 @@ struct SplitWarp {
 #pragma unroll
     for (int a = 0; a < kQueries; ++a) {
       const bool sees =
-          own < kKeys && j < end && j >= seen[a].begin && j < seen[a].end && attends(a, j);
-      const float x = sees ? position(a, j) : 0;
+          own < kKeys && j < end && j >= info[a].begin && j < info[a].end && attends(info[a], j);
+      const float x = sees ? position(info[a], j) : 0;
       visible[a] = __ballot_sync(kAllLanes, sees) >> (group * L::kLanes);
 #pragma unroll
       for (int u = 0; u < kKeys; ++u) scores[a][u] = u == own ? x : 0;
@@ -278,12 +222,11 @@ struct SplitWarp {
   }
 
   // Every `stride`-th step of the split's keys from the `first`-th on: those in memory, then those
-  // in the segment, each where it lies. Keys that no query of this warp sees are not read.
-  __device__ void walk(Seen split, int first, int stride) {
-    Seen any = {args.Tk(), 0};
+  // in the segment, read from their own tensors. Keys that no query of this warp sees are not read.
+  __device__ void walk(Keys split, int first, int stride) {
+    Keys any = args.no_keys();
 #pragma unroll
-    for (int a = 0; a < kQueries; ++a)
-      any = {min(any.begin, seen[a].begin), max(any.end, seen[a].end)};
+    for (int a = 0; a < kQueries; ++a) any = any.with({info[a].begin, info[a].end});
     split = {max(split.begin, any.begin), min(split.end, any.end)};
 #pragma unroll 1
     for (int place = 0; place < 2; ++place) {
@@ -293,8 +236,8 @@ struct SplitWarp {
       const int zero = in_memory ? 0 : args.Tm;  // the key in row 0
       const int begin = max(split.begin, zero) + first * kStep;
       const int end = min(split.end, in_memory ? args.Tm : args.Tk());
-      const T* k = keys.head<const T>(b, h) + (begin + group - zero) * keys.stride_t;
-      const T* v = values.head<const T>(b, h) + (begin + group - zero) * values.stride_t;
+      const T* k = keys.head<const T>(b, hk) + (begin + group - zero) * keys.stride_t;
+      const T* v = values.head<const T>(b, hk) + (begin + group - zero) * values.stride_t;
       for (int j = begin; j < end; j += stride * kStep) {
         meet(k, v, keys.stride_t, values.stride_t, j, end);
         k += stride * kStep * keys.stride_t, v += stride * kStep * values.stride_t;
@@ -303,12 +246,15 @@ struct SplitWarp {
   }
 };
 
-// One split of one (b, h) pair: a run of keys, up to kDecodeQueries queries. A warp takes kQueries
-// of the queries, and the warps that share them take turns at the keys; in a warp, groups of lanes
-// take a key each, kKeys at a time, with a softmax state of their own: nothing waits for another
-// warp before the keys are done. K and V are read once, in 16 bytes to a lane (queries beyond a
-// warp's share meet them in L1). Writes the split's unnormalised output and stats, or the result
-// where there is one split. Scores, softmax and sums are float32; the order of every sum is fixed.
+// One split of the keys of one (b, hk) pair: up to kWarps · kQueries of the queries of its heads. A
+// warp computes kQueries of them, and the warps that share them take turns at the keys; in a warp,
+// groups of lanes take a key each, kKeys at a time, with a softmax state of their own: nothing
+// waits for another warp before the keys are done. The block reads K and V once, in 16 bytes to a
+// lane (queries beyond a warp's share meet them in L1; blocks of further queries of the same keys
+// are neighbours and meet them in L2). The keys are those that some query attends to, cut on the
+// device; a block without keys ends at once. Writes the split's unnormalised output and stats, or
+// the result where there is one split. Scores, softmax and sums are float32; the order of every sum
+// is fixed.
 template <typename T, int kHead, int kQueries, bool kAligned>
 __global__ void __launch_bounds__(kThreads, SplitWarp<T, kHead, kQueries, kAligned>::kBlocks)
     rel_attention_split_kernel(const DecodeArgs args) {
@@ -316,16 +262,25 @@ __global__ void __launch_bounds__(kThreads, SplitWarp<T, kHead, kQueries, kAlign
   using L = typename Warp::L;
   __shared__ float out[kWarps][kQueries][kHead];
   __shared__ Stats stats[kWarps][kQueries];
+  __shared__ QueryInfo info[kWarps][kQueries];
   const DecodePlan& plan = args.plan;
-  const int split = blockIdx.x % plan.n_splits, pair = blockIdx.x / plan.n_splits;
+  const int query_block = kQueries == 1 ? 0 : blockIdx.x % plan.query_blocks;
+  const int part = kQueries == 1 ? blockIdx.x : blockIdx.x / plan.query_blocks;
+  const int split = part % plan.n_splits, pair = part / plan.n_splits;
+  const int b = pair / args.Hk, hk = pair % args.Hk;
+  const Keys keys = keys_of_row(args, b, kQueries == 1);
+  const Splits splits = Splits::of(keys.count(), plan.n_splits);
+  if (split >= splits.n && plan.n_splits > 1) return;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int first = query_block * plan.block_queries;
+  const int n_queries = min(plan.block_queries, args.group() * args.Tq - first);
   // 1, 2 or 4 shares of the queries; the other warps double up on the keys.
-  const int needed = (args.Tq + kQueries - 1) / kQueries;
+  const int needed = (n_queries + kQueries - 1) / kQueries;
   const int shares = needed > 2 ? 4 : needed, turns = kWarps / shares;
 
-  Warp mine(args, pair, warp % shares * kQueries);
-  const int begin = plan.key_begin + split * plan.split_keys;
-  mine.walk({begin, min(begin + plan.split_keys, plan.key_end)}, warp / shares, turns);
+  Warp mine(args, b, hk, first + warp % shares * kQueries, first + n_queries, keys, info[warp]);
+  const int begin = keys.begin + split * splits.keys;
+  mine.walk({begin, min(begin + splits.keys, keys.end)}, warp / shares, turns);
 #pragma unroll
   for (int a = 0; a < kQueries; ++a) {
 #pragma unroll
@@ -339,13 +294,13 @@ __global__ void __launch_bounds__(kThreads, SplitWarp<T, kHead, kQueries, kAlign
     }
   }
   __syncthreads();
-  for (int n = threadIdx.x; n < args.Tq * args.Dv; n += kThreads) {
-    const int i = n / args.Dv, d = n % args.Dv, a = i % kQueries;
-    auto warp_of = [&](int turn) { return turn * shares + i / kQueries; };
+  for (int n = threadIdx.x; n < n_queries * args.Dv; n += kThreads) {
+    const int share = n / args.Dv / kQueries, a = n / args.Dv % kQueries, d = n % args.Dv;
+    auto warp_of = [&](int turn) { return turn * shares + share; };
     const Merged all = merge_runs(
         turns, [&](int turn) { return stats[warp_of(turn)][a]; },
         [&](int turn) { return out[warp_of(turn)][a][d]; });
-    const int64_t query_row = int64_t(pair) * args.Tq + i;
+    const int64_t query_row = info[share][a].row;
     if (plan.n_splits == 1) {
       finish<T>(args, query_row, d, all);
     } else {
@@ -356,18 +311,20 @@ __global__ void __launch_bounds__(kThreads, SplitWarp<T, kHead, kQueries, kAlign
   }
 }
 
-// One warp merges the splits of one query row, in their order, a lane to a column. Sums are
-// float32.
+// One warp merges the splits of one query row, in their order, a lane to a column; splits without
+// keys have no parts. Sums are float32.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rel_attention_combine_kernel(const DecodeArgs args) {
-  const int64_t query_row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (query_row >= int64_t(args.B) * args.H * args.Tq) return;
-  const int64_t first = query_row * args.plan.n_splits;
+  const int query_row = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  if (query_row >= args.B * args.H * args.Tq) return;
+  const Keys keys = keys_of_row(args, query_row / args.Tq / args.H, args.Tq == 1);
+  const int n_splits = Splits::of(keys.count(), args.plan.n_splits).n;
+  const int64_t first = int64_t(query_row) * args.plan.n_splits;
   const auto* stats = reinterpret_cast<const Stats*>(args.split_stats) + first;
   for (int d = threadIdx.x % kWarp; d < args.Dv; d += kWarp) {
     const float* out = args.split_out + first * args.Dv + d;
     const Merged all = merge_runs(
-        args.plan.n_splits, [&](int s) { return stats[s]; },
+        n_splits, [&](int s) { return stats[s]; },
         [&](int s) { return out[int64_t(s) * args.Dv]; });
     finish<T>(args, query_row, d, all);
   }

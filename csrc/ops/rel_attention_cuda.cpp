@@ -14,82 +14,69 @@ namespace {
 
 using at::Tensor;
 
-// The kernels count keys, rows and queries in 32 bits.
+// The kernels count keys, rows of r and query rows in 32 bits.
 int count(const char* name, int64_t n) {
   TORCH_CHECK_VALUE(n < (int64_t(1) << 30),
-                    "rel_attention: the native backend takes sizes below "
-                    "2^30 on CUDA, got ",
+                    "rel_attention: the native backend supports sizes below 2^30 on CUDA, got ",
                     name, " = ", n);
   return static_cast<int>(n);
 }
 
-HeadBias head_bias(const Tensor& given, const Tensor& q, Tensor& home) {
-  if (!given.defined()) return {};
-  TORCH_CHECK_TYPE(given.scalar_type() == at::kFloat || given.scalar_type() == q.scalar_type(),
-                   "rel_attention: biases must be float32 or of q's dtype, got ",
-                   given.scalar_type());
-  home = given.contiguous();
-  return {home.data_ptr(), home.scalar_type() == at::kFloat};
+HeadBias head_bias(Tensor& bias) {
+  if (!bias.defined()) return {};
+  bias = bias.contiguous();
+  return {bias.data_ptr(), bias.scalar_type() == at::kFloat};
 }
 
-Lengths lengths(const Tensor& given, Tensor& home) {
-  if (!given.defined()) return {};
-  home = given.contiguous();
-  return {home.data_ptr(), home.scalar_type() == at::kLong};
+RowNumbers row_numbers(const Tensor& x) {
+  if (!x.defined()) return {};
+  const int64_t stride_i = x.dim() == 2 ? x.stride(1) : 0;
+  return {x.data_ptr(), x.scalar_type() == at::kLong, x.stride(0), stride_i};
 }
 
-std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                             const Tensor& r_, at::TensorList optional_,
-                                             at::IntArrayRef rules_,
-                                             at::ArrayRef<double> numbers_) {
-  const OptionalTensors optional(optional_);
-  const Rules rules(rules_);
-  const Numbers numbers(numbers_);
-  TORCH_CHECK(!optional.q_pos.defined() && !optional.q_start.defined() && numbers.dropout_p == 0 &&
-                  numbers.pos_scale == numbers.scale && k_.size(1) == q_.size(1),
-              "rel_attention: the native backend does not support this yet on CUDA");
-  TORCH_CHECK_VALUE(q_.size(2) <= kDecodeQueries && q_.size(3) <= kMaxHeadSize &&
-                        v_.size(3) <= kMaxHeadSize,
-                    "rel_attention: the native backend takes up to ", kDecodeQueries,
-                    " queries and head sizes up to ", kMaxHeadSize,
-                    " on CUDA, got Tq = ", q_.size(2), ", D = ", q_.size(3), ", Dv = ", v_.size(3));
-  const Scalar dtype = scalar_of("rel_attention", "q", q_);
-  TORCH_CHECK_TYPE(dtype != Scalar::f64,
-                   "rel_attention: the native backend takes no float64 on CUDA");
-  for (const Tensor* x : {&k_, &v_, &r_})
-    TORCH_CHECK_TYPE(x->scalar_type() == q_.scalar_type(),
-                     "rel_attention: q, k, v, r must share a dtype, got ", q_.scalar_type(),
-                     " and ", x->scalar_type());
-  const DeviceCall call(q_);
-  const Tensor q = last_dim_contiguous(q_), k = last_dim_contiguous(k_),
-               v = last_dim_contiguous(v_), r = last_dim_contiguous(r_);
-  Tensor mem_k, mem_v, r_w_bias, r_r_bias, key_start, key_lens;
+DecodeArgs decode_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r,
+                       OptionalTensors& optional, const Rules& rules, const Numbers& numbers) {
+  check_call(q, k, v, r, optional);
+  TORCH_CHECK_VALUE(q.size(2) <= kDecodeQueries,
+                    "rel_attention: the native backend supports up to ", kDecodeQueries,
+                    " queries on CUDA, got ", q.size(2));
+  TORCH_CHECK(numbers.dropout_p == 0,
+              "rel_attention: the native backend does not support dropout_p on CUDA");
   DecodeArgs args;
-  args.B = count("B", q.size(0)), args.H = count("H", q.size(1));
-  args.Tq = count("Tq", q.size(2)), args.Ts = count("Ts", k.size(2));
-  args.D = count("D", q.size(3)), args.Dv = count("Dv", v.size(3));
+  args.B = count("B", q.size(0)), args.H = count("H", q.size(1)), args.Hk = count("Hk", k.size(1));
+  args.Tq = count("Tq", q.size(2)), args.Ts = count("Ts", k.size(2)),
   args.R = count("R", r.size(2));
-  args.q = view4(q), args.k = view4(k), args.v = view4(v), args.r = view4(r);
+  args.D = count("D", q.size(3)), args.Dv = count("Dv", v.size(3)),
+  args.Dp = count("Dp", r.size(3));
   if (optional.mem_k.defined()) {
-    mem_k = last_dim_contiguous(optional.mem_k), mem_v = last_dim_contiguous(optional.mem_v);
-    args.mem_k = view4(mem_k), args.mem_v = view4(mem_v);
-    args.Tm = count("Tm", mem_k.size(2));
+    args.Tm = count("Tm", optional.mem_k.size(2));
+    args.mem_k = view4(optional.mem_k), args.mem_v = view4(optional.mem_v);
   }
-  count("Tk", int64_t(args.Tm) + args.Ts);
-  args.r_w_bias = head_bias(optional.r_w_bias, q, r_w_bias);
-  args.r_r_bias = head_bias(optional.r_r_bias, q, r_r_bias);
-  args.key_start = lengths(optional.key_start, key_start),
-  args.key_lens = lengths(optional.key_lens, key_lens);
-  if (optional.mask.defined()) {
-    const Tensor* const mask = &optional.mask;
-    args.mask = {mask->data_ptr(), mask->stride(0), mask->stride(1), mask->stride(2)};
-    args.mask_stride_key = mask->stride(3);
-  }
-  args.offset = rules.offset, args.clamp = rules.clamp;
-  args.rule = rules.keys;
-  args.scale = static_cast<float>(numbers.scale),
+  count("Tm + Ts", int64_t(args.Tm) + args.Ts);
+  count("B · H · Tq", q.size(0) * q.size(1) * q.size(2));
+  args.q = view4(q), args.k = view4(k), args.v = view4(v), args.r = view4(r);
+  args.q_pos = optional.q_pos.defined() ? view4(optional.q_pos) : args.q;
+  args.r_w_bias = head_bias(optional.r_w_bias), args.r_r_bias = head_bias(optional.r_r_bias);
+  args.q_start = row_numbers(optional.q_start);
+  args.key_start = row_numbers(optional.key_start), args.key_lens = row_numbers(optional.key_lens);
+  if (optional.mask.defined())
+    args.mask = view4(optional.mask), args.mask_stride_key = optional.mask.stride(3);
+  args.offset = rules.offset, args.clamp = rules.clamp, args.rule = rules.keys;
+  args.scale = static_cast<float>(numbers.scale);
+  args.pos_scale = static_cast<float>(numbers.pos_scale);
   args.softcap = static_cast<float>(numbers.softcap);
+  return args;
+}
 
+std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& r, at::TensorList tensors,
+                                             at::IntArrayRef rules, at::ArrayRef<double> numbers) {
+  OptionalTensors optional(tensors);
+  const Scalar dtype = scalar_of("rel_attention", "q", q);
+  TORCH_CHECK_TYPE(dtype != Scalar::f64,
+                   "rel_attention: the native backend does not support float64 on CUDA");
+  const DeviceCall call(q);
+  DecodeArgs args = decode_args(q, k, v, r, optional, Rules(rules), Numbers(numbers));
   const Tensor out = at::empty({args.B, args.H, args.Tq, args.Dv}, q.options());
   const auto floats = q.options().dtype(at::kFloat);
   const Tensor lse = at::empty({args.B, args.H, args.Tq}, floats);

@@ -15,12 +15,17 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from txl_kernels._rel_attention_call import UNLIMITED, OptionalTensors, Options
+from txl_kernels.backends.head_size import MAX_HEAD_SIZE
+from txl_kernels.ops.rel_attention_calls import prepare
+
 CSRC = Path(__file__).parents[2] / "csrc"
 EMULATION = Path(__file__).parent / "cuda_emulation"
 SCALARS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 FLAGS = (
     *("-std=c++20", "-O1", "-g1", "-pthread", "-mf16c", "-fno-strict-aliasing"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    f"-DTXL_MAX_HEAD_SIZE={MAX_HEAD_SIZE}",
 )
 
 
@@ -52,43 +57,25 @@ class Emulation:
 
     def attend(self, **call: Any) -> tuple[Tensor, Tensor]:
         """Returns the output and lse of `rel_attention` for its own arguments."""
-        q, v = call["q"], call["v"]
-        B, H, Tq, D = q.shape
-        Tm = call["mem_k"].shape[2] if "mem_k" in call else 0
-        Ts, Dv, R = v.shape[2], v.shape[3], call["r"].shape[2]
-        window_left, window_right = call.get("window", (None, None))
-        size, left, phase = (*call.get("chunk", ()), 0, 0, 0)[:3]
-        numbers = {
-            "B": B,
-            "H": H,
-            "Tq": Tq,
-            "Tm": Tm,
-            "Ts": Ts,
-            "D": D,
-            "Dv": Dv,
-            "R": R,
-            "dtype": SCALARS[q.dtype],
-            "bytes": q.element_size(),
-            "offset": call.get("offset", Tq - 1),
-            "clamp": call.get("clamp", False),
-            "scale": call.get("scale", D**-0.5),
-            "softcap": call.get("softcap", 0.0),
-            "causal": call.get("causal", False),
-            "chunk_size": size,
-            "chunk_left": left,
-            "chunk_phase": phase,
-            "float_biases": call.get("r_w_bias", q).dtype == torch.float32,
-        }
-        for name, side in (("window_left", window_left), ("window_right", window_right)):
-            if side is not None:
-                numbers[name] = side
-        tensors = {name: given for name, given in call.items() if isinstance(given, Tensor)}
+        q, k, v, r = (call.pop(name) for name in ("q", "k", "v", "r"))
+        given = {name: call.pop(name) for name in OptionalTensors._fields if name in call}
+        options = Options(**call, backend="reference")
+        prepared = prepare("rel_attention", q, k, v, r, OptionalTensors(**given), None, options)
+        *_, optional, rules, factors = prepared.call
+        tensors = {"q_pos": q, "q": q, "k": k, "v": v, "r": r}
+        tensors |= {name: x for name, x in optional._asdict().items() if x is not None}
+        (B, H, Tq, D), (_, Hk, Ts, Dv) = q.shape, v.shape
+        Tm = tensors["mem_k"].shape[2] if "mem_k" in tensors else 0
+        numbers = {"B": B, "H": H, "Hk": Hk, "Tq": Tq, "Tm": Tm, "Ts": Ts, "D": D, "Dv": Dv}
+        numbers |= {"R": r.shape[2], "Dp": r.shape[3], **factors._asdict()}
+        numbers |= {"offset": rules.offset, "clamp": rules.clamp}
+        numbers |= {f"rule.{name}": n for name, n in rules._asdict().items() if n != UNLIMITED}
+        numbers |= {"dtype": SCALARS[q.dtype], "bytes": q.element_size()}
+        numbers["float_biases"] = given.get("r_w_bias", q).dtype == torch.float32
         if "mask" in tensors:
-            tensors["mask"] = tensors["mask"].expand(B, H, Tq, Tm + Ts)
             numbers["mask_stride_key"] = tensors["mask"].stride(3)
-        for name in ("key_start", "key_lens"):
-            if name in tensors:
-                numbers["wide_lengths"] = tensors[name].dtype == torch.int64
+        positions = [tensors.get(name) for name in ("q_start", "key_start", "key_lens")]
+        numbers["is_wide"] = any(x is not None and x.dtype == torch.int64 for x in positions)
         results = self.run(numbers, tensors)
         n_out = B * H * Tq * Dv * q.element_size()
         out = torch.frombuffer(bytearray(results[:n_out]), dtype=q.dtype)

@@ -32,8 +32,8 @@ def test_all_kernels_are_compiled_and_pass(kernels):
     assert {arch for arch, _ in kernels} == {"sm_80"}
     counts = collections.Counter(re.search(r"rel_\w+", name)[0] for _, name in kernels)
     assert counts == {
-        "rel_attention_positions_kernel": 3 * 3 * 2,  # types, head sizes, alignments
-        "rel_attention_split_kernel": 3 * 3 * 2 * 2,  # and one or four queries of a warp
+        "rel_attention_positions_kernel": 3 * 4 * 2,  # types, head sizes, alignments
+        "rel_attention_split_kernel": 3 * 3 * 2 * 2,  # also one or four queries of a warp
         "rel_attention_combine_kernel": 3,
         "rel_shift_kernel": 3,  # element sizes
     }

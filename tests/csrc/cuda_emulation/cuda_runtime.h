@@ -36,23 +36,25 @@ struct Block {
 };
 inline thread_local Block* block = nullptr;
 
-// Every lane of the warp leaves a word and then reads what the others left.
+// Every lane of the warp writes a word and then reads the words of the others.
+inline Warp& warp() { return block->warps[threadIdx.x / kWarp]; }
 template <typename Read>
 auto exchange(uint32_t word, Read read) {
-  Warp& warp = block->warps[threadIdx.x / kWarp];
-  warp.slots[threadIdx.x % kWarp] = word;
-  warp.barrier.arrive_and_wait();
-  const auto result = read(warp.slots);
-  warp.barrier.arrive_and_wait();
+  warp().slots[threadIdx.x % kWarp] = word;
+  warp().barrier.arrive_and_wait();
+  const auto result = read(warp().slots);
+  warp().barrier.arrive_and_wait();
   return result;
 }
 
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::block->barrier.arrive_and_wait(); }
-inline float __shfl_xor_sync(unsigned, float x, int distance) {
+inline void __syncwarp() { emulation::warp().barrier.arrive_and_wait(); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, int distance) {
   return emulation::exchange(std::bit_cast<uint32_t>(x), [&](const uint32_t* slots) {
-    return std::bit_cast<float>(slots[threadIdx.x % emulation::kWarp ^ unsigned(distance)]);
+    return std::bit_cast<T>(slots[threadIdx.x % emulation::kWarp ^ unsigned(distance)]);
   });
 }
 inline unsigned __ballot_sync(unsigned, bool x) {

@@ -1,6 +1,6 @@
 // Runs one op on a problem file and writes the results' bytes: `run problem results`. The file is
 // lines "number NAME VALUE" and "tensor NAME BYTES STRIDE*3" (in elements), each tensor's bytes
-// behind its line. Every tensor lies in an allocation of exactly its size; results start as NaN.
+// after its line. Every tensor has an allocation of exactly its size; results start as NaN.
 #include <cstring>
 #include <fstream>
 #include <map>
@@ -39,30 +39,27 @@ struct Problem {
 
 static const char* attend(Problem& p, std::ofstream& results) {
   txl::DecodeArgs a;
-  p.set(a.B, "B"), p.set(a.H, "H"), p.set(a.Tq, "Tq"), p.set(a.Tm, "Tm"), p.set(a.Ts, "Ts");
-  p.set(a.D, "D"), p.set(a.Dv, "Dv"), p.set(a.R, "R"), p.set(a.offset, "offset");
-  p.set(a.clamp, "clamp"), p.set(a.scale, "scale"), p.set(a.softcap, "softcap");
-  p.set(a.rule.causal, "causal"), p.set(a.rule.window_left, "window_left");
-  p.set(a.rule.window_right, "window_right"), p.set(a.rule.chunk_size, "chunk_size");
-  p.set(a.rule.chunk_left, "chunk_left"), p.set(a.rule.chunk_phase, "chunk_phase");
-  a.q = p.tensors["q"], a.k = p.tensors["k"], a.v = p.tensors["v"], a.r = p.tensors["r"];
-  a.mem_k = p.tensors["mem_k"], a.mem_v = p.tensors["mem_v"], a.mask = p.tensors["mask"];
-  p.set(a.mask_stride_key, "mask_stride_key");
+#define NUMBER(name) p.set(a.name, #name)
+#define TENSOR(name) a.name = p.tensors[#name]
+#define ROW_NUMBERS(name) a.name = {p.tensors[#name].data, p.numbers["is_wide"] != 0, \
+                                    p.tensors[#name].stride_b, p.tensors[#name].stride_h}
+  NUMBER(B), NUMBER(H), NUMBER(Hk), NUMBER(Tq), NUMBER(Tm), NUMBER(Ts), NUMBER(D), NUMBER(Dv);
+  NUMBER(Dp), NUMBER(R), NUMBER(offset), NUMBER(clamp), NUMBER(scale), NUMBER(pos_scale);
+  NUMBER(softcap), NUMBER(mask_stride_key), NUMBER(rule.window_left), NUMBER(rule.window_right);
+  NUMBER(rule.chunk_size), NUMBER(rule.chunk_left), NUMBER(rule.chunk_phase);
+  TENSOR(q), TENSOR(k), TENSOR(v), TENSOR(mem_k), TENSOR(mem_v), TENSOR(q_pos), TENSOR(r);
+  TENSOR(mask), ROW_NUMBERS(q_start), ROW_NUMBERS(key_start), ROW_NUMBERS(key_lens);
   a.r_w_bias = {p.tensors["r_w_bias"].data, p.numbers["float_biases"] != 0};
   a.r_r_bias = {p.tensors["r_r_bias"].data, p.numbers["float_biases"] != 0};
-  a.key_start = {p.tensors["key_start"].data, p.numbers["wide_lengths"] != 0};
-  a.key_lens = {p.tensors["key_lens"].data, p.numbers["wide_lengths"] != 0};
   a.plan = txl::plan_decode(a);
   const size_t rows = size_t(a.B) * a.H * a.Tq, bytes = rows * a.Dv * size_t(p.numbers["bytes"]);
+  const size_t runs = a.plan.n_splits == 1 ? 0 : rows * a.plan.n_splits;
   auto floats = [&](size_t n) { return reinterpret_cast<float*>(p.allocate(4 * n)); };
-  a.out = p.allocate(bytes), a.lse = floats(rows);
-  a.positions = floats(rows * a.plan.n_rows);
-  a.split_out = floats(a.plan.n_splits == 1 ? 0 : rows * a.plan.n_splits * a.Dv);
-  a.split_stats = floats(a.plan.n_splits == 1 ? 0 : rows * a.plan.n_splits * 2);
+  a.out = p.allocate(bytes), a.lse = floats(rows), a.positions = floats(rows * a.plan.n_rows);
+  a.split_out = floats(runs * a.Dv), a.split_stats = floats(runs * 2);
   const char* error = txl::rel_attention_decode(txl::Scalar(int(p.numbers["dtype"])), a, nullptr);
   results.write(static_cast<char*>(a.out), bytes);
-  results.write(reinterpret_cast<char*>(a.lse), rows * 4);
-  return error;
+  return results.write(reinterpret_cast<char*>(a.lse), rows * 4), error;
 }
 
 static const char* shift(Problem& p, std::ofstream& results) {
