@@ -109,7 +109,7 @@ def add(key: tuple[Any, ...] | None, prepared: Prepared) -> None:
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
     with torch.inference_mode(False):
-        absent = torch.empty(0, dtype=call.q.dtype)
+        absent = torch.empty(0, dtype=call.q.dtype, device="cpu")
     has_optional = any(x is not None for x in call.optional)
     _plans[key] = Plan(
         torch.ops.txl_native.rel_attention_fwd.default,
