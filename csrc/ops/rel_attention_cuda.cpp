@@ -22,88 +22,45 @@ int count(const char* name, int64_t n) {
   return static_cast<int>(n);
 }
 
-// The public function has checked the arguments; checks here are those that memory safety depends
-// on.
-void check_place(const char* name, const Tensor& x, const Tensor& q, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(x.device() == q.device(), "rel_attention: ", name, " must be on ", q.device(),
-                    ", got ", x.device());
-  TORCH_CHECK_VALUE(x.sizes() == shape, "rel_attention: ", name, " must have shape ", shape,
-                    ", got ", x.sizes());
-}
-
-Tensor4 rows_of(const char* name, const Tensor& x, const Tensor& q, at::IntArrayRef shape) {
-  check_place(name, x, q, shape);
-  TORCH_CHECK_TYPE(x.scalar_type() == q.scalar_type(), "rel_attention: ", name,
-                   " must have q's dtype, ", q.scalar_type(), ", got ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.stride(3) == 1 || x.size(3) == 1, "rel_attention: the last dimension of ",
-                    name, " must be contiguous");
-  return view4(x);
-}
-
-HeadBias head_bias(const char* name, Tensor& bias, const Tensor& q, at::IntArrayRef shape) {
+HeadBias head_bias(Tensor& bias) {
   if (!bias.defined()) return {};
-  check_place(name, bias, q, shape);
-  const bool is_float = bias.scalar_type() == at::kFloat;
-  TORCH_CHECK_TYPE(is_float || bias.scalar_type() == q.scalar_type(), "rel_attention: ", name,
-                   " must be float32 or of q's dtype, got ", bias.scalar_type());
   bias = bias.contiguous();
-  return {bias.data_ptr(), is_float};
+  return {bias.data_ptr(), bias.scalar_type() == at::kFloat};
 }
 
-RowNumbers row_numbers(const char* name, const Tensor& x, const Tensor& q, bool per_query) {
+RowNumbers row_numbers(const Tensor& x) {
   if (!x.defined()) return {};
-  const int64_t shape[] = {q.size(0), q.size(2)};
-  check_place(name, x, q, {shape, per_query && x.dim() == 2 ? 2u : 1u});
-  const bool is_wide = x.scalar_type() == at::kLong;
-  TORCH_CHECK_TYPE(is_wide || x.scalar_type() == at::kInt, "rel_attention: ", name,
-                   " must be int32 or int64, got ", x.scalar_type());
-  return {x.data_ptr(), is_wide, x.stride(0), x.dim() == 2 ? x.stride(1) : 0};
+  const int64_t stride_i = x.dim() == 2 ? x.stride(1) : 0;
+  return {x.data_ptr(), x.scalar_type() == at::kLong, x.stride(0), stride_i};
 }
 
 DecodeArgs decode_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r,
                        OptionalTensors& optional, const Rules& rules, const Numbers& numbers) {
-  for (const Tensor* x : {&q, &k, &v, &r})
-    TORCH_CHECK_VALUE(x->dim() == 4, "rel_attention: q, k, v, r must have 4 dimensions");
-  const int64_t B = q.size(0), H = q.size(1), Hk = k.size(1), Tq = q.size(2), Ts = k.size(2);
-  const int64_t D = q.size(3), Dv = v.size(3), Dp = r.size(3), R = r.size(2);
-  const Tensor& mem_k = optional.mem_k;
-  const int64_t Tm = mem_k.defined() && mem_k.dim() == 4 ? mem_k.size(2) : 0;
-  TORCH_CHECK_VALUE(Tq <= kDecodeQueries && std::max({D, Dv, Dp}) <= kMaxHeadSize,
+  check_call(q, k, v, r, optional);
+  TORCH_CHECK_VALUE(q.size(2) <= kDecodeQueries,
                     "rel_attention: the native backend supports up to ", kDecodeQueries,
-                    " queries and head sizes up to ", kMaxHeadSize, " on CUDA, got Tq = ", Tq,
-                    ", D = ", D, ", Dv = ", Dv, ", Dp = ", Dp);
+                    " queries on CUDA, got ", q.size(2));
   TORCH_CHECK(numbers.dropout_p == 0,
               "rel_attention: the native backend does not support dropout_p on CUDA");
-  TORCH_CHECK_VALUE(Hk > 0 && H % Hk == 0, "rel_attention: q must have a multiple of k's ", Hk,
-                    " heads, got ", H, " heads");
   DecodeArgs args;
-  args.B = count("B", B), args.H = count("H", H), args.Hk = count("Hk", Hk);
-  args.Tq = count("Tq", Tq), args.Tm = count("Tm", Tm), args.Ts = count("Ts", Ts);
-  args.D = count("D", D), args.Dv = count("Dv", Dv), args.Dp = count("Dp", Dp);
-  args.R = count("R", R);
-  const int64_t Tk = count("Tm + Ts", Tm + Ts);
-  count("B · H · Tq", B * H * Tq);
-  args.q = rows_of("q", q, q, {B, H, Tq, D}), args.k = rows_of("k", k, q, {B, Hk, Ts, D});
-  args.v = rows_of("v", v, q, {B, Hk, Ts, Dv});
-  const int64_t r_batch = r.size(0) == 1 ? 1 : B, r_heads = r.size(1) == 1 ? 1 : H;
-  args.r = rows_of("r", r, q, {r_batch, r_heads, R, Dp});
-  if (mem_k.defined() || optional.mem_v.defined()) {
-    args.mem_k = rows_of("mem_k", mem_k, q, {B, Hk, Tm, D});
-    args.mem_v = rows_of("mem_v", optional.mem_v, q, {B, Hk, Tm, Dv});
+  args.B = count("B", q.size(0)), args.H = count("H", q.size(1)), args.Hk = count("Hk", k.size(1));
+  args.Tq = count("Tq", q.size(2)), args.Ts = count("Ts", k.size(2)),
+  args.R = count("R", r.size(2));
+  args.D = count("D", q.size(3)), args.Dv = count("Dv", v.size(3)),
+  args.Dp = count("Dp", r.size(3));
+  if (optional.mem_k.defined()) {
+    args.Tm = count("Tm", optional.mem_k.size(2));
+    args.mem_k = view4(optional.mem_k), args.mem_v = view4(optional.mem_v);
   }
-  const Tensor& q_pos = optional.q_pos.defined() ? optional.q_pos : q;
-  args.q_pos = rows_of("q_pos", q_pos, q, {B, H, Tq, Dp});
-  args.r_w_bias = head_bias("r_w_bias", optional.r_w_bias, q, {H, D});
-  args.r_r_bias = head_bias("r_r_bias", optional.r_r_bias, q, {H, Dp});
-  args.q_start = row_numbers("q_start", optional.q_start, q, false);
-  args.key_start = row_numbers("key_start", optional.key_start, q, true);
-  args.key_lens = row_numbers("key_lens", optional.key_lens, q, true);
-  if (optional.mask.defined()) {
-    const Tensor& mask = optional.mask;
-    check_place("mask", mask, q, {B, H, Tq, Tk});
-    TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool, "rel_attention: mask must be bool");
-    args.mask = view4(mask), args.mask_stride_key = mask.stride(3);
-  }
+  count("Tm + Ts", int64_t(args.Tm) + args.Ts);
+  count("B · H · Tq", q.size(0) * q.size(1) * q.size(2));
+  args.q = view4(q), args.k = view4(k), args.v = view4(v), args.r = view4(r);
+  args.q_pos = optional.q_pos.defined() ? view4(optional.q_pos) : args.q;
+  args.r_w_bias = head_bias(optional.r_w_bias), args.r_r_bias = head_bias(optional.r_r_bias);
+  args.q_start = row_numbers(optional.q_start);
+  args.key_start = row_numbers(optional.key_start), args.key_lens = row_numbers(optional.key_lens);
+  if (optional.mask.defined())
+    args.mask = view4(optional.mask), args.mask_stride_key = optional.mask.stride(3);
   args.offset = rules.offset, args.clamp = rules.clamp, args.rule = rules.keys;
   args.scale = static_cast<float>(numbers.scale);
   args.pos_scale = static_cast<float>(numbers.pos_scale);

@@ -48,7 +48,10 @@ class KeptMemory {
       const std::lock_guard lock(mutex_);
       if (memory_.defined() && memory_.numel() >= bytes) return std::exchange(memory_, {});
     }
-    return at::empty({round_to_coarse_size(bytes)}, at::device(at::kCPU).dtype(at::kByte));
+    const at::Tensor fresh =
+        at::empty({round_to_coarse_size(bytes)}, at::device(at::kCPU).dtype(at::kByte));
+    advise_huge_pages(fresh.data_ptr(), fresh.numel());
+    return fresh;
   }
   // Keeps the larger of `memory` and the piece that is there.
   void keep(at::Tensor memory) {
@@ -75,7 +78,6 @@ class Workspace {
     memory_ = KeptMemory::instance().take(total_ + align);
     base_ = static_cast<char*>(memory_.data_ptr());
     base_ += align - reinterpret_cast<uintptr_t>(base_) % align;
-    if (align == kHugePage) advise_huge_pages(base_, total_);
   }
   ~Workspace() { KeptMemory::instance().keep(std::move(memory_)); }
   Workspace(const Workspace&) = delete;

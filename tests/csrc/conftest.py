@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from txl_kernels._rel_attention_call import UNLIMITED, OptionalTensors
+from txl_kernels._rel_attention_call import UNLIMITED, OptionalTensors, Options
 from txl_kernels.backends.head_size import MAX_HEAD_SIZE
 from txl_kernels.ops.rel_attention_calls import prepare
 
@@ -59,7 +59,8 @@ class Emulation:
         """Returns the output and lse of `rel_attention` for its own arguments."""
         q, k, v, r = (call.pop(name) for name in ("q", "k", "v", "r"))
         given = {name: call.pop(name) for name in OptionalTensors._fields if name in call}
-        prepared = prepare("rel_attention", q, k, v, r, OptionalTensors(**given), **call, backend="reference")
+        options = Options(**call, backend="reference")
+        prepared = prepare("rel_attention", q, k, v, r, OptionalTensors(**given), None, options)
         *_, optional, rules, factors = prepared.call
         tensors = {"q_pos": q, "q": q, "k": k, "v": v, "r": r}
         tensors |= {name: x for name, x in optional._asdict().items() if x is not None}

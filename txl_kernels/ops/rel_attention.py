@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from txl_kernels._rel_attention_call import OptionalTensors, Options
@@ -111,35 +113,13 @@ def rel_attention(
 
     Source: Dai et al., "Transformer-XL", ACL 2019, section 3.3.
     """
-    out, _lse = rel_attention_with_lse(
-        q,
-        k,
-        v,
-        r,
-        r_w_bias=r_w_bias,
-        r_r_bias=r_r_bias,
-        mem_k=mem_k,
-        mem_v=mem_v,
-        q_pos=q_pos,
-        pos_scale=pos_scale,
-        q_start=q_start,
-        offset=offset,
-        clamp=clamp,
-        causal=causal,
-        window=window,
-        chunk=chunk,
-        key_start=key_start,
-        key_lens=key_lens,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        dead_rows=dead_rows,
-        backend=backend,
+    tensors = (
+        *(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, q_start, key_start, key_lens),
+        *(mask, dropout_seed),
     )
-    return out
+    numbers = (scale, pos_scale, softcap, dropout_p)
+    options = (offset, clamp, causal, window, chunk, *numbers, dead_rows, backend)
+    return _attend(tensors, bias, options)[0]
 
 
 def rel_attention_with_lse(
@@ -177,15 +157,24 @@ def rel_attention_with_lse(
     (float64 for float64), and -inf where a query attends to no key. It is differentiable; its
     gradient is ignored where it is -inf. `merge_attention` and `with_sink` combine such results.
     """
-    optional = OptionalTensors(
-        r_w_bias, r_r_bias, mem_k, mem_v, q_pos, q_start, key_start, key_lens, mask, dropout_seed
+    tensors = (
+        *(q, k, v, r, r_w_bias, r_r_bias, mem_k, mem_v, q_pos, q_start, key_start, key_lens),
+        *(mask, dropout_seed),
     )
     numbers = (scale, pos_scale, softcap, dropout_p)
-    options = Options(offset, clamp, causal, window, chunk, *numbers, dead_rows, backend)
-    key = rel_attention_plans.key(q, k, v, r, optional, bias, options)
+    options = (offset, clamp, causal, window, chunk, *numbers, dead_rows, backend)
+    return _attend(tensors, bias, options)
+
+
+def _attend(
+    tensors: tuple[Any, ...], bias: Tensor | None, options: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Runs a call by the plan of an equal one, or prepares it: q, k, v, r, …, fields of Options."""
+    key = rel_attention_plans.key(tensors, bias, options)
     plan = rel_attention_plans.get(key)
     if plan is not None:
-        return plan.run(q, k, v, r, optional)
-    prepared = prepare("rel_attention", q, k, v, r, optional, bias, options)
+        return plan.run(tensors)
+    optional = OptionalTensors(*tensors[4:])
+    prepared = prepare("rel_attention", *tensors[:4], optional, bias, Options(*options))
     rel_attention_plans.add(key, prepared)
     return forward(prepared)

@@ -7,14 +7,15 @@ small call without gradients also skips the autograd kernel in Python, half of i
 from __future__ import annotations
 
 import marshal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd, _is_tracing, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from txl_kernels._rel_attention_call import OptionalTensors, Options
 from txl_kernels.backends import verification
 from txl_kernels.ops.rel_attention_calls import Prepared
 
@@ -27,59 +28,57 @@ class Plan(NamedTuple):
 
     operator: Callable[..., Any]
     absent: Tensor
+    optional: list[Tensor] | None  # of a call that gives none of the optional tensors
     rules: list[int]
     numbers: list[float]
     needs_grad: bool
 
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, r: Tensor, optional: OptionalTensors
-    ) -> tuple[Tensor, Tensor]:
-        """Returns out and lse."""
-        absent = self.absent
-        tensors = [absent if x is None else x for x in optional]
+    def run(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Returns out and lse of q, k, v, r and the optional tensors."""
+        optional, absent = self.optional, self.absent
+        if optional is None:
+            optional = [absent if x is None else x for x in tensors[4:]]
         if self.needs_grad:
-            out, lse = self.operator(q, k, v, r, tensors, self.rules, self.numbers)
-            return out, lse
+            return self.operator(*tensors[:4], optional, self.rules, self.numbers)  # type: ignore[no-any-return]
         # As torch.library's own autograd kernels do. `torch.inference_mode` would return tensors
         # that no later computation may differentiate.
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = self.operator(q, k, v, r, tensors, self.rules, self.numbers)
-            return out, lse
+        with _AutoDispatchBelowAutograd():
+            return self.operator(*tensors[:4], optional, self.rules, self.numbers)  # type: ignore[no-any-return]
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def key(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    optional: OptionalTensors,
-    bias: Tensor | None,
-    options: Options,
+    tensors: Sequence[Tensor | None], bias: Tensor | None, options: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
     """Equal for two calls that differ in the values of tensors only; None for calls without plan.
 
     The latter are traced, transformed or autocast calls, calls outside the CPU, and those with
     tensors whose rows have to be copied.
+
+    Args:
+        tensors: q, k, v, r and the optional tensors, as the caller gives them.
+        options: the fields of `Options`.
     """
     if torch.compiler.is_compiling() or bias is not None or _is_changed():
         return None
     try:  # bytes, since 1, 1.0 and True are equal; version 2 depends on the values alone
-        parts: list[Any] = [marshal.dumps((*options,), 2)]
+        parts: list[Any] = [marshal.dumps(options, 2)]
     except ValueError:  # symbolic numbers, and others that are no Python numbers
         return None
-    needs_grad, add = False, parts.append
-    for x in (q, k, v, r, *optional):
+    may_need_grad, needs_grad = torch.is_grad_enabled(), False
+    for x in tensors:
         if x is None:
-            add(None)
-        elif type(x) in _TENSORS and x.is_cpu and x.ndim and x.stride(-1) == 1:
-            add((x.shape, x.dtype))
-            needs_grad = needs_grad or x.requires_grad
-        else:
+            parts.append(None)
+            continue
+        shape = x.shape if type(x) in _TENSORS else None
+        if not shape or not x.is_cpu or x.stride(-1) != 1:
             return None
-    add(needs_grad and torch.is_grad_enabled())
+        parts += (shape, x.dtype)
+        if may_need_grad and x.requires_grad:
+            needs_grad = True
+    parts.append(needs_grad)
     return tuple(parts)
 
 
@@ -87,10 +86,10 @@ def _is_changed() -> bool:
     """Whether a mode, a transform, a tracer or autocast changes what a call does."""
     return bool(
         torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _len_torch_dispatch_stack()
+        or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
+        or _is_tracing()
         or "cpu" in verification.DEVICE_TYPES
     )
 
@@ -111,9 +110,15 @@ def add(key: tuple[Any, ...] | None, prepared: Prepared) -> None:
         _plans.clear()
     with torch.inference_mode(False):
         absent = torch.empty(0, dtype=call.q.dtype)
-    operator = torch.ops.txl_native.rel_attention_fwd.default
-    numbers = list(call.numbers)
-    _plans[key] = Plan(operator, absent, list(call.rules), numbers, key[-1])
+    has_optional = any(x is not None for x in call.optional)
+    _plans[key] = Plan(
+        torch.ops.txl_native.rel_attention_fwd.default,
+        absent,
+        None if has_optional else [absent] * len(call.optional),
+        list(call.rules),
+        list(call.numbers),
+        needs_grad=key[-1],
+    )
 
 
 def clear() -> None:
