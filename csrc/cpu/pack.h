@@ -75,10 +75,7 @@ struct TableRows {
   bool clamp;
 
   TableRows(const RelAttentionArgs& args, int64_t b, int64_t h)
-      : table(args.r.head<const T>(b, h)),
-        stride(args.r.stride_t),
-        R(args.R),
-        clamp(args.clamp) {}
+      : table(args.r.head<const T>(b, h)), stride(args.r.stride_t), R(args.R), clamp(args.clamp) {}
 
   RowRun<T> from(int64_t m) const {
     if (m < 0) return {clamp ? table : nullptr, 0, -m};

@@ -38,8 +38,8 @@ struct BwdWorkspace {
   Word<T>* r;
   Panels<Acc<T>> dr_t;
   int64_t r_t_size, r_size, dr_t_size;
-  // A block of keys and values. The gradients are those of a block or, if a unit has several runs, of
-  // all keys that earlier and later runs read.
+  // A block of keys and values. The gradients are those of a block or, if a unit has several runs,
+  // of all keys that earlier and later runs read.
   Word<T>*k_t, *v_t, *k;
   Panels<Acc<T>> dk_t, dv_t;
   // All items of a run, tile after tile.
@@ -101,13 +101,16 @@ struct BwdWorkspace {
     Operand<T>* q = queries + index * 2 * (q_size + q_pos_size);
     Operand<T>*q_t = q + q_size + q_pos_size, *o = douts + index * 2 * o_size;
     Acc<T>* dq = dqueries + index * (acc_size + acc_pos_size);
-    return {rows,          q,  q + q_size,    o, q_t, q_t + q_size, o + o_size, dq,
+    return {rows,          q,
+            q + q_size,    o,
+            q_t,           q_t + q_size,
+            o + o_size,    dq,
             dq + acc_size, deltas + index * kQueryTile};
   }
 };
 
-// dq = scale · dqu and dq_pos = pos_scale · dqv, or their sum in dq if the call has no q_pos. Column
-// sums are the gradients of the biases; `dbias` [D + Dp] are those of the head.
+// dq = scale · dqu and dq_pos = pos_scale · dqv, or their sum in dq if the call has no q_pos.
+// Column sums are the gradients of the biases; `dbias` [D + Dp] are those of the head.
 template <typename T>
 void write_dq(const RelAttentionArgs& args, const RelAttentionGrads& grads, int64_t b, int64_t h,
               const BwdTile<T>& tile, const BwdWorkspace<T>& ws, Acc<T>* dbias) {
@@ -178,7 +181,8 @@ void for_each_key_output(const RelAttentionArgs& args, const RelAttentionGrads& 
     for (int n = 0; n < args.n_runs; ++n) {
       const KeyRun& run = args.runs[n];
       if (results[n] != nullptr)
-        f(acc, factor, run.begin, run.begin + run.n, static_cast<T*>(results[n]) + unit * run.n * D);
+        f(acc, factor, run.begin, run.begin + run.n,
+          static_cast<T*>(results[n]) + unit * run.n * D);
     }
   };
   visit(ws.dk_t, Factors<Acc<T>>(args).gradient, grads.dk, partials.dk);
@@ -235,8 +239,10 @@ class KeyGradients {
   // Writes the keys before `end`, which receive no sums any more.
   void close(int64_t end) {
     const KeyRange sums{written_, std::min(end, opened_)}, zeros{opened_, end};
-    if (sums.begin < sums.end) write_keys<T>(args_, grads_, partials_, b_, hk_, sums, origin_, slot_, ws_);
-    if (zeros.begin < zeros.end) clear_keys<T>(args_, grads_, partials_, b_, hk_, zeros, slot_, ws_);
+    if (sums.begin < sums.end)
+      write_keys<T>(args_, grads_, partials_, b_, hk_, sums, origin_, slot_, ws_);
+    if (zeros.begin < zeros.end)
+      clear_keys<T>(args_, grads_, partials_, b_, hk_, zeros, slot_, ws_);
     written_ = std::max(written_, end), opened_ = std::max(opened_, end);
   }
 

@@ -3,8 +3,8 @@
 // A chunk is computed unit by unit, a unit run by run, and a run block by block of keys: all query
 // tiles of the run, of all query heads that share the keys, use a block while it is in the cache.
 // For a tile of up to 64 queries, two products write the shifted scores into a score tile, a pass
-// over its rows turns them into probabilities relative to a running maximum (online softmax, sums in
-// float32), and a third product adds their products with the values to the output. The position
+// over its rows turns them into probabilities relative to a running maximum (online softmax, sums
+// in float32), and a third product adds their products with the values to the output. The position
 // table is packed (transposed) once per table, keys and values once per block and run. Values that
 // only one tile uses, or whose rows are adjacent, are read from the caller's memory if products can
 // read them there.
@@ -258,8 +258,8 @@ int64_t fwd_workspace(const RelAttentionArgs& args, const RelAttentionPlan& plan
 
 template <typename T>
 int64_t fwd_item_bytes(const RelAttentionArgs& args) {
-  const auto operands = static_cast<int64_t>(sizeof(Operand<T>)) *
-                        (tile_size<T>(args.D) + tile_size<T>(args.Dp));
+  const auto operands =
+      static_cast<int64_t>(sizeof(Operand<T>)) * (tile_size<T>(args.D) + tile_size<T>(args.Dp));
   return operands + static_cast<int64_t>(sizeof(Acc<T>)) * kQueryTile * (round_up(args.Dv, 16) + 2);
 }
 

@@ -91,14 +91,14 @@ class TileSurvey {
              std::max(read_.end, std::min(last, same + args_.rule.window_right + 16))};
   }
 
-  // Every tile's first column is a multiple of 16 from the first column, and for keys and queries in
-  // multiples of 64 a multiple of 64, so that its products are cut into large pieces.
+  // Every tile's first column is a multiple of 16 from the first column, and for keys and queries
+  // in multiples of 64 a multiple of 64, so that its products are cut into large pieces.
   void set_columns() {
     if (columns_.begin >= columns_.end) return;
     const int64_t phase = args_.row_offset(0) + 1 - plan_.tile_height(plan_.tile_rows);
     int64_t begin = phase + floor_div(columns_.begin - phase, 64) * 64, end = columns_.end;
-    // Products skip pieces of columns without a row of `r`. The borders of pieces, and with them the
-    // order of sums, do not depend on the number of panels that are left out here.
+    // Products skip pieces of columns without a row of `r`. The borders of pieces, and with them
+    // the order of sums, do not depend on the number of panels that are left out here.
     if (!args_.clamp) {
       begin += std::max<int64_t>(0, floor_div(-kPiece - begin, kPanel)) * kPanel;
       end = std::min(end, args_.R + kPiece);
@@ -106,8 +106,10 @@ class TileSurvey {
     }
     plan_.column_begin = begin;
     plan_.n_columns = std::max<int64_t>(0, round_up(end - begin, 16));
-    plan_.packed_begin = std::clamp(floor_div(read_.begin - begin, 16) * 16, int64_t{0}, plan_.n_columns);
-    plan_.packed_end = std::clamp(round_up(read_.end - begin, 16), plan_.packed_begin, plan_.n_columns);
+    plan_.packed_begin =
+        std::clamp(floor_div(read_.begin - begin, 16) * 16, int64_t{0}, plan_.n_columns);
+    plan_.packed_end =
+        std::clamp(round_up(read_.end - begin, 16), plan_.packed_begin, plan_.n_columns);
   }
 
   void set_run_tiles() {
@@ -212,7 +214,8 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_bl
   plan.tile_rows = plan.n_tiles == 1 ? args.Tq : round_up(ceil_div(args.Tq, plan.n_tiles), 16);
   // Runs of more items pack keys more rarely, but need more scratch memory.
   constexpr int64_t kRunBytes = 4 << 20;
-  plan.run_items = std::clamp<int64_t>(kRunBytes / item_bytes, 8, 64);
+  plan.run_items =
+      std::min(std::clamp<int64_t>(kRunBytes / item_bytes, 8, 64), plan.heads * plan.n_tiles);
   const TileSurvey survey(args, plan);
   const int64_t n_items = args.n_units() * plan.unit_items();
   const int64_t spare = chunks_of_whole_tables(args.n_groups(), threads);

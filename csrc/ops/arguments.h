@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
-#include <optional>
 
 #include "txl/key_range.h"
 #include "txl/tensor.h"
@@ -29,10 +28,6 @@ inline Scalar scalar_of(const char* op, const char* argument, const at::Tensor& 
 
 inline at::ScalarType acc_dtype(const at::Tensor& q) {
   return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-inline at::Tensor last_dim_contiguous(const at::Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
 }
 
 inline Tensor4 view4(const at::Tensor& x) {

@@ -169,7 +169,8 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, c
   if (call.empty()) return {out, lse};
   args.out = view4(out), args.lse = lse.data_ptr();
   const FwdKernels& kernels = rel_attention_fwd_kernels(scalar_of("rel_attention", "q", q));
-  const RelAttentionPlan plan = plan_rel_attention(args, kFwdKeyBlock, kernels.item_bytes(args), call.threads());
+  const RelAttentionPlan plan =
+      plan_rel_attention(args, kFwdKeyBlock, kernels.item_bytes(args), call.threads());
   run_chunks(plan, call.threads(), kernels.workspace(args, plan),
              [&](int64_t c, char* workspace) { kernels.chunk(args, plan, c, workspace); });
   return {out, lse};
@@ -178,8 +179,15 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, c
 // With a narrow window or short documents, the borders of small blocks divide the keys of many
 // tiles: 14% of the time at 128 keys.
 int64_t bwd_key_block(const RelAttentionArgs& args) {
-  const bool narrow = args.rule.window_left + args.rule.window_right < kBwdKeyBlock;
-  return narrow || args.key_table != nullptr ? kKeyBlock : kBwdKeyBlock;
+  int64_t keys = args.rule.window_left + args.rule.window_right;
+  if (args.key_table != nullptr) {
+    const int64_t n = args.B * ((args.Tq + kRangeRows - 1) / kRangeRows);
+    int64_t sum = 0;
+    for (int64_t entry = 0; entry < n; ++entry)
+      sum += std::max<int64_t>(0, args.key_table[entry].end - args.key_table[entry].begin);
+    keys = std::min(keys, sum / n);
+  }
+  return keys < kBwdKeyBlock ? kKeyBlock : kBwdKeyBlock;
 }
 
 // Key and value gradients need slots for partial sums only if two chunks share a unit.
@@ -223,8 +231,7 @@ RelAttentionGrads grad_pointers(const RelAttentionArgs& args, const std::vector<
   RelAttentionGrads pointers;
   pointers.dq = pointer(grads[kQ]), pointers.dq_pos = pointer(grads[kQPos]);
   const int segment = args.n_runs - 1;
-  if (segment > 0)
-    pointers.dk[0] = pointer(grads[kMemK]), pointers.dv[0] = pointer(grads[kMemV]);
+  if (segment > 0) pointers.dk[0] = pointer(grads[kMemK]), pointers.dv[0] = pointer(grads[kMemV]);
   pointers.dk[segment] = pointer(grads[kK]), pointers.dv[segment] = pointer(grads[kV]);
   pointers.dr = pointer(grads[kR]);
   pointers.dr_w_bias = pointer(grads[kRWBias]), pointers.dr_r_bias = pointer(grads[kRRBias]);
@@ -241,17 +248,17 @@ void compute_gradients(const Call& call, const RelAttentionGrads& grads, const T
   const Tensor park_k = at::empty({parked, args.Tk, args.D}, options);
   const Tensor park_v = at::empty({parked, args.Tk, args.Dv}, options);
   const int64_t table_slots = grads.dr == nullptr ? 0 : args.n_groups() + chunks - 1;
-  const Tensor park_r =
-      at::empty({table_slots, args.tables_per_group(), args.R, args.Dp}, options);
-  const Tensor park_bias = at::empty(
-      {args.n_units() + chunks - 1, args.heads_per_key(), args.D + args.Dp}, options);
+  const Tensor park_r = at::empty({table_slots, args.tables_per_group(), args.R, args.Dp}, options);
+  const Tensor park_bias =
+      at::empty({args.n_units() + chunks - 1, args.heads_per_key(), args.D + args.Dp}, options);
   const RelAttentionPartials partials{pointer(park_k), pointer(park_v), pointer(park_r),
                                       pointer(park_bias)};
   run_chunks(plan, call.threads(), kernels.workspace(args, plan), [&](int64_t c, char* workspace) {
     kernels.chunk(args, plan, grads, partials, c, workspace);
   });
   at::parallel_for(0, finish_items(args), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) kernels.finish(args, plan, grads, partials, item);
+    for (int64_t item = begin; item < end; ++item)
+      kernels.finish(args, plan, grads, partials, item);
   });
 }
 
@@ -265,8 +272,7 @@ std::vector<Tensor> rel_attention_bwd(const Tensor& dout, const Tensor& dlse, co
   const Tensor lse = lse_.contiguous();
   const OptionalTensors given(optional);  // the biases in their own dtype
   const Tensor* const inputs[kGradients] = {
-      &q,           &k, &v, &r, &given.r_w_bias, &given.r_r_bias, &given.mem_k,
-      &given.mem_v, &given.q_pos};
+      &q, &k, &v, &r, &given.r_w_bias, &given.r_r_bias, &given.mem_k, &given.mem_v, &given.q_pos};
   std::vector<Tensor> grads = empty_gradients(call, inputs, needs_grad);
   if (!call.empty()) {
     const CallChecks checks(q);

@@ -13,13 +13,13 @@ namespace txl {
 
 // An absent tensor is undefined.
 struct OptionalTensors {
-  at::Tensor r_w_bias, r_r_bias;      // [H, D], [H, Dp]
-  at::Tensor mem_k, mem_v;            // [B, Hk, Tm, D], [B, Hk, Tm, Dv]
-  at::Tensor q_pos;                   // [B, H, Tq, Dp]
-  at::Tensor q_start;                 // int32 or int64 [B]
-  at::Tensor key_start, key_lens;     // int32 or int64 [B] or [B, Tq]
-  at::Tensor mask;                    // bool [B, H, Tq, Tk]
-  at::Tensor dropout_seed;            // int64, one element
+  at::Tensor r_w_bias, r_r_bias;   // [H, D], [H, Dp]
+  at::Tensor mem_k, mem_v;         // [B, Hk, Tm, D], [B, Hk, Tm, Dv]
+  at::Tensor q_pos;                // [B, H, Tq, Dp]
+  at::Tensor q_start;              // int32 or int64 [B]
+  at::Tensor key_start, key_lens;  // int32 or int64 [B] or [B, Tq]
+  at::Tensor mask;                 // bool [B, H, Tq, Tk]
+  at::Tensor dropout_seed;         // int64, one element
 
   explicit OptionalTensors(at::TensorList list) {
     at::Tensor* const fields[] = {&r_w_bias, &r_r_bias,  &mem_k,    &mem_v, &q_pos,
@@ -90,8 +90,8 @@ inline void check_call(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   for (const int64_t size : {D, Dv, Dp})
     TORCH_CHECK_VALUE(1 <= size && size <= kMaxHeadSize, "rel_attention: head sizes must be 1 to ",
                       kMaxHeadSize, ", got ", size);
-  TORCH_CHECK_VALUE(Hk > 0 ? H % Hk == 0 : H == 0, "rel_attention: q must have a multiple of k's ", Hk,
-                    " heads, got ", H);
+  TORCH_CHECK_VALUE(Hk > 0 ? H % Hk == 0 : H == 0, "rel_attention: q must have a multiple of k's ",
+                    Hk, " heads, got ", H);
   TORCH_CHECK_VALUE(r.size(2) > 0, "rel_attention: r must have at least one row");
   const CallChecks checks(q);
   checks.rows("q", q, {B, H, Tq, D});

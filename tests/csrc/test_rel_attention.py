@@ -1,9 +1,7 @@
-"""Properties of the native kernels alone: instruction sets, threads, bounds and memory."""
+"""Properties of the native kernels alone: instruction sets, threads, runs of tiles and memory."""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import subprocess
 import sys
@@ -12,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from txl_kernels import rel_attention
+from txl_kernels import rel_attention_with_lse
 from txl_kernels.backends import native
 from txl_kernels.testing import REL_ATTENTION_CASES, check_rel_attention
 
 ROOT = Path(__file__).parents[2]
-PAGE = mmap.PAGESIZE
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
@@ -45,89 +42,140 @@ def test_every_instruction_set_is_within_the_error_budget(capability, require_in
     assert run.returncode == 0, run.stdout[-3000:]
 
 
-def attend_and_differentiate(threads, B=3, H=5, Tq=200, Tm=90, D=24, dtype=torch.float32):
-    """Output and gradients of one causal call whose rows are of unequal length."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = {"q": Tq, "k": Tq, "v": Tq, "mem_k": Tm, "mem_v": Tm}
-    inputs = {
-        name: torch.randn(B, H, T, D, generator=generator).to(dtype).requires_grad_()
-        for name, T in shapes.items()
-    }
-    inputs["r"] = torch.randn(1, H, Tq + Tm, D, generator=generator).to(dtype).requires_grad_()
-    inputs["r_w_bias"] = torch.randn(H, D, generator=generator).requires_grad_()
+def differentiate(threads, inputs, **options):
+    """Output, lse and the gradients of all inputs of one call."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        out = rel_attention(
-            **inputs,
-            causal=True,
-            key_lens=torch.tensor([290, 17, 150][:B]),
-            dropout_p=0.1,
-            dropout_seed=torch.tensor(5),
-            backend="native",
-        )
-        return [out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))]
+        out, lse = rel_attention_with_lse(**leaves, **options, backend="native")
+        loss = out.double().square().sum() + lse.masked_fill(lse.isinf(), 0).sin().sum()
+        return [out, lse, *torch.autograd.grad(loss, list(leaves.values()))]
     finally:
         torch.set_num_threads(before)
+
+
+def unequal_rows(threads, B=3, H=5, Tq=200, Tm=90, D=24, dtype=torch.float32):
+    """A causal call whose rows are of unequal length."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"q": Tq, "k": Tq, "v": Tq, "mem_k": Tm, "mem_v": Tm}
+    inputs = {
+        name: torch.randn(B, H, T, D, generator=generator).to(dtype) for name, T in shapes.items()
+    }
+    inputs["r"] = torch.randn(1, H, Tq + Tm, D, generator=generator).to(dtype)
+    inputs["r_w_bias"] = torch.randn(H, D, generator=generator)
+    return differentiate(
+        threads,
+        inputs,
+        causal=True,
+        key_lens=torch.tensor([290, 17, 150][:B]),
+        dropout_p=0.1,
+        dropout_seed=torch.tensor(5),
+    )
+
+
+def grouped(Hk=2, groups=4, T=1100, D=24, Dp=5, r_heads=False, dtype=torch.float32):
+    """Inputs of heads that share keys, with enough queries for several runs of tiles."""
+    generator = torch.Generator().manual_seed(4)
+    H = Hk * groups
+    shapes = {
+        "q": (1, H, T, D),
+        "k": (1, Hk, T, D),
+        "v": (1, Hk, T, D),
+        "r": (1, H if r_heads else 1, 300, Dp),
+        "q_pos": (1, H, T, Dp),
+        "r_w_bias": (H, D),
+        "r_r_bias": (H, Dp),
+    }
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
+
+
+def documents(lengths):
+    """key_start and key_lens of documents in one row."""
+    ends = torch.tensor(lengths).cumsum(0)
+    lengths = torch.tensor(lengths)
+    starts = (ends - lengths).repeat_interleave(lengths)
+    return {"key_start": starts[None], "key_lens": ends.repeat_interleave(lengths)[None]}
+
+
+DOCUMENTS = [1, 300, 64, 15, 420, 257, 43]  # 1100 tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_a_thread_count_gives_the_same_bits_every_time(threads, dtype):
-    first = attend_and_differentiate(threads, dtype=dtype)
-    for _ in range(3):
-        again = attend_and_differentiate(threads, dtype=dtype)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    packed = grouped(dtype=dtype)
+    for run in (
+        lambda: unequal_rows(threads, dtype=dtype),
+        lambda: differentiate(threads, packed, causal=True, offset=299, **documents(DOCUMENTS)),
+    ):
+        first = run()
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def assert_close(cut, due):
+    tolerance = 1e-5 * max(1.0, float(due.detach()[due.isfinite()].abs().max()))
+    torch.testing.assert_close(cut.to(due.dtype), due, rtol=1e-5, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (2, 8)], ids=["B3H5", "B1H1", "B2H8"])
 @pytest.mark.parametrize("threads", [2, 5, 16])
 def test_work_cut_anywhere_sums_to_the_same(threads, shape):
     B, H = shape
-    whole = attend_and_differentiate(1, B=B, H=H)
-    for cut, due in zip(attend_and_differentiate(threads, B=B, H=H), whole, strict=True):
-        assert torch.allclose(cut, due, rtol=1e-5, atol=1e-5 * float(due.detach().abs().max()))
+    whole = unequal_rows(1, B=B, H=H)
+    for cut, due in zip(unequal_rows(threads, B=B, H=H), whole, strict=True):
+        assert_close(cut, due)
 
 
-def fenced(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that ends where the next page may not be read."""
-    size = tensor.numel() * tensor.element_size()
-    pages = -(-size // PAGE) + 1
-    region = mmap.mmap(-1, pages * PAGE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
-    libc = ctypes.CDLL(None, use_errno=True)
-    fence = ctypes.c_void_p(address + (pages - 1) * PAGE)
-    assert libc.mprotect(fence, PAGE, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0) == 0
-    offset = (pages - 1) * PAGE - size
-    copy = torch.frombuffer(region, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-    return copy.view(tensor.shape).copy_(tensor)
+@pytest.mark.parametrize("r_heads", [False, True], ids=["one_r", "r_per_head"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"causal": True, "window": (130, None), "softcap": 3.0},
+        {"window": (70, 40), "q_start": torch.tensor([-13])},
+        {"causal": True, **documents(DOCUMENTS)},
+        {"causal": True, **documents(DOCUMENTS[::-1]), "clamp": True},
+        {
+            "key_start": torch.randint(
+                0, 1100, (1, 1100), generator=torch.Generator().manual_seed(0)
+            )
+        },
+    ],
+    ids=["causal", "window", "q_start", "documents", "documents_clamp", "no_order"],
+)
+def test_units_of_several_runs_agree_with_float64(options, r_heads):
+    # A unit of 18 tiles and 4 heads has several runs; 3 threads cut the two units.
+    inputs, options = grouped(r_heads=r_heads), {"offset": 299, "pos_scale": 0.7, **options}
+    wide = {name: x.double() for name, x in inputs.items()}
+    due = differentiate(1, wide, **options)
+    for threads in (1, 3):
+        for found, wanted in zip(differentiate(threads, inputs, **options), due, strict=True):
+            assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("D", [1, 41, 64])
-@pytest.mark.parametrize("lengths", [(1, 30), (17, 5), (70, 603)], ids=["1+30", "17+5", "70+603"])
-def test_nothing_is_read_behind_the_tensors(lengths, D, dtype):
-    Tq, Tm = lengths
-    sizes = {"q": Tq, "k": Tq, "v": Tq, "mem_k": Tm, "mem_v": Tm, "r": Tq + Tm}
-    inputs = {
-        name: fenced(torch.randn(1, 1, T, D).to(dtype)).requires_grad_()
-        for name, T in sizes.items()
-    }
-    wild = torch.tensor([2**40])
-    out = rel_attention(**inputs, causal=True, key_lens=wild, backend="native")
-    grads = torch.autograd.grad(
-        out, list(inputs.values()), fenced(torch.randn(out.shape).to(dtype))
-    )
-    assert all(grad.isfinite().all() for grad in (out, *grads))
-
-
-def test_padding_behind_the_key_lengths_is_never_read():
-    inputs = {name: torch.randn(2, 2, 40, 16) for name in ("q", "k", "v")}
-    r, lengths = torch.randn(1, 2, 79, 16), torch.tensor([40, 21])
-    due = rel_attention(**inputs, r=r, key_lens=lengths, backend="native")
-    for name in ("k", "v"):
-        inputs[name][1, :, 21:] = float("nan")
-    assert torch.equal(rel_attention(**inputs, r=r, key_lens=lengths, backend="native"), due)
+def test_documents_in_one_row_equal_documents_alone():
+    inputs, begin = grouped(dtype=torch.float64), 0
+    out, lse, *grads = differentiate(2, inputs, causal=True, offset=299, **documents(DOCUMENTS))
+    names = list(inputs)
+    shared = {name: torch.zeros_like(inputs[name]) for name in ("r", "r_w_bias", "r_r_bias")}
+    for length in DOCUMENTS:
+        rows = slice(begin, begin + length)
+        alone = {name: x if name in shared else x[:, :, rows] for name, x in inputs.items()}
+        its_out, its_lse, *its_grads = differentiate(1, alone, causal=True, offset=299)
+        assert_close(out[:, :, rows], its_out)
+        assert_close(lse[:, :, rows], its_lse)
+        for name, packed, grad in zip(names, grads, its_grads, strict=True):
+            if name in shared:
+                shared[name] += grad
+            else:
+                assert_close(packed[:, :, rows], grad)
+        begin += length
+    for name in shared:
+        assert_close(grads[names.index(name)], shared[name])
 
 
 MEMORY = """

@@ -124,18 +124,18 @@ struct TileItem {
 };
 
 // How the work is divided. Items, one for each query tile of each head, are numbered unit after
-// unit. A unit is computed run by run: the run's items use a block of keys while it is in the cache.
-// Chunks are sequences of items of about equal cost; a thread that has finished a chunk continues
-// with the next one that nobody works on.
+// unit. A unit is computed run by run: all items of a run use a block of keys while it is in the
+// cache. Chunks are sequences of items of about equal cost; a thread that has finished a chunk
+// continues with the next one that nobody works on.
 struct RelAttentionPlan {
-  int64_t tile_rows = 0, n_tiles = 0;  // tile_rows: a multiple of 16 if there are several tiles
-  int64_t heads = 1;                   // query heads of a unit
-  int64_t key_block = 0;               // the largest number of keys in a block
+  int64_t tile_rows = 0, n_tiles = 0;    // tile_rows: a multiple of 16 if there are several tiles
+  int64_t heads = 1;                     // query heads of a unit
+  int64_t key_block = 0;                 // the largest number of keys in a block
   int64_t run_items = 0, run_tiles = 0;  // the most items of a run, and tiles of each head in it
   // For each batch row and each `run_tiles` tiles: the first key that these or later tiles read.
   std::vector<int64_t> first_keys;
-  int64_t live_keys = 0;  // the most keys that a unit's earlier and later runs read
-  std::vector<int64_t> chunks;         // chunk c computes items [chunks[c], chunks[c + 1])
+  int64_t live_keys = 0;        // at most so many keys are read by both earlier and later runs
+  std::vector<int64_t> chunks;  // chunk c computes items [chunks[c], chunks[c + 1])
   // Column x of the position table is row column_begin + x of `r`, extended on both sides. Products
   // read columns [0, n_columns); those outside [packed_begin, packed_end) they skip.
   int64_t column_begin = 0, n_columns = 0, packed_begin = 0, packed_end = 0;
@@ -155,8 +155,8 @@ struct RelAttentionPlan {
     const int64_t n = (n_tiles + run_tiles - 1) / run_tiles;
     return first_keys[static_cast<size_t>(b * n + index / (heads * run_tiles))];
   }
-  // Item `index` of a unit. Runs of tiles come first, in each run the heads, in each head the tiles:
-  // the items of a run read about the same keys.
+  // Item `index` of a unit. Items are ordered by groups of `run_tiles` tiles, in a group by head,
+  // for a head by tile: the items of a run read about the same keys.
   TileItem item(int64_t index) const {
     const int64_t begin = index / (heads * run_tiles) * run_tiles;
     const int64_t n = std::min(run_tiles, n_tiles - begin), rest = index - begin * heads;
@@ -190,7 +190,7 @@ inline int64_t finish_items(const RelAttentionArgs& args) {
 // not depend on timing.
 struct RelAttentionPartials {
   void *dk = nullptr,
-       *dv = nullptr;  // [2 · chunks, Tk, D | Dv]: units of which a chunk computes a part
+       *dv = nullptr;     // [2 · chunks, Tk, D | Dv]: units of which a chunk computes a part
   void* dr = nullptr;     // [groups + chunks - 1, tables of a group, R, Dp]: slot = group + chunk
   void* dbias = nullptr;  // [units + chunks - 1, heads, D + Dp]: slot = unit + chunk
 };
