@@ -181,18 +181,20 @@ def _rel_attention_bwd_dqdr_kernel(
     nothing = tl.zeros([BLOCK_K, BLOCK_Q], p_qu.dtype.element_ty)
     packed = pack_pairs(nothing, BLOCK_K, BLOCK_Q)
     begin_m = near_begin - begin_i + offset - BLOCK_K
-    b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_dp, DP, CLAMP, BLOCK_K)
-    earlier = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
+    has_near = near_begin < near_end if FAR else True
+    earlier = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+    if has_near:
+        b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_dp, DP, CLAMP, BLOCK_K)
+        earlier = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
     like = earlier
-    # The blocks with rows of r, then those before and after them.
-    for PART in tl.static_range(1 + FAR):
-        part_begin, part_end = near_begin, near_end
-        if PART == 1:
-            part_begin, part_end = begin, end - (near_end - near_begin)
-        for begin_j in tl.range(part_begin, part_end, BLOCK_K):
-            if PART == 1:
-                begin_j += tl.where(begin_j >= near_begin, near_end - near_begin, 0)
-            if PART == 0:
+    for IS_FAR in tl.static_range(2 if FAR else 1):
+        from_j, to_j = near_begin, near_end
+        if IS_FAR:  # the blocks before the near ones and those after them
+            from_j, to_j = begin, end - (near_end - near_begin)
+        for begin_j in tl.range(from_j, to_j, BLOCK_K):
+            if IS_FAR:
+                begin_j += tl.where(begin_j < near_begin, 0, near_end - near_begin)
+            else:
                 begin_m = begin_j - begin_i + offset
                 b_r = load_position_block(p_r_bh, s_r_m, begin_m, R, o_dp, DP, CLAMP, BLOCK_K)
                 chunk = tl.dot(b_r, tl.trans(b_qv), input_precision="ieee")
@@ -202,10 +204,10 @@ def _rel_attention_bwd_dqdr_kernel(
                 p_k_bh, s_k_j, p_mem_k_bh, s_mem_k_j, begin_j, p_key_start, first, last, Tm
             )
             b_k = load_block(p_rows, s_row, begin_j, low, high, o_d, D, BLOCK_K)
-            if PART == 0:
-                b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
-            else:
+            if IS_FAR:
                 b_scores = tl.dot(b_k, tl.trans(b_qu), input_precision="ieee")
+            else:
+                b_scores = tl.dot(b_k, tl.trans(b_qu), b_scores, input_precision="ieee")
             p_rows, s_row, low, high = key_block(
                 p_v_bh, s_v_j, p_mem_v_bh, s_mem_v_j, begin_j, p_key_start, first, last, Tm
             )
@@ -234,7 +236,7 @@ def _rel_attention_bwd_dqdr_kernel(
             b_dscores = b_dscores.to(b_k.dtype)
             if NEEDS_DQU:
                 b_dqu = tl.dot(tl.trans(b_k), b_dscores, b_dqu, input_precision="ieee")
-            if PART == 0:
+            if not IS_FAR:
                 before = unpack_pairs(packed, b_k.dtype, BLOCK_K, BLOCK_Q)
                 b_chunk = unskew_transposed(b_dscores, before, like, BLOCK_K, BLOCK_Q)
                 packed = pack_pairs(b_dscores, BLOCK_K, BLOCK_Q)
@@ -242,7 +244,7 @@ def _rel_attention_bwd_dqdr_kernel(
                     b_chunk, b_qv, b_dqv, b_ends, begin_m - BLOCK_K,
                     p_r_bh, s_r_m, p_dr_bh, R, o_dp, DP, CLAMP, NEEDS_DQV, BLOCK_K,
                 )  # fmt: skip
-        if PART == 0:
+        if not IS_FAR and has_near:
             # The last block's own chunk, whose rows begin at begin_m.
             before = unpack_pairs(packed, p_qu.dtype.element_ty, BLOCK_K, BLOCK_Q)
             b_chunk = unskew_transposed(nothing, before, like, BLOCK_K, BLOCK_Q)

@@ -80,12 +80,12 @@ def test_every_call_has_a_row_in_every_class(launch_class, on, monkeypatch):
     if launch_class == "interpreter":
         monkeypatch.setattr(launch_table, "interprets", lambda: True)
     flags = list(itertools.product((False, True), repeat=2))
-    for dtype, D, Dv in itertools.product(DTYPES, (8, 41, 64, 128, 256), (64, 192)):
-        rel_attention_config.dkdv_config(CUDA, D, Dv, dtype)
+    for dtype, *sizes in itertools.product(DTYPES, (8, 41, 64, 128, 256), (64, 192), (16, 256)):
+        rel_attention_config.dkdv_config(CUDA, tuple(sizes), dtype)
         for mask, dropout in flags:
-            rel_attention_config.dqdr_config(CUDA, D, Dv, dtype, mask, dropout)
+            rel_attention_config.dqdr_config(CUDA, tuple(sizes), dtype, mask, dropout)
             for Tq in (1, 16, 17, 512):
-                rel_attention_config.forward_config(CUDA, D, Dv, dtype, Tq, mask, dropout)
+                rel_attention_config.forward_config(CUDA, tuple(sizes), dtype, Tq, mask, dropout)
     for dtype, widths in itertools.product(DTYPES, ([1024, 64], [41], [410])):
         adaptive_configs.product_config(CUDA, dtype, widths)
         for kernel in ("fwd", "dx", "dweight"):
@@ -113,7 +113,7 @@ def test_a_call_without_a_row_names_what_is_missing(on):
     with pytest.raises(
         LookupError, match=r"rel_attention_fwd, class 99KiB.*bits 16, head_size 512"
     ):
-        rel_attention_config.forward_config(CUDA, 512, 64, torch.bfloat16, 64, False, False)
+        rel_attention_config.forward_config(CUDA, (512, 64, 64), torch.bfloat16, 64, False, False)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
+from txl_kernels._rel_attention_call import Numbers, OptionalTensors, RelAttentionCall, Rules
 from txl_kernels.backends import triton as package
 
 pytest.importorskip("triton", exc_type=ImportError)
@@ -18,7 +19,7 @@ if package.interprets():
     pytest.skip("a process interprets or compiles", allow_module_level=True)
 
 
-def hashes(capability=(9, 0), D=64, storage_offset=0, **options):
+def hashes(capability=(9, 0), D=64, storage_offset=0, rules=None, numbers=None):
     from triton.backends.compiler import GPUTarget
 
     from txl_kernels.backends.triton.rel_attention import rel_attention_fwd
@@ -28,24 +29,29 @@ def hashes(capability=(9, 0), D=64, storage_offset=0, **options):
     with launching.recording(GPUTarget("cuda", arch, 32)) as launches, limits:
         x = torch.empty(2 * 3 * 40 * D + storage_offset, dtype=torch.bfloat16, device="meta")
         q = x[storage_offset:].view(2, 3, 40, D)
-        call = {"mask": None, "chunk": (0, 0, 0), "offset": 39, "clamp": False, "causal": True}
-        call |= {"window_left": None, "window_right": None, "scale": 0.1, "softcap": 0.0}
-        call |= {"dropout_p": 0.0, "dead_uniform": False}
-        absent = ("r_w_bias", "r_r_bias", "mem_k", "mem_v", "q_pos", "bias")
-        absent += ("key_start", "key_lens", "dropout_seed")
-        call |= dict.fromkeys(absent) | options
-        rel_attention_fwd(q, q, q, q[:1], **call)
+        call = RelAttentionCall(
+            *(q, q, q, q[:1]),
+            OptionalTensors(),
+            Rules(**{"offset": 39, "window_right": 0, **(rules or {})}),
+            Numbers(**{"scale": 0.1, "pos_scale": 0.1, **(numbers or {})}),
+        )
+        rel_attention_fwd(*call.arguments())
     return [launching.kernel_hash(launch) for launch in launches]
 
 
 def test_a_hash_is_the_same_for_the_same_kernel():
     assert hashes() == hashes()
-    assert hashes() == hashes(offset=3, scale=0.5)  # numbers that are not compiled in
+    # Numbers that are not compiled in.
+    assert hashes() == hashes(rules={"window_left": 30}, numbers={"scale": 0.5})
 
 
 @pytest.mark.parametrize(
     "other",
-    [{"D": 72}, {"storage_offset": 1}, {"clamp": True}, {"capability": (8, 0)}, {"softcap": 1.0}],
+    [
+        *({"D": 72}, {"storage_offset": 1}, {"capability": (8, 0)}),
+        *({"rules": {"clamp": 1}}, {"numbers": {"softcap": 1.0}}),
+        {"rules": {"offset": 3}},  # some keys have no row of r
+    ],
     ids=str,
 )
 def test_another_specialisation_has_another_hash(other):
