@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from txl_kernels._rel_attention_call import OptionalTensors, Options, RelAttentionCall
+from txl_kernels._rel_attention_call import OptionalTensors, Options, RelAttentionCall, Rules
 from txl_kernels.backends import choose
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.ops import autocast
-from txl_kernels.ops.checks import check_choice, check_tensor, needs_grad
+from txl_kernels.ops.checks import check_choice, check_tensor, fixed_if_traced, needs_grad
 from txl_kernels.ops.rel_attention_checks import (
     check_keys,
     check_seed,
@@ -85,6 +85,7 @@ def forward(prepared: Prepared) -> tuple[Tensor, Tensor]:
     with autocast.outside_autocast(call.q.device):
         if backend == "reference":
             return reference.rel_attention(call, bias=bias, dead_uniform=dead_uniform)
+        call = call._replace(rules=Rules(*map(fixed_if_traced, call.rules)))
         operators = torch.ops.txl_native if backend == "native" else torch.ops.txl_triton
         out, lse = operators.rel_attention_fwd(*call.arguments())
         return out, lse

@@ -28,7 +28,6 @@ from txl_kernels.ops.checks import (
     check_shape,
     check_tensor,
     checked_window,
-    fixed_if_traced,
 )
 
 
@@ -123,14 +122,13 @@ def checked_rules(op: str, q: Tensor, options: Options) -> Rules:
     if options.clamp and offset is None:
         raise ValueError(f"{op}: clamp=True needs an explicit offset, got offset=None")
     left, right = checked_window(op, options.window)
-    rules = Rules(
+    return Rules(
         check_int(op, "offset", q.shape[2] - 1 if offset is None else offset),
         int(options.clamp),
         UNLIMITED if left is None else left,
         0 if options.causal else UNLIMITED if right is None else right,
         *_checked_chunk(op, options.chunk),
     )
-    return Rules(*map(fixed_if_traced, rules))
 
 
 def checked_numbers(op: str, q: Tensor, options: Options) -> Numbers:

@@ -143,7 +143,13 @@ def _conditions(p: Tensor, Tk: int, rules: Rules) -> list[Tensor]:
 
 
 def _is_open(side: int) -> bool:
-    """Whether a side of the window has no limit; a symbolic number is computed from a length."""
+    """Whether a side of the window has no limit.
+
+    Comparing a symbolic number would limit the length that it is computed from. Strict export shows
+    symbolic numbers as plain ones.
+    """
+    if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
+        return False
     return isinstance(side, int) and side == UNLIMITED
 
 
