@@ -214,8 +214,8 @@ void clear_keys(const RelAttentionArgs& args, const RelAttentionGrads& grads,
   for_each_key_output<T>(args, grads, partials, b, hk, slot, ws, clear);
 }
 
-// The gradients of a unit's keys, in ascending order: written up to `written()`, accumulated in the
-// workspace's panels from there to the end of the last `open`.
+// The gradients of a unit's keys, in ascending order: those before key `written_` are in their
+// destinations, those from there to key `opened_` are sums in the workspace's panels.
 template <typename T>
 class KeyGradients {
  public:
