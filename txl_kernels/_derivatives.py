@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map
 
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.transforms import kernel_refusal
+
+_Grad = TypeVar("_Grad", Tensor, Tensor | None)
 
 
 def register_autograd(
@@ -107,8 +109,8 @@ def refuse_second_derivative(operator: str) -> None:
 
 
 def without_derivative(
-    op: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None] = ()
-) -> list[Tensor | None]:
+    op: str, grads: Sequence[_Grad], inputs: Sequence[Tensor | None] = ()
+) -> list[_Grad]:
     """The gradients, as they are; if torch records a graph of them, differentiating it raises.
 
     Args:
@@ -122,7 +124,7 @@ def without_derivative(
     guarded = iter(
         _NoSecondDerivative.apply(op, len(inputs), *inputs, *leaves)  # type: ignore[no-untyped-call]
     )
-    return [None if grad is None else next(guarded) for grad in grads]
+    return [grad if grad is None else next(guarded) for grad in grads]
 
 
 def no_second_derivative(op: str) -> str:

@@ -56,9 +56,9 @@ def banded_attention(
         out_i = Σ_j softmax_j(score)_ij · v_j,   m = R - 1 - (i - j),   qp = q_pos or q
 
     It is equal to `rel_attention(…, offset=R-1, causal=True, clamp=clamp)`, but calls its kernels
-    for the pairs at a distance below R only. The kernels of `far`, which compute no positions,
-    run the others: queries from R on with keys up to T-R, causal. Both results are merged as by
-    `merge_attention`. `banded_is_faster` says where that is worth it.
+    for the pairs at a distance below R only. `far` computes the others without positions: causal
+    attention of the queries from R on to the first T-R keys. Both results are merged as by
+    `merge_attention`. `banded_is_faster` decides for which shapes the modules call it.
 
     Args:
         q: [B, H, T, D]; float32, bfloat16, float16 or float64. Any strides, as all tensors here.

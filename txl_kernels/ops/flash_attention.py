@@ -1,7 +1,7 @@
 """Causal attention without positions by the flash operators of torch that SDPA also calls.
 
-`banded_attention` needs what SDPA does not have: the logarithm of the softmax's denominator, and a
-backward pass that accepts another one than the forward pass returned.
+SDPA itself does not return the logarithm of the softmax's denominator, and its backward pass uses
+its own. `banded_attention` needs that logarithm, and gives the backward pass another one.
 """
 
 from __future__ import annotations

@@ -125,19 +125,30 @@ def test_far_gets_the_merged_out_and_lse(require_backend):
     assert (lse > flash_attention.forward(q, k, v, scale)[1]).all()
 
 
-@pytest.mark.parametrize("clamp", [False, True])
-def test_one_graph_forward_and_backward(clamp, require_backend):
+class Banded(torch.nn.Module):
+    def forward(self, q, k, v, r):
+        return banded_attention(q, k, v, r, clamp=True, backend="native")
+
+
+def test_one_graph_forward_and_backward(require_backend):
     require_backend("rel_attention", "native", needs_grad=True)
-    tensors = inputs(torch.float32, Hk=2)
-
-    def banded(tensors):
-        return banded_attention(**tensors, clamp=clamp, backend="native")
-
-    compiled = torch.compile(banded, fullgraph=True, backend="aot_eager")
-    results = [f(tensors) for f in (compiled, banded)]
+    tensors = inputs(torch.float32, Hk=2, biases=False)
+    compiled = torch.compile(Banded(), fullgraph=True, backend="aot_eager")
+    results = [f(**tensors) for f in (compiled, Banded())]
     torch.testing.assert_close(*results)
     dout = torch.randn_like(results[0])
     torch.testing.assert_close(*(gradients(out, tensors, dout) for out in results))
+
+
+def test_an_exported_program_accepts_other_lengths(require_backend):
+    require_backend("rel_attention", "native")
+    sizes = {"Hk": 2, "biases": False, "requires_grad": False}
+    length = {2: torch.export.Dim("T", min=2 * R, max=4096)}
+    program = torch.export.export(
+        Banded(), tuple(inputs(torch.float32, **sizes).values()), dynamic_shapes=(*[length] * 3, {})
+    )
+    longer = inputs(torch.float32, T=T + 30, **sizes).values()
+    torch.testing.assert_close(program.module()(*longer), Banded()(*longer))
 
 
 def test_a_second_derivative_exists_on_the_reference_only(require_backend):
