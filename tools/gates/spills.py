@@ -40,6 +40,7 @@ SPILLS = (
     Spill(_16_BITS + "dropout_d256" + _DQDR, (80,), 2088, _SMALLEST),
     Spill(_16_BITS + _HEAD_256 + _DQDR, (80, 86, 89, 120), 824, _SMALLEST),
     Spill(_16_BITS + ".*" + _DQDR, (90,), 1000, _HALF),
+    Spill(_16_BITS + "inkling_sliding" + _DQDR, (86, 89, 120), 632, _HALF),
     Spill(_16_BITS + "chunk/rel_attention_fwd", (100, 120), 40, _CHUNK, ("3.9.0",)),
     Spill(_16_BITS + "dropout_d128/rel_attention_bwd_dkdv", (90,), 696, _NUMBERS),
 )
