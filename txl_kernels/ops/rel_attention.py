@@ -174,7 +174,8 @@ def _attend(
     plan = rel_attention_plans.get(key)
     if plan is not None:
         return plan.run(tensors)
-    optional = OptionalTensors(*tensors[4:])
-    prepared = prepare("rel_attention", *tensors[:4], optional, bias, Options(*options))
+    q, k, v, r, *optional = tensors
+    optional_tensors = OptionalTensors(*optional)
+    prepared = prepare("rel_attention", q, k, v, r, optional_tensors, bias, Options(*options))
     rel_attention_plans.add(key, prepared)
     return forward(prepared)
