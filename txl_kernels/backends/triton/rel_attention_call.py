@@ -115,7 +115,7 @@ def kernel_arguments(call: RelAttentionCall) -> dict[str, Any]:
         "BLOCK_DP": block_size(DP),
         "GROUP": H // max(k.shape[1], 1),
         "CLAMP": rules.clamp == 1,
-        "FAR": _has_far_keys(call, Tk),
+        "FAR": has_far_keys(call, Tk),
     }
 
 
@@ -144,7 +144,7 @@ def _in_float32(factor: float) -> float:
     return math.copysign(min(abs(factor), 2.0**126), factor)
 
 
-def _has_far_keys(call: RelAttentionCall, Tk: int) -> bool:
+def has_far_keys(call: RelAttentionCall, Tk: int) -> bool:
     """Whether a query may attend to a key without a row of r, by lengths and window alone."""
     rules, Tq, R = call.rules, call.q.shape[2], call.r.shape[2]
     lowest, highest = -rules.window_left, rules.window_right  # of j - p
