@@ -24,7 +24,6 @@ from txl_kernels.backends.triton.rel_attention_config import dkdv_config, dqdr_c
 # this many bytes.
 _SPLIT_PROGRAMS = 264
 _SPLIT_BYTES = 2**28
-_FACTORS = ("content_factor", "position_factor")
 
 
 def rel_attention_bwd(
@@ -55,12 +54,12 @@ def rel_attention_bwd(
         None if x is None else x.new_empty(x.shape) for x in requested
     )
     arguments = kernel_arguments(call)
-    # Of each product, before its sum over keys is a gradient of the queries.
-    factors = [arguments[name] * arguments["scale"] for name in _FACTORS]
+    dqu_scale = arguments["scale"] * arguments["content_factor"]
+    dqv_scale = arguments["scale"] * arguments["position_factor"]
     given_dlse = None if is_absent(dlse) else dlse
     arguments = prepared_rows(arguments, near_rows(dout), given_dlse, out, lse)
     _launch_dkdv(arguments, dk, dv, dmem_k, dmem_v)
-    arguments |= dict(zip(("dqu_scale", "dqv_scale"), factors, strict=True))
+    arguments |= {"dqu_scale": dqu_scale, "dqv_scale": dqv_scale}
     arguments["HAS_Q_POS"] = call.optional.q_pos is not None
     dr, dr_w_bias, dr_r_bias = _launch_dqdr(arguments, dq, dq_pos, *requested[3:6])
     grads = (dq, dk, dv, dr, dr_w_bias, dr_r_bias, dmem_k, dmem_v, dq_pos)

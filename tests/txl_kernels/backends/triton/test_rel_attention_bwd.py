@@ -17,8 +17,8 @@ pytestmark = pytest.mark.interpreted
 BY_NAME = {case.name: case for case in REL_ATTENTION_CASES}
 CAUSAL = {"causal": True}
 # Tables of r for all, per head, per batch row and for each; with tiles that share rows of them.
-SHARED = RelAttentionCase("shared", Tq=37, Tm=9, R=20, options={**CAUSAL, "offset": 11})
-CLAMPED = replace(SHARED, name="clamped", R=7, options={"offset": 4, "clamp": True})
+SHARED = RelAttentionCase("shared", Hk=1, Tq=37, Tm=9, R=20, options={**CAUSAL, "offset": 11})
+CLAMPED = replace(SHARED, name="clamped", Dp=5, R=7, options={"offset": 4, "clamp": True})
 TABLES = [
     replace(case, name=f"{case.name}-batch{batch:d}-heads{heads:d}", r_batch=batch, r_heads=heads)
     for case in (SHARED, CLAMPED)

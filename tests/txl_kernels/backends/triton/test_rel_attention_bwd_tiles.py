@@ -138,7 +138,7 @@ def test_a_packed_document_costs_no_tile_of_another(n_calls):
     assert tiles == [3 * (2 + 1)] * 2
 
 
-@pytest.mark.parametrize(("start", "n_tiles"), zip(WILD, (0, 2, 2), strict=True))
+@pytest.mark.parametrize(("start", "n_tiles"), list(zip(WILD, (0, 2, 2), strict=True)))
 def test_work_follows_the_keys_that_remain(start, n_tiles, n_calls):
     case = RelAttentionCase(
         "cache",
