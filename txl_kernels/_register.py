@@ -14,7 +14,12 @@ from txl_kernels._derivatives import (
     register_autograd,
     register_vmap,
 )
-from txl_kernels._rel_attention_call import N_DIFFERENTIABLE, SCHEMA, OptionalTensors
+from txl_kernels._rel_attention_call import (
+    N_DIFFERENTIABLE,
+    SCHEMA,
+    OptionalTensors,
+    output_gradients,
+)
 
 _N_OPTIONAL = len(OptionalTensors._fields)
 _N_OPTIONAL_GRADS = N_DIFFERENTIABLE - 4
@@ -58,12 +63,7 @@ def _register_rel_attention(operators: Any) -> None:
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, r, *optional, out, lse = ctx.saved_tensors
         needs_grad = [*ctx.needs_input_grad[:4], *ctx.needs_input_grad[4][:_N_OPTIONAL_GRADS]]
-        if dout is None:
-            dout = out.new_zeros(out.shape[-1]).expand_as(out)
-        elif dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        if dlse is None:
-            dlse = lse.new_empty(0)
+        dout, dlse = output_gradients(dout, dlse, out, lse)
         call = (q, k, v, r, optional, ctx.rules, ctx.numbers)
         grads = operators.rel_attention_bwd(dout, dlse, *call, out, lse, needs_grad)
         result = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]

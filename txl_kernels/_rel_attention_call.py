@@ -123,3 +123,14 @@ class RelAttentionCall(NamedTuple):
 def is_absent(tensor: Tensor) -> bool:
     """Whether an operator's argument stands for a tensor that was not given."""
     return len(tensor.shape) == 1 and tensor.shape[0] == 0
+
+
+def output_gradients(
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of out and lse as the backward operator receives them, from autograd's."""
+    if dout is None:
+        dout = out.new_zeros(out.shape[-1]).expand_as(out)
+    elif dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    return dout, lse.new_empty(0) if dlse is None else dlse

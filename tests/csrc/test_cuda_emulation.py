@@ -96,6 +96,17 @@ def test_masked_keys_are_never_read(options, value, emulations):
     assert all(torch.equal(a, b) for a, b in zip(actual, due, strict=True))
 
 
+def test_a_cache_is_computed_like_its_valid_keys(emulations):
+    q, k, v, r = (torch.randn(1, 1, T, 8) for T in (1, 300, 300, 300))
+    k[:, :, 170:], v[:, :, 170:] = torch.nan, torch.nan
+    filled = {"q_start": torch.tensor([169]), "key_lens": torch.tensor([170])}
+    attend = emulations("address").attend
+    # Row 299 of r is distance 0; the same bits, since the valid keys have the same splits.
+    actual = attend(q=q, k=k, v=v, r=r, causal=True, offset=0, **filled)
+    expected = attend(q=q, k=k[:, :, :170], v=v[:, :, :170], r=r, causal=True, offset=130)
+    assert all(map(torch.equal, actual, expected))
+
+
 @pytest.mark.parametrize("name", ["q", "k", "r"])
 def test_a_nan_is_no_row_without_keys(name, emulations):
     call = inputs("one_query")

@@ -1,7 +1,7 @@
 """Plans of `rel_attention`: an eager call on a CPU that equals an earlier one is not checked again.
 
-Checks, normalisation and the choice of a backend depend on the key of a call alone. With a plan, a
-small call without gradients also skips the autograd kernel in Python, half of its time.
+Checks, normalisation and the choice of a backend depend on the key of a call alone. A planned call
+also skips the operator's autograd kernel, which is Python: half of the time of a small call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch._C import _AutoDispatchBelowAutograd, _is_tracing, _len_torch_dispatc
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from txl_kernels._rel_attention_call import N_DIFFERENTIABLE, output_gradients
 from txl_kernels.backends import verification
 from txl_kernels.ops.rel_attention_calls import Prepared
 
@@ -35,15 +36,50 @@ class Plan(NamedTuple):
 
     def run(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Returns out and lse of q, k, v, r and the optional tensors."""
-        optional, absent = self.optional, self.absent
-        if optional is None:
-            optional = [absent if x is None else x for x in tensors[4:]]
         if self.needs_grad:
-            return self.operator(*tensors[:4], optional, self.rules, self.numbers)  # type: ignore[no-any-return]
+            return _Planned.apply(self, *tensors)  # type: ignore[no-any-return, no-untyped-call]
         # As torch.library's own autograd kernels do. `torch.inference_mode` would return tensors
         # that no later computation may differentiate.
         with _AutoDispatchBelowAutograd():
-            return self.operator(*tensors[:4], optional, self.rules, self.numbers)  # type: ignore[no-any-return]
+            return self.operator(*self.arguments(tensors))  # type: ignore[no-any-return]
+
+    def arguments(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """The operator's arguments."""
+        optional, absent = self.optional, self.absent
+        if optional is None:
+            optional = [absent if x is None else x for x in tensors[4:]]
+        return (*tensors[:4], optional, self.rules, self.numbers)
+
+
+class _Planned(torch.autograd.Function):
+    """Autograd of a planned call: what `_register.py` registers, without lists of tensors.
+
+    torch flattens and rebuilds such lists in Python, which takes longer than a small call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        with _AutoDispatchBelowAutograd():
+            out, lse = plan.operator(*plan.arguments(tensors))
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        needs_grad = ctx.needs_input_grad[1 : 1 + N_DIFFERENTIABLE]
+        dout, dlse = output_gradients(dout, dlse, out, lse)
+        arguments = (dout, dlse, *ctx.plan.arguments(tensors), out, lse, needs_grad)
+        operator = torch.ops.txl_native.rel_attention_bwd.default
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_changed():
+            grads = operator(*arguments)
+        else:
+            with _AutoDispatchBelowAutograd():
+                grads = operator(*arguments)
+        result = (x if needed else None for x, needed in zip(grads, needs_grad, strict=True))
+        return None, *result, *[None] * (len(tensors) - N_DIFFERENTIABLE)
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}

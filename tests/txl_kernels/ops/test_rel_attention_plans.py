@@ -62,6 +62,41 @@ def test_without_gradients_the_result_may_enter_a_graph(runs):
     assert weight.grad == outs[0].sum()
 
 
+def test_a_planned_call_skips_the_operators_autograd_kernel(runs):
+    """That kernel is Python and takes longer than a small call."""
+    call = inputs()
+    for needs_grad in (False, True):
+        call["q"].requires_grad_(needs_grad)
+        first, second = (events(call) for _ in range(2))
+        assert (
+            "GeneratedBackwardFor_txl_native_rel_attention_fwd_default" in first or not needs_grad
+        )
+        assert not any("GeneratedBackward" in name for name in second)
+        assert "txl_native::rel_attention_fwd" in second
+    assert len(runs) == 2
+
+
+def events(call):
+    """The names of the operators and autograd functions of a call and its gradient."""
+    with torch.profiler.profile() as profile:
+        out = rel_attention(**call)
+        if out.requires_grad:
+            out.sum().backward()
+    return {event.name for event in profile.events()}
+
+
+def test_only_lse_has_a_gradient_and_a_second_derivative_is_an_error(runs):
+    call = inputs()
+    k = call["k"].requires_grad_()
+    first, second = (rel_attention_with_lse(**call)[1].sum() for _ in range(2))
+    due, actual = (torch.autograd.grad(lse, k, retain_graph=True)[0] for lse in (first, second))
+    assert len(runs) == 1
+    assert torch.equal(actual, due)
+    (dk,) = torch.autograd.grad(second, k, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dk.sum().backward()
+
+
 OTHER = {
     "another value": lambda call: {"scale": 0.1},
     "another type": lambda call: {"causal": True, "window": (1, 0)},
