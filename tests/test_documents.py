@@ -1,4 +1,4 @@
-"""The links of the documentation lead to files and headings that exist."""
+"""The links of the documentation lead to files and headings that exist; its programs run."""
 
 from __future__ import annotations
 
@@ -34,3 +34,11 @@ def test_every_link_has_a_target(path):
         if not target.exists() or (anchor and anchor not in anchors(target)):
             wrong.append(link)
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["attention.md"])
+def test_the_examples_of_a_page_run_as_one_program(name):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    assert examples
+    exec("\n".join(examples), {})

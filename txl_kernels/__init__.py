@@ -12,6 +12,9 @@ from txl_kernels.ops.adaptive_softmax import (
     adaptive_nll,
     adaptive_topk,
 )
+from txl_kernels.ops.banded_attention import banded_attention, banded_is_faster
+from txl_kernels.ops.merge_attention import merge_attention, with_sink
+from txl_kernels.ops.packed_ranges import packed_ranges
 from txl_kernels.ops.rel_attention import rel_attention, rel_attention_with_lse
 from txl_kernels.ops.rel_shift import rel_shift
 from txl_kernels.ops.warmup import verify, warmup
@@ -25,10 +28,15 @@ __all__ = [
     "adaptive_nll",
     "adaptive_sample",
     "adaptive_topk",
+    "banded_attention",
+    "banded_is_faster",
+    "merge_attention",
+    "packed_ranges",
     "rel_attention",
     "rel_attention_with_lse",
     "rel_shift",
     "resolve",
     "verify",
     "warmup",
+    "with_sink",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map
 
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.transforms import kernel_refusal
+
+_Grad = TypeVar("_Grad", Tensor, Tensor | None)
 
 
 def register_autograd(
@@ -106,9 +108,42 @@ def refuse_second_derivative(operator: str) -> None:
     register_autograd(operator, backward)
 
 
+def without_derivative(
+    op: str, grads: Sequence[_Grad], inputs: Sequence[Tensor | None] = ()
+) -> list[_Grad]:
+    """The gradients, as they are; if torch records a graph of them, differentiating it raises.
+
+    Args:
+        op: the op that the error names.
+        grads: None where a gradient was not requested.
+        inputs: tensors that the gradients depend on.
+    """
+    if not torch.is_grad_enabled():
+        return list(grads)
+    leaves = [grad.requires_grad_() for grad in grads if grad is not None]
+    guarded = iter(
+        _NoSecondDerivative.apply(op, len(inputs), *inputs, *leaves)  # type: ignore[no-untyped-call]
+    )
+    return [grad if grad is None else next(guarded) for grad in grads]
+
+
 def no_second_derivative(op: str) -> str:
     """The message of the error."""
     return f'{op}: no second derivative exists on this backend; backend="reference" has one'
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on gradients; differentiating it is an error instead of a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, n_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors after the first `n_inputs`, which only connect the graph to them."""
+        ctx.op = op
+        return tuple(grad.view_as(grad) for grad in tensors[n_inputs:])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(no_second_derivative(ctx.op))
 
 
 def _looped(

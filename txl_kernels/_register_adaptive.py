@@ -11,17 +11,17 @@ tokens).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from txl_kernels._derivatives import (
-    no_second_derivative,
     refuse_batched_gradients,
     refuse_second_derivative,
     register_autograd,
     register_vmap,
+    without_derivative,
 )
 from txl_kernels.transforms import inside_transform, is_batched
 
@@ -135,9 +135,7 @@ def _register_loss(operators: Any) -> None:
         for n, dtype in enumerate(ctx.dtypes):  # one by one: frees each float32 gradient
             grads[n] = grads[n].to(dtype)
         grads = _apart(grads, ctx.needs_grad, ctx.shapes)
-        if torch.is_grad_enabled():
-            leaves = (grad.requires_grad_() for grad in grads)
-            grads = _NoSecondDerivative.apply(*leaves)  # type: ignore[no-untyped-call]
+        grads = without_derivative("adaptive_loss", grads)
         dhidden, *dclusters = _requested(grads, ctx.needs_grad)
         return dhidden, None, dclusters, None, None, None
 
@@ -145,18 +143,6 @@ def _register_loss(operators: Any) -> None:
     torch.library.register_fake(bwd, fake_bwd)
     register_autograd(fwd, backward, setup_context)
     register_vmap(fwd, operators.adaptive_loss_fwd)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """The identity on gradients; differentiating it is an error instead of a silent zero."""
-
-    @staticmethod
-    def forward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def backward(_ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(no_second_derivative("adaptive_loss"))
 
 
 def _register_embedding(operators: Any) -> None:

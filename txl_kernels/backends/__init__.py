@@ -29,6 +29,13 @@ OPS = (
     "adaptive_sample",
     "adaptive_embedding",
 )
+# Public functions without kernels of their own, and what computes them.
+COMPOSED = {
+    "merge_attention": "plain PyTorch",
+    "with_sink": "plain PyTorch",
+    "packed_ranges": "plain PyTorch",
+    "banded_attention": "rel_attention and torch's flash attention",
+}
 _AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}  # then the reference
 
 _FLOAT_TO_16_BIT = (torch.float32, torch.bfloat16, torch.float16)

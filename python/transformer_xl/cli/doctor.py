@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from transformer_xl.training.precision import cpu_flags, processor, uses_bf16
-from txl_kernels.backends import BACKENDS, OPS, native, resolve
+from txl_kernels.backends import BACKENDS, COMPOSED, OPS, native, resolve
 from txl_kernels.backends.triton import CHECKED_TRITON_VERSIONS
 from txl_kernels.backends.verification import records
 from txl_kernels.testing.op_checks import OpCheck, check_ops
@@ -147,7 +147,7 @@ def _records() -> str:
 def _backends(device: str) -> Table:
     """The backend that "auto" uses for float32 on `device`, and why not the others.
 
-    Ops with the same backend and reasons share a row.
+    Ops with the same backend and reasons share a row. Functions composed of other ops come last.
     """
     rows: dict[tuple[str, ...], list[str]] = {}
     for op in OPS:
@@ -160,6 +160,8 @@ def _backends(device: str) -> Table:
             if reason is not None
         )
         rows.setdefault((used, "\n".join(refused)), []).append(op)
+    for function, parts in COMPOSED.items():
+        rows.setdefault((parts, ""), []).append(function)
     table = Table("op", "used", "why not the others", title=f"backends on {device}, float32")
     for answers, ops in rows.items():
         table.add_row("\n".join(ops), *map(escape, answers))

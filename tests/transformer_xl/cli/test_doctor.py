@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import txl_kernels
 from transformer_xl.cli import doctor
 from transformer_xl.cli.app import app
-from txl_kernels.backends import native
+from txl_kernels.backends import COMPOSED, OPS, native
 from txl_kernels.testing.op_checks import OpCheck
 
 REASON = "no compiler was found when txl_kernels was installed"
@@ -52,6 +53,14 @@ def test_doctor_warns_of_a_triton_whose_code_was_not_checked(monkeypatch, versio
 def test_doctor_does_not_warn_of_no_triton(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda _name: doctor.NOT_INSTALLED)
     assert doctor._triton_note() == ""
+
+
+def test_every_op_and_every_function_composed_of_ops_is_listed():
+    table = CliRunner().invoke(app, ["doctor"]).stdout
+    first_column = [line.split("│")[1].strip() for line in table.splitlines() if "│" in line]
+    for name in (*OPS, *COMPOSED):
+        assert hasattr(txl_kernels, name)
+        assert first_column.count(name) == 1, name
 
 
 def test_the_folder_of_the_records_is_shown(monkeypatch):
