@@ -127,17 +127,14 @@ struct SplitWarp {
     const int lane = threadIdx.x % kWarp;
     own = lane % L::kLanes, group = lane / L::kLanes;
     if (lane < kQueries) {
-      const int n_heads = args.group(), number = first + lane < end ? first + lane : 0;
+      const bool there = first + lane < end;
+      const int n_heads = args.group(), number = there ? first + lane : 0;
       const int i = kQueries == 1 ? 0 : number / n_heads;
       const int h = kQueries == 1 ? hk : hk * n_heads + number % n_heads;
-      if (kQueries > 1) keys = first + lane < end ? args.keys_of(b, i) : args.no_keys();
-      info[lane] = {keys.begin,
-                    keys.end,
-                    args.to_row(b) - i - args.plan.row_begin,
-                    (b * args.H + h) * args.Tq + i,
-                    args.mask.head<const bool>(b, h) + i * args.mask.stride_t,
-                    h,
-                    i};
+      const Keys seen = kQueries == 1 ? keys : there ? args.keys_of(b, i) : args.no_keys();
+      const bool* mask = args.mask.head<const bool>(b, h) + i * args.mask.stride_t;
+      const int shift = args.to_row(b) - i - args.plan.row_begin;
+      info[lane] = {seen.begin, seen.end, shift, (b * args.H + h) * args.Tq + i, mask, h, i};
     }
     __syncwarp();
     const float factor = product_factor(args, args.scale);

@@ -224,11 +224,11 @@ def attention(
         given["mask"] = integers(B, H, Tq, Tk, dtype=torch.bool)
     if numbers.get("dropout_p"):
         given["dropout_seed"] = integers(())
+    q, k, v, r = (given.pop(name) for name in "qkvr")
+    all_rules: dict[str, int] = {"offset": Tq - 1, "window_right": 0, **rules}
+    all_numbers: dict[str, float] = {"scale": D**-0.5, "pos_scale": D**-0.5, **numbers}
     call = RelAttentionCall(
-        *(given.pop(name) for name in "qkvr"),
-        OptionalTensors(**given),
-        Rules(**{"offset": Tq - 1, "window_right": 0, **rules}),
-        Numbers(**{"scale": D**-0.5, "pos_scale": D**-0.5, **numbers}),
+        q, k, v, r, OptionalTensors(**given), Rules(**all_rules), Numbers(**all_numbers)
     )
     arguments = call.arguments()
     out, lse = rel_attention.rel_attention_fwd(*arguments)
@@ -237,7 +237,8 @@ def attention(
         needs_grad = [tensor is not None for tensor in inputs]
         enabled = "are_deterministic_algorithms_enabled"
         with mock.patch.object(torch, enabled, return_value=deterministic):
-            rel_attention_bwd.rel_attention_bwd(out, lse, *arguments, out, lse, needs_grad)
+            given_backward: tuple[Any, ...] = (out, lse, *arguments, out, lse, needs_grad)
+            rel_attention_bwd.rel_attention_bwd(*given_backward)
 
 
 def _shift(*, dtype: torch.dtype) -> None:

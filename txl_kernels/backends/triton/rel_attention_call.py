@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,8 +55,9 @@ def kernel_arguments(call: RelAttentionCall) -> dict[str, Any]:
     DV, R, DP = v.shape[3], *r.shape[2:]
     Tm = 0 if mem_k is None else mem_k.shape[2]
     Tk = Tm + k.shape[2]
-    row_limits, query_limits = _split_limits((optional.key_start, optional.key_lens), Tq)
-    query_ranges, tile_ranges = rel_attention_ranges.query_ranges(*query_limits, B, Tq, Tk)
+    key_start, first_keys = _of_row_or_query(optional.key_start, Tq)
+    key_lens, last_keys = _of_row_or_query(optional.key_lens, Tq)
+    query_ranges, tile_ranges = rel_attention_ranges.query_ranges(first_keys, last_keys, B, Tq, Tk)
     # Without q_start no two of queries and keys are further apart than `far`.
     far = Tq + Tk if optional.q_start is None else _FURTHEST
     lowest, highest = (-Tk, R + Tq) if optional.q_start is None else (-far, far)
@@ -76,8 +76,8 @@ def kernel_arguments(call: RelAttentionCall) -> dict[str, Any]:
         "p_mem_k": mem_k if Tm else None,
         "p_mem_v": mem_v if Tm else None,
         "p_q_start": _contiguous(optional.q_start),
-        "p_key_start": row_limits[0],
-        "p_key_lens": row_limits[1],
+        "p_key_start": key_start,
+        "p_key_lens": key_lens,
         "p_query_ranges": query_ranges,
         "p_tile_ranges": tile_ranges,
         "p_mask": None if optional.mask is None else optional.mask.view(torch.uint8),
@@ -115,7 +115,7 @@ def kernel_arguments(call: RelAttentionCall) -> dict[str, Any]:
         "BLOCK_DP": block_size(DP),
         "GROUP": H // max(k.shape[1], 1),
         "CLAMP": rules.clamp == 1,
-        "FAR": _has_far_keys(call, Tk),
+        "FAR": has_far_keys(call, Tk),
     }
 
 
@@ -144,7 +144,7 @@ def _in_float32(factor: float) -> float:
     return math.copysign(min(abs(factor), 2.0**126), factor)
 
 
-def _has_far_keys(call: RelAttentionCall, Tk: int) -> bool:
+def has_far_keys(call: RelAttentionCall, Tk: int) -> bool:
     """Whether a query may attend to a key without a row of r, by lengths and window alone."""
     rules, Tq, R = call.rules, call.q.shape[2], call.r.shape[2]
     lowest, highest = -rules.window_left, rules.window_right  # of j - p
@@ -154,16 +154,16 @@ def _has_far_keys(call: RelAttentionCall, Tk: int) -> bool:
     return rules.clamp == 0 and (lowest + offset < 0 or highest + offset >= R)
 
 
-def _split_limits(
-    limits: Sequence[Tensor | None], Tq: int
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Those that hold for whole rows, [B] and contiguous, and those per query, [B, Tq]; or None.
+def _of_row_or_query(limit: Tensor | None, Tq: int) -> tuple[Tensor | None, Tensor | None]:
+    """(a limit of each row, [B] and contiguous, None) or (None, one of each query, [B, Tq]).
 
-    Of one query both are the same, and a row's limits are cheaper.
+    For one query both are the same, and a row's limit is cheaper.
     """
-    limits = [x[:, 0] if x is not None and x.dim() == 2 and Tq == 1 else x for x in limits]
-    of_rows = [_contiguous(x) if x is not None and x.dim() == 1 else None for x in limits]
-    return of_rows, [x if x is not None and x.dim() == 2 else None for x in limits]
+    if limit is not None and limit.dim() == 2:
+        if Tq != 1:
+            return None, limit
+        limit = limit[:, 0]
+    return _contiguous(limit), None
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -150,10 +150,20 @@ def key(call: Description) -> tuple[Any, ...]:
     parts += rules.clamp, rules.chunk_size, rules.chunk_left, *given.numbers
     parts += map(_is_large, (rules.offset, rules.window_left, rules.window_right))
     parts += H // given.k.shape[1] if given.k.shape[1] else 0, min(Tq, _FEW_QUERIES + 1)
+    if call.backend == "triton":
+        from txl_kernels.backends.triton.rel_attention_call import has_far_keys
+
+        parts.append(has_far_keys(given, _n_keys(given)))
     if call.deterministic and D % 16:
         # The number of copies of dr, which follows from all sizes, is in their strides.
         parts.append(tuple(spec.shape for spec in specs(call.arguments)))
     return tuple(parts)
+
+
+def _n_keys(given: RelAttentionCall) -> int:
+    """Tk."""
+    mem_k = given.optional.mem_k
+    return given.k.shape[2] + (0 if mem_k is None else mem_k.shape[2])
 
 
 def _is_large(length: int) -> bool:
@@ -205,8 +215,8 @@ def _short_attention(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     given = RelAttentionCall.of_arguments(*arguments)
     optional, rules = given.optional, given.rules
     (B, H, Tq, D), (_, Hk, Ts, _), R = given.q.shape, given.k.shape, given.r.shape[2]
-    Tm = 0 if optional.mem_k is None else optional.mem_k.shape[2]
-    Tk = Tm + Ts
+    Tk = _n_keys(given)
+    Tm = Tk - Ts
     sizes = {"B": min(B, 2), "H": H, "G": Hk, "D": D, "V": given.v.shape[3], "P": given.r.shape[3]}
     if Hk == H:
         sizes["H"] = sizes["G"] = _shortened(H, 16)
