@@ -63,6 +63,7 @@ def loop_over_batched_gradients(operator: str, call: Callable[..., Any]) -> None
     is_batched = torch._C._functorch.is_legacy_batchedtensor
 
     def one_by_one(*args: Any) -> Any:
+        # The number of the innermost batch: 1 in threads of autograd, where torch counts none.
         level = max(torch._C._vmapmode_increment_nesting() - 1, 1)
         torch._C._vmapmode_decrement_nesting()
         sizes: list[int] = []

@@ -56,7 +56,7 @@ def register_kernels() -> None:
         ),
     ):
         for operator in directions:
-            name: str = operator.default.name()  # type: ignore[no-untyped-call]
+            name = str(operator.default.name())  # type: ignore[no-untyped-call]
             torch.library.impl(name, "default", _loading(op, operator))
 
 

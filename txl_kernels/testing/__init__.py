@@ -13,11 +13,8 @@ from txl_kernels.testing.adaptive_softmax_cases import (
 )
 from txl_kernels.testing.budget import check_budget, error_over_budget
 from txl_kernels.testing.rel_attention import check_rel_attention, check_rel_attention_output
-from txl_kernels.testing.rel_attention_cases import (
-    DECODE_CASES,
-    REL_ATTENTION_CASES,
-    RelAttentionCase,
-)
+from txl_kernels.testing.rel_attention_cases import REL_ATTENTION_CASES, RelAttentionCase
+from txl_kernels.testing.rel_attention_decode_cases import DECODE_CASES
 
 __all__ = [
     "ADAPTIVE_SOFTMAX_CASES",

@@ -213,7 +213,7 @@ def _resized(spec: Spec, shape: Sequence[int]) -> Spec:
 
 def _short_attention(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     given = RelAttentionCall.of_arguments(*arguments)
-    optional, rules = given.optional, given.rules
+    rules = given.rules
     (B, H, Tq, D), (_, Hk, Ts, _), R = given.q.shape, given.k.shape, given.r.shape[2]
     Tk = _n_keys(given)
     Tm = Tk - Ts
