@@ -172,10 +172,12 @@ def _attend(
     """Runs a call by the plan of an equal one, or prepares it: q, k, v, r, …, fields of Options."""
     key = rel_attention_plans.key(tensors, bias, options)
     plan = rel_attention_plans.get(key)
-    if plan is not None:
-        return plan.run(tensors)
-    q, k, v, r, *optional = tensors
-    given = (OptionalTensors(*optional), bias, Options(*options))
-    prepared = prepare("rel_attention", q, k, v, r, *given)
-    rel_attention_plans.add(key, prepared)
-    return forward(prepared)
+    if plan is None:
+        q, k, v, r, *optional = tensors
+        given = (OptionalTensors(*optional), bias, Options(*options))
+        prepared = prepare("rel_attention", q, k, v, r, *given)
+        plan = rel_attention_plans.add(key, prepared)
+        if plan is None:
+            return forward(prepared)
+    # The first call, too: gradient checkpointing requires that an equal call saves equal tensors.
+    return plan.run(tensors)

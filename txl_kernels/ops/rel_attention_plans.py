@@ -1,4 +1,4 @@
-"""Plans of `rel_attention`: an eager call on a CPU that equals an earlier one is not checked again.
+"""Plans of `rel_attention`: an eager call on a CPU like an earlier one is not checked again.
 
 Checks, normalisation and the choice of a backend depend on the key of a call alone. A planned call
 also skips the operator's autograd kernel, which is Python: half of the time of a small call.
@@ -135,19 +135,22 @@ def get(key: tuple[Any, ...] | None) -> Plan | None:
     return None if key is None else _plans.get(key)
 
 
-def add(key: tuple[Any, ...] | None, prepared: Prepared) -> None:
-    """Keeps the plan of a call to the native backend that had nothing to expand or draw."""
+def add(key: tuple[Any, ...] | None, prepared: Prepared) -> Plan | None:
+    """Keeps and returns the plan of a call to the native backend; None if it cannot have one.
+
+    A call has none if its mask had to be expanded or its dropout seed drawn.
+    """
     call = prepared.call
     if key is None or prepared.backend != "native" or call.numbers.dropout_p > 0:
-        return
-    if call.optional.mask is not None:  # would have to be expanded
-        return
+        return None
+    if call.optional.mask is not None:
+        return None
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
     with torch.inference_mode(False):
         absent = torch.empty(0, dtype=call.q.dtype, device="cpu")
     has_optional = any(x is not None for x in call.optional)
-    _plans[key] = Plan(
+    plan = Plan(
         torch.ops.txl_native.rel_attention_fwd.default,
         absent,
         None if has_optional else [absent] * len(call.optional),
@@ -155,6 +158,8 @@ def add(key: tuple[Any, ...] | None, prepared: Prepared) -> None:
         list(call.numbers),
         needs_grad=key[-1],
     )
+    _plans[key] = plan
+    return plan
 
 
 def clear() -> None:
