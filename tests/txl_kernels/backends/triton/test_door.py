@@ -64,7 +64,7 @@ def test_bfloat16_is_refused_while_interpreting():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("argument", ["q_pos", "bias", "dead_rows='uniform'"])
+@pytest.mark.parametrize("argument", ["bias", "dead_rows='uniform'"])
 def test_what_is_not_served_is_named(argument):
     if _compiles():
         pytest.skip(str(triton.unavailable_reason("cpu")))
