@@ -26,7 +26,7 @@ Attend = Callable[[AttentionInputs], Tensor]
 REFERENCE = "reference"
 EAGER, COMPILED, SDPA_BIAS, SDPA_PLAIN = "eager", "compiled", "sdpa+bias", "sdpa"
 FLEX, FLASH, CUDNN = "flex", "flash", "cudnn"
-# Hugging Face's own classes; what they compute, written here; SDPA without positions.
+# The classes of Hugging Face; the same computation in plain PyTorch; SDPA without positions.
 HF_SDPA, HF_RESTATED, SDPA_CAUSAL = "hf-sdpa", "hf-restated", "sdpa-causal"
 COMPILED_PEERS = (COMPILED, FLEX)  # their compilation takes many seconds
 

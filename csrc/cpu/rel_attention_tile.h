@@ -117,9 +117,9 @@ inline TileKeys keys_of_items(const RelAttentionArgs& args, const RelAttentionPl
                    tile_rows(args, plan, last_tile).end);
 }
 
-// Calls f(begin, end, keys) for each run of items [first, stop) of a unit. If neighbouring queries
-// may have unrelated ranges of keys, each run has blocks of its own; otherwise all runs have the
-// blocks of the first to the last item.
+// Calls f(begin, end, keys) for each run of items [first, stop) of a unit. With ranges per
+// query, the blocks of a run cover the keys of that run's items only; otherwise all runs use the
+// same blocks, which cover the keys of all items.
 template <typename F>
 void for_each_run(const RelAttentionArgs& args, const RelAttentionPlan& plan, int64_t b,
                   int64_t first, int64_t stop, F&& f) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels._rel_attention_call import OptionalTensors, Options, RelAttentionCall, Rules
-from txl_kernels.backends import choose
+from txl_kernels.backends import choose, operators
 from txl_kernels.backends.reference import rel_attention as reference
 from txl_kernels.ops import autocast
 from txl_kernels.ops.checks import check_choice, check_tensor, fixed_if_traced, needs_grad
@@ -86,8 +86,7 @@ def forward(prepared: Prepared) -> tuple[Tensor, Tensor]:
         if backend == "reference":
             return reference.rel_attention(call, bias=bias, dead_uniform=dead_uniform)
         call = call._replace(rules=Rules(*map(fixed_if_traced, call.rules)))
-        operators = torch.ops.txl_native if backend == "native" else torch.ops.txl_triton
-        out, lse = operators.rel_attention_fwd(*call.arguments())
+        out, lse = operators(backend).rel_attention_fwd(*call.arguments())
         return out, lse
 
 
@@ -108,9 +107,8 @@ def backward(
     """
     if dlse is None:
         dlse = lse.new_empty(0)
-    operators = torch.ops.txl_native if backend == "native" else torch.ops.txl_triton
     arguments = (*call.arguments(), out, lse, list(needs_grad))
-    grads: list[Tensor] = operators.rel_attention_bwd(dout, dlse, *arguments)
+    grads: list[Tensor] = operators(backend).rel_attention_bwd(dout, dlse, *arguments)
     return grads
 
 
