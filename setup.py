@@ -151,24 +151,30 @@ def copy_prebuilt(folder: str, package: Path) -> None:
     if not libraries:
         raise SystemExit(f"setup.py: --prebuilt={folder} has no _native/torch-*/libtxl_kernels.so")
     for library in libraries:
-        record_path = library.with_name("build.json")
-        try:
-            interface = json.loads(record_path.read_text(encoding="utf-8"))["interface"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"setup.py: {record_path} is no build record ({error!r})") from None
-        for name, expected in interface.items():
-            actual = hashlib.sha256((ROOT / "txl_kernels" / name).read_bytes()).hexdigest()
-            if actual != expected:
-                raise SystemExit(
-                    f"setup.py: {library} was built from other sources: the hash of {name} must "
-                    f"be {actual}, got {expected}"
-                )
+        check_prebuilt(library)
+    for library in libraries:
         target = package / "_native" / library.parent.name
         target.mkdir(parents=True, exist_ok=True)
-        for path in (library, record_path):
+        for path in (library, library.with_name("build.json")):
             shutil.copy2(path, target)
     for path in sorted(source.glob("_C.*.so")):
         shutil.copy2(path, package)
+
+
+def check_prebuilt(library: Path) -> None:
+    """Stops the build unless the record of a library fits the sources of this package."""
+    record = library.with_name("build.json")
+    try:
+        interface = json.loads(record.read_text(encoding="utf-8"))["interface"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"setup.py: {record} is no build record ({error!r})") from None
+    for name, actual in interface.items():
+        expected = hashlib.sha256((ROOT / "txl_kernels" / name).read_bytes()).hexdigest()
+        if actual != expected:
+            raise SystemExit(
+                f"setup.py: {library} was built from other sources: the hash of {name} must be "
+                f"{expected}, got {actual}"
+            )
 
 
 def tool(name: str) -> str:
