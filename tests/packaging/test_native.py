@@ -99,11 +99,11 @@ def test_a_library_for_other_schemas_is_not_loaded(package, problem):
     add(package, {**RECORD, "interface": {"_schemas.py": "0" * 64, "not installed.py": "0"}}, MINOR)
     text = problem()
     assert "was built from other sources than those of txl_kernels here" in text
-    assert text.endswith("(_schemas.py differ)")
+    assert text.endswith("(changed: _schemas.py)")
     (package / "_other.py").touch()
     interface = {"_schemas.py": same, "_other.py": "0"}
     add(package, {**RECORD, "interface": interface}, MINOR)
-    assert problem().endswith("(_other.py differ)")
+    assert problem().endswith("(changed: _other.py)")
 
 
 def test_every_schema_is_in_a_file_whose_hash_is_recorded():
@@ -142,6 +142,13 @@ def test_a_damaged_record_is_a_reason(package, problem, text, minor):
     add(package, text, minor)
     assert "unreadable" in problem()
     assert str(package) in problem()
+
+
+def test_a_library_without_its_record_is_not_loaded(package, problem):
+    add(package, RECORD, MINOR)
+    path = native.library_path().with_name(native.RECORD_NAME)
+    path.unlink()
+    assert f"the build record {path} is unreadable (FileNotFoundError" in problem()
 
 
 def test_a_build_by_an_earlier_version_is_not_loaded(package, problem):
