@@ -53,6 +53,13 @@ gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## check the machine c
 gates-ci: $(VENV)/.installed-dev ## the most common launches for three architectures, as in CI
 	$(PY) -m tools.gates --headline --arch 80 90 120
 
+# Debian's package g++-aarch64-linux-gnu has the compiler; test-arm prints the names of all packages.
+cross-arm: $(VENV)/.installed-dev ## compile the CPU kernels for aarch64; nothing is run
+	$(PY) -m tools.arm --compile-only
+
+test-arm: $(VENV)/.installed-dev ## build for aarch64 and run the op tests in QEMU's emulation
+	$(PY) -m tools.arm --torch $(TORCH)
+
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
 	$(PYTHON) -m venv $(HF_VENV)
 	$(HF_VENV)/bin/python $(PIP) install torch==2.13.0
@@ -95,13 +102,15 @@ ci: ## all checks, in order
 	$(MAKE) venv CMAKE_ARGS=-DTXL_WERROR=ON
 	$(MAKE) lint types & checks=$$!; $(MAKE) wheel; wait $$checks
 	$(MAKE) gates-ci
+	@if command -v aarch64-linux-gnu-g++ > /dev/null; then $(MAKE) cross-arm; \
+	  else echo "left out: make cross-arm (no aarch64-linux-gnu-g++)" >&2; fi
 	$(MAKE) test
 
 clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates gates-ci bench-hf-env venv build format lint types wheel ci clean native-status torch
+.PHONY: help run test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch
 
 # ---- the environment
 

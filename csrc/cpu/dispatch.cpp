@@ -1,5 +1,9 @@
-// Which instruction set's kernels run here: by ATen's capability and what the processor can.
+// Which instruction set's kernels run here: by ATen's capability and the processor's features.
 #include <ATen/Version.h>
+
+#include <iterator>
+#include <string>
+#include <string_view>
 
 #include "kernels.h"
 #include "txl/gemm.h"
@@ -7,51 +11,63 @@
 namespace txl {
 namespace {
 
-enum class Isa { DEFAULT, AVX2, AVX512, AVX512BF16 };
+// The name of an instruction set and its kernels, each array indexed by Scalar.
+struct InstructionSet {
+  std::string_view name;
+  const FwdKernels* rel_attention_fwd;
+  const BwdKernels* rel_attention_bwd;
+  const RelShiftKernels* rel_shift;
+  const ClusterKernels* adaptive_softmax;
+  const EmbeddingKernels* adaptive_embedding;
+};
 
-Isa isa() {
-  static const Isa chosen = [] {
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") {
-      return has_packed_products() ? Isa::AVX512BF16 : Isa::AVX512;
-    }
-    return capability == "AVX2" ? Isa::AVX2 : Isa::DEFAULT;
-  }();
-  return chosen;
+#define TXL_ROW(set)              \
+  {#set,                          \
+   set::fwd_kernels,              \
+   set::bwd_kernels,              \
+   set::rel_shift_kernels,        \
+   set::adaptive_softmax_kernels, \
+   set::adaptive_embedding_kernels},
+constexpr InstructionSet kSets[] = {TXL_INSTRUCTION_SETS(TXL_ROW)};
+#undef TXL_ROW
+static_assert(kSets[0].name == "DEFAULT", "every processor runs the first set");
+
+bool runs_here(std::string_view name) {
+  const std::string capability = at::get_cpu_capability();
+  if (name == "AVX512BF16") return capability == "AVX512" && has_packed_products();
+  return name == capability;
 }
 
-template <typename Kernels>
-const Kernels& pick(Scalar dtype, const Kernels* baseline, const Kernels* avx2,
-                    const Kernels* avx512, const Kernels* avx512bf16) {
-  const Kernels* sets[] = {baseline, avx2, avx512, avx512bf16};
-  return sets[static_cast<int>(isa())][static_cast<int>(dtype)];
+// The last set of the list that runs here. ATen's capabilities without a set use the first.
+const InstructionSet& chosen() {
+  static const InstructionSet& set = []() -> const InstructionSet& {
+    size_t i = std::size(kSets) - 1;
+    while (i > 0 && !runs_here(kSets[i].name)) --i;
+    return kSets[i];
+  }();
+  return set;
 }
 
 }  // namespace
 
 const FwdKernels& rel_attention_fwd_kernels(Scalar dtype) {
-  return pick(dtype, DEFAULT::fwd_kernels, AVX2::fwd_kernels, AVX512::fwd_kernels,
-              AVX512BF16::fwd_kernels);
+  return chosen().rel_attention_fwd[static_cast<int>(dtype)];
 }
 
 const BwdKernels& rel_attention_bwd_kernels(Scalar dtype) {
-  return pick(dtype, DEFAULT::bwd_kernels, AVX2::bwd_kernels, AVX512::bwd_kernels,
-              AVX512BF16::bwd_kernels);
+  return chosen().rel_attention_bwd[static_cast<int>(dtype)];
 }
 
 const RelShiftKernels& rel_shift_kernels(Scalar dtype) {
-  return pick(dtype, DEFAULT::rel_shift_kernels, AVX2::rel_shift_kernels, AVX512::rel_shift_kernels,
-              AVX512BF16::rel_shift_kernels);
+  return chosen().rel_shift[static_cast<int>(dtype)];
 }
 
 const ClusterKernels& adaptive_softmax_kernels(Scalar dtype) {
-  return pick(dtype, DEFAULT::adaptive_softmax_kernels, AVX2::adaptive_softmax_kernels,
-              AVX512::adaptive_softmax_kernels, AVX512BF16::adaptive_softmax_kernels);
+  return chosen().adaptive_softmax[static_cast<int>(dtype)];
 }
 
 const EmbeddingKernels& adaptive_embedding_kernels(Scalar dtype) {
-  return pick(dtype, DEFAULT::adaptive_embedding_kernels, AVX2::adaptive_embedding_kernels,
-              AVX512::adaptive_embedding_kernels, AVX512BF16::adaptive_embedding_kernels);
+  return chosen().adaptive_embedding[static_cast<int>(dtype)];
 }
 
 }  // namespace txl

@@ -2,11 +2,12 @@
 #include "txl/gemm.h"
 
 #include <ATen/Version.h>
-#include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
 #include <dlfcn.h>
 
 #include <algorithm>
+
+#include "processor.h"
 
 namespace txl {
 namespace {
@@ -105,13 +106,12 @@ bool has_brgemm() {
 }
 
 bool has_packed_products() {
-  static const bool yes =
-      has_avx512() && __builtin_cpu_supports("avx512bf16") && brgemm_runs<c10::BFloat16>(true);
+  static const bool yes = has_avx512() && has_avx512_bf16() && brgemm_runs<c10::BFloat16>(true);
   return yes;
 }
 
 int64_t packed_step() {
-  static const int64_t step = at::cpu::init_amx() && __builtin_cpu_supports("amx-bf16") ? 16 : 2;
+  static const int64_t step = has_amx_bf16() ? 16 : 2;
   return step;
 }
 

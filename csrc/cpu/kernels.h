@@ -1,4 +1,5 @@
-// The kernels of each instruction set, one namespace each, indexed by Scalar.
+// The kernels of each instruction set, one namespace each, indexed by Scalar. CMakeLists.txt
+// defines TXL_INSTRUCTION_SETS(X) as X(set) for each set of the processor that it compiles for.
 #pragma once
 
 #include "txl/adaptive_embedding.h"
@@ -15,7 +16,4 @@
   extern const EmbeddingKernels adaptive_embedding_kernels[4]; \
   }
 
-TXL_DECLARE_KERNELS(DEFAULT)
-TXL_DECLARE_KERNELS(AVX2)
-TXL_DECLARE_KERNELS(AVX512)
-TXL_DECLARE_KERNELS(AVX512BF16)
+TXL_INSTRUCTION_SETS(TXL_DECLARE_KERNELS)

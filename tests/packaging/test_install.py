@@ -289,6 +289,9 @@ def test_instruction_sets_are_those_of_the_target_s_processor(configure, tmp_pat
     record = json.loads((tmp_path / "build" / RECORD.name).read_text(encoding="utf-8"))
     assert record["processor"] == processor
     assert record["instruction_sets"] == sets
+    commands = (tmp_path / "build" / "compile_commands.json").read_text(encoding="utf-8")
+    rows = " ".join(f"X({name})" for name in sets)
+    assert f"TXL_INSTRUCTION_SETS(X)={rows}" in commands.replace("\\", "")
 
 
 def test_another_processor_is_a_reason(configure, tmp_path):

@@ -1,0 +1,30 @@
+// Features of the processor that ATen's capability does not contain. The only file that differs by
+// architecture: the sets of vector instructions are listed in CMakeLists.txt.
+#pragma once
+
+#include <ATen/cpu/Utils.h>
+
+namespace txl {
+
+#if defined(__x86_64__)
+
+inline bool has_avx512_bf16() {
+  return __builtin_cpu_supports("avx512bf16");
+}
+// Tile registers for bfloat16, which init_amx requests from the operating system.
+inline bool has_amx_bf16() {
+  return at::cpu::init_amx() && __builtin_cpu_supports("amx-bf16");
+}
+
+#else
+
+inline bool has_avx512_bf16() {
+  return false;
+}
+inline bool has_amx_bf16() {
+  return false;
+}
+
+#endif
+
+}  // namespace txl
