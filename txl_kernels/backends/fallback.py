@@ -13,7 +13,7 @@ from torch import Tensor
 from txl_kernels.backends import native
 from txl_kernels.transforms import is_jit_tracing
 
-_PACKAGE = "txl_kernels."
+_PACKAGE = __name__.partition(".")[0] + "."
 MANY_BYTES = 256 * 2**20
 _warned: set[str] = set()  # reasons
 
