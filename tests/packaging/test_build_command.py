@@ -34,12 +34,14 @@ def without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def install_from(origin: dict | None, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def install_from(origin: dict | str | None, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = site / "transformer_xl-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Name: transformer-xl\nVersion: 0\n", encoding="utf-8")
     if origin is not None:
-        (info / "direct_url.json").write_text(json.dumps(origin), encoding="utf-8")
+        (info / "direct_url.json").write_text(
+            origin if isinstance(origin, str) else json.dumps(origin), encoding="utf-8"
+        )
     monkeypatch.syspath_prepend(site)
 
 
@@ -84,14 +86,16 @@ def test_a_checkout_is_built_in_place(tmp_path, monkeypatch):
             f"git+https://a.org/b.git@{COMMIT}",
         ),
         (None, "transformer-xl==0"),
+        ("{", "transformer-xl==0"),
+        ({}, "transformer-xl==0"),
     ],
-    ids=["file", "missing_file", "wheel", "archive", "git", "index"],
+    ids=["file", "missing_file", "wheel", "archive", "git", "index", "damaged", "empty"],
 )
 def test_the_source_is_the_one_that_was_installed(site, monkeypatch, origin, source):
     for name in ("my file.tar.gz", "a.whl"):
         (site / name).touch()
     quoted = str(site).replace(" ", "%20")
-    if origin is not None:
+    if isinstance(origin, dict) and "url" in origin:
         origin = {**origin, "url": origin["url"].format(site=quoted)}
     install_from(origin, site, monkeypatch)
     words = shlex.split(native.build_command(), comments=True)

@@ -144,6 +144,13 @@ def test_a_damaged_record_is_a_reason(package, problem, text, minor):
     assert str(package) in problem()
 
 
+def test_a_library_without_its_record_is_not_loaded(package, problem):
+    add(package, RECORD, MINOR)
+    path = native.library_path().with_name(native.RECORD_NAME)
+    path.unlink()
+    assert f"the build record {path} is unreadable (FileNotFoundError" in problem()
+
+
 def test_a_build_by_an_earlier_version_is_not_loaded(package, problem):
     (package / native.EARLIER_RECORD_NAME).write_text('{"built": true}')
     assert "was built by an earlier version of txl_kernels" in problem()

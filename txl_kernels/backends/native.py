@@ -148,7 +148,7 @@ def unavailable_reason() -> str | None:
     try:
         load()
         return _products_refusal()
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, RuntimeError) as error:
         why = error.__cause__ or error
         return _with_command(f"the native library {library_path()} does not load ({why})")
 
@@ -195,23 +195,26 @@ def _source() -> str:
         return f"-e {shlex.quote(str(checkout))}"
     for distribution in importlib.metadata.distributions(name="transformer-xl"):
         if _folder_of(distribution) == PACKAGE_DIR:
-            origin = distribution.read_text("direct_url.json")
-            source = None if origin is None else _requirement(json.loads(origin))
+            source = _requirement(distribution.read_text("direct_url.json"))
             if source is not None:
                 return shlex.quote(source)
             return f"--no-binary transformer-xl transformer-xl=={distribution.version}"
     return ".  # in a checkout of transformer-xl"
 
 
-def _requirement(origin: dict[str, Any]) -> str | None:
+def _requirement(text: str | None) -> str | None:
     """A source that pip can build from, or None for wheels and for files that no longer exist.
 
     Args:
-        origin: content of a `direct_url.json` (PyPA's "recording the direct URL origin").
+        text: content of a `direct_url.json` (PyPA's "recording the direct URL origin"), or None.
     """
-    url = urlsplit(str(origin["url"]))
-    if "vcs_info" in origin:
-        return f"{origin['vcs_info']['vcs']}+{origin['url']}@{origin['vcs_info']['commit_id']}"
+    try:
+        origin = json.loads(text or "")
+        url = urlsplit(str(origin["url"]))
+        if "vcs_info" in origin:
+            return f"{origin['vcs_info']['vcs']}+{origin['url']}@{origin['vcs_info']['commit_id']}"
+    except (ValueError, KeyError, TypeError):  # no such file, or it is damaged
+        return None
     if url.path.endswith(".whl"):
         return None
     if url.scheme != "file":
@@ -238,7 +241,7 @@ def _refusal(package_dir: Path, torch_version: str) -> str | None:
     """Why no library in `package_dir` may be loaded under `torch_version`, or None."""
     folder = _folder(package_dir, torch_version)
     path = folder / RECORD_NAME
-    if not path.exists():
+    if not path.exists() and not (folder / LIBRARY_NAME).exists():
         return _not_built(package_dir, torch_version)
     try:
         record = _read_record(path)
