@@ -3,6 +3,7 @@
 #   PYTHON  the interpreter that creates the environment; its torch is used if it has one
 #   TORCH   the requirement that pip installs if that interpreter has no torch
 #   VENV    the environment; an existing one is used unchanged
+#   REPO_ID owner/name of the repository on the Hugging Face Hub, for `make hub`
 #   BUDGET  the most seconds that `make gpu` takes; STAGES chooses its stages
 #   MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers at a time
 .DEFAULT_GOAL := help
@@ -15,10 +16,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 HF_VENV ?= .venv-hf
+REPO_ID ?=
 BUDGET ?= 240
 STAGES ?=
 # The newest Triton; `make gates` checks its machine code too.
 NEXT_TRITON := 3.9.0
+# The version of Hugging Face's `kernels` that `make hub` loads the kernel with.
+HUB_KERNELS := 0.17.2
 
 PY := $(VENV)/bin/python
 PIP := -m pip --quiet --quiet --disable-pip-version-check --no-input
@@ -52,6 +56,10 @@ gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## check the machine c
 
 gates-ci: $(VENV)/.installed-dev ## the most common launches for three architectures, as in CI
 	$(PY) -m tools.gates --headline --arch 80 90 120
+
+hub: $(VENV)/.installed-dev build/kernels-$(HUB_KERNELS) ## txl_kernels for Hugging Face's `kernels`, in build/hub; tested with that package (REPO_ID=)
+	$(PY) -m tools.hub --out build/hub $(if $(REPO_ID),--repo-id '$(REPO_ID)')
+	PYTHONPATH=build/kernels-$(HUB_KERNELS) $(PY) -m pytest tests/tools/hub
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
 	$(PYTHON) -m venv $(HF_VENV)
@@ -101,7 +109,7 @@ clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates gates-ci bench-hf-env venv build format lint types wheel ci clean native-status torch
+.PHONY: help run test bench gpu gates gates-ci hub bench-hf-env venv build format lint types wheel ci clean native-status torch
 
 # ---- the environment
 
@@ -115,6 +123,11 @@ native-status:
 # PYTHONPATH gives it precedence over the environment's own; Triton needs no other package.
 build/triton-%: | $(VENV)/.installed-dev
 	$(PY) $(PIP) install --no-deps --target $@ triton==$*
+
+# Without its dependencies: the extra `lm` has those that loading a local folder needs, and signatures of
+# published kernels, which need the others, are not checked here.
+build/kernels-%: | $(VENV)/.installed-dev
+	$(PY) $(PIP) install --no-deps --target $@ kernels==$*
 
 # If PYTHON has a torch of a supported version, the environment sees that interpreter's packages.
 $(PY):

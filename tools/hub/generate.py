@@ -152,12 +152,11 @@ def _write(out: Path, repo_id: str | None) -> list[str]:
     for backend in BACKENDS:
         variant = f"build/torch-{backend}"
         namespace = f"_{PACKAGE}_{backend}_{unique}"
-        content = dict(code)
         operators = string.Template(_OPS).substitute(namespace=namespace)
-        content[PurePosixPath("_ops.py")] = operators.encode("utf-8")
-        metadata = _metadata(namespace, version, license_name, backend, content)
-        content[PurePosixPath("metadata.json")] = (json.dumps(metadata, indent=2) + "\n").encode()
-        files |= {variant / name: data for name, data in content.items()}
+        built = {**code, PurePosixPath("_ops.py"): operators.encode("utf-8")}
+        metadata = _metadata(namespace, version, license_name, backend, built)
+        built[PurePosixPath("metadata.json")] = (json.dumps(metadata, indent=2) + "\n").encode()
+        files |= {variant / name: data for name, data in built.items()}
         variants.append(variant)
     for name, data in files.items():
         path = out / name
