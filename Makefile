@@ -4,6 +4,7 @@
 #   TORCH   the requirement that pip installs if that interpreter has no torch
 #   VENV    the environment; an existing one is used unchanged
 #   REPO_ID owner/name of the repository on the Hugging Face Hub, for `make hub`
+#   INSTALL_PYTHONS, INSTALL_WHEELS  interpreters that have torch, and wheels, for `make installs`
 #   BUDGET  the most seconds that `make gpu` takes; STAGES chooses its stages
 #   MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers at a time
 .DEFAULT_GOAL := help
@@ -17,6 +18,8 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 HF_VENV ?= .venv-hf
 REPO_ID ?=
+INSTALL_PYTHONS ?= $(PY)
+INSTALL_WHEELS ?=
 BUDGET ?= 240
 STAGES ?=
 # The newest Triton; `make gates` checks its machine code too.
@@ -98,6 +101,9 @@ wheel: $(VENV)/.installed-dev ## sdist, installed in a clean environment and tes
 	cd / && "$(CURDIR)/build/wheel/venv/bin/python" -W 'ignore:Failed to init' \
 	  "$(CURDIR)/tests/packaging/smoke.py"
 
+installs: ## logs of every way to install, each with the smoke test; in build/installs (INSTALL_PYTHONS=, INSTALL_WHEELS=)
+	$(PYTHON) -m tools.installs --python $(INSTALL_PYTHONS) --wheel $(INSTALL_WHEELS)
+
 # ruff and mypy use one core each while pip installs torch for the wheel.
 ci: ## all checks, in order
 	$(MAKE) venv CMAKE_ARGS=-DTXL_WERROR=ON
@@ -109,7 +115,7 @@ clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates gates-ci hub bench-hf-env venv build format lint types wheel ci clean native-status torch
+.PHONY: help run test bench gpu gates gates-ci hub bench-hf-env venv build format lint types wheel installs ci clean native-status torch
 
 # ---- the environment
 
