@@ -13,6 +13,7 @@ import txl_kernels
 from transformer_xl.cli import doctor
 from transformer_xl.cli.app import app
 from txl_kernels.backends import COMPOSED, OPS, native
+from txl_kernels.backends import native_installation as installation
 from txl_kernels.testing.op_checks import OpCheck
 
 REASON = "no compiler was found when txl_kernels was installed"
@@ -31,16 +32,19 @@ def verify(monkeypatch, *checks):
     return CliRunner().invoke(app, ["doctor", "--verify"])
 
 
-@pytest.mark.parametrize("reason", [None, REASON])
-def test_the_command_is_shown_exactly_if_there_are_no_kernels(monkeypatch, reason):
+@pytest.mark.parametrize(
+    ("reason", "helps"), [(None, False), (REASON, True), ("no product can run here", False)]
+)
+def test_the_command_is_shown_once_and_only_if_it_helps(monkeypatch, reason, helps):
     command = f"/a/python -m pip install --no-cache-dir '/my [sources]/{'x' * 100}'"
-    monkeypatch.setattr(native, "build_command", lambda: command)
-    if reason is not None:
-        reason = native._with_command(reason)
+    for module in (native, installation):
+        monkeypatch.setattr(module, "build_command", lambda: command)
+    if helps:
+        reason = installation.with_command(reason)
     monkeypatch.setattr(native, "unavailable_reason", lambda: reason)
-    lines = CliRunner().invoke(app, ["doctor"]).stdout.splitlines()
-    shown = f"This command builds the native kernels: {command}"
-    assert (shown in lines) == (reason is not None)
+    output = CliRunner().invoke(app, ["doctor"]).stdout
+    assert (f"This command builds the native kernels: {command}" in output.splitlines()) == helps
+    assert output.count("x" * 50) == 2 * helps
 
 
 @pytest.mark.parametrize(
