@@ -32,6 +32,8 @@ BACKENDS = ("cpu", "cuda")
 EDITION = 5  # of the format of build.toml
 # The package's files by extension; kernel-builder drops all others.
 EXTENSIONS = ("py", "json", "txt")
+# Modules that only the package's native backend uses.
+LEFT_OUT = (PurePosixPath("backends/native_installation.py"),)
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _REPLACED_REPO_ID = "OWNER/txl-kernels"
 
@@ -100,7 +102,8 @@ def sources() -> dict[PurePosixPath, bytes]:
     for folder in (ROOT / PACKAGE, HERE / "overlay"):
         for path in sorted(folder.rglob("*")):
             name = PurePosixPath(path.relative_to(folder).as_posix())
-            if path.suffix[1:] in EXTENSIONS and not {"__pycache__", "_native"} & set(name.parts):
+            is_built = bool({"__pycache__", "_native"} & set(name.parts))
+            if path.suffix[1:] in EXTENSIONS and not is_built and name not in LEFT_OUT:
                 found[name] = path.read_bytes()
     found[PurePosixPath("LICENSE.txt")] = (ROOT / "LICENSE").read_bytes()
     for name, content in found.items():

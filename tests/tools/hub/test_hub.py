@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -96,6 +97,41 @@ def test_a_variant_is_the_source_with_its_namespace_and_description(kernel):
         ids.add(metadata["id"])
         assert built == {**source, "_ops.py": built["_ops.py"]}
     assert len(ids) == len(VARIANTS)
+
+
+def bound_names(tree: ast.Module) -> set[str]:
+    """The names that a module defines or imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def test_every_imported_module_is_part_of_the_kernel(trees):
+    """Functions import some modules at their first call, which no other test here reaches."""
+    missing = []
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0 or node.module == "_ops":
+                continue
+            here = ".".join(("kernel", *PurePosixPath(path).parent.parts))
+            name = importlib.util.resolve_name("." * node.level + (node.module or ""), here)
+            place = "/".join(name.split(".")[1:])
+            if f"{place}.py" in trees:
+                continue
+            package = f"{place}/__init__.py".lstrip("/")
+            offered = bound_names(trees[package]) if package in trees else set()
+            for alias in node.names:
+                inner = f"{place}/{alias.name}".lstrip("/")
+                is_module = bool({f"{inner}.py", f"{inner}/__init__.py"} & trees.keys())
+                if not is_module and (alias.name not in offered or path == package):
+                    missing.append(f"{path}: {name}.{alias.name}")
+    assert not missing
 
 
 def test_the_code_imports_itself_by_relative_names_only(trees):
