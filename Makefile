@@ -3,6 +3,8 @@
 #   PYTHON  the interpreter that creates the environment; its torch is used if it has one
 #   TORCH   the requirement that pip installs if that interpreter has no torch
 #   VENV    the environment; an existing one is used unchanged
+#   REPO_ID owner/name of the repository on the Hugging Face Hub, for `make hub`
+#   INSTALL_PYTHONS, INSTALL_WHEELS  interpreters that have torch, and wheels, for `make installs`
 #   BUDGET  the most seconds that `make gpu` takes; STAGES chooses its stages
 #   MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers at a time
 .DEFAULT_GOAL := help
@@ -15,10 +17,15 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 HF_VENV ?= .venv-hf
+REPO_ID ?=
+INSTALL_PYTHONS ?= $(PY)
+INSTALL_WHEELS ?=
 BUDGET ?= 240
 STAGES ?=
 # The newest Triton; `make gates` checks its machine code too.
 NEXT_TRITON := 3.9.0
+# The version of Hugging Face's `kernels` that `make hub` loads the kernel with.
+HUB_KERNELS := 0.17.2
 
 PY := $(VENV)/bin/python
 PIP := -m pip --quiet --quiet --disable-pip-version-check --no-input
@@ -60,6 +67,10 @@ cross-arm: $(VENV)/.installed-dev ## compile the CPU kernels for aarch64; nothin
 test-arm: $(VENV)/.installed-dev ## build for aarch64 and run the op tests in QEMU's emulation
 	$(PY) -m tools.arm --torch $(TORCH)
 
+hub: $(VENV)/.installed-dev build/kernels-$(HUB_KERNELS) ## txl_kernels for Hugging Face's `kernels`, in build/hub; tested with that package (REPO_ID=)
+	$(PY) -m tools.hub --out build/hub $(if $(REPO_ID),--repo-id '$(REPO_ID)')
+	PYTHONPATH=build/kernels-$(HUB_KERNELS) $(PY) -m pytest tests/tools/hub
+
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
 	$(PYTHON) -m venv $(HF_VENV)
 	$(HF_VENV)/bin/python $(PIP) install torch==2.13.0
@@ -97,6 +108,9 @@ wheel: $(VENV)/.installed-dev ## sdist, installed in a clean environment and tes
 	cd / && "$(CURDIR)/build/wheel/venv/bin/python" -W 'ignore:Failed to init' \
 	  "$(CURDIR)/tests/packaging/smoke.py"
 
+installs: ## logs of every way to install, each with the smoke test; in build/installs (INSTALL_PYTHONS=, INSTALL_WHEELS=)
+	$(PYTHON) -m tools.installs --python $(INSTALL_PYTHONS) --wheel $(INSTALL_WHEELS)
+
 # ruff and mypy use one core each while pip installs torch for the wheel.
 ci: ## all checks, in order
 	$(MAKE) venv CMAKE_ARGS=-DTXL_WERROR=ON
@@ -110,7 +124,7 @@ clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch
+.PHONY: help run test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch hub installs
 
 # ---- the environment
 
@@ -124,6 +138,11 @@ native-status:
 # PYTHONPATH gives it precedence over the environment's own; Triton needs no other package.
 build/triton-%: | $(VENV)/.installed-dev
 	$(PY) $(PIP) install --no-deps --target $@ triton==$*
+
+# Without its dependencies: the extra `lm` has those that loading a local folder needs, and signatures of
+# published kernels, which need the others, are not checked here.
+build/kernels-%: | $(VENV)/.installed-dev
+	$(PY) $(PIP) install --no-deps --target $@ kernels==$*
 
 # If PYTHON has a torch of a supported version, the environment sees that interpreter's packages.
 $(PY):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from txl_kernels._namespaces import backend_of
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.transforms import kernel_refusal
 
@@ -88,7 +89,7 @@ def refuse_batched_gradients(operator: str) -> None:
     It batches with an older vmap than `torch.vmap`, which has no loop for lists of tensors.
     """
     namespace, _, name = operator.partition("::")
-    op, backend = name.removesuffix("_bwd"), namespace.removeprefix("txl_")
+    op, backend = name.removesuffix("_bwd"), backend_of(namespace)
 
     def refuse(*_: Any) -> NoReturn:
         raise BackendUnavailableError(
@@ -169,7 +170,7 @@ class _Library(torch.library.Library):
     """Registers autograd kernels that first check which transforms they run inside."""
 
     def impl(self, op_name: str, fn: Any, dispatch_key: str = "", **options: Any) -> None:
-        op, backend = op_name.rpartition("_")[0], self.ns.removeprefix("txl_")
+        op, backend = op_name.rpartition("_")[0], backend_of(self.ns)
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             reason = kernel_refusal(backend)

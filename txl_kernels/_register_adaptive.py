@@ -23,6 +23,7 @@ from txl_kernels._derivatives import (
     register_vmap,
     without_derivative,
 )
+from txl_kernels._namespaces import NATIVE
 from txl_kernels.transforms import inside_transform, is_batched
 
 
@@ -60,7 +61,7 @@ def _register_nll(operators: Any) -> None:
     def backward(ctx: Any, dnll: Tensor, _dlse: Tensor | None) -> tuple[Any, ...]:
         hidden, target, lse, *clusters = ctx.saved_tensors
         needs_grad = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
-        if operators.name == "txl_native" and is_one_table(clusters, needs_grad):
+        if operators is NATIVE and is_one_table(clusters, needs_grad):
             needs_grad.append(True)
         call = (hidden, target, clusters, ctx.ignore_index, lse, needs_grad)
         dhidden, dclusters = operators.adaptive_nll_bwd(dnll, *call)
@@ -159,9 +160,7 @@ def _register_embedding(operators: Any) -> None:
         rows = tokens.new_empty((n, N) if sparse else (0,))
         like = tables
         if sparse:
-            like = [
-                table.new_empty(_fake_rows(operators.name, N), table.shape[1]) for table in tables
-            ]
+            like = [table.new_empty(_fake_rows(operators, N), table.shape[1]) for table in tables]
         dtables = _fake_grads(like, needs_grad[:n])
         return rows, dtables, _fake_grads(projections, needs_grad[n:])
 
@@ -206,9 +205,9 @@ def _sparse_rows(index: Tensor, values: Tensor, table: Tensor) -> Tensor:
     )
 
 
-def _fake_rows(namespace: str, N: int) -> Any:
+def _fake_rows(operators: Any, N: int) -> Any:
     """The native backend returns as many rows as tokens index; a CUDA kernel always returns N."""
-    return torch.library.get_ctx().new_dynamic_size() if namespace == "txl_native" else N
+    return torch.library.get_ctx().new_dynamic_size() if operators is NATIVE else N
 
 
 def is_present(x: Tensor) -> bool:

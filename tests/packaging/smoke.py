@@ -1,10 +1,13 @@
-"""Tries an installed wheel from outside the checkout; run by `make wheel`, not by pytest."""
+"""Tries an installation from outside the checkout; run by `make wheel` and `make installs`."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,27 +17,32 @@ import txl_kernels
 from txl_kernels.backends import native
 
 
-def check_origin() -> None:
-    """Both packages come from the environment, and the native part came with them."""
-    prefix = Path(sys.prefix).resolve()
+def check_origin(origin: Path, is_native: bool) -> None:
+    """Both packages come from this folder, with the native part or without it."""
     for package in (txl_kernels, transformer_xl):
-        assert prefix in Path(package.__file__).resolve().parents, package.__file__
-    assert native.unavailable_reason() is None, native.unavailable_reason()
+        assert origin.resolve() in Path(package.__file__).resolve().parents, package.__file__
+    reason = native.unavailable_reason()
+    assert (reason is None) == is_native, reason or "the native part is there"
 
 
-def check_attention() -> None:
-    """Native attention answers as the reference does, and `auto` chooses it."""
+def check_attention(is_native: bool) -> None:
+    """Attention of "auto" equals that of the reference; native is chosen where it exists."""
     B, H, T, D = 2, 3, 17, 41
     q, k, v = torch.randn(3, B, H, T, D).unbind()
     r, r_w_bias, r_r_bias = torch.randn(1, H, T, D), torch.randn(H, D), torch.randn(H, D)
-    out = {
-        backend: txl_kernels.rel_attention(
-            q, k, v, r, r_w_bias=r_w_bias, r_r_bias=r_r_bias, causal=True, backend=backend
-        )
-        for backend in ("auto", "native", "reference")
-    }
-    assert torch.equal(out["auto"], out["native"])
-    torch.testing.assert_close(out["native"], out["reference"], rtol=1e-4, atol=1e-5)
+    backends = ("auto", "native", "reference") if is_native else ("auto", "reference")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = {
+            backend: txl_kernels.rel_attention(
+                q, k, v, r, r_w_bias=r_w_bias, r_r_bias=r_r_bias, causal=True, backend=backend
+            )
+            for backend in backends
+        }
+    assert torch.equal(out["auto"], out["native" if is_native else "reference"])
+    torch.testing.assert_close(out["auto"], out["reference"], rtol=1e-4, atol=1e-5)
+    told = [str(x.message) for x in caught if "plain PyTorch reference" in str(x.message)]
+    assert len(told) == int(not is_native), told
 
 
 def check_command_without_its_extra() -> None:
@@ -47,7 +55,18 @@ def check_command_without_its_extra() -> None:
 
 
 if __name__ == "__main__":
-    check_origin()
-    check_attention()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--origin", type=Path, default=Path(sys.prefix), help="folder of the packages"
+    )
+    parser.add_argument(
+        "--without-native", action="store_true", help="the installation has no native part"
+    )
+    parser.add_argument("--json", type=Path, help="file that receives the result")
+    options = parser.parse_args()
+    check_origin(options.origin, not options.without_native)
+    check_attention(not options.without_native)
     check_command_without_its_extra()
+    if options.json:
+        options.json.write_text(json.dumps({"native": native.unavailable_reason() or "yes"}))
     print(f"smoke test passed: txl_kernels from {Path(txl_kernels.__file__).parent}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels import _flop_formulas
+from txl_kernels._namespaces import NATIVE, REGISTERED, TRITON
 from txl_kernels._register import register
 from txl_kernels.backends import cuda_device, native, triton, verification
 from txl_kernels.backends.fallback import MANY_BYTES, warn_of_fallback
@@ -77,9 +78,9 @@ _SERVES: dict[tuple[str, ...], Serves] = {
     ("triton", "adaptive_embedding"): Serves(_FLOAT_TO_16_BIT),
 }
 
-register(torch.ops.txl_native)
-register(torch.ops.txl_triton)
-_flop_formulas.register(torch.ops.txl_native, torch.ops.txl_triton)
+for _operators in REGISTERED:
+    register(_operators)
+_flop_formulas.register(*REGISTERED)
 native.register_kernels()
 triton.register_kernels()
 
@@ -235,7 +236,7 @@ def choose(
 
 def operators(backend: str) -> Any:
     """The operators of "native" or "triton": the namespace `torch.ops.txl_…`."""
-    return torch.ops.txl_native if backend == "native" else torch.ops.txl_triton
+    return NATIVE if backend == "native" else TRITON
 
 
 def _refusal(
@@ -290,7 +291,7 @@ def _unavailable_reason(name: str, op: str, device_type: str, dtype: torch.dtype
     reason = native.unavailable_reason()
     if reason is not None:
         return reason
-    if not _has_kernel(f"txl_native::{op}_fwd", device_type):
+    if not _has_kernel(f"{NATIVE.name}::{op}_fwd", device_type):
         return native.no_kernel_reason(op, device_type)
     return cuda_device.unavailable_reason() if device_type == "cuda" else None
 

@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from txl_kernels.backends import native
 from txl_kernels.transforms import is_jit_tracing
 
-_PACKAGE = "txl_kernels."
+_PACKAGE = __name__.partition(".")[0] + "."
 MANY_BYTES = 256 * 2**20
 _warned: set[str] = set()  # reasons
 
@@ -49,9 +50,14 @@ def warn_of_fallback(op: str, reason: str, score_bytes: int, tensors: Sequence[T
 def _caller_level() -> int:
     """The `stacklevel` of `warn_of_fallback` that points at the caller of a public function."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(_PACKAGE):
+    while frame.f_back is not None and _module(frame).startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _module(frame: FrameType) -> str:
+    """The name of a frame's module; "" for code of `exec`, which may have none."""
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def _is_traced(tensors: Sequence[Tensor]) -> bool:

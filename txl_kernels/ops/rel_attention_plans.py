@@ -16,6 +16,7 @@ from torch._C import _AutoDispatchBelowAutograd, _is_tracing, _len_torch_dispatc
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from txl_kernels._namespaces import NATIVE
 from txl_kernels._rel_attention_call import N_DIFFERENTIABLE, output_gradients
 from txl_kernels.backends import verification
 from txl_kernels.ops.rel_attention_calls import Prepared
@@ -72,7 +73,7 @@ class _Planned(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[1 : 1 + N_DIFFERENTIABLE]
         dout, dlse = output_gradients(dout, dlse, out, lse)
         arguments = (dout, dlse, *ctx.plan.arguments(tensors), out, lse, needs_grad)
-        operator = torch.ops.txl_native.rel_attention_bwd.default
+        operator = NATIVE.rel_attention_bwd.default
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_changed():
             grads = operator(*arguments)
         else:
@@ -151,7 +152,7 @@ def add(key: tuple[Any, ...] | None, prepared: Prepared) -> Plan | None:
         absent = torch.empty(0, dtype=call.q.dtype, device="cpu")
     has_optional = any(x is not None for x in call.optional)
     plan = Plan(
-        torch.ops.txl_native.rel_attention_fwd.default,
+        NATIVE.rel_attention_fwd.default,
         absent,
         None if has_optional else [absent] * len(call.optional),
         list(call.rules),

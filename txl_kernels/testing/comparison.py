@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from txl_kernels._namespaces import TRITON
 from txl_kernels._register_adaptive import is_present
 from txl_kernels._rel_attention_call import UNLIMITED, RelAttentionCall
 from txl_kernels.backends.reference import adaptive_embedding as embedding
@@ -50,7 +51,7 @@ def named(op: str, arguments: Sequence[Any]) -> dict[str, Any]:
         found |= {**call.rules._asdict(), **call.numbers._asdict()}
         return found | {"dead_uniform": dead_uniform}
     op = "adaptive_nll" if op in ("adaptive_log_prob", "adaptive_topk") else op
-    operator = getattr(torch.ops.txl_native, f"{op}_fwd").default
+    operator = getattr(TRITON, f"{op}_fwd").default
     for argument, value in zip(operator._schema.arguments, arguments, strict=False):
         if isinstance(value, list):
             found |= {f"{argument.name}[{n}]": part for n, part in enumerate(value)}

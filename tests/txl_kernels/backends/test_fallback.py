@@ -170,3 +170,9 @@ def test_the_reason_is_told_where_the_reference_answers():
         backend, reason = txl_kernels.resolve("rel_attention", device=device, uses=uses)
         assert backend == "reference"
         assert reason
+
+
+def test_a_call_from_code_without_a_module_name_warns(not_built):
+    x = torch.randn(1, 2, 3)
+    with pytest.warns(RuntimeWarning, match=NOT_BUILT):
+        exec("rel_shift(x)", {"rel_shift": rel_shift, "x": x})

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from txl_kernels._namespaces import TRITON
 from txl_kernels.backends import cuda_device
 from txl_kernels.backends.triton import kernels
 
@@ -21,7 +22,7 @@ def register_kernels() -> None:
 
     Kernels for CPU tensors raise an error unless Triton's interpreter is on.
     """
-    operators = torch.ops.txl_triton
+    operators = TRITON
     for operator, kernel in (
         (operators.rel_attention_fwd, kernels.rel_attention_fwd),
         (operators.rel_attention_bwd, kernels.rel_attention_bwd),

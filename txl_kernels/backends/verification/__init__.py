@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from txl_kernels._namespaces import VERIFY
 from txl_kernels._schemas import ATTENTION, EMBEDDING, LOSS
 from txl_kernels.errors import BackendUnavailableError
 
@@ -102,7 +103,7 @@ def _layout(arguments: Sequence[Any]) -> tuple[Any, ...]:
 
 def _verifier(op: str) -> Any:
     """The operator that tests the kernels of `op` while `torch.compile` traces."""
-    operators = torch.ops.txl_verify
+    operators = VERIFY
     return {
         "rel_attention": operators.rel_attention,
         "rel_shift": operators.rel_shift,
@@ -284,7 +285,7 @@ def _register(op: str, schema: str) -> None:
     It is composite and returns nothing: later passes leave it out of their graphs. Where a program
     keeps it (`torch.export` with strict=True), it does nothing on real tensors.
     """
-    operator = f"txl_verify::{op}"
+    operator = f"{VERIFY.name}::{op}"
     torch.library.define(operator, f"(str backend, bool grad, bool exports, {schema}) -> ()")
 
     def check(backend: str, grad: bool, exports: bool, *arguments: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from txl_kernels._namespaces import NATIVE, TRITON
 from txl_kernels._rel_attention_call import AXES, RelAttentionCall
 from txl_kernels.backends.verification.calls import Description, Spec, replaced
 from txl_kernels.backends.verification.kernels import empty, layouts
@@ -79,7 +80,7 @@ def check(call: Description, device: torch.device) -> None:
 
 
 def _operator(call: Description) -> Any:
-    operators = torch.ops.txl_native if call.backend == "native" else torch.ops.txl_triton
+    operators = NATIVE if call.backend == "native" else TRITON
     return {
         "rel_attention": operators.rel_attention_fwd,
         "rel_shift": operators.rel_shift_fwd,
