@@ -99,7 +99,7 @@ ci: ## all checks, in order
 
 clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f txl_kernels/_C.*.so txl_kernels/_native_build.json $(VENV)/.installed-*
+	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 
 .PHONY: help run test bench gpu gates gates-ci bench-hf-env venv build format lint types wheel ci clean native-status torch
 

@@ -7,7 +7,9 @@ time.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -19,7 +21,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # build backends do not put the folder of setup.py there
@@ -39,17 +43,70 @@ class NativeDistribution(Distribution):
         *Distribution.global_options,
         ("torch-python=", None, "interpreter for whose torch the native part is built"),
         ("require-native", None, "fail where the native part cannot be built"),
+        ("no-native", None, "build the wheel for every system, without the native part"),
+        ("prebuilt=", None, "folder with _native and _C.*.so, built by CMake, to use unchanged"),
     ]
     torch_python: str | None = None
     require_native: int = 0
+    no_native: int = 0
+    prebuilt: str | None = None
+
+    def parse_command_line(self) -> bool:
+        """Refuses options that contradict each other."""
+        result = bool(super().parse_command_line())
+        chosen = {
+            "--require-native": self.require_native,
+            "--no-native": self.no_native,
+            "--prebuilt": self.prebuilt,
+        }
+        given = [name for name, value in chosen.items() if value]
+        if len(given) > 1:
+            raise SystemExit(f"setup.py: {' and '.join(given)} exclude each other")
+        return result
+
+    def has_ext_modules(self) -> bool:
+        """False makes a wheel for every system."""
+        return not self.no_native and bool(super().has_ext_modules())
+
+
+class Wheel(bdist_wheel):
+    """Tags a wheel with prebuilt libraries for every Python 3: the libraries need none."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if self.distribution.prebuilt else (python, abi, platform)
+
+
+class PythonBuild(build_py):
+    """Adds the record that says why there is no native part, if the build was told so."""
+
+    def run(self) -> None:
+        super().run()
+        if self.distribution.no_native:
+            package = (ROOT if self.editable_mode else Path(self.build_lib)) / "txl_kernels"
+            if not self.editable_mode:
+                remove_earlier_outputs(package)
+            reason = "the wheel for every system has none"
+            record = {"built": False, "reason": reason, "interpreter": ""}
+            path = package / "_native" / "build.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 class CMakeBuild(build_ext):
-    """Builds `txl_kernels._C`, or leaves in its place the record that says why it is not built."""
+    """Builds the operator library and `_C`, or in their place a record that says why not.
+
+    The library is built for one torch. In place, those for other versions of torch remain.
+    """
 
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
         output = ROOT if in_place else Path(self.build_lib).resolve()
+        if not in_place:
+            remove_earlier_outputs(output / "txl_kernels")
+        if self.distribution.prebuilt is not None:
+            copy_prebuilt(self.distribution.prebuilt, output / "txl_kernels")
+            return
         # One folder per Python, so that a second build from the same checkout is incremental.
         binary_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         cmake, ninja = tool("cmake"), tool("ninja")
@@ -62,6 +119,7 @@ class CMakeBuild(build_ext):
             f"-DTXL_TORCH_DIR={target.torch_dir}",
             f"-DTXL_TORCH_PYTHON={target.interpreter}",
             f"-DTXL_OUTPUT_DIR={output / 'txl_kernels'}",
+            f"-DTXL_STRIP={'OFF' if in_place else 'ON'}",
             f"-DTXL_REQUIRE_NATIVE={'ON' if self.distribution.require_native else 'OFF'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
@@ -70,6 +128,53 @@ class CMakeBuild(build_ext):
         if subprocess.run(configure).returncode != 0:
             raise SystemExit("setup.py: CMake could not configure the native part (see above)")
         build(compile_all)
+
+
+def remove_earlier_outputs(package: Path) -> None:
+    """Removes native files from a folder of setuptools, which keeps those of earlier builds."""
+    shutil.rmtree(package / "_native", ignore_errors=True)
+    for path in (*package.glob("_C.*"), package / "_native_build.json"):
+        path.unlink(missing_ok=True)
+
+
+def copy_prebuilt(folder: str, package: Path) -> None:
+    """Copies libraries with their records, and the modules `_C`, from a folder that CMake filled.
+
+    Raises:
+        SystemExit: `folder` is not an absolute path, has no library, or has one without its record
+            or built from other sources.
+    """
+    source = Path(folder)
+    if not source.is_absolute():
+        raise SystemExit(f"setup.py: --prebuilt must be an absolute path, got {folder!r}")
+    libraries = sorted(source.glob("_native/torch-*/libtxl_kernels.so"))
+    if not libraries:
+        raise SystemExit(f"setup.py: --prebuilt={folder} has no _native/torch-*/libtxl_kernels.so")
+    for library in libraries:
+        check_prebuilt(library)
+    for library in libraries:
+        target = package / "_native" / library.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        for path in (library, library.with_name("build.json")):
+            shutil.copy2(path, target)
+    for path in sorted(source.glob("_C.*.so")):
+        shutil.copy2(path, package)
+
+
+def check_prebuilt(library: Path) -> None:
+    """Stops the build unless the record of a library fits the sources of this package."""
+    record = library.with_name("build.json")
+    try:
+        interface = json.loads(record.read_text(encoding="utf-8"))["interface"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"setup.py: {record} is no build record ({error!r})") from None
+    for name, actual in interface.items():
+        expected = hashlib.sha256((ROOT / "txl_kernels" / name).read_bytes()).hexdigest()
+        if actual != expected:
+            raise SystemExit(
+                f"setup.py: {library} was built from other sources: the hash of {name} must be "
+                f"{expected}, got {actual}"
+            )
 
 
 def tool(name: str) -> str:
@@ -143,5 +248,5 @@ def build(command: list[str]) -> None:
 setup(
     distclass=NativeDistribution,
     ext_modules=[Extension("txl_kernels._C", sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"bdist_wheel": Wheel, "build_ext": CMakeBuild, "build_py": PythonBuild},
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import platform
 import re
@@ -77,10 +76,8 @@ def tile_rates(kinds: tuple[str, ...], seconds: float = 0.1) -> dict[str, float]
     """
     if native.unavailable_reason() is not None:
         return {}
-    extension = importlib.import_module("txl_kernels._C")
-    best = {
-        kind: max(extension.probe_gemm(kind, *tile, seconds) for tile in TILES) for kind in kinds
-    }
+    probe = torch.ops.txl_native.probe_gemm
+    best = {kind: max(probe(kind, *tile, seconds) for tile in TILES) for kind in kinds}
     return {kind: rate for kind, rate in best.items() if rate > 0}
 
 

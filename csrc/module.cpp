@@ -1,23 +1,37 @@
-// The Python module txl_kernels._C. Loading it registers the native kernels with torch; Python sees
-// the build record and what tile products can do here. No torch header, so that pybind11 and torch
-// never meet.
+// The Python module txl_kernels._C: the build record of a loaded operator library. It includes no
+// torch header and no header of the kernels, so that one file serves a Python with every torch.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
-#include "txl/gemm.h"
-#include "txl/probe_gemm.h"
-#include "txl_build_record.h"
+#include <memory>
+#include <string>
 
 namespace py = pybind11;
 
+namespace {
+
+py::object build_info(const std::string& library) {
+  // A library is never loaded here: that would register its operators.
+  const std::unique_ptr<void, int (*)(void*)> handle(
+      dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD), &dlclose);
+  if (handle == nullptr) {
+    PyErr_Format(PyExc_ValueError, "build_info: library must be loaded, got %s", library.c_str());
+    throw py::error_already_set();
+  }
+  const void* record = dlsym(handle.get(), "txl_build_record");
+  if (record == nullptr) {
+    PyErr_Format(PyExc_ValueError, "build_info: library must have the symbol txl_build_record: %s",
+                 dlerror());
+    throw py::error_already_set();
+  }
+  return py::module_::import("json").attr("loads")(static_cast<const char*>(record));
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of txl_kernels, registered as torch.ops.txl_native.* when this loads.";
-  m.def(
-      "build_info", [] { return py::module_::import("json").attr("loads")(TXL_BUILD_RECORD); },
-      "What this file was built for and with, as a dict: the build record that lies beside it.");
-  m.def("gemm_unavailable_reason", &txl::gemm_unavailable_reason,
-        "None where tile products can run here, else one sentence.");
-  m.def("probe_gemm", &txl::probe_gemm, py::arg("kind"), py::arg("M"), py::arg("N"), py::arg("K"),
-        py::arg("seconds") = 0.2,
-        "GFLOP/s of tile products from cache on all threads; kind is brgemm_f32, brgemm_bf16 or "
-        "sgemm; 0 where it cannot run.");
+  m.doc() = "The build record compiled into a native library of txl_kernels.";
+  m.def("build_info", &build_info, py::arg("library"),
+        "The record compiled into the operator library at this path, as a dict: what it was built "
+        "for and with. The library must be loaded.");
 }

@@ -33,7 +33,9 @@ import sys
 sys.modules["triton"] = None  # any import of it raises
 import txl_kernels
 assert "transformer_xl" not in sys.modules
-assert "txl_kernels._C" not in sys.modules, "native was loaded at import"
+assert "txl_kernels._C" not in sys.modules, "_C was loaded at import"
+import torch
+assert not torch.ops.loaded_libraries, "the library was loaded at import"
 """
 
 

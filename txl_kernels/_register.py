@@ -14,12 +14,8 @@ from txl_kernels._derivatives import (
     register_autograd,
     register_vmap,
 )
-from txl_kernels._rel_attention_call import (
-    N_DIFFERENTIABLE,
-    SCHEMA,
-    OptionalTensors,
-    output_gradients,
-)
+from txl_kernels._rel_attention_call import N_DIFFERENTIABLE, OptionalTensors, output_gradients
+from txl_kernels._schemas import SCHEMAS
 
 _N_OPTIONAL = len(OptionalTensors._fields)
 _N_OPTIONAL_GRADS = N_DIFFERENTIABLE - 4
@@ -27,6 +23,8 @@ _N_OPTIONAL_GRADS = N_DIFFERENTIABLE - 4
 
 def register(operators: Any) -> None:
     """Registers the ops in a namespace, `torch.ops.<name>`; a backend adds kernels to them."""
+    for name, schema in SCHEMAS.items():
+        torch.library.define(f"{operators.name}::{name}", schema)
     _register_rel_attention(operators)
     _register_rel_shift(operators)
     _register_adaptive.register(operators)
@@ -35,12 +33,6 @@ def register(operators: Any) -> None:
 def _register_rel_attention(operators: Any) -> None:
     """Gradients have the order q, k, v, r, then that of the optional tensors."""
     fwd, bwd = f"{operators.name}::rel_attention_fwd", f"{operators.name}::rel_attention_bwd"
-    torch.library.define(fwd, f"({SCHEMA}) -> (Tensor out, Tensor lse)")
-    torch.library.define(
-        bwd,
-        f"(Tensor dout, Tensor dlse, {SCHEMA}, Tensor out, Tensor lse, bool[] needs_grad) "
-        "-> Tensor[]",
-    )
 
     def fake_fwd(q: Tensor, _k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         B, H, Tq, _D = q.shape
@@ -80,8 +72,6 @@ def _register_rel_attention(operators: Any) -> None:
 
 def _register_rel_shift(operators: Any) -> None:
     fwd, bwd = f"{operators.name}::rel_shift_fwd", f"{operators.name}::rel_shift_bwd"
-    torch.library.define(fwd, "(Tensor x, SymInt n_keys, SymInt offset) -> Tensor")
-    torch.library.define(bwd, "(Tensor dout, SymInt n_rows, SymInt offset) -> Tensor")
 
     def fake(x: Tensor, n_columns: int, _offset: int) -> Tensor:
         return x.new_empty(*x.shape[:-1], n_columns)

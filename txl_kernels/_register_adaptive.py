@@ -1,4 +1,4 @@
-"""Schema, fake and autograd of the adaptive ops, once for all namespaces that implement them.
+"""Fake kernels and autograd of the adaptive ops, once for all namespaces that implement them.
 
 `clusters` holds three tensors per cluster, the head first: projection, weight, bias. An absent one
 is an empty tensor. Gradients have the same order after the gradient of `hidden`; one that was not
@@ -25,12 +25,9 @@ from txl_kernels._derivatives import (
 )
 from txl_kernels.transforms import inside_transform, is_batched
 
-LOSS = "Tensor hidden, Tensor target, Tensor[] clusters, int ignore_index"
-EMBEDDING = "Tensor tokens, Tensor[] tables, Tensor[] projections, float scale, bool sparse"
-
 
 def register(operators: Any) -> None:
-    """Registers the ops in a namespace, `torch.ops.<name>`; a backend adds kernels to them."""
+    """Registers fake kernels and autograd of the ops in a namespace, `torch.ops.<name>`."""
     _register_nll(operators)
     _register_loss(operators)
     _register_embedding(operators)
@@ -44,12 +41,6 @@ def _register_nll(operators: Any) -> None:
     """
     name = f"{operators.name}::adaptive_nll"
     fwd, bwd = f"{name}_fwd", f"{name}_bwd"
-    torch.library.define(fwd, f"({LOSS}) -> (Tensor nll, Tensor lse)")
-    torch.library.define(
-        bwd,
-        f"(Tensor dnll, {LOSS}, Tensor lse, bool[] needs_grad) "
-        "-> (Tensor dhidden, Tensor[] dclusters)",
-    )
 
     def fake_fwd(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         N, dtype = hidden.shape[0], _work_dtype(hidden)
@@ -95,11 +86,6 @@ def _register_loss(operators: Any) -> None:
     """
     name = f"{operators.name}::adaptive_loss"
     fwd, bwd = f"{name}_fwd", f"{name}_bwd"
-    torch.library.define(
-        fwd,
-        f"({LOSS}, bool mean, bool[] needs_grad) -> (Tensor loss, Tensor[] grads)",
-    )
-    torch.library.define(bwd, "(Tensor dloss, Tensor(a!)[] grads) -> ()")
 
     def fake_fwd(
         hidden: Tensor, _target: Tensor, clusters: list[Tensor], *args: Any
@@ -154,12 +140,6 @@ def _register_embedding(operators: Any) -> None:
     """
     name = f"{operators.name}::adaptive_embedding"
     fwd, bwd = f"{name}_fwd", f"{name}_bwd"
-    torch.library.define(fwd, f"({EMBEDDING}) -> Tensor")
-    torch.library.define(
-        bwd,
-        f"(Tensor dout, {EMBEDDING}, bool[] needs_grad) "
-        "-> (Tensor rows, Tensor[] dtables, Tensor[] dprojections)",
-    )
 
     def fake_fwd(
         tokens: Tensor, tables: list[Tensor], projections: list[Tensor], *_: Any

@@ -1,7 +1,7 @@
 """The arguments of the `rel_attention` operators, grouped into four tensors and three lists.
 
-The public function normalises its options once into these groups; the schema, the C++ bindings
-and the Triton launchers receive them unchanged. The three lists have fixed lengths: an absent
+The public function normalises its options once into these groups; the C++ bindings and the
+Triton launchers receive them unchanged. The three lists have fixed lengths: an absent
 tensor is a 1-D tensor of size 0 (AOTInductor would pass an empty list as None). Symbols are those
 of `docs/mathematics.md`.
 """
@@ -15,10 +15,6 @@ from torch import Tensor
 
 # A window without a limit on one side.
 UNLIMITED = 2**63 - 1
-
-SCHEMA = (
-    "Tensor q, Tensor k, Tensor v, Tensor r, Tensor[] optional, SymInt[] rules, float[] numbers"
-)
 
 
 class OptionalTensors(NamedTuple):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = Path("txl_kernels") / "_native_build.json"
+RECORD = Path("txl_kernels") / "_native" / "build.json"  # of a build without a library
 SHIPPED = (
     "CMakeLists.txt",
     "LICENSE",
@@ -37,7 +37,7 @@ def sources(tmp_path: Path) -> Path:
     for name in SHIPPED:
         shutil.copy(ROOT / name, copy)
     for name in ("csrc", "python", "txl_kernels"):
-        built = shutil.ignore_patterns("_C.*", RECORD.name, "__pycache__", "*.egg-info")
+        built = shutil.ignore_patterns("_C.*", "_native*", "__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, copy / name, ignore=built)
     return copy
 
@@ -98,7 +98,8 @@ def fake_environment(tmp_path: Path) -> Path:
 def setup_build(
     sources: Path, build_python: str, path_without_python: str, tmp_path: Path
 ) -> Callable[..., tuple[subprocess.CompletedProcess[str], dict | None]]:
-    """Runs setup.py as uv and build do; returns the finished process and the build record."""
+    """Runs setup.py as uv and build do; returns the finished process and the record of why
+    there is no library."""
 
     def build(
         *options: str, checkout: Path = sources, path: str = path_without_python, **env: str

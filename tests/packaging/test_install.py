@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-RECORD = Path("txl_kernels") / "_native_build.json"
+RECORD = Path("txl_kernels") / "_native" / "build.json"
+ASK = "from txl_kernels.backends import native; print(native.unavailable_reason())"
 OPTIONS = "--force-reinstall --no-deps --no-cache-dir"
 
 pytestmark = pytest.mark.slow_build
@@ -35,9 +38,8 @@ def test_install_without_a_compiler_succeeds_and_says_so(sources, tmp_path, path
     assert not record["built"]
     assert "no C++ compiler" in record["reason"]
 
-    ask = "from txl_kernels.backends import native; print(native.unavailable_reason())"
     answer = subprocess.run(
-        [sys.executable, "-S", "-c", ask],
+        [sys.executable, "-S", "-c", ASK],
         env={"PYTHONPATH": f"{tmp_path / 'site'}:{':'.join(sys.path)}"},
         cwd=tmp_path,
         capture_output=True,
@@ -47,6 +49,59 @@ def test_install_without_a_compiler_succeeds_and_says_so(sources, tmp_path, path
     assert "no C++ compiler" in answer.stdout
 
 
+def build_wheel(sources: Path, *options: str) -> Path:
+    """Builds a wheel and returns the folder with its files, which has the wheel's name."""
+    command = [sys.executable, "setup.py", *options, "bdist_wheel"]
+    done = subprocess.run(command, cwd=sources, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (sources / "dist").glob("*.whl")
+    folder = sources.parent / wheel.stem
+    shutil.unpack_archive(wheel, folder, "zip")
+    return folder
+
+
+def test_the_wheel_for_every_system_says_how_to_build(sources):
+    stale = sources / "build" / "lib" / "txl_kernels" / "_native" / "torch-2.13"
+    stale.mkdir(parents=True)
+    (stale / "libtxl_kernels.so").touch()
+    folder = build_wheel(sources, "--no-native")
+    assert folder.name.endswith("-py3-none-any")
+    files = {path.name for path in (folder / "txl_kernels").rglob("*") if path.suffix != ".py"}
+    assert {"_native", "build.json"} <= files
+    assert not {name for name in files if name.startswith("torch-") or name.endswith(".so")}
+    answer = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        cwd=sources.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    version = folder.name.split("-")[1]
+    assert "without its native part: the wheel for every system has none" in answer.stdout
+    assert f"--no-binary transformer-xl transformer-xl=={version}" in answer.stdout
+
+
+def test_a_wheel_of_prebuilt_libraries_is_for_every_python(sources, tmp_path):
+    staging = tmp_path / "built before"
+    for minor in ("2.11", "2.13"):
+        library = staging / "_native" / f"torch-{minor}" / "libtxl_kernels.so"
+        library.parent.mkdir(parents=True)
+        library.write_text(minor)
+        schemas = hashlib.sha256((sources / "txl_kernels" / "_schemas.py").read_bytes())
+        record = {"built": True, "interface": {"_schemas.py": schemas.hexdigest()}}
+        library.with_name("build.json").write_text(json.dumps(record))
+    modules = ["_C.cpython-310-x86_64-linux-gnu.so", "_C.cpython-313-x86_64-linux-gnu.so"]
+    for name in modules:
+        (staging / name).touch()
+    folder = build_wheel(sources, f"--prebuilt={staging}")
+    assert "-py3-none-linux_" in folder.name
+    package = folder / "txl_kernels"
+    for minor in ("2.11", "2.13"):
+        assert (package / "_native" / f"torch-{minor}" / "libtxl_kernels.so").read_text() == minor
+    assert sorted(path.name for path in package.glob("_C.*")) == modules
+
+
 def test_a_build_without_torch_succeeds_and_says_so(setup_build):
     search = "import importlib.util as u; raise SystemExit(u.find_spec('torch') is not None)"
     if subprocess.run([f"{sys.base_prefix}/bin/python3", "-c", search]).returncode != 0:
@@ -54,7 +109,8 @@ def test_a_build_without_torch_succeeds_and_says_so(setup_build):
     done, record = setup_build()
     assert done.returncode == 0, done.stderr
     assert "torch was not found" in record["reason"]
-    assert OPTIONS in record["reason"]
+    assert OPTIONS not in record["reason"]  # the command that Python adds has them
+    assert OPTIONS in " ".join(done.stderr.split())
     assert record["interpreter"] == ""
 
 
@@ -184,6 +240,61 @@ def test_auto_depends_on_the_toolchain_alone(configure, tool, cuda, built):
     run = configure(cuda=cuda)
     assert run.returncode == 0, run.stderr
     assert ("No CUDA kernels" not in run.stdout) == built
+
+
+def test_a_failed_attempt_leaves_the_libraries_for_other_torches(configure, tmp_path):
+    libraries = [
+        tmp_path / "txl_kernels" / "_native" / f"torch-{minor}" / "libtxl_kernels.so"
+        for minor in ("2.10", "2.13")
+    ]
+    for library in libraries:
+        library.parent.mkdir(parents=True)
+        library.touch()
+    configure(version="2.10.1")
+    assert [library.exists() for library in libraries] == [False, True]
+
+
+def test_files_of_an_earlier_version_are_removed(configure, tmp_path):
+    """There `_C` contained the kernels; a new one for another Python stays."""
+    package = tmp_path / "txl_kernels"
+    package.mkdir()
+    module, record = package / "_C.cpython-310-x86_64-linux-gnu.so", package / "_native_build.json"
+    module.touch()
+    configure()
+    assert module.exists()
+    record.touch()
+    configure()
+    assert not module.exists()
+    assert not record.exists()
+
+
+@pytest.mark.parametrize(
+    ("processor", "sets"),
+    [("x86_64", ["DEFAULT", "AVX2", "AVX512", "AVX512BF16"]), ("aarch64", ["DEFAULT"])],
+)
+def test_instruction_sets_are_those_of_the_target_s_processor(configure, tmp_path, processor, sets):
+    target = (f"-DCMAKE_SYSTEM_PROCESSOR={processor}", "-DCMAKE_SYSTEM_NAME=Linux")
+    run = configure(*target, "-DTXL_PYTHON_MODULE=OFF")
+    assert run.returncode == 0, run.stderr
+    record = json.loads((tmp_path / "build" / RECORD.name).read_text(encoding="utf-8"))
+    assert record["processor"] == processor
+    assert record["instruction_sets"] == sets
+
+
+def test_another_processor_is_a_reason(configure, tmp_path):
+    configure("-DCMAKE_SYSTEM_PROCESSOR=riscv64", "-DCMAKE_SYSTEM_NAME=Linux")
+    reason = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))["reason"]
+    assert reason == "it is made for Linux on x86_64 and aarch64, this is Linux on riscv64"
+
+
+def test_without_python_s_headers_the_kernels_are_built_alone(configure, tmp_path):
+    run = configure("-DPython_INCLUDE_DIR=/nonexistent")
+    assert run.returncode == 0, run.stderr
+    assert "kernels are built without txl_kernels._C" in " ".join(run.stderr.split())
+    entries = json.loads((tmp_path / "build" / "compile_commands.json").read_text("utf-8"))
+    files = {Path(entry["file"]).name for entry in entries}
+    assert "build_record.cpp" in files
+    assert "module.cpp" not in files
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cu117"])

@@ -85,6 +85,47 @@ def test_compilers_report_in_english(script, monkeypatch, capfd):
     assert capfd.readouterr().out == "C\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"--prebuilt=\S+ has no _native/torch-\*/libtxl_kernels.so$"),
+        ("", r"build.json is no build record \(JSONDecodeError"),
+        ("[]", r"build.json is no build record \(TypeError"),
+        ("{}", r"build.json is no build record \(KeyError\('interface'\)"),
+        (
+            '{"interface": {"_schemas.py": "01"}}',
+            r"was built from other sources: the hash of _schemas.py must be \w{64}, got 01$",
+        ),
+    ],
+)
+def test_prebuilt_libraries_are_checked_before_any_is_copied(script, tmp_path, content, message):
+    target = tmp_path / "package"
+    if content is not None:
+        library = tmp_path / "_native" / "torch-2.13" / "libtxl_kernels.so"
+        library.parent.mkdir(parents=True)
+        library.touch()
+        library.with_name("build.json").write_text(content)
+    with pytest.raises(SystemExit, match=message) as error:
+        script.copy_prebuilt(str(tmp_path), target)
+    assert "\n" not in str(error.value)
+    assert not target.exists()
+
+
+def test_the_folder_of_prebuilt_libraries_is_an_absolute_path(script, tmp_path):
+    with pytest.raises(SystemExit, match="--prebuilt must be an absolute path, got 'here'"):
+        script.copy_prebuilt("here", tmp_path)
+
+
+def test_options_that_exclude_each_other_are_named(script):
+    options = {
+        "script_name": "setup.py",
+        "script_args": ["--no-native", "--require-native", "build"],
+    }
+    distribution = script.NativeDistribution(options)
+    with pytest.raises(SystemExit, match="--require-native and --no-native exclude each other"):
+        distribution.parse_command_line()
+
+
 def test_a_missing_requirement_is_one_sentence(script, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

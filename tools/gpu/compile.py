@@ -27,6 +27,7 @@ from tools.gpu import memory, sweep
 from tools.gpu.programs import find_program, run_program
 from tools.gpu.runner import ROOT, Context, UnavailableError
 from txl_kernels._rel_attention_call import UNLIMITED
+from txl_kernels.backends import native
 from txl_kernels.backends.triton import launch_table, launching
 from txl_kernels.backends.triton.launch_table import AttentionConfig
 from txl_kernels.backends.triton.launching import Launch
@@ -152,7 +153,12 @@ def build_native(context: Context) -> str:
     status, lines = run_program(command, context.seconds_left() - 1)
     if status != 0:
         raise RuntimeError("\n".join([f"{command} ended with {status}", *lines[-20:]]))
-    record = json.loads((ROOT / "txl_kernels" / "_native_build.json").read_text(encoding="utf-8"))
-    cuda = record.get("cuda", {})
-    without = "" if cuda.get("built") else f", without CUDA kernels: {cuda.get('reason')}"
+    folder = ROOT / "txl_kernels" / native.FOLDER
+    places = (native.library_path().with_name(native.RECORD_NAME), folder / native.RECORD_NAME)
+    path = next(path for path in places if path.exists())
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not record["built"]:
+        return f"native part not built: {record['reason']}"
+    cuda = record["cuda"]
+    without = "" if cuda["built"] else f", without CUDA kernels: {cuda['reason']}"
     return f"native part built for {target}{without}"

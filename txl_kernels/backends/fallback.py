@@ -34,7 +34,7 @@ def warn_of_fallback(op: str, reason: str, score_bytes: int, tensors: Sequence[T
         return
     not_built = native.unavailable_reason()
     if not_built is not None and not_built in reason:
-        text = f"{reason}. This command builds the kernels: {native.build_command()}"
+        text = reason  # with the command that builds them
     elif score_bytes > MANY_BYTES:
         text = f"it stores {score_bytes // 2**20} MiB of scores, because {reason}"
     else:

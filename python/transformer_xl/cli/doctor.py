@@ -50,7 +50,8 @@ def doctor(
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         console.print(_backends(device))
-    if native.unavailable_reason() is not None:
+    reason = native.unavailable_reason()
+    if reason is not None and native.without_command(reason) != reason:
         command = f"This command builds the native kernels: {native.build_command()}"
         console.print(command, markup=False, highlight=False, soft_wrap=True)
     if verify:
@@ -155,7 +156,7 @@ def _backends(device: str) -> Table:
         used = answer().backend or "none"
         reasons = {name: answer(backend=name).reason for name in BACKENDS if name != used}
         refused = (
-            f"{name}: {reason.removesuffix(f' for {op}')}"
+            f"{name}: {native.without_command(reason).removesuffix(f' for {op}')}"
             for name, reason in reasons.items()
             if reason is not None
         )

@@ -35,6 +35,8 @@ def verify(monkeypatch, *checks):
 def test_the_command_is_shown_exactly_if_there_are_no_kernels(monkeypatch, reason):
     command = f"/a/python -m pip install --no-cache-dir '/my [sources]/{'x' * 100}'"
     monkeypatch.setattr(native, "build_command", lambda: command)
+    if reason is not None:
+        reason = native._with_command(reason)
     monkeypatch.setattr(native, "unavailable_reason", lambda: reason)
     lines = CliRunner().invoke(app, ["doctor"]).stdout.splitlines()
     shown = f"This command builds the native kernels: {command}"

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from txl_kernels._register_adaptive import EMBEDDING, LOSS
-from txl_kernels._rel_attention_call import SCHEMA as REL_ATTENTION
+from txl_kernels._schemas import ATTENTION, EMBEDDING, LOSS
 from txl_kernels.errors import BackendUnavailableError
 
 DEVICE_TYPES = ("cuda",)  # tests add "cpu"
@@ -300,7 +299,7 @@ def _register(op: str, schema: str) -> None:
     torch.library.impl(operator, "CompositeImplicitAutograd", check)
 
 
-_register("rel_attention", REL_ATTENTION)
+_register("rel_attention", ATTENTION)
 _register("rel_shift", "Tensor x, SymInt n_keys, SymInt offset")
 _register("adaptive_nll", LOSS)
 _register("adaptive_loss", f"{LOSS}, bool mean, bool[] needs_grad")

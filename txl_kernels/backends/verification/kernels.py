@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ def _native_hash(call: Description, direction: str) -> Mapping[str, str]:
 @functools.cache
 def library_hash() -> str:
     """The hash of the native library, with all kernels that were compiled into it."""
-    return hashlib.sha256(Path(str(native.load().__file__)).read_bytes()).hexdigest()
+    return hashlib.sha256(native.library_path().read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
