@@ -71,12 +71,17 @@ def build_module(python: str, torch_dir: Path, binary_dir: Path) -> tuple[Path, 
 def _cmake(binary_dir: Path, target: str, options: list[str], jobs: int) -> Cost:
     cmake, ninja = _tool("cmake"), _tool("ninja")
     configure = [
-        *(cmake, "--fresh", "-S", str(ROOT), "-B", str(binary_dir), "-G", "Ninja"),
+        *(cmake, "-S", str(ROOT), "-B", str(binary_dir), "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         *_OPTIONS,
         *options,
     ]
     build = [cmake, "--build", str(binary_dir), "--target", target, "--parallel", str(jobs)]
+    # Options and compiler of an earlier configuration may no longer hold; its object files do, if the
+    # commands that made them are the same.
+    (binary_dir / "CMakeCache.txt").unlink(missing_ok=True)
+    for description in (binary_dir / "CMakeFiles").glob("*/CMakeSystem.cmake"):
+        shutil.rmtree(description.parent)
     binary_dir.mkdir(parents=True, exist_ok=True)
     log = binary_dir / "build.log"
     with log.open("w", encoding="utf-8") as output:
