@@ -61,7 +61,9 @@ def build_native_wheel(sdist: Path, prebuilt: Path, output: Path, epoch: int) ->
             *(sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat"),
             *("--patcher", "none", *excluded, "--wheel-dir", str(output), str(wheel)),
         ]
-        done = subprocess.run(repair, env=_environment(epoch), capture_output=True, text=True)
+        done = subprocess.run(
+            repair, env=_environment(epoch), umask=0o022, capture_output=True, text=True
+        )
         if done.returncode != 0:
             raise SystemExit(f"wheels: auditwheel refuses {PLATFORM}:\n{done.stdout}{done.stderr}")
         name = wheel.name.replace("linux_x86_64", PLATFORM)
