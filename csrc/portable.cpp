@@ -1,10 +1,10 @@
-// Compiled into the files of a wheel only (TXL_PORTABLE in CMakeLists.txt): lets binaries built on a
-// new Linux load on the oldest that the tag manylinux_2_28 allows, with glibc 2.28 and g++ 8's
-// libstdc++. Nothing here is visible outside the file that it is linked into.
+// Compiled into the files of a wheel only (TXL_PORTABLE in CMakeLists.txt): lets binaries that were
+// built on a new Linux load on the oldest one that the tag manylinux_2_28 allows, with glibc 2.28
+// and the libstdc++ of g++ 8. Nothing here is visible outside the file that it is linked into.
 //
-// Both libraries keep the old versions of a function beside the new one, and the linker chooses the
-// newest. Its option --wrap=f makes all calls of f call __wrap_f, which is defined here and calls the
-// old version, named by .symver. Functions that the old libstdc++ lacks are defined here.
+// glibc keeps the old versions of a function beside the new one, and the linker chooses the newest.
+// The linker's option --wrap=f makes all calls of f call __wrap_f, which is defined here and calls
+// the old version, named by .symver. Functions that the old libstdc++ lacks are defined here.
 #include <exception>
 #include <new>
 
@@ -27,14 +27,18 @@ extern "C" {
 extern char __libc_single_threaded;
 char __libc_single_threaded = 0;
 
-// The old exp and log return the same values. They call matherr, which a program could define before
-// glibc 2.27, after an overflow.
+// In each glibc both versions of exp and log compute the same values; they handle errors in
+// different ways, which nothing here uses.
 TXL_OLD("exp", "exp", TXL_OLDEST_GLIBC);
 TXL_OLD("log", "log", TXL_OLDEST_GLIBC);
 double old_exp(double x);
 double old_log(double x);
-double __wrap_exp(double x) { return old_exp(x); }
-double __wrap_log(double x) { return old_log(x); }
+double __wrap_exp(double x) {
+  return old_exp(x);
+}
+double __wrap_log(double x) {
+  return old_log(x);
+}
 
 // These have a new version since they moved from libdl to libc, with the same code.
 TXL_OLD("dlopen", "dlopen", TXL_OLDEST_GLIBC);
@@ -45,22 +49,32 @@ void* old_dlopen(const char* path, int flags);
 void* old_dlsym(void* handle, const char* name);
 int old_dlclose(void* handle);
 char* old_dlerror();
-void* __wrap_dlopen(const char* path, int flags) { return old_dlopen(path, flags); }
-void* __wrap_dlsym(void* handle, const char* name) { return old_dlsym(handle, name); }
-int __wrap_dlclose(void* handle) { return old_dlclose(handle); }
-char* __wrap_dlerror() { return old_dlerror(); }
+void* __wrap_dlopen(const char* path, int flags) {
+  return old_dlopen(path, flags);
+}
+void* __wrap_dlsym(void* handle, const char* name) {
+  return old_dlsym(handle, name);
+}
+int __wrap_dlclose(void* handle) {
+  return old_dlclose(handle);
+}
+char* __wrap_dlerror() {
+  return old_dlerror();
+}
 
 }  // extern "C"
 
 // ---- libstdc++
 
 namespace std {
-[[noreturn]] void __throw_bad_array_new_length() { throw bad_array_new_length(); }
+[[noreturn]] void __throw_bad_array_new_length() {
+  throw bad_array_new_length();
+}
 }  // namespace std
 
-// Since g++ 11 the constructor and the destructor of std::exception_ptr are inline functions that call
-// _M_addref and _M_release. The library exports these since then, and the whole constructor and
-// destructor since g++ 4.4.
+// Since g++ 11, copies and destructors of std::exception_ptr are inline functions, which call
+// _M_addref and _M_release. libstdc++ exports these two since then, and the functions for a whole
+// copy and for a destruction since g++ 4.4.
 extern "C" {
 TXL_OLD("copy_exception_ptr", "_ZNSt15__exception_ptr13exception_ptrC1ERKS0_", "CXXABI_1.3.3");
 TXL_OLD("destroy_exception_ptr", "_ZNSt15__exception_ptr13exception_ptrD1Ev", "CXXABI_1.3.3");

@@ -1,4 +1,4 @@
-"""csrc/portable.cpp: a file linked with it needs no symbol that is newer than manylinux_2_28 allows."""
+"""csrc/portable.cpp: a file linked with it needs no symbol too new for manylinux_2_28."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def library(tmp_path_factory):
     (folder / "uses.cpp").write_text(SOURCE)
     text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     (wrapped,) = re.findall(r"set\(TXL_WRAPPED (.*?)\)", text)
-    (folder / "exports.map").write_text("{ global: exp_log; references; too_long; finds; local: *; };")
+    (folder / "exports.map").write_text(
+        "{ global: exp_log; references; too_long; finds; local: *; };"
+    )
     command = [
         *("g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-o", str(folder / "portable.so")),
         *(str(folder / "uses.cpp"), str(ROOT / "csrc" / "portable.cpp")),

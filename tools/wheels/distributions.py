@@ -88,7 +88,9 @@ def _setuptools(kind: str, sources: Path, output: Path, epoch: int, *options: st
         text=True,
     )
     if done.returncode != 0:
-        raise SystemExit(f"wheels: setuptools could not build the {kind}:\n{done.stdout}{done.stderr}")
+        raise SystemExit(
+            f"wheels: setuptools could not build the {kind}:\n{done.stdout}{done.stderr}"
+        )
     return output / done.stdout.splitlines()[-1]
 
 

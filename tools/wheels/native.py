@@ -77,8 +77,8 @@ def _cmake(binary_dir: Path, target: str, options: list[str], jobs: int) -> Cost
         *options,
     ]
     build = [cmake, "--build", str(binary_dir), "--target", target, "--parallel", str(jobs)]
-    # Options and compiler of an earlier configuration may no longer hold; its object files do, if the
-    # commands that made them are the same.
+    # Options and compiler of an earlier configuration may no longer hold. Its object files remain:
+    # ninja compiles those again whose command has changed.
     (binary_dir / "CMakeCache.txt").unlink(missing_ok=True)
     for description in (binary_dir / "CMakeFiles").glob("*/CMakeSystem.cmake"):
         shutil.rmtree(description.parent)
@@ -90,13 +90,15 @@ def _cmake(binary_dir: Path, target: str, options: list[str], jobs: int) -> Cost
 
 
 def _run(command: list[str], output: int, log: Path) -> Cost:
-    """Runs a command with its output in the log, and returns what it and its processes have used."""
+    """Runs a command with its output in the log; returns what it and its processes have used."""
     with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         print(log.read_text(encoding="utf-8", errors="replace"), file=sys.stderr)
-        raise SystemExit(f"wheels: {command[0]} failed with status {process.returncode} (see {log})")
+        raise SystemExit(
+            f"wheels: {command[0]} failed with status {process.returncode} (see {log})"
+        )
     return Cost(usage.ru_utime, usage.ru_maxrss / 1024)
 
 

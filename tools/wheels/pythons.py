@@ -36,8 +36,8 @@ def named(paths: list[str]) -> list[Python]:
         python = _ask(path)
         if python is None:
             raise SystemExit(
-                f"wheels: --python must be CPython 3.{MINORS[0]} to 3.{MINORS[-1]} with its headers, "
-                f"which {path} is not, or it does not run"
+                f"wheels: --python must be CPython 3.{MINORS[0]} to 3.{MINORS[-1]} with its "
+                f"headers, which {path} is not, or it does not run"
             )
         pythons.append(python)
     minors = [python.minor for python in pythons]
@@ -47,7 +47,7 @@ def named(paths: list[str]) -> list[Python]:
 
 
 def found() -> list[Python]:
-    """One interpreter of each supported version, from PATH or from pyenv; says which are missing."""
+    """An interpreter of each supported version, from PATH or pyenv; prints which are missing."""
     pythons = []
     for minor in MINORS:
         answers = (_ask(path) for path in _candidates(minor))

@@ -13,7 +13,7 @@ from pathlib import Path
 LIBRARIES = ("torch/lib/libc10.so", "torch/lib/libtorch_cpu.so")
 _OTHERS = ("torch/version.py", *LIBRARIES)
 _HEADERS = "torch/include/"
-# What pip downloads: every Python's wheel of one version of torch has the same headers and libraries.
+# The wheels of one version of torch for all Pythons have the same headers and libraries.
 _PLATFORM = ("--platform", "manylinux_2_28_x86_64", "--only-binary", ":all:")
 
 
@@ -31,7 +31,8 @@ def unpack(torch: str, cache: Path) -> Path:
         return _unpack(Path(torch), cache)
     if not re.fullmatch(r"\d+\.\d+\.\d+", torch):
         raise SystemExit(
-            f"wheels: --torch must be a version such as 2.13.0, or the path of a wheel, got {torch!r}"
+            "wheels: --torch must be a version such as 2.13.0, or the path of a wheel, "
+            f"got {torch!r}"
         )
     known = sorted(cache.glob(f"torch-{torch}*/torch"))
     if known:
@@ -47,7 +48,7 @@ def unpack(torch: str, cache: Path) -> Path:
 
 
 def _unpack(wheel: Path, cache: Path) -> Path:
-    """Unpacks a wheel into a folder that is named after its version; another such folder is kept."""
+    """Unpacks a wheel into a folder named after its version, unless that exists."""
     name = re.match(r"(torch-[^-]+)-.*-(manylinux|linux)\w*x86_64\.whl$", wheel.name)
     if name is None:
         raise SystemExit(f"wheels: expected a wheel of torch for Linux on x86-64, got {wheel}")

@@ -1,4 +1,4 @@
-"""Stand-ins for compiled files: tiny shared libraries with the names and symbols of the real ones."""
+"""Stand-ins for compiled files: tiny shared libraries with chosen names and symbols."""
 
 from __future__ import annotations
 

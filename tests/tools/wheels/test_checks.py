@@ -10,7 +10,9 @@ LIBRARY = 'extern "C" { extern const char txl_build_record[] VISIBLE; '
 LIBRARY += 'const char txl_build_record[] = "{}"; }\n'
 MODULE = 'extern "C" VISIBLE void* PyInit__C() { return nullptr; }\n'
 CALLS_TORCH = "void in_torch(); __attribute__((used)) void call() { in_torch(); }\n"
-CALLS_OPENMP = 'extern "C" void GOMP_barrier(); __attribute__((used)) void f() { GOMP_barrier(); }\n'
+CALLS_OPENMP = (
+    'extern "C" void GOMP_barrier(); __attribute__((used)) void f() { GOMP_barrier(); }\n'
+)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The distributions, with stand-ins for the compiled files: contents, tags, the same bytes twice."""
+"""The distributions, with stand-ins for compiled files: contents, tags, the same bytes twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ LIBRARY = 'extern "C" { extern const char txl_build_record[] VISIBLE; '
 LIBRARY += 'const char txl_build_record[] = "{}"; }\n'
 MODULE = "_C.cpython-311-x86_64-linux-gnu.so"
 # dlsym has a new version since glibc 2.34.
-TOO_NEW = "#include <dlfcn.h>\nVISIBLE void* find(const char* name) { return dlsym(nullptr, name); }\n"
+TOO_NEW = (
+    "#include <dlfcn.h>\nVISIBLE void* find(const char* name) { return dlsym(nullptr, name); }\n"
+)
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the wheel is for x86-64"),
     pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the files that git tracks"),
@@ -61,7 +63,9 @@ def members(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
 
 
-def test_the_wheel_has_a_library_for_each_torch_and_a_module_for_each_python(native_wheel, prebuilt):
+def test_the_wheel_has_a_library_for_each_torch_and_a_module_for_each_python(
+    native_wheel, prebuilt
+):
     assert native_wheel.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
     files = members(native_wheel)
     for torch in ("2.11", "2.13"):

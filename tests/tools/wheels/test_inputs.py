@@ -68,7 +68,7 @@ def test_a_damaged_wheel_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("torch", ["2.13", "newest", "2.13.0+cpu"])
 def test_a_torch_that_is_no_version_is_refused(tmp_path, torch):
-    with pytest.raises(SystemExit, match="must be a version such as 2.13.0"):
+    with pytest.raises(SystemExit, match=r"must be a version such as 2\.13\.0"):
         torches.unpack(torch, tmp_path)
 
 
