@@ -254,6 +254,16 @@ def test_a_failed_attempt_leaves_the_libraries_for_other_torches(configure, tmp_
     assert [library.exists() for library in libraries] == [False, True]
 
 
+def test_a_damaged_library_is_linked_again(configure, tmp_path):
+    """ninja compares times: it would leave the file as it is."""
+    folder = tmp_path / "txl_kernels" / "_native" / "torch-2.13"
+    folder.mkdir(parents=True)
+    for name in ("libtxl_kernels.so", "build.json"):
+        (folder / name).touch()
+    configure()
+    assert list(folder.iterdir()) == []
+
+
 def test_files_of_an_earlier_version_are_removed(configure, tmp_path):
     """There `_C` contained the kernels; a new one for another Python stays."""
     package = tmp_path / "txl_kernels"

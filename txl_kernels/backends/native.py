@@ -254,7 +254,7 @@ def _refusal(package_dir: Path, torch_version: str) -> str | None:
     if changed:
         return _with_command(
             f"the native library in {folder} was built from other sources than those of "
-            f"txl_kernels here ({' and '.join(changed)} differ)"
+            f"txl_kernels here (changed: {', '.join(changed)})"
         )
     return None
 
