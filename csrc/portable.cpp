@@ -7,6 +7,7 @@
 // the old version, named by .symver. Functions that the old libstdc++ lacks are defined here.
 #include <exception>
 #include <new>
+#include <sstream>
 
 #if defined(__x86_64__)
 #define TXL_OLDEST_GLIBC "GLIBC_2.2.5"
@@ -71,6 +72,9 @@ namespace std {
   throw bad_array_new_length();
 }
 }  // namespace std
+
+// In C++20 this member has another signature, which libstdc++ exports since g++ 11.
+template std::string std::stringbuf::str() const&;
 
 // Since g++ 11, copies and destructors of std::exception_ptr are inline functions, which call
 // _M_addref and _M_release. libstdc++ exports these two since then, and the functions for a whole

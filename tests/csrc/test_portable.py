@@ -19,6 +19,7 @@ SOURCE = """
 #include <dlfcn.h>
 #include <exception>
 #include <memory>
+#include <sstream>
 #include <stdexcept>
 #include <vector>
 
@@ -58,6 +59,12 @@ int too_long(std::size_t n) {
   }
 }
 
+int length(int x) {
+  std::ostringstream text;
+  text << "number " << x;
+  return text.str().size();
+}
+
 bool finds(const char* library, const char* symbol) {
   void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
   const bool found = handle != nullptr && dlsym(handle, symbol) != nullptr;
@@ -77,10 +84,10 @@ def library(tmp_path_factory):
     text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     (wrapped,) = re.findall(r"set\(TXL_WRAPPED (.*?)\)", text)
     (folder / "exports.map").write_text(
-        "{ global: exp_log; references; too_long; finds; local: *; };"
+        "{ global: exp_log; references; too_long; length; finds; local: *; };"
     )
     command = [
-        *("g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-o", str(folder / "portable.so")),
+        *("g++", "-std=c++20", "-O0", "-fPIC", "-shared", "-o", str(folder / "portable.so")),
         *(str(folder / "uses.cpp"), str(ROOT / "csrc" / "portable.cpp")),
         *(f"-Wl,--wrap={name}" for name in wrapped.split()),
         f"-Wl,--version-script={folder / 'exports.map'}",
@@ -114,6 +121,7 @@ def test_the_replacements_do_the_same(library):
     assert loaded.references() == 3
     loaded.too_long.argtypes = [ctypes.c_size_t]
     assert loaded.too_long(2**62) == 1
+    assert loaded.length(-12) == len("number -12")
     loaded.finds.restype = ctypes.c_bool
     assert loaded.finds(str(library).encode(), b"exp_log")
     assert not loaded.finds(str(library).encode(), b"no such function")
