@@ -73,7 +73,9 @@ namespace std {
 }
 }  // namespace std
 
-// In C++20 this member has another signature, which libstdc++ exports since g++ 11.
+// libstdc++ exports the default constructor since g++ 9, and C++20's form of str() since g++ 11.
+template std::ostringstream::basic_ostringstream();
+template std::string std::ostringstream::str() const&;
 template std::string std::stringbuf::str() const&;
 
 // Since g++ 11, copies and destructors of std::exception_ptr are inline functions, which call
