@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from txl_kernels.backends import native
+from txl_kernels.backends import native_installation as installation
 
 OPTIONS = ["--force-reinstall", "--no-deps", "--no-cache-dir"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -22,7 +22,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A site-packages folder that txl_kernels is imported from."""
     folder = tmp_path / "site packages"
     (folder / "txl_kernels").mkdir(parents=True)
-    monkeypatch.setattr(native, "PACKAGE_DIR", folder / "txl_kernels")
+    monkeypatch.setattr(installation, "PACKAGE_DIR", folder / "txl_kernels")
     return folder
 
 
@@ -47,7 +47,7 @@ def install_from(origin: dict | str | None, site: Path, monkeypatch: pytest.Monk
 
 def test_pip_builds_again_without_its_cache(site):
     pytest.importorskip("pip")
-    words = shlex.split(native.build_command(), comments=True)
+    words = shlex.split(installation.build_command(), comments=True)
     assert words == [sys.executable, "-m", "pip", "install", *OPTIONS, "."]
 
 
@@ -56,7 +56,7 @@ def test_an_environment_without_pip_uses_uv_and_names_its_interpreter(
 ):
     """setuptools splits the setting once more, as a shell does."""
     monkeypatch.setattr(sys, "executable", "/my env/bin/python")
-    words = shlex.split(native.build_command(), comments=True)
+    words = shlex.split(installation.build_command(), comments=True)
     assert words[:5] == ["uv", "pip", "install", "--python", "/my env/bin/python"]
     name, setting = words[5].split("=", 1)
     assert name == "--config-settings"
@@ -69,8 +69,8 @@ def test_an_environment_without_pip_uses_uv_and_names_its_interpreter(
 def test_a_checkout_is_built_in_place(tmp_path, monkeypatch):
     """An installation into site-packages would not be imported."""
     (tmp_path / "setup.py").touch()
-    monkeypatch.setattr(native, "PACKAGE_DIR", tmp_path / "txl_kernels")
-    words = shlex.split(native.build_command(), comments=True)
+    monkeypatch.setattr(installation, "PACKAGE_DIR", tmp_path / "txl_kernels")
+    words = shlex.split(installation.build_command(), comments=True)
     assert words[-2:] == ["-e", str(tmp_path)]
 
 
@@ -98,7 +98,7 @@ def test_the_source_is_the_one_that_was_installed(site, monkeypatch, origin, sou
     if isinstance(origin, dict) and "url" in origin:
         origin = {**origin, "url": origin["url"].format(site=quoted)}
     install_from(origin, site, monkeypatch)
-    words = shlex.split(native.build_command(), comments=True)
+    words = shlex.split(installation.build_command(), comments=True)
     assert words[-1] == source.format(site=site)
     from_index = source.startswith("transformer-xl==")
     assert (words[-3:-1] == ["--no-binary", "transformer-xl"]) == from_index
@@ -113,12 +113,12 @@ def test_another_installation_s_source_is_not_used(site, tmp_path, monkeypatch):
         "distributions",
         lambda name: importlib.metadata.Distribution.discover(name=name, path=[str(other)]),
     )
-    assert shlex.split(native.build_command(), comments=True)[-1] == "."
+    assert shlex.split(installation.build_command(), comments=True)[-1] == "."
 
 
 def test_a_reason_ends_with_the_command_and_is_shown_without_it(site, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distributions", lambda **_: [])
-    reason = native._refusal(site / "txl_kernels", "2.13.0")
-    assert reason.endswith(f": {native.build_command()}")
-    assert native.without_command(reason).endswith("it was never built")
-    assert native.without_command("no products here") == "no products here"
+    reason = installation.refusal("2.13.0")
+    assert reason.endswith(f": {installation.build_command()}")
+    assert installation.without_command(reason).endswith("it was never built")
+    assert installation.without_command("no products here") == "no products here"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from txl_kernels.backends import native
+from txl_kernels.backends import native_installation as installation
 
 REASON = native.unavailable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -48,12 +49,12 @@ def module() -> Path:
 
 def test_the_record_beside_the_library_is_the_library_s_own():
     path = native.library_path()
-    record = json.loads(path.with_name(native.RECORD_NAME).read_text(encoding="utf-8"))
+    record = json.loads(path.with_name(installation.RECORD_NAME).read_text(encoding="utf-8"))
     extension = pytest.importorskip("txl_kernels._C")
     assert extension.build_info(str(path)) == record
     assert native.build_info() == record
     for name, sha in record["interface"].items():
-        assert hashlib.sha256((native.PACKAGE_DIR / name).read_bytes()).hexdigest() == sha
+        assert hashlib.sha256((installation.PACKAGE_DIR / name).read_bytes()).hexdigest() == sha
 
 
 def test_without_the_module_the_record_is_read_from_its_file(monkeypatch):
@@ -77,7 +78,7 @@ def test_one_openmp_runtime_is_loaded_torch_s():
     names = {Path(path).name for path in eval(loaded)}
     runtimes = {name for name in names if name.startswith(("libgomp", "libomp", "libiomp"))}
     assert len(runtimes) == 1, runtimes
-    assert native.LIBRARY_NAME in names
+    assert installation.LIBRARY_NAME in names
     assert not {name for name in names if name.startswith("_C.") and "txl" in name}
 
 

@@ -15,28 +15,29 @@ import torch
 
 from txl_kernels._schemas import SCHEMAS
 from txl_kernels.backends import native
+from txl_kernels.backends import native_installation as installation
 
 CMAKE_LISTS = Path(__file__).resolve().parents[2] / "CMakeLists.txt"
 RECORD = {"built": True, "torch": torch.__version__, "interface": {}}
 LOAD = native.load
-MINOR = native._minor(torch.__version__)
+MINOR = installation._minor(torch.__version__)
 
 
 def add(folder: Path, record: dict | str, minor: str | None = None, library: str = "") -> None:
     """Writes a record, and a file in place of the library if the record is of one."""
-    folder = folder / native.FOLDER / (f"torch-{minor}" if minor else "")
+    folder = folder / installation.FOLDER / (f"torch-{minor}" if minor else "")
     folder.mkdir(parents=True, exist_ok=True)
     text = record if isinstance(record, str) else json.dumps(record)
-    (folder / native.RECORD_NAME).write_text(text, encoding="utf-8")
+    (folder / installation.RECORD_NAME).write_text(text, encoding="utf-8")
     if minor:
-        (folder / native.LIBRARY_NAME).write_text(library)
+        (folder / installation.LIBRARY_NAME).write_text(library)
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package folder in which nothing may be loaded."""
-    monkeypatch.setattr(native, "PACKAGE_DIR", tmp_path)
-    monkeypatch.setattr(native, "build_command", lambda: "build it")
+    monkeypatch.setattr(installation, "PACKAGE_DIR", tmp_path)
+    monkeypatch.setattr(installation, "build_command", lambda: "build it")
     load = "loaded before the record was checked"
     monkeypatch.setattr(native, "load", lambda: pytest.fail(load))
     return tmp_path
@@ -77,14 +78,14 @@ def test_a_library_for_another_torch_is_not_loaded(package, problem):
 def test_a_library_for_another_torch_is_named_without_its_record(package, problem, damaged):
     add(package, damaged or "", "2.1")
     if damaged is None:
-        (package / native.FOLDER / "torch-2.1" / native.RECORD_NAME).unlink()
+        (package / installation.FOLDER / "torch-2.1" / installation.RECORD_NAME).unlink()
     assert "built for torch 2.1, but" in problem()
 
 
 def test_all_versions_of_a_wheel_are_named_in_order(package, problem):
     for minor in ("2.11", "2.9", "2.12"):
         add(package, {**RECORD, "torch": f"{minor}.0"}, minor)
-    (package / native.FOLDER / "torch-2.1").mkdir()  # without a library
+    (package / installation.FOLDER / "torch-2.1").mkdir()  # without a library
     assert "has native libraries for torch 2.9, 2.11 and 2.12, but" in problem()
 
 
@@ -120,7 +121,7 @@ def test_every_schema_is_in_a_file_whose_hash_is_recorded():
 
 def test_processors_are_those_of_the_build():
     listed = re.search(r"set\(TXL_PROCESSORS ([^)]+)\)", CMAKE_LISTS.read_text("utf-8"))
-    assert tuple(listed.group(1).split()) == native.PROCESSORS
+    assert tuple(listed.group(1).split()) == installation.PROCESSORS
 
 
 def test_the_reason_that_the_build_recorded_is_given(package, problem):
@@ -146,13 +147,13 @@ def test_a_damaged_record_is_a_reason(package, problem, text, minor):
 
 def test_a_library_without_its_record_is_not_loaded(package, problem):
     add(package, RECORD, MINOR)
-    path = native.library_path().with_name(native.RECORD_NAME)
+    path = native.library_path().with_name(installation.RECORD_NAME)
     path.unlink()
     assert f"the build record {path} is unreadable (FileNotFoundError" in problem()
 
 
 def test_a_build_by_an_earlier_version_is_not_loaded(package, problem):
-    (package / native.EARLIER_RECORD_NAME).write_text('{"built": true}')
+    (package / installation.EARLIER_RECORD_NAME).write_text('{"built": true}')
     assert "was built by an earlier version of txl_kernels" in problem()
 
 
@@ -166,7 +167,7 @@ def test_a_checkout_in_front_of_an_installed_build_is_named(
     package, problem, tmp_path_factory, monkeypatch
 ):
     site = tmp_path_factory.mktemp("site-packages")
-    (site / "txl_kernels" / native.FOLDER).mkdir(parents=True)
+    (site / "txl_kernels" / installation.FOLDER).mkdir(parents=True)
     info = site / "transformer_xl-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Name: transformer-xl\nVersion: 0\n", encoding="utf-8")

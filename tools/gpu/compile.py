@@ -25,9 +25,10 @@ from tools.gates.compiling import compile_launch
 from tools.gates.shipped import attention, recording, shipped_calls
 from tools.gpu import memory, sweep
 from tools.gpu.programs import find_program, run_program
-from tools.gpu.runner import ROOT, Context, UnavailableError
+from tools.gpu.runner import Context, UnavailableError
 from txl_kernels._rel_attention_call import UNLIMITED
 from txl_kernels.backends import native
+from txl_kernels.backends import native_installation as installation
 from txl_kernels.backends.triton import launch_table, launching
 from txl_kernels.backends.triton.launch_table import AttentionConfig
 from txl_kernels.backends.triton.launching import Launch
@@ -153,8 +154,8 @@ def build_native(context: Context) -> str:
     status, lines = run_program(command, context.seconds_left() - 1)
     if status != 0:
         raise RuntimeError("\n".join([f"{command} ended with {status}", *lines[-20:]]))
-    folder = ROOT / "txl_kernels" / native.FOLDER
-    places = (native.library_path().with_name(native.RECORD_NAME), folder / native.RECORD_NAME)
+    folder = native.library_path().parent
+    places = (folder / installation.RECORD_NAME, folder.parent / installation.RECORD_NAME)
     path = next(path for path in places if path.exists())
     record = json.loads(path.read_text(encoding="utf-8"))
     if not record["built"]:

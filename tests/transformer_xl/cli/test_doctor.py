@@ -13,6 +13,7 @@ import txl_kernels
 from transformer_xl.cli import doctor
 from transformer_xl.cli.app import app
 from txl_kernels.backends import COMPOSED, OPS, native
+from txl_kernels.backends import native_installation as installation
 from txl_kernels.testing.op_checks import OpCheck
 
 REASON = "no compiler was found when txl_kernels was installed"
@@ -36,9 +37,10 @@ def verify(monkeypatch, *checks):
 )
 def test_the_command_is_shown_once_and_only_if_it_helps(monkeypatch, reason, helps):
     command = f"/a/python -m pip install --no-cache-dir '/my [sources]/{'x' * 100}'"
-    monkeypatch.setattr(native, "build_command", lambda: command)
+    for module in (native, installation):
+        monkeypatch.setattr(module, "build_command", lambda: command)
     if helps:
-        reason = native._with_command(reason)
+        reason = installation.with_command(reason)
     monkeypatch.setattr(native, "unavailable_reason", lambda: reason)
     output = CliRunner().invoke(app, ["doctor"]).stdout
     assert (f"This command builds the native kernels: {command}" in output.splitlines()) == helps

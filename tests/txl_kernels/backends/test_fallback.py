@@ -17,6 +17,7 @@ from txl_kernels import (
     rel_shift,
 )
 from txl_kernels.backends import fallback, native
+from txl_kernels.backends.native_installation import with_command
 from txl_kernels.backends.reference import rel_attention as reference
 
 NOT_BUILT = "no compiler was found when txl_kernels was installed"
@@ -31,7 +32,7 @@ def _fresh(monkeypatch):
 
 @pytest.fixture
 def not_built(monkeypatch):
-    reason = native._with_command(NOT_BUILT)
+    reason = with_command(NOT_BUILT)
     monkeypatch.setattr(native, "unavailable_reason", lambda: reason)
 
 
