@@ -6,6 +6,7 @@
 #   REPO_ID owner/name of the repository on the Hugging Face Hub, for `make hub`
 #   INSTALL_PYTHONS, INSTALL_WHEELS  interpreters that have torch, and wheels, for `make installs`
 #   BUDGET  the most seconds that `make gpu` takes; STAGES chooses its stages
+#   WHEEL_TORCHES, WHEEL_PYTHONS  versions of torch, and interpreters, that `make wheels` builds for
 #   MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers at a time
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -22,6 +23,9 @@ INSTALL_PYTHONS ?= $(PY)
 INSTALL_WHEELS ?=
 BUDGET ?= 240
 STAGES ?=
+# The oldest, the developed and the newest torch; a release has every minor version.
+WHEEL_TORCHES ?= 2.11.0 2.13.0 2.15.0
+WHEEL_PYTHONS ?=
 # The newest Triton; `make gates` checks its machine code too.
 NEXT_TRITON := 3.9.0
 # The version of Hugging Face's `kernels` that `make hub` loads the kernel with.
@@ -111,6 +115,11 @@ wheel: $(VENV)/.installed-dev ## sdist, installed in a clean environment and tes
 installs: ## logs of every way to install, each with the smoke test; in build/installs (INSTALL_PYTHONS=, INSTALL_WHEELS=)
 	$(PYTHON) -m tools.installs --python $(INSTALL_PYTHONS) --wheel $(INSTALL_WHEELS)
 
+# A library takes three minutes of one processor; afterwards only changed sources are compiled again.
+wheels: build/wheels/env/.installed ## the wheel for Linux, the one for every system, and the sdist; in dist/
+	build/wheels/env/bin/python -m tools.wheels --torch $(WHEEL_TORCHES) \
+	  $(if $(WHEEL_PYTHONS),--python $(WHEEL_PYTHONS)) --jobs $(or $(MAX_JOBS),1) --output dist
+
 # ruff and mypy use one core each while pip installs torch for the wheel.
 ci: ## all checks, in order
 	$(MAKE) venv CMAKE_ARGS=-DTXL_WERROR=ON
@@ -124,7 +133,7 @@ clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch hub installs
+.PHONY: help run test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch hub installs wheels
 
 # ---- the environment
 
@@ -134,6 +143,12 @@ native-status:
 	  reason = native.unavailable_reason(); \
 	  print("native kernels:", reason or "built and loaded"); \
 	  raise SystemExit(bool(reason and os.environ.get("CI")))'
+
+# The build tools in fixed versions, so that the wheels have the same bytes wherever they are built.
+build/wheels/env/.installed: tools/wheels/requirements.txt
+	$(PYTHON) -m venv build/wheels/env
+	build/wheels/env/bin/python $(PIP) install -r $<
+	@touch $@
 
 # PYTHONPATH gives it precedence over the environment's own; Triton needs no other package.
 build/triton-%: | $(VENV)/.installed-dev
