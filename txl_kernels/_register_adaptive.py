@@ -23,7 +23,8 @@ from txl_kernels._derivatives import (
     register_vmap,
     without_derivative,
 )
-from txl_kernels.transforms import inside_transform, is_batched
+from txl_kernels.torch_private import is_batched
+from txl_kernels.transforms import inside_transform
 
 LOSS = "Tensor hidden, Tensor target, Tensor[] clusters, int ignore_index"
 EMBEDDING = "Tensor tokens, Tensor[] tables, Tensor[] projections, float scale, bool sparse"
