@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_make_passes_every_argument_to_pip(option, installs, error, tmp_path):
         ["make", "torch", "VENV=venv", f"TORCH={option}"],
         cwd=checkout,
         env={
-            "PATH": "/usr/bin:/bin",
+            **os.environ,
             "LOG": str(log),
             "VERSION": str(version),
             "INSTALLS": installs,
