@@ -1,7 +1,8 @@
 # Every command of the project, in one place: README, hooks and CI call these.
 #
 #   PYTHON  the interpreter that creates the environment; its torch is used if it has one
-#   TORCH   the requirement that pip installs if that interpreter has no torch
+#   TORCH   the arguments of `pip install` if that interpreter has no torch, such as
+#           TORCH='--no-deps torch==2.15.0 nvidia-cublas'
 #   VENV    the environment; an existing one is used unchanged
 #   REPO_ID owner/name of the repository on the Hugging Face Hub, for `make hub`
 #   INSTALL_PYTHONS, INSTALL_WHEELS  interpreters that have torch, and wheels, for `make installs`
@@ -35,6 +36,7 @@ PY := $(VENV)/bin/python
 PIP := -m pip --quiet --quiet --disable-pip-version-check --no-input
 # Each process runs adjacent tests, which share fixtures, and takes tests from others at the end.
 PARALLEL := -n logical --dist worksteal
+quoted = '$(subst ','\'',$(1))'
 CLANG_FORMAT := $(PY) -c 'from clang_format import clang_format as run; run()'
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -107,6 +109,7 @@ wheel: $(VENV)/.installed-dev ## sdist, installed in a clean environment and tes
 	$(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("build/wheel")' > /dev/null
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python $(PIP) install $(TORCH)
+	TORCH=$(call quoted,$(TORCH)) build/wheel/venv/bin/python tools/environment_torch.py prepare
 	CXXFLAGS="-O0 -DNDEBUG" CMAKE_ARGS=-DCMAKE_BUILD_TYPE=None build/wheel/venv/bin/python $(PIP) \
 	  install --no-cache-dir --config-settings=--global-option=--require-native build/wheel/*.tar.gz
 	cd / && "$(CURDIR)/build/wheel/venv/bin/python" -W 'ignore:Failed to init' \
@@ -170,11 +173,15 @@ $(PY):
 	fi
 
 torch: $(PY)
-	@$(PY) -c 'import importlib.util as u; raise SystemExit(not u.find_spec("torch"))' \
-	  || { set -x; $(PY) $(PIP) install $(TORCH); }
+	@$(PY) tools/environment_torch.py installed > /dev/null || { \
+	  (set -x; $(PY) $(PIP) install $(TORCH)); \
+	  TORCH=$(call quoted,$(TORCH)) $(PY) tools/environment_torch.py prepare; \
+	}
+	@TORCH=$(if $(filter command environment,$(origin TORCH)),$(call quoted,$(TORCH))) \
+	  $(PY) tools/environment_torch.py check
 
 $(VENV)/.installed-%: pyproject.toml setup.py build_target.py CMakeLists.txt $(NATIVE_SOURCES) | torch
-	$(PY) $(PIP) install -e '.[$*]'
+	$(PY) $(PIP) install -e '.[$*]' torch==$$($(PY) tools/environment_torch.py installed)
 	@$(MAKE) native-status
 	@touch $@
 

@@ -8,10 +8,16 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from txl_kernels._namespaces import backend_of
 from txl_kernels.errors import BackendUnavailableError
+from txl_kernels.torch_private import (
+    is_legacy_batched,
+    legacy_batched,
+    legacy_level,
+    legacy_unbatched,
+    tree_map,
+)
 from txl_kernels.transforms import kernel_refusal
 
 _Grad = TypeVar("_Grad", Tensor, Tensor | None)
@@ -61,24 +67,21 @@ def loop_over_batched_gradients(operator: str, call: Callable[..., Any]) -> None
         operator: "namespace::name".
         call: the operator itself.
     """
-    is_batched = torch._C._functorch.is_legacy_batchedtensor
 
     def one_by_one(*args: Any) -> Any:
-        # The number of the innermost batch: 1 in threads of autograd, where torch counts none.
-        level = max(torch._C._vmapmode_increment_nesting() - 1, 1)
-        torch._C._vmapmode_decrement_nesting()
+        level = legacy_level()
         sizes: list[int] = []
 
         def whole(x: Any) -> Any:
-            if isinstance(x, Tensor) and is_batched(x):
-                x = torch._remove_batch_dim(x, level, 1, 0)
+            if is_legacy_batched(x):
+                x = legacy_unbatched(x, level)
                 sizes.append(len(x))
             return x
 
-        in_dims = tree_map(lambda x: 0 if isinstance(x, Tensor) and is_batched(x) else None, args)
+        in_dims = tree_map(lambda x: 0 if is_legacy_batched(x) else None, args)
         unbatched = tree_map(whole, args)
         stacked = _looped(call, unbatched, in_dims, sizes[0])
-        return tree_map(lambda x: torch._add_batch_dim(x, 0, level), stacked)
+        return tree_map(lambda x: legacy_batched(x, level), stacked)
 
     torch.library.impl(operator, "Batched", one_by_one)
 

@@ -24,7 +24,8 @@ from txl_kernels._derivatives import (
     without_derivative,
 )
 from txl_kernels._namespaces import NATIVE
-from txl_kernels.transforms import inside_transform, is_batched
+from txl_kernels.torch_private import is_batched
+from txl_kernels.transforms import inside_transform
 
 
 def register(operators: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
+
+from txl_kernels.torch_private import constant_in_traces, in_forward_mode, open_transforms
 
 
+# The compiler opens the transforms that it traces, and recompiles where others are open.
+@constant_in_traces
 def inside_transform(*kinds: str) -> bool:
     """Whether this call runs inside one of these transforms, at any depth.
 
@@ -14,32 +16,13 @@ def inside_transform(*kinds: str) -> bool:
         kinds: "vmap"; "grad", which is `torch.func.grad`, `vjp`, `jacrev` and `hessian`; "jvp",
             which is `torch.func.jvp`, `jacfwd` and `torch.autograd.forward_ad.dual_level`.
     """
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    is_dual = "jvp" in kinds and forward_ad._current_level >= 0
-    return is_dual or any(level.key().name.lower() in kinds for level in levels)
-
-
-# The same mark as `torch.compiler.assume_constant_result` sets, without importing torch._dynamo:
-# the compiler opens the transforms that it traces, and recompiles where others are open.
-inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    is_dual = "jvp" in kinds and in_forward_mode()
+    return is_dual or any(transform in kinds for transform in open_transforms())
 
 
 def is_jit_tracing() -> bool:
     """Whether `torch.jit.trace` records this call. Sizes are tensors of no dimension there."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether `torch.vmap` or `torch.autograd.grad(is_grads_batched=True)` batches this tensor."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
-
-
-def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor beneath all levels of `torch.func`: the values of the whole batch."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
 
 
 def kernel_refusal(backend: str) -> str | None:

@@ -17,6 +17,7 @@ from txl_kernels.backends import cuda_device, native, triton, verification
 from txl_kernels.backends.fallback import MANY_BYTES, warn_of_fallback
 from txl_kernels.backends.head_size import MAX_HEAD_SIZE
 from txl_kernels.errors import BackendUnavailableError
+from txl_kernels.torch_private import constant_in_traces, has_kernel
 from txl_kernels.transforms import is_jit_tracing, kernel_refusal
 
 BACKENDS = ("reference", "native", "triton")
@@ -272,15 +273,14 @@ def _refusal(
     return None
 
 
+@constant_in_traces
 def _exports_onnx() -> bool:
     """Whether torch exports to ONNX at the moment; imports nothing of torch.onnx."""
     onnx = sys.modules.get("torch.onnx")
     return onnx is not None and onnx.is_in_onnx_export()
 
 
-_exports_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant_in_traces
 def _unavailable_reason(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run `op` on this kind of device at all, or None."""
     reason = kernel_refusal(name)
@@ -296,13 +296,7 @@ def _unavailable_reason(name: str, op: str, device_type: str, dtype: torch.dtype
     return cuda_device.unavailable_reason() if device_type == "cuda" else None
 
 
-# `torch.compiler.assume_constant_result` sets this attribute too, but it imports torch._dynamo,
-# which takes seconds, and with it Triton.
-_unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 @functools.cache
 def _has_kernel(operator: str, device_type: str) -> bool:
     """Cached, as it costs 7 µs, a seventh of a small call; called after the library is loaded."""
-    key = torch._C._dispatch_key_for_device(device_type)
-    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+    return has_kernel(operator, device_type)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.backends import native
+from txl_kernels.torch_private import is_recorded
 from txl_kernels.transforms import is_jit_tracing
 
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -68,7 +69,4 @@ def _is_traced(tensors: Sequence[Tensor]) -> bool:
         return True
     if any(tensor.is_meta for tensor in tensors):
         return True
-    keys = torch._C._TorchDispatchModeKey
-    return torch._C._get_dispatch_mode(keys.PROXY) is not None or (
-        torch._guards.detect_fake_mode(tensors) is not None
-    )
+    return is_recorded(tensors)

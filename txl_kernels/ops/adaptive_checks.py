@@ -17,7 +17,7 @@ from txl_kernels.ops.checks import (
     check_shape,
     check_tensor,
 )
-from txl_kernels.transforms import unwrapped
+from txl_kernels.torch_private import assert_async, unwrapped
 
 
 def checked_clusters(
@@ -115,4 +115,4 @@ def check_tokens(
                 f"{op}: {name} must be in [0, {n_tokens}), got {int(tokens[wrong][0])}"
             )
     else:
-        torch._assert_async(~wrong.any(), f"{op}: {name} must be in [0, {n_tokens})")
+        assert_async(~wrong.any(), f"{op}: {name} must be in [0, {n_tokens})")

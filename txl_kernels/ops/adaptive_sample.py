@@ -13,7 +13,7 @@ from txl_kernels.ops.adaptive_checks import checked_clusters
 from txl_kernels.ops.adaptive_softmax import Tail, adaptive_topk, choose_backend, n_tokens_of
 from txl_kernels.ops.autocast import outside_autocast
 from txl_kernels.ops.checks import check_int, check_number
-from txl_kernels.transforms import unwrapped
+from txl_kernels.torch_private import unwrapped
 
 OP = "adaptive_sample"
 # Above it, merging the top k of each piece of the vocabulary costs more than one sort.

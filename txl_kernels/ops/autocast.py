@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from txl_kernels.torch_private import constant_in_traces
+
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -18,9 +20,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     torch raises for kinds of device that have no autocast, such as "meta".
     """
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+@constant_in_traces  # torch.compile of torch 2.11 cannot trace the function that this one calls
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def cast(tensor: Any, dtype: torch.dtype | None) -> Any:

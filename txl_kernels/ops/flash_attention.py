@@ -13,6 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from txl_kernels.ops.checks import FLOATING
+from txl_kernels.torch_private import (
+    flash_attention_cpu,
+    flash_attention_cpu_bwd,
+    flash_attention_cuda,
+    flash_attention_cuda_bwd,
+)
 
 # forward(q, k, v, scale) -> (out, lse); backward(dout, q, k, v, out, lse, scale) -> (dq, dk, dv)
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -48,11 +54,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     q, scale = _positive(q, scale)
     q, k, v = _one_width(q, k, v)
     if q.device.type == "cuda":
-        operator = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse, *_ = operator(q, k, v, is_causal=True, scale=scale)
+        out, lse, *_ = flash_attention_cuda(q, k, v, is_causal=True, scale=scale)
     else:
-        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = operator(q, k, v, is_causal=True, scale=scale)
+        out, lse = flash_attention_cpu(q, k, v, is_causal=True, scale=scale)
     return _narrow(out, Dv), lse
 
 
@@ -76,13 +80,11 @@ def backward(
     if q.device.type == "cuda":
         # No cumulative lengths; without dropout the state of the generator is not read.
         lengths, state = (None, None, q.shape[2], k.shape[2]), q.new_empty(2, dtype=torch.uint64)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        dq, dk, dv = flash_attention_cuda_bwd(
             dout, q, k, v, out, lse, *lengths, 0.0, True, state, state, scale=positive
         )
     else:
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, True, scale=positive
-        )
+        dq, dk, dv = flash_attention_cpu_bwd(dout, q, k, v, out, lse, 0.0, True, scale=positive)
     dq = _narrow(dq if sign == 1 else dq * sign, D)
     return dq, _narrow(dk, D), _narrow(dv, Dv)
 

@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd, _is_tracing, _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 
 from txl_kernels._namespaces import NATIVE
 from txl_kernels._rel_attention_call import N_DIFFERENTIABLE, output_gradients
 from txl_kernels.backends import verification
 from txl_kernels.ops.rel_attention_calls import Prepared
+from txl_kernels.torch_private import AutoDispatchBelowAutograd, is_changed
 
 _MOST_PLANS = 1024  # a decoding loop has other lengths in every call
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
@@ -41,7 +39,7 @@ class Plan(NamedTuple):
             return _Planned.apply(self, *tensors)  # type: ignore[no-any-return, no-untyped-call]
         # As torch.library's own autograd kernels do. `torch.inference_mode` would return tensors
         # that no later computation may differentiate.
-        with _AutoDispatchBelowAutograd():
+        with AutoDispatchBelowAutograd():
             return self.operator(*self.arguments(tensors))  # type: ignore[no-any-return]
 
     def arguments(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -60,7 +58,7 @@ class _Planned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        with _AutoDispatchBelowAutograd():
+        with AutoDispatchBelowAutograd():
             out, lse = plan.operator(*plan.arguments(tensors))
         ctx.save_for_backward(*tensors, out, lse)
         ctx.plan = plan
@@ -74,10 +72,15 @@ class _Planned(torch.autograd.Function):
         dout, dlse = output_gradients(dout, dlse, out, lse)
         arguments = (dout, dlse, *ctx.plan.arguments(tensors), out, lse, needs_grad)
         operator = NATIVE.rel_attention_bwd.default
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_changed():
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or "cpu" in verification.DEVICE_TYPES
+            or is_changed()
+        ):
             grads = operator(*arguments)
         else:
-            with _AutoDispatchBelowAutograd():
+            with AutoDispatchBelowAutograd():
                 grads = operator(*arguments)
         result = (x if needed else None for x, needed in zip(grads, needs_grad, strict=True))
         return None, *result, *[None] * (len(tensors) - N_DIFFERENTIABLE)
@@ -98,7 +101,12 @@ def key(
         tensors: q, k, v, r and the optional tensors, as the caller gives them.
         options: the fields of `Options`.
     """
-    if torch.compiler.is_compiling() or bias is not None or _is_changed():
+    if (
+        torch.compiler.is_compiling()
+        or bias is not None
+        or "cpu" in verification.DEVICE_TYPES
+        or is_changed()
+    ):
         return None
     try:  # bytes, since 1, 1.0 and True are equal; version 2 depends on the values alone
         parts: list[Any] = [marshal.dumps(options, 2)]
@@ -117,18 +125,6 @@ def key(
             needs_grad = True
     parts.append(needs_grad)
     return tuple(parts)
-
-
-def _is_changed() -> bool:
-    """Whether a mode, a transform, a tracer or autocast changes what a call does."""
-    return bool(
-        torch.is_autocast_enabled("cpu")
-        or _len_torch_dispatch_stack()
-        or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or _is_tracing()
-        or "cpu" in verification.DEVICE_TYPES
-    )
 
 
 def get(key: tuple[Any, ...] | None) -> Plan | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from txl_kernels._rel_attention_call import AXES
 from txl_kernels.backends import verification
@@ -17,6 +16,7 @@ from txl_kernels.ops.adaptive_softmax import adaptive_loss, adaptive_nll
 from txl_kernels.ops.checks import check_int
 from txl_kernels.ops.rel_attention import rel_attention
 from txl_kernels.ops.rel_shift import rel_shift
+from txl_kernels.torch_private import FakeTensorMode
 
 
 def warmup(shapes: Iterable[Mapping[str, Any]], *, device: torch.device | str = "cuda") -> None:

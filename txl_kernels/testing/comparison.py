@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from txl_kernels._namespaces import TRITON
 from txl_kernels._register_adaptive import is_present
@@ -32,6 +31,7 @@ from txl_kernels.ops.adaptive_softmax import (
 from txl_kernels.ops.rel_attention import rel_attention_with_lse
 from txl_kernels.ops.rel_shift import rel_shift
 from txl_kernels.testing.budget import check_budget
+from txl_kernels.torch_private import argument_names, tree_leaves, tree_map_only
 
 TOP = 40  # tokens of `adaptive_topk`
 _SUMS = ("dr", "dr_w_bias", "dr_r_bias", "dbias")
@@ -52,11 +52,11 @@ def named(op: str, arguments: Sequence[Any]) -> dict[str, Any]:
         return found | {"dead_uniform": dead_uniform}
     op = "adaptive_nll" if op in ("adaptive_log_prob", "adaptive_topk") else op
     operator = getattr(TRITON, f"{op}_fwd").default
-    for argument, value in zip(operator._schema.arguments, arguments, strict=False):
+    for name, value in zip(argument_names(operator), arguments, strict=False):
         if isinstance(value, list):
-            found |= {f"{argument.name}[{n}]": part for n, part in enumerate(value)}
+            found |= {f"{name}[{n}]": part for n, part in enumerate(value)}
         else:
-            found[argument.name] = value
+            found[name] = value
     return found
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.adaptive import _ASMoutput
 
 from transformer_xl.nn.adaptive_softmax import Options, Reduction, Tail
 from transformer_xl.nn.layer_weights import check_read, weight_and_bias
 from txl_kernels import adaptive_log_prob, adaptive_loss, adaptive_nll, adaptive_topk
 from txl_kernels.ops.checks import check_int
+from txl_kernels.torch_private import ASMoutput
 
 
 class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
@@ -77,7 +77,7 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
         made.head, made.tail = module.head, module.tail
         return made.train(module.training)
 
-    def forward(self, input_: Tensor, target_: Tensor) -> _ASMoutput:
+    def forward(self, input_: Tensor, target_: Tensor) -> ASMoutput:
         """log p of each target, and their loss.
 
         Args:
@@ -101,7 +101,7 @@ class AdaptiveLogSoftmaxWithLoss(nn.AdaptiveLogSoftmaxWithLoss):
             loss = nll.sum()
         if self.reduction == "mean":
             loss = loss / (scored != self.ignore_index).sum().clamp(min=1)
-        return _ASMoutput(output, loss)
+        return ASMoutput(output, loss)
 
     def loss(self, input_: Tensor, target_: Tensor) -> Tensor:
         """`forward(…).loss` alone, for training: most backends compute gradients together with

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from txl_kernels.torch_private import forward_hooks, forward_pre_hooks, has_hooks
 
 # The hooks with which `torch.nn.utils` computes a weight before each call of a layer.
 _WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
@@ -26,11 +27,7 @@ def is_plain(layer: nn.Module) -> bool:
         _runs(layer, nn.Linear)
         and not is_parametrized(layer)
         and not _is_quantised(layer.weight)
-        and not layer._forward_pre_hooks
-        and not layer._forward_hooks
-        and not layer._backward_pre_hooks
-        and not layer._backward_hooks
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and not has_hooks(layer)
     )
 
 
@@ -68,7 +65,7 @@ def check_read(owner: nn.Module, name: str, layer: nn.Module, *kinds: type[nn.Mo
     Raises:
         ValueError: a forward hook on it, or a `forward` that is not that of one of `kinds`.
     """
-    hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+    hooks = [*forward_pre_hooks(layer), *forward_hooks(layer)]
     if not all(isinstance(hook, _WEIGHT_HOOKS) for hook in hooks):
         found = "a forward hook on it"
     elif "forward" in vars(layer):
@@ -102,7 +99,7 @@ def update_weights(module: nn.Module) -> None:
     torch runs them in `module(…)` only: other methods, and containers that are never called, must
     call this function before they read a weight.
     """
-    for hook in module._forward_pre_hooks.values():
+    for hook in forward_pre_hooks(module):
         if isinstance(hook, _WEIGHT_HOOKS):
             hook(module, ())
 

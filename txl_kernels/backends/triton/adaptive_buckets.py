@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from txl_kernels.backends.triton.launching import launch
+from txl_kernels.torch_private import assert_async
 
 _BLOCK = 512
 _WARPS = 4
@@ -133,7 +134,7 @@ def sort_by_cluster(
 
 def _check_range(holds: Tensor, message: str) -> None:
     if holds.device.type != "cpu":
-        torch._assert_async(holds, message)
+        assert_async(holds, message)
     elif not holds:
         raise IndexError(message)
 

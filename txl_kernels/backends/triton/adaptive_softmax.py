@@ -129,7 +129,7 @@ class _Gradients:
             else None
             for x, needed in zip(self._inputs, needs_grad, strict=True)
         ]
-        self._buffers = buffers
+        self._sums = buffers
         self.hidden = buffers[0]
         self.projections, self.weights, self.biases = (buffers[n::3] for n in (1, 2, 3))
 
@@ -138,10 +138,10 @@ class _Gradients:
         return self.hidden is not None or self.projections[k] is not None
 
     def any_needed(self) -> bool:
-        return any(buffer is not None for buffer in self._buffers)
+        return any(buffer is not None for buffer in self._sums)
 
     def zero(self) -> None:
-        for buffer in self._buffers:
+        for buffer in self._sums:
             if buffer is not None:
                 buffer.zero_()
 
@@ -149,7 +149,7 @@ class _Gradients:
         """In the order of the schema, empty if not requested."""
         return [
             x.new_empty(0, dtype=sum_dtype(x)) if buffer is None else buffer
-            for x, buffer in zip(self._inputs, self._buffers, strict=True)
+            for x, buffer in zip(self._inputs, self._sums, strict=True)
         ]
 
 

@@ -104,15 +104,15 @@ class _Block:
     def __init__(self, rows: int, columns: int, like: Tensor, with_grad: bool) -> None:
         stride = padded(columns)
         self._logits = like.new_empty(rows, stride, dtype=torch.float32)
-        self._grad = self._logits
+        self._logit_grads = self._logits
         if with_grad and sum_dtype(like) != torch.float32:
-            self._grad = like.new_empty(rows, stride)
+            self._logit_grads = like.new_empty(rows, stride)
 
     def logits(self, rows: int, columns: int) -> Tensor:
         return self._logits[:rows, :columns]
 
     def grad(self, rows: int, columns: int) -> Tensor:
-        return self._grad[:rows, :columns]
+        return self._logit_grads[:rows, :columns]
 
 
 def block_of_columns(N: int, n_columns: int) -> int:

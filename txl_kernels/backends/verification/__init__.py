@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from txl_kernels._namespaces import VERIFY
 from txl_kernels._schemas import ATTENTION, EMBEDDING, LOSS
 from txl_kernels.errors import BackendUnavailableError
+from txl_kernels.torch_private import FakeTensor, constant_in_traces
 
 DEVICE_TYPES = ("cuda",)  # tests add "cpu"
 # By device and key of a call, and by device and the hashes of the kernels: "" where the kernels
@@ -113,15 +113,12 @@ def _verifier(op: str) -> Any:
     }[op]
 
 
+@constant_in_traces
 def _traced_failure() -> str | None:
     """The result of the operator that the tracer ran last."""
     if _thread.error is not None:
         raise BackendUnavailableError(_thread.error)
     return _thread.failure
-
-
-# As `torch.compiler.assume_constant_result` without its import: see `backends`.
-_traced_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

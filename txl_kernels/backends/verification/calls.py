@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from txl_kernels._rel_attention_call import AXES, RelAttentionCall, is_absent
-from txl_kernels.transforms import unwrapped
+from txl_kernels.torch_private import tree_leaves, unwrapped
 
 # Queries and keys of a problem: several tiles of every launch configuration, the last one partial.
 # With few queries as many keys as the kernels for decoding split between several programs.
