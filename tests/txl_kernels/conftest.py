@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 
 from txl_kernels import resolve
 from txl_kernels.ops import rel_attention_plans
+from txl_kernels.testing.interpreter import faster_interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -41,75 +40,12 @@ def _products_of_the_interpreter(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _one_patch_per_launch(request, monkeypatch):
-    """Triton's interpreter replaces the builtins of `triton.language` once per launch.
-
-    Without this fixture it searches them all again at each call of a device function, which is a
-    fifth of the time of these tests, and finds them replaced.
-    """
+def _faster_interpreter(request):
     if request.node.get_closest_marker("interpreted") is None:
+        yield
         return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    patched = set()
-
-    def call(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    def patch_once(fn):
-        module = fn.__globals__["__name__"]
-        if module in patched:
-            return interpreter._LangPatchScope()
-        patched.add(module)
-        return patch(fn)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-
-
-def _remembering(create: Callable[..., None], key: Callable[..., Any], own: tuple[str, ...]):
-    """An `__init__` that copies the attributes of the first object with the same key.
-
-    It calls `create` for that first object only. The attributes `own` are the call's arguments.
-    """
-    known: dict[Any, dict[str, Any]] = {}
-
-    def __init__(self, *args):
-        attributes = known.get(of := key(*args))
-        if attributes is None:
-            create(self, *args)
-            known[of] = dict(vars(self))
-        else:
-            vars(self).update(attributes)
-            vars(self).update(zip(own, args, strict=False))
-
-    return __init__
-
-
-@pytest.fixture(autouse=True)
-def _no_work_of_the_interpreter_without_effect(request, monkeypatch):
-    """Halves the time of interpreted kernels; their results and errors stay the same.
-
-    Without `debug`, Triton's interpreter computes in int64 whether each sum of integers overflows,
-    and ignores the result. It also forms and checks the shape of each value anew.
-    """
-    if request.node.get_closest_marker("interpreted") is None:
-        return
-    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
-    core = importlib.import_module("triton.language.core")
-    assert not builder.options.debug
-    options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    monkeypatch.setattr(builder, "options", options)
-
-    def block_key(element_ty, shape):
-        return (str(element_ty), *(getattr(n, "value", n) for n in shape))
-
-    block, tensor = core.block_type, core.tensor
-    block_type = _remembering(block.__init__, block_key, own=("element_ty",))
-    values = _remembering(tensor.__init__, lambda _, type: str(type), own=("handle", "type"))
-    monkeypatch.setattr(block, "__init__", block_type)
-    monkeypatch.setattr(tensor, "__init__", values)
+    with faster_interpreter():
+        yield
 
 
 @pytest.fixture
