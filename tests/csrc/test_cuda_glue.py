@@ -126,8 +126,7 @@ def compile_glue(folder: Path) -> None:
     flags = ["-std=c++20", "-O1", "-fPIC", "-pthread", "-mf16c", "-fno-strict-aliasing"]
     flags.append(f"-DTXL_MAX_HEAD_SIZE={MAX_HEAD_SIZE}")
     compiler = ["g++", *flags, "-D_GLIBCXX_USE_CXX11_ABI=1", f"-I{csrc / 'include'}"]
-    emulation = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    emulation.append(f"-I{Path(__file__).parent / 'cuda_emulation'}")
+    emulation = ["-Wno-unknown-pragmas", f"-I{Path(__file__).parent / 'cuda_emulation'}"]
     subprocess.run(
         [*compiler, "-isystem", TORCH / "include", "-c", "glue.cpp"], cwd=folder, check=True
     )
