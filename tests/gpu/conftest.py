@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from txl_kernels import BackendUnavailableError, resolve
+from txl_kernels.testing.interpreter import faster_interpreter
 
 
 def pytest_addoption(parser):
@@ -14,13 +17,14 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def device(request):
-    """The current GPU. The tests use TF32 nowhere."""
+    """The current GPU, or the CPU. The tests use TF32 nowhere."""
     device = request.config.getoption("--device", "cuda")
     _, reason = resolve("rel_attention", backend="triton", device=device)
     if reason is not None:
         pytest.skip(reason)
     torch.set_float32_matmul_precision("highest")
-    return device
+    with faster_interpreter() if device == "cpu" else contextlib.nullcontext():
+        yield device
 
 
 @pytest.hookimpl(wrapper=True)

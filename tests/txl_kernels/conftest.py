@@ -11,6 +11,7 @@ import torch
 
 from txl_kernels import resolve
 from txl_kernels.ops import rel_attention_plans
+from txl_kernels.testing.interpreter import faster_interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -39,31 +40,12 @@ def _products_of_the_interpreter(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _one_patch_per_launch(request, monkeypatch):
-    """Triton's interpreter replaces the builtins of `triton.language` once per launch.
-
-    Without this fixture it searches them all again at each call of a device function, which is a
-    fifth of the time of these tests, and finds them replaced.
-    """
+def _faster_interpreter(request):
     if request.node.get_closest_marker("interpreted") is None:
+        yield
         return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    patched = set()
-
-    def call(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    def patch_once(fn):
-        module = fn.__globals__["__name__"]
-        if module in patched:
-            return interpreter._LangPatchScope()
-        patched.add(module)
-        return patch(fn)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    with faster_interpreter():
+        yield
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.interpreted
 BY_NAME = {case.name: case for case in REL_ATTENTION_CASES}
 CAUSAL = {"causal": True}
 # Tables of r for all, per head, per batch row and for each; with tiles that share rows of them.
-SHARED = RelAttentionCase("shared", Hk=1, Tq=37, Tm=9, R=20, options={**CAUSAL, "offset": 11})
+SHARED = RelAttentionCase("shared", H=2, Hk=1, Tq=37, Tm=9, R=20, options={**CAUSAL, "offset": 11})
 CLAMPED = replace(SHARED, name="clamped", Dp=5, R=7, options={"offset": 4, "clamp": True})
 TABLES = [
     replace(case, name=f"{case.name}-batch{batch:d}-heads{heads:d}", r_batch=batch, r_heads=heads)
@@ -62,7 +62,7 @@ def test_deterministic_mode_is_within_the_budget_at_any_split(case, programs, mo
     from txl_kernels.backends.triton import rel_attention_bwd as backward
 
     monkeypatch.setattr(backward, "_SPLIT_PROGRAMS", programs)
-    check_rel_attention(replace(case, H=2, B=2), "triton", torch.float32)
+    check_rel_attention(case, "triton", torch.float32)
 
 
 @pytest.fixture
