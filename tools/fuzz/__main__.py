@@ -59,7 +59,8 @@ def fuzz(name: str, seconds: float, folder: Path) -> Result:
                 raise SystemExit(f"{name}: the fuzzer does not start (exit {done.returncode})")
     reports = sorted((place / "faults").rglob("*.txt"))
     faults = ["; ".join(path.read_text("utf-8").splitlines()[:2]) for path in reports]
-    faults += [f"{path.name}: the process ended" for path in (place / "faults").glob("*-*")]
+    ends = (place / "faults").glob(f"{name}-*-*")
+    faults += [f"{path.name}: the process ended" for path in ends if "-slow-unit-" not in path.name]
     return Result(name, executions, time.monotonic() - started, faults)
 
 

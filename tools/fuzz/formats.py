@@ -1,4 +1,4 @@
-"""The file formats that the project reads: small valid files of each, and how a command reads it."""
+"""The file formats that the project reads: small valid files, and how a command reads each."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ class _Folder:
     def seeds(self) -> list[bytes]:
         return [bytes([i]) + content for i, content in enumerate(self.files.values())]
 
+    def refused(self, data: bytes) -> bool:
+        return False
+
     def chosen(self, data: bytes) -> str:
         """The name of the file that the input replaces."""
         return list(self.files)[(data[0] if data else 0) % len(self.files)]
@@ -75,9 +78,7 @@ def tiny_run(folder: Path, **train: Any) -> RunConfig:
         model=ModelConfig(
             vocab_size=256, n_layer=2, d_model=8, n_head=2, d_head=4, d_inner=8, mem_len=4
         ),
-        data=DataConfig(
-            name="text", path=str(folder / "text"), cache_dir=str(folder / "cache")
-        ),
+        data=DataConfig(name="text", path=str(folder / "text"), cache_dir=str(folder / "cache")),
         train=TrainConfig(
             batch_size=2, tgt_len=4, max_step=4, eval_batch_size=2, eval_tgt_len=4, **train
         ),
@@ -95,7 +96,8 @@ class TokenFiles(_Folder):
         self.config = tiny_run(self.folder).data
         cache = open_corpus(self.config).folder
         self.files = {
-            str(path.relative_to(self.folder)): path.read_bytes() for path in sorted(cache.iterdir())
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in sorted(cache.iterdir())
         }
         self.cache = cache
 
@@ -290,7 +292,12 @@ class Archives(_Folder):
             for style in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)[: 2 if ending == "tar" else 1]:
                 name = "text.tar" if style == tarfile.PAX_FORMAT else "gnu/text.tar"
                 self.files[name + ending[3:]] = compress(_tar(text, style))
-        for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        for method in (
+            zipfile.ZIP_STORED,
+            zipfile.ZIP_DEFLATED,
+            zipfile.ZIP_BZIP2,
+            zipfile.ZIP_LZMA,
+        ):
             packed = io.BytesIO()
             with zipfile.ZipFile(packed, "w", method) as archive:
                 archive.writestr("a/README", "read me")
@@ -298,6 +305,12 @@ class Archives(_Folder):
             self.files[f"{method}/text.zip"] = packed.getvalue()
         self.config = DataConfig(
             name="text", tokenizer="word", cache_dir=str(self.folder / "cache")
+        )
+
+    def refused(self, data: bytes) -> bool:
+        return self.chosen(data) in (
+            f"{zipfile.ZIP_BZIP2}/text.zip",
+            f"{zipfile.ZIP_LZMA}/text.zip",
         )
 
     def read(self, data: bytes) -> None:
@@ -316,7 +329,11 @@ class Archives(_Folder):
 def _tar(text: bytes, style: int) -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=style) as tar:
-        for name, data in (("a/README", b"read me"), ("a/" + "é" * 110, b"long"), ("text.txt", text)):
+        for name, data in (
+            ("a/README", b"read me"),
+            ("a/" + "é" * 110, b"long"),
+            ("text.txt", text),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -335,8 +352,12 @@ class Texts(_Folder):
         super().__init__(folder)
         encodings = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1", "utf-16-le")
         for kind, encoding in itertools.product(("byte", "char", "word"), encodings):
-            text = TEXT.replace("☃", "") if encoding == "latin-1" else TEXT
+            text = (TEXT.replace("☃", "") if encoding == "latin-1" else TEXT) * 4
             self.files[f"{kind}-{encoding}.txt"] = text.encode(encoding)
+
+    def refused(self, data: bytes) -> bool:
+        name = self.chosen(data)
+        return not name.startswith("byte") and not name.endswith(("-utf-8.txt", "-utf-8-sig.txt"))
 
     def read(self, data: bytes) -> None:
         name = self.chosen(data)

@@ -49,15 +49,15 @@ def _compressed(content: bytes, rng: random.Random) -> bytes | None:
             except Exception:  # an input that was damaged before
                 return None
             if len(inner) < 100_000:
-                return pack((_tar(inner, rng) if rng.random() < 0.8 else None) or _bytes(inner, rng))
+                return pack(
+                    (_tar(inner, rng) if rng.random() < 0.8 else None) or _bytes(inner, rng)
+                )
     return None
 
 
 def _tar(content: bytes, rng: random.Random) -> bytes | None:
     """A tar with one header changed and its checksum corrected, or None for other data."""
-    starts = [
-        at for at in range(0, len(content), BLOCK) if content[at:][TAR_MARK] == b"ustar"
-    ]
+    starts = [at for at in range(0, len(content), BLOCK) if content[at:][TAR_MARK] == b"ustar"]
     if not starts:
         return None
     at = rng.choice(starts)

@@ -36,7 +36,11 @@ class Format(Protocol):
     errors: tuple[type[BaseException], ...]
 
     def seeds(self) -> list[bytes]:
-        """Valid inputs: a byte that selects a file, then the content of this file."""
+        """Inputs without damage: a byte that selects a file, then the content of this file."""
+        ...
+
+    def refused(self, data: bytes) -> bool:
+        """Whether an input of `seeds` is of a kind that the project refuses on purpose."""
         ...
 
     def read(self, data: bytes) -> None:
@@ -122,7 +126,7 @@ def _limited() -> Iterator[None]:
 
 
 def keep(fault: Fault, data: bytes, folder: Path) -> bool:
-    """Write the input and the report of a fault; False if one of the same place is there already."""
+    """Write the input and the report of a fault; False if one of the same place exists."""
     digest = hashlib.sha256(fault.place.encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / f"{digest}.txt"

@@ -14,7 +14,8 @@ import atheris
 
 # Modules are instrumented while they are imported.
 with atheris.instrument_imports(
-    include=["transformer_xl", "tarfile", "zipfile", "gzip", "_compression"], enable_loader_override=False
+    include=["transformer_xl", "tarfile", "zipfile", "gzip", "_compression"],
+    enable_loader_override=False,
 ):
     from tools.fuzz import oracle
     from tools.fuzz.formats import FORMATS
