@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import platform
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from transformer_xl.checkpoint_files import (
@@ -28,24 +27,52 @@ from transformer_xl.checkpoint_files import (
     flush,
     open_tensors,
     previous,
+    read_tensors,
     refuse_pickle,
     replace,
+    shapes,
     tidy,
     write_tensors,
     written_beside,
 )
-from transformer_xl.config import ModelConfig, RunConfig, differences, from_dict, to_dict
+from transformer_xl.config import (
+    ModelConfig,
+    RunConfig,
+    brief,
+    differences,
+    from_dict,
+    shortened,
+    to_dict,
+)
 from transformer_xl.data import Vocabulary
-from transformer_xl.data.files import expanded, linked, to_json
+from transformer_xl.data.files import (
+    expanded,
+    is_int,
+    linked,
+    read_json,
+    resolved,
+    to_json,
+)
 from transformer_xl.model import TransformerXL
 from transformer_xl.nn.tensor_names import (
     optimizer_tensors,
     parameter_names,
     shape_difference,
+    state_difference,
     untied,
 )
 
-__all__ = ["Checkpoint", "CheckpointError", "check_model", "open_checkpoint", "save", "tidy"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "check_entry",
+    "check_model",
+    "open_checkpoint",
+    "save",
+    "tidy",
+]
+
+T = TypeVar("T")
 
 FORMAT = "transformer-xl checkpoint"
 FORMAT_VERSION = 1
@@ -91,7 +118,38 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Optimiser steps taken."""
-        return int(self.state["step"])
+        step: int = self.state["step"]
+        return step
+
+    def check_sizes(self) -> None:
+        """Raise CheckpointError unless the weights and the vocabulary have the configured sizes.
+
+        Nothing is allocated: a configuration may ask for more memory than any machine has.
+        """
+        config = self.config.model
+        found = self._with_aliases(shapes(self.path / MODEL, self._file(MODEL)))
+        if config.n_layer > len(found):
+            raise CheckpointError(
+                f"{self.path} is damaged: its configuration has n_layer {config.n_layer:,}, its "
+                f"weights are {len(found):,} tensors"
+            )
+        try:
+            with torch.device("meta"):
+                model = TransformerXL(config)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # sizes of 64 bits
+            raise CheckpointError(
+                f"{self.path} is damaged: no model has its sizes: {brief(error)}"
+            ) from error
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if difference := shape_difference(found, expected):
+            raise CheckpointError(
+                f"{self.path} is damaged: its weights are not of its configuration: {difference}"
+            )
+        if len(self.vocabulary) != config.vocab_size:
+            raise CheckpointError(
+                f"{self.path / VOCABULARY} is damaged: expected {config.vocab_size:,} "
+                f"{self.vocabulary.symbol}s as its model has, found {len(self.vocabulary):,}"
+            )
 
     def load_model(self, model: nn.Module) -> None:
         """Copy the weights into `model`.
@@ -99,12 +157,10 @@ class Checkpoint:
         Raises:
             CheckpointError: weights of another model, or weights that are not finite.
         """
-        tensors = self._tensors(MODEL)
-        try:
-            tensors |= {alias: tensors[name] for alias, name in self.state["aliases"].items()}
-        except KeyError as error:
-            raise CheckpointError(f"{self.path / MODEL} is damaged: no tensor {error}") from None
-        if difference := shape_difference(tensors, model.state_dict()):
+        tensors = self._with_aliases(self._tensors(MODEL))
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if difference := shape_difference(sizes, expected):
             raise CheckpointError(f"{self.path} is of another model: {difference}")
         if isinstance(model, TransformerXL):
             check_model(self, model.config, ADJUSTABLE | INITIAL)
@@ -116,7 +172,12 @@ class Checkpoint:
         model.load_state_dict(tensors)
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Restore the optimizer's state of each of `model`'s parameters."""
+        """Restore the optimizer's state of each of `model`'s parameters.
+
+        Raises:
+            CheckpointError: a state that does not fit its parameter. torch checks no sizes here: a
+                fused optimizer would read and write beyond a smaller tensor.
+        """
         per_name: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self._tensors(OPTIMIZER).items():
             name, _, entry = key.partition("|")
@@ -124,8 +185,11 @@ class Checkpoint:
         names = parameter_names(model, optimizer)
         if unknown := set(per_name) - set(names):
             raise CheckpointError(
-                f"{self.path}: optimizer state of {min(unknown)!r}: no such weight"
+                f"{self.path / OPTIMIZER} does not fit the model: it has a state of "
+                f"{shortened(min(unknown))}, which is no weight"
             )
+        if difference := state_difference(per_name, model, optimizer):
+            raise CheckpointError(f"{self.path / OPTIMIZER} does not fit the model: {difference}")
         state = {i: per_name[name] for i, name in enumerate(names) if name in per_name}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -137,7 +201,7 @@ class Checkpoint:
                 f"{self.path} was written by {saved} processes and is resumed by {world_size}: "
                 "memory and random numbers belong to each; start as many again"
             )
-        return self._tensors(_rank_file(rank))
+        return self._tensors(rank_file(rank))
 
     def copy(self, directory: Path) -> None:
         """Write the same checkpoint to `directory`; raises CheckpointError as `save` does."""
@@ -150,19 +214,25 @@ class Checkpoint:
             _write_readable(new, self.vocabulary, self.state)
             replace(new, directory)
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a file in memory of their own, aligned as any other tensor: then products
-        of the same numbers have the same bits before saving and after loading."""
-        file: Any = self.files.get(name)  # safe_open has no types
+    def _with_aliases(self, entries: dict[str, T]) -> dict[str, T]:
+        """Entries for all tensors of the model, from those of the tensors in its file."""
+        try:
+            return entries | {alias: entries[name] for alias, name in self.state["aliases"].items()}
+        except KeyError as error:
+            raise CheckpointError(
+                f"{self.path / MODEL} is damaged: no tensor {shortened(error.args[0])}"
+            ) from None
+
+    def _file(self, name: str) -> safe_open:
+        file = self.files.get(name)
         if file is None:
             raise CheckpointError(f"{self.path} is damaged: it has no {name}")
         if isinstance(file, CheckpointError):
             raise file
-        names = file.keys()
-        try:
-            return {key: file.get_tensor(key).clone() for key in names}
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path / name} is damaged: {error}") from error
+        return file
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        return read_tensors(self.path / name, self._file(name))
 
 
 def save(
@@ -199,7 +269,7 @@ def save(
             tidy(directory)
             new.mkdir(parents=True)
         wait()
-        write_tensors(new / _rank_file(rank), rank_tensors)
+        write_tensors(new / rank_file(rank), rank_tensors)
         if rank == 0:
             _write_shared(new, model, optimizer, vocabulary, config, state, world_size)
         wait()
@@ -257,7 +327,7 @@ def _found(path: Path) -> tuple[Path, Path]:
     if path.is_file():
         refuse_pickle(path)
         raise CheckpointError(f"{path} is a file; expected a checkpoint directory with {STATE}")
-    parent = path.parent if path.name not in ("", "..") else path.resolve().parent
+    parent = path.parent if path.name not in ("", "..") else resolved(path).parent
     for at, run in ((path, parent), (path / "last", path)):
         for directory in (at, previous(linked(at))):
             if (directory / STATE).exists():
@@ -315,21 +385,48 @@ def _write_readable(new: Path, vocabulary: Vocabulary, state: Mapping[str, Any])
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
     except ValueError as error:
-        refuse_pickle(path)
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        with contextlib.suppress(OSError):
+            refuse_pickle(path)
+        raise CheckpointError(str(error)) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is of another format; expected {FORMAT!r}")
     if (version := state.get("format_version")) != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version}; this package reads {FORMAT_VERSION}"
+            f"{path} has format version {shortened(version)}; this package reads {FORMAT_VERSION}"
         )
-    needed = ("step", "config", "aliases", "world_size")
-    if missing := [name for name in needed if name not in state]:
-        raise CheckpointError(f"{path} is damaged: it has no {missing[0]!r}")
+    _check_state(path, state)
     return state
 
 
-def _rank_file(rank: int) -> str:
+def _check_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the entries that every checkpoint has are of their types."""
+    check_entry(path, state, "step", "0 or more steps", is_int)
+    check_entry(path, state, "world_size", "1 process or more", lambda n: is_int(n, at_least=1))
+    check_entry(path, state, "aliases", "names by name", _is_aliases)
+    check_entry(path, state, "config", "a configuration", lambda value: isinstance(value, dict))
+    try:
+        from_dict(state["config"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its configuration: {error}") from error
+
+
+def check_entry(
+    path: Path, entries: Mapping[str, Any], name: str, expected: str, holds: Callable[[Any], bool]
+) -> None:
+    """Raise CheckpointError, naming the file, unless an entry of its JSON is there and `holds`."""
+    if name not in entries:
+        raise CheckpointError(f"{path} is damaged: it has no {name!r}")
+    if not holds(entries[name]):
+        found = shortened(entries[name])
+        raise CheckpointError(f"{path} is damaged: {name}: expected {expected}, found {found}")
+
+
+def _is_aliases(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
+
+
+def rank_file(rank: int) -> str:
+    """The name of the file of tensors of one process."""
     return f"rank-{rank}.safetensors"

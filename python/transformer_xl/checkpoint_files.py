@@ -8,12 +8,17 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from transformer_xl.data.files import linked
+from transformer_xl.config import brief, shortened
+from transformer_xl.data.files import check_regular, linked
+
+# Types of weights, optimizer states, memories and random-number states.
+DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"})
 
 
 class CheckpointError(ValueError):
@@ -74,12 +79,48 @@ def open_tensors(path: Path) -> safe_open | CheckpointError:
         return safe_open(path, framework="pt")
     except CheckpointError as error:
         return error
+    except (SafetensorError, ValueError) as error:
+        return CheckpointError(f"{path} is damaged: {brief(error)}")
+    except OSError as error:
+        return CheckpointError(f"{path} cannot be read: {error}")
+
+
+def read_tensors(path: Path, file: Any) -> dict[str, Tensor]:
+    """The tensors of an open file in memory of their own, aligned as any other tensor: then
+    products of the same numbers have the same bits before saving and after loading.
+
+    Raises:
+        CheckpointError: the file is damaged, or a tensor is of a type that no checkpoint has.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            if (dtype := file.get_slice(name).get_dtype()) not in DTYPES:
+                expected = ", ".join(sorted(DTYPES))
+                raise CheckpointError(
+                    f"{path} is damaged: {shortened(name)}: expected one of the types {expected}, "
+                    f"found {dtype}"
+                )
+            tensors[name] = file.get_tensor(name).clone()
+    except (SafetensorError, TypeError, RuntimeError) as error:  # a size may exceed 64 bits
+        raise CheckpointError(f"{path} is damaged: {brief(error)}") from error
+    return tensors
+
+
+def shapes(path: Path, file: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of an open file, which are not read."""
+    try:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        return CheckpointError(f"{path} is damaged: {error}")
+        raise CheckpointError(f"{path} is damaged: {brief(error)}") from error
 
 
 def refuse_pickle(path: Path) -> None:
-    """CheckpointError if the file is a pickle, or a zip archive as torch.save writes it."""
+    """CheckpointError if the file is a pickle, or a zip archive as torch.save writes it.
+
+    Raises ValueError for a folder, a FIFO or a device.
+    """
+    check_regular(path)
     with path.open("rb") as file:
         start = file.read(9)
     # A safetensors file is the length of its header in 8 bytes, then the header's brace.

@@ -6,12 +6,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
+import os
+import reprlib
 import types
 from collections.abc import Collection, Mapping
 from importlib import resources
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+INT64 = range(-(1 << 63), 1 << 63)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +141,10 @@ class DataConfig:
     protocol: str = "dataset"
     cache_dir: str = "data/cache"
 
+    def __post_init__(self) -> None:
+        for name in ("path", "tokenizer_file", "cache_dir"):
+            _require(self, name, _is_path(getattr(self, name)), "a path")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -189,6 +202,10 @@ class TrainConfig:
             _require(self, name, getattr(self, name) > 0, "a positive integer")
         for name in ("lr", "weight_decay", "warmup_step", "eta_min", "clip", "patience", "lr_min"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
+        for name in ("beta1", "beta2"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        _require(self, "eps", self.eps >= 0, "0 or more")
+        _require(self, "decay_rate", 0 < self.decay_rate <= 1, "a number in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -293,7 +310,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 def section_from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """One dataclass of this module from a mapping, types checked; ValueError names the field."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where or cls.__name__}: expected fields, got {values!r}")
+        raise ValueError(f"{where or cls.__name__}: expected fields, got {shortened(values)}")
     hints = get_type_hints(cls)
     dotted = f"{where}." if where else ""
     for name in values:
@@ -313,13 +330,38 @@ def _plain(value: Any) -> Any:
 
 def _require(config: object, name: str, holds: bool, expected: str) -> None:
     if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)!r}")
+        value = shortened(getattr(config, name))
+        raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
-def _check_name(kind: str, name: str, known: Collection[str]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise ValueError(f"unknown {kind} {name!r}; did you mean {near[0]!r}?")
+def shortened(value: object) -> str:
+    """The `repr` of a value, for a message; the middle of a long one is left out."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an integer of too many digits to be written
+        return f"a very long {type(value).__name__}"
+
+
+def brief(error: BaseException) -> str:
+    """The message of an error, cut if it is long; the name of its class if it has none."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]}…"
+
+
+def _is_path(value: str | None) -> bool:
+    """Whether the system can have a file of this name; None is one by default."""
+    try:
+        return value is None or b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_name(kind: str, name: object, known: Collection[str]) -> None:
+    if isinstance(name, str) and name in known:
+        return
+    # Comparing two texts takes a time that is proportional to the product of their lengths.
+    near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.0)
+    raise ValueError(f"unknown {kind} {shortened(name)}; did you mean {near[0]!r}?")
 
 
 def _checked(name: str, hint: Any, value: Any) -> Any:
@@ -337,19 +379,35 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
     if origin is tuple:
         items = value.strip("()[] ").split(",") if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{name}: expected a list of {arguments[0].__name__}, got {value!r}")
+            kind = arguments[0].__name__
+            raise ValueError(f"{name}: expected a list of {kind}, got {shortened(value)}")
         return tuple(_checked(name, arguments[0], item) for item in items if item != "")
     return _scalar(name, hint, value)
 
 
 def _scalar(name: str, hint: type, value: Any) -> Any:
+    expected = hint.__name__
     try:
-        if hint is bool and isinstance(value, str):
-            return {"true": True, "false": False}[value.strip().lower()]
-        if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-            return value
-        if hint is not bool and (isinstance(value, str) or (hint is float and type(value) is int)):
-            return hint(value)
+        converted = _converted(hint, value)
+        if isinstance(converted, float) and not math.isfinite(converted):
+            raise OverflowError
+        if type(converted) is int and converted not in INT64:
+            expected = "an integer of 64 bits"
+            raise OverflowError
+        return converted
+    except OverflowError:
+        expected = "a finite number" if hint is float else expected
     except (KeyError, ValueError):
         pass
-    raise ValueError(f"{name}: expected {hint.__name__}, got {value!r}")
+    raise ValueError(f"{name}: expected {expected}, got {shortened(value)}")
+
+
+def _converted(hint: type, value: Any) -> Any:
+    """`value` as the type `hint`; KeyError, ValueError or OverflowError if it is no such value."""
+    if hint is bool and isinstance(value, str):
+        return {"true": True, "false": False}[value.strip().lower()]
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    if hint is not bool and (isinstance(value, str) or (hint is float and type(value) is int)):
+        return hint(value)
+    raise ValueError(value)

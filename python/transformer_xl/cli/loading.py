@@ -26,6 +26,7 @@ class LoadedModel:
     def open(cls, path: Path, device: torch.device) -> LoadedModel:
         """Load a checkpoint, or the last one of a run. Raises the errors of `open_checkpoint`."""
         saved = open_checkpoint(path)
+        saved.check_sizes()
         model = TransformerXL(saved.config.model)
         saved.load_model(model)
         return cls(model.to(device).eval(), saved.vocabulary, saved.config, device)

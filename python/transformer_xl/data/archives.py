@@ -6,13 +6,18 @@ import bz2
 import gzip
 import io
 import lzma
+import struct
+import sys
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
+
+from transformer_xl.config import brief
+from transformer_xl.data.files import check_regular
 
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz")
 ARCHIVES = (".zip", *TARS)
@@ -26,7 +31,20 @@ DAMAGE = (
     zlib.error,
     EOFError,
     RuntimeError,  # zipfile's error for an encrypted file or an unknown compression
+    # Raised by zipfile and tarfile for sizes, offsets and names that cannot be.
+    ValueError,
+    OverflowError,
+    MemoryError,
+    LookupError,
+    AttributeError,
+    struct.error,
 )
+HEADER_BYTES = 1 << 20  # of one member of a tar, long names included
+MOST_MEMBERS = 100_000  # of a tar
+XZ_MEMORY = 256 << 20  # `xz -9` needs 65 MiB
+CHUNK = 1 << 16
+# zipfile unpacks all other methods without a limit on the memory.
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def is_archive(path: Path) -> bool:
@@ -52,12 +70,13 @@ def stem(path: Path) -> str:
 
 def members(path: Path) -> dict[str, int]:
     """The size in bytes of each file in an archive, by name; ValueError if it is damaged."""
+    check_regular(path)
     with _sound(path):
         if path.name.lower().endswith(".zip"):
             with zipfile.ZipFile(path) as archive:
                 return {i.filename: i.file_size for i in archive.infolist() if not i.is_dir()}
-        with tarfile.open(path) as tar:
-            return {info.name: info.size for info in tar if info.isfile()}
+        with _opened_tar(path) as (tar, source):
+            return {info.name: info.size for info in _tar_files(tar, source)}
 
 
 def size_of(path: Path, member: str | None) -> int:
@@ -74,6 +93,7 @@ def open_unpacked(path: Path, member: str | None) -> Iterator[IO[bytes]]:
 
     Raises ValueError if the file is damaged.
     """
+    check_regular(path)
     name = (member or path.name).lower()
     with _sound(path), ExitStack() as stack:
         file = stack.enter_context(path.open("rb") if member is None else _open(path, member))
@@ -87,13 +107,146 @@ def open_unpacked(path: Path, member: str | None) -> Iterator[IO[bytes]]:
 @contextmanager
 def _open(path: Path, member: str) -> Iterator[IO[bytes]]:
     if path.name.lower().endswith(".zip"):
-        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            yield file
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(member)
+            if info.compress_type not in ZIP_METHODS:
+                method = zipfile.compressor_names.get(info.compress_type, "unknown")
+                raise ValueError(
+                    f"{member}: expected it stored or deflated, found method {method}: unpack it"
+                )
+            with archive.open(info) as file:
+                yield file
     else:
-        with tarfile.open(path) as tar:
-            extracted = tar.extractfile(member)
-            assert extracted is not None  # members() lists regular files only
+        with _opened_tar(path) as (tar, source):
+            info = next(i for i in reversed([*_tar_files(tar, source)]) if i.name == member)
+            source.left = sys.maxsize
+            extracted = tar.extractfile(info)
+            assert extracted is not None  # it is a regular file
             yield extracted
+
+
+class _Source(io.BufferedIOBase):
+    """The bytes of a tar, of which the headers of one member may read a limited number.
+
+    tarfile reads each header at once, and the size of a header in compressed data has no relation
+    to that of the archive.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.left = HEADER_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As for any file; tarfile.ReadError beyond the limit."""
+        if size is None or not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"a header of more than {HEADER_BYTES:,} bytes")
+        self.left -= size
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+class _Xz(io.RawIOBase):
+    """The content of .xz data, unpacked in memory that the data does not determine."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._file.seek(0)
+        self._decompressor = lzma.LZMADecompressor(memlimit=XZ_MEMORY)
+        self._data = b""
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._next(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As for any file, by unpacking up to there; the end is not supported."""
+        target = offset + (self._at if whence == io.SEEK_CUR else 0)
+        if target < self._at:
+            self._rewind()
+        while self._at < target and self._next(min(target - self._at, io.DEFAULT_BUFFER_SIZE)):
+            pass
+        return self._at
+
+    def _next(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        while size:
+            if self._decompressor.eof:  # another stream may follow
+                self._data = self._decompressor.unused_data or self._file.read(CHUNK)
+                if not self._data.lstrip(b"\0"):
+                    return b""
+                self._data = self._data.lstrip(b"\0")
+                self._decompressor = lzma.LZMADecompressor(memlimit=XZ_MEMORY)
+            if self._decompressor.needs_input and not self._data:
+                self._data = self._file.read(CHUNK)
+                if not self._data:
+                    raise EOFError("the data ends before its end mark")
+            unpacked = self._decompressor.decompress(self._data, size)
+            self._data = b""
+            if unpacked:
+                self._at += len(unpacked)
+                return unpacked
+        return b""
+
+
+@contextmanager
+def _opened_tar(path: Path) -> Iterator[tuple[tarfile.TarFile, _Source]]:
+    """A tar, unpacked while it is read if it is compressed."""
+    with path.open("rb") as packed:
+        start = packed.read(6)
+        packed.seek(0)
+        file = cast(IO[bytes], packed)
+        if start.startswith(b"\x1f\x8b"):
+            file = cast(IO[bytes], gzip.GzipFile(fileobj=packed))
+        elif start.startswith(b"BZh"):
+            file = cast(IO[bytes], bz2.BZ2File(packed))
+        elif start.startswith(b"\xfd7zXZ\0"):
+            file = cast(IO[bytes], io.BufferedReader(_Xz(packed)))
+        source = _Source(file)
+        with tarfile.open(fileobj=cast(IO[bytes], source), mode="r:") as tar:
+            yield tar, source
+
+
+def _tar_files(tar: tarfile.TarFile, source: _Source) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar in their order; tarfile.ReadError for too many members."""
+    before = -1
+    for _ in range(MOST_MEMBERS):
+        source.left = HEADER_BYTES
+        info = tar.next()
+        if info is None:
+            return
+        if info.size < 0 or info.offset <= before:  # tarfile would read the same header again
+            raise tarfile.ReadError(f"a member of {info.size:,} bytes")
+        before = info.offset
+        if info.issparse():
+            raise tarfile.ReadError(f"{info.name!r} is sparse, which cannot be read: unpack it")
+        if info.isfile():
+            yield info
+    raise tarfile.ReadError(f"more than {MOST_MEMBERS:,} members")
 
 
 @contextmanager
@@ -102,8 +255,9 @@ def _sound(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise ValueError(f"{path}: the {kind} is damaged ({error})") from error
+        raise ValueError(f"{path}: the {kind} is damaged ({brief(error)})") from error
     except OSError as error:
-        if error.errno is not None:  # bz2 raises a bare OSError for data that is not its own
+        if error.filename is not None:  # the file itself cannot be opened
             raise
-        raise ValueError(f"{path}: the {kind} is damaged ({error})") from error
+        # bz2 raises a bare OSError for data that is not its own, a seek to a wrong offset another.
+        raise ValueError(f"{path}: the {kind} is damaged ({brief(error)})") from error

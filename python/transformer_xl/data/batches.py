@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transformer_xl.config import shortened
+from transformer_xl.data.files import is_int
 from transformer_xl.data.token_file import TokenArray
 
 
@@ -112,6 +114,8 @@ class OrderedBatches:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a position of `state_dict`; ValueError if it is of other streams."""
         check_state(state, batch_size=self.batch_size, stream_len=self._stream_len)
+        check_range(state, "epoch")
+        check_range(state, "position", self._stream_len)
         self._epoch, self._position = state["epoch"], state["position"]
 
 
@@ -129,8 +133,18 @@ def check_sizes(batch_size: int, tgt_len: int, rows: tuple[int, int] | None) -> 
 
 def check_state(state: Mapping[str, Any], **expected: int | None) -> None:
     """Raise ValueError where a saved state disagrees with `expected`, naming the field."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"data position: expected its fields, got {shortened(state)}")
     for name, value in expected.items():
-        if state.get(name) != value:
+        if (saved := state.get(name)) != value:
             raise ValueError(
-                f"data position: saved with {name} {state.get(name)}, this run has {value}"
+                f"data position: saved with {name} {shortened(saved)}, this run has {value}"
             )
+
+
+def check_range(state: Mapping[str, Any], name: str, end: int = 1 << 63) -> None:
+    """Raise ValueError unless a field of a saved state is an integer in [0, end)."""
+    if not is_int(value := state.get(name), at_most=end - 1):
+        raise ValueError(
+            f"data position: {name}: expected an integer in [0, {end:,}), got {shortened(value)}"
+        )

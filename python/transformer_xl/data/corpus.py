@@ -27,7 +27,7 @@ from transformer_xl.data.encoding import (
     lock_file,
     remove_unfinished,
 )
-from transformer_xl.data.files import expanded, locked
+from transformer_xl.data.files import expanded, locked, resolved
 from transformer_xl.data.record import Recipe, Record
 from transformer_xl.data.sentence_batches import ShuffledSentenceBatches
 from transformer_xl.data.sources import SPLITS, Piece, Splits, find_piece
@@ -89,8 +89,8 @@ class Corpus:
         self.folder, self._recipe, self._record = folder, recipe, record
         if file_sha256(folder / VOCABULARY) != record.vocabulary_sha256:
             raise damaged(folder / VOCABULARY, "its sha256 is not the recorded one")
-        self.vocab = Vocabulary.load(folder / VOCABULARY)
-        self._tokens = {split: record.splits[split].open(folder) for split in SPLITS}
+        self.vocab = vocab = Vocabulary.load(folder / VOCABULARY)
+        self._tokens = {split: record.splits[split].open(folder, len(vocab)) for split in SPLITS}
         self.metric: Literal["bpc", "ppl"] = "bpc" if recipe.level in ("byte", "char") else "ppl"
         # The vocabulary of another corpus may end lines with <eos>: then no sentences are shuffled.
         has_sentences = isinstance(self.vocab, WordVocabulary) and self.vocab.line_end == SENTENCE
@@ -236,7 +236,7 @@ def _place(config: DataConfig) -> Path:
 def _folder(config: DataConfig, recipe: Recipe, path: Path) -> Path:
     """The folder of the encoded files: one for each path and recipe."""
     tokenizer_file = None if recipe.tokenizer_file is None else str(recipe.tokenizer_file)
-    key = [str(path.resolve()), recipe.key(), tokenizer_file]
+    key = [str(resolved(path)), recipe.key(), tokenizer_file]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     name = f"{recipe.dataset}-{recipe.protocol_name}-{recipe.level}-{digest[:12]}"
     return expanded(config.cache_dir) / name

@@ -1,15 +1,26 @@
-"""Paths as users write them, JSON that every reader accepts, and locks between processes."""
+"""Paths as users write them, files that may come from strangers, JSON that every reader accepts,
+and locks between processes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def expanded(path: str | Path) -> Path:
@@ -26,9 +37,61 @@ def expanded(path: str | Path) -> Path:
         raise ValueError(f"{path}: {error}") from error
 
 
-def linked(directory: Path) -> Path:
-    """The directory that a symbolic link names, which need not exist yet; else the given one."""
-    return directory.resolve() if directory.is_symlink() else directory
+def linked(path: Path) -> Path:
+    """The place that a symbolic link names, which need not exist yet; else the given one."""
+    return resolved(path) if path.is_symlink() else path
+
+
+def resolved(path: Path) -> Path:
+    """The absolute path without symbolic links; a loop of links stays as it is."""
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for a loop
+
+
+def check_regular(path: Path) -> None:
+    """Raise an error for anything but a regular file, before it is opened.
+
+    Opening a FIFO would wait for a writer, and a device may have no end.
+
+    Raises:
+        ValueError: a folder, a FIFO, a socket or a device.
+        OSError: there is no such file, or it cannot be reached.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "something else")
+        raise ValueError(f"{path}: expected a file, found {kind}")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is no regular file, not UTF-8 or not JSON.
+        OSError: there is no such file, or it cannot be read.
+    """
+    check_regular(path)
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The content of JSON text, which may begin with a byte-order mark; else ValueError."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # brackets may be nested too deeply
+        raise ValueError(f"it is not JSON ({error})") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def is_int(value: Any, at_least: int = 0, at_most: int = (1 << 63) - 1) -> bool:
+    """Whether a value of a JSON file is an integer (no bool) in this range."""
+    return type(value) is int and at_least <= value <= at_most
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformer_xl.config import shortened
 from transformer_xl.data.datasets import Level, Protocol
+from transformer_xl.data.files import is_int, read_json
 from transformer_xl.data.sources import SPLITS, Piece, Splits
 from transformer_xl.data.token_file import TokenFile, damaged, file_sha256
 from transformer_xl.data.vocabularies import Vocabulary
@@ -117,16 +119,35 @@ class Record:
     def load(cls, path: Path) -> Record:
         """Read a file that `save` wrote; ValueError if it is another."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
+            values = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete {path.parent} to encode it again") from error
+        try:
+            record = cls(
                 values["recipe"],
                 [SourceFile(**source) for source in values["sources"]],
                 values["vocabulary_sha256"],
                 {split: TokenFile(**file) for split, file in values["splits"].items()},
                 values["n_unknown"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(path, repr(error)) from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise damaged(path, f"it is no record ({error!r:.400})") from error
+        if (fault := record._fault()) is not None:
+            raise damaged(path, fault)
+        return record
+
+    def _fault(self) -> str | None:
+        """What is wrong with the values of a record that was read, or None."""
+        for field in ("splits", "n_unknown"):
+            found = getattr(self, field)
+            if not isinstance(found, dict) or set(found) != set(SPLITS):
+                return f"{field}: expected {', '.join(SPLITS)}, found {shortened(found)}"
+        for split in SPLITS:
+            if (fault := self.splits[split].fault(f"{split}.bin")) is not None:
+                return f"splits.{split}.{fault}"
+            if not is_int(n_unknown := self.n_unknown[split]):
+                return f"n_unknown.{split}: expected 0 or more, found {shortened(n_unknown)}"
+        return None
 
     def save(self, path: Path) -> None:
         """Write the record as JSON."""

@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transformer_xl.data.batches import Batch, TooShortError, check_sizes, check_state
+from transformer_xl.config import shortened
+from transformer_xl.data.batches import (
+    Batch,
+    TooShortError,
+    check_range,
+    check_sizes,
+    check_state,
+)
+from transformer_xl.data.files import is_int
 from transformer_xl.data.token_file import TokenArray
 
 SCAN_TOKENS = 1 << 24
@@ -154,9 +162,25 @@ class ShuffledSentenceBatches:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the position of `state_dict`; ValueError if it belongs to other sentences."""
         check_state(state, batch_size=self.batch_size, n_sentences=self.n_sentences, seed=self.seed)
+        for name in ("epoch", "batch"):
+            check_range(state, name)
+        check_range(state, "dealt", self.n_sentences + 1)
+        spans = state.get("spans")
+        if not (isinstance(spans, list) and len(spans) == self.batch_size) or not all(
+            self._is_span(span) for span in spans
+        ):
+            expected = f"{self.batch_size} ranges of the {len(self._tokens):,} tokens"
+            raise ValueError(f"data position: spans: expected {expected}, got {shortened(spans)}")
         self._start_pass(state["epoch"])
         self._batch, self._dealt = state["batch"], state["dealt"]
-        self._spans = [(position, end) for position, end in state["spans"]]
+        self._spans = [(position, end) for position, end in spans]
+
+    def _is_span(self, span: Any) -> bool:
+        """Whether a value of a saved state is a range of tokens."""
+        if not isinstance(span, list) or len(span) != 2:
+            return False
+        ends = all(is_int(end, at_most=len(self._tokens)) for end in span)
+        return ends and span[0] <= span[1]
 
 
 def sentence_edges(tokens: TokenArray, boundary: int) -> NDArray[np.int64]:

@@ -52,6 +52,15 @@ class Piece:
             while left > 0 and (data := file.read(min(left, READ_BYTES))):
                 left -= len(data)
                 yield self.rewrite(data) if self.rewrite else data
+        if left > 0 and self.stop is not None:  # an archive may have a wrong size
+            raise ValueError(
+                f"{self}: expected {self.stop:,} bytes or more, found {self.stop - left:,}"
+            )
+
+    def head(self, size: int) -> bytes:
+        """The first bytes of the file or member, fewer if it is shorter."""
+        with open_unpacked(self.path, self.member) as file:
+            return file.read(size)
 
     @property
     def size(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from transformer_xl.data.sources import Piece
 
 MAX_LINE = 1 << 22  # characters after which a line may be cut
+MAX_TEXT = 1 << 28  # characters of a vocabulary; the largest in use have a tenth
 HEAD_BYTES = 16  # enough to recognise a kind of file
 KINDS = {
     rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32",
@@ -58,8 +59,14 @@ def decode_stream(piece: Piece) -> Iterator[str]:
 
 
 def read_text(piece: Piece) -> str:
-    """The whole text of a piece; ValueError as `decode_stream`."""
-    return "".join(decode_stream(piece))
+    """The whole text of a piece; ValueError as `decode_stream`, and for more than MAX_TEXT."""
+    parts, length = [], 0
+    for part in decode_stream(piece):
+        parts.append(part)
+        length += len(part)
+        if length > MAX_TEXT:  # a small compressed file may hold that much
+            raise ValueError(f"{piece}: expected at most {MAX_TEXT:,} characters, found more")
+    return "".join(parts)
 
 
 def whole_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -93,7 +100,7 @@ def with_newlines(text: str) -> str:
 
 def _without_mark(piece: Piece) -> Piece:
     """The piece, after the byte-order mark if it begins with one, if its file may be UTF-8."""
-    head = b"".join(replace(piece, start=0, stop=HEAD_BYTES, rewrite=None).chunks())
+    head = piece.head(HEAD_BYTES)
     for pattern, kind in KINDS.items():
         if re.match(pattern, head):
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +19,7 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from transformer_xl.data.files import to_json
+from transformer_xl.data.files import check_regular, is_int, linked, parse_json, to_json
 from transformer_xl.evaluation import Score
 from transformer_xl.training.curve import Metric, in_metric, plot_curves
 
@@ -81,7 +80,7 @@ class Report:
                 self._tensorboard.close()
             try:
                 curves = {self.out.name: read_log(self.out)}
-            except (OSError, UnicodeDecodeError) as unreadable:
+            except (OSError, ValueError) as unreadable:
                 self.say(escape(f"{CURVE} was not drawn: {unreadable}"))
                 return
             if problem := plot_curves(self.out / CURVE, curves, self.metric, str(self.out)):
@@ -131,14 +130,23 @@ class Report:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """Return the entries of a run's log without lines that a kill cut short."""
+    """Return the entries of a run's log without lines that a kill cut short or that are damaged.
+
+    Raises:
+        ValueError: the log is no regular file.
+    """
     path = out / LOG
+    if not path.exists():
+        return []
+    check_regular(path)
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines():
         try:
-            entries.append(json.loads(line))
+            entry = parse_json(line)
         except ValueError:
             continue
+        if isinstance(entry, dict) and is_int(entry.get("step")):
+            entries.append(entry)
     return entries
 
 
@@ -151,7 +159,10 @@ def _cut_log(path: Path, step: int, validation_due: bool) -> None:
         if entry["step"] < step
         or (entry["step"] == step and not (validation_due and "valid_loss" in entry))
     ]
-    path.write_text("".join(to_json(entry) + "\n" for entry in kept), encoding="utf-8")
+    path = linked(path)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text("".join(to_json(entry) + "\n" for entry in kept), encoding="utf-8")
+    new.replace(path)  # a kill leaves the old log or the new one
 
 
 def _bar(console: Console, *, disable: bool) -> Progress:

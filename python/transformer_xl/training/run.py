@@ -23,7 +23,7 @@ from transformer_xl.checkpoint import (
 )
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Corpus, open_corpus
-from transformer_xl.data.files import expanded
+from transformer_xl.data.files import expanded, resolved
 from transformer_xl.training import changes
 from transformer_xl.training.precision import uses_bf16
 from transformer_xl.training.processes import agreement, only_run_in
@@ -130,6 +130,7 @@ def _prepared(
     begun = None if init_from is None else open_checkpoint(init_from)
     source = saved or begun
     if source is not None:
+        source.check_sizes()
         check_tokenizer(source.path, source.vocabulary, config.data.tokenizer)
     corpus = open_corpus(config.data, None if source is None else source.vocabulary)
     config = fit_vocabulary(config, corpus)
@@ -164,7 +165,7 @@ def _check_folder(out: Path, saved: Checkpoint | None) -> None:
         for name in (LAST, BEST)
         if (out / name).is_file() or any((out / name).glob("*"))  # an empty folder is free
     }
-    if saved is not None and saved.run.resolve() == out.resolve():
+    if saved is not None and resolved(saved.run) == resolved(out):
         resumes_last = saved.path.name == LAST
         held = {name: step for name, step in held.items() if step > saved.step and not resumes_last}
     if held:
@@ -180,10 +181,10 @@ def _copy_best(saved: Checkpoint, out: Path) -> None:
     """Copy the best checkpoint of the resumed run into another folder, where the run may never
     improve on it."""
     best = saved.run / BEST
-    if saved.run.resolve() == out.resolve() or not (best / STATE).exists():
+    if resolved(saved.run) == resolved(out) or not (best / STATE).exists():
         return
     found = open_checkpoint(best)
-    if found.state["best_loss"] == saved.state["best_loss"]:  # else it is another run's
+    if found.state.get("best_loss") == saved.state["best_loss"]:  # else it is another run's
         found.copy(out / BEST)
 
 

@@ -24,6 +24,7 @@ from transformer_xl.model import TransformerXL
 from transformer_xl.nn.inference import inference
 from transformer_xl.nn.tensor_names import optimizer_tensors
 from transformer_xl.training.precision import autocast
+from transformer_xl.training.saved_state import check_rank_tensors, check_training_state
 from transformer_xl.training.schedule import Schedule
 
 
@@ -192,14 +193,25 @@ class Trainer:
                 number of processes, or it is damaged.
         """
         checkpoint.check_model(saved, self.config.model)
-        if saved.state["corpus"] != self.corpus.fingerprint:
+        if saved.state.get("corpus") != self.corpus.fingerprint:
             raise CheckpointError(f"{saved.path} was trained on another corpus; resume on the same")
-        tensors = saved.rank_tensors(self.accelerator.process_index, self.accelerator.num_processes)
+        check_training_state(saved)
+        rank = self.accelerator.process_index
+        tensors = saved.rank_tensors(rank, self.accelerator.num_processes)
         if (chunks := saved.state["batch_chunk"]) != self.config.train.batch_chunk:
             raise CheckpointError(f"{saved.path} has batch_chunk {chunks}; resume with the same")
+        check_rank_tensors(
+            saved.path / checkpoint.rank_file(rank),
+            tensors,
+            self._expected_memories(),
+            rng_devices=("cpu",) if self.device.type == "cpu" else ("cpu", self.device.type),
+        )
         saved.load_model(self.model)
         saved.load_optimizer(self.model, self.optimizer)
-        self._batches.load_state_dict(saved.state["data"])
+        try:
+            self._batches.load_state_dict(saved.state["data"])
+        except ValueError as error:
+            raise CheckpointError(f"{saved.path / checkpoint.STATE}: {error}") from error
         self._next_batch = iter(self._batches).__next__
         self.schedule.load_state_dict(saved.state["schedule"])
         best_loss = saved.state["best_loss"]  # None before the first validation
@@ -211,6 +223,13 @@ class Trainer:
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+
+    def _expected_memories(self) -> list[tuple[int, int, int]]:
+        """Layers, rows and width of the memory of each chunk of this process."""
+        start, stop = self._batches.rows
+        model, parts = self.config.model, self.config.train.batch_chunk
+        shares = (share("batch_chunk", stop - start, i, parts) for i in range(parts))
+        return [(model.n_layer, end - begin, model.d_model) for begin, end in shares]
 
     def _accumulate(self, batch: Batch) -> Tensor:
         """Gradients of the batch, chunk by chunk; returns its loss, this process's share."""

@@ -56,6 +56,8 @@ def is_verified(device_name: str, kernel_hash: str) -> bool:
     faults = []
     for folder in folders:
         path = _path(folder, device_name, kernel_hash)
+        if not path.is_file():  # reading a FIFO would wait for a writer
+            continue
         try:
             content = path.read_bytes()
         except OSError:
@@ -116,11 +118,11 @@ def _fault(content: bytes, device_name: str) -> str | None:
     try:
         record: Any = json.loads(content)
         version, device = record["version"], record["device"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "is damaged"
     if version != VERSION:
-        return f"has version {version}, not {VERSION},"
-    return None if device == device_name else f"is one of {device}"
+        return f"has version {version!r:.50}, not {VERSION},"
+    return None if device == device_name else f"is one of {device!s:.100}"
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from transformer_xl.config import shortened
+from transformer_xl.data.files import parse_json
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream, read_text, split_lines, whole_lines
 from transformer_xl.data.token_file import TokenArray
+
+SOME_TOKENS = 1 << 16
 
 
 class UnknownSymbolError(ValueError):
@@ -111,7 +117,8 @@ class Vocabulary(ABC):
 
     def first_tokens(self) -> list[int]:
         """Tokens to begin a text with: the end of a line, or a space, or else any one token."""
-        for text in ("\n", " ", *(self.decode([token]) for token in range(len(self)))):
+        some = (self.decode([token]) for token in range(min(len(self), SOME_TOKENS)))
+        for text in itertools.chain(("\n", " "), some):
             if text and not self.unknown(text) and (ids := self.encode(text)):
                 return ids
         return [0]
@@ -127,7 +134,7 @@ class Vocabulary(ABC):
     @classmethod
     @abstractmethod
     def from_dict(cls, values: dict[str, Any]) -> Vocabulary:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; KeyError or ValueError if `values` are no such vocabulary."""
 
     def save(self, path: Path) -> None:
         """Write the vocabulary as JSON."""
@@ -146,11 +153,22 @@ class Vocabulary(ABC):
         """Read a file that `save` wrote, of any kind; ValueError if it is no vocabulary."""
         text = read_text(Piece(path))
         try:
-            values = json.loads(text)
-            kinds = {cls.kind: cls for cls in Vocabulary.__subclasses__()}
-            return kinds[values.pop("kind")].from_dict(values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a vocabulary ({error!r})") from error
+            values = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: not a vocabulary: {error}") from error
+        kinds = {cls.kind: cls for cls in Vocabulary.__subclasses__()}
+        kind = values.get("kind") if isinstance(values, dict) else None
+        if not isinstance(kind, str) or kind not in kinds:
+            found = shortened(values if kind is None else kind)
+            raise ValueError(
+                f"{path}: not a vocabulary: expected a kind {', '.join(kinds)}; {found}"
+            )
+        try:
+            return kinds[kind].from_dict(values)
+        except KeyError as error:
+            raise ValueError(f"{path}: not a vocabulary: it has no {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: not a vocabulary: {error}") from error
 
     def checked(self, ids: ArrayLike) -> NDArray[np.int64]:
         """`ids` as an array, after raising IndexError for one that is not a token."""
@@ -159,6 +177,19 @@ class Vocabulary(ABC):
         if len(wrong):
             raise IndexError(f"ids: expected tokens in [0, {len(self)}), got {wrong[0]}")
         return array
+
+
+def checked_symbols(name: str, values: Any) -> list[str]:
+    """`values` as the symbols of a vocabulary; ValueError if it is no list of different texts."""
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{name}: expected a list of texts, found {shortened(values)}")
+    for value in values:
+        if not isinstance(value, str) or any("\ud800" <= each <= "\udfff" for each in value):
+            raise ValueError(f"{name}: expected texts, found {shortened(value)}")
+    if len(set(values)) != len(values):
+        twice = next(value for value, count in Counter(values).items() if count > 1)
+        raise ValueError(f"{name}: expected each once, found {shortened(twice)} twice")
+    return values
 
 
 def by_frequency(counts: dict[str, int], specials: Iterable[str] = ()) -> list[str]:

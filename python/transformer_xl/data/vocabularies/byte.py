@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from transformer_xl.config import shortened
+from transformer_xl.data.files import is_int
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import whole_lines
 from transformer_xl.data.token_file import TokenArray
@@ -79,7 +81,21 @@ class ByteVocabulary(Vocabulary):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ByteVocabulary:
-        return cls(bytes(values["values"]), bytes(values["dropped"]))
+        found, dropped = _byte_values(values, "values"), _byte_values(values, "dropped")
+        if not found:
+            raise ValueError("values: expected at least one byte, found none")
+        return cls(found, dropped)
+
+
+def _byte_values(values: dict[str, Any], name: str) -> bytes:
+    """A list of different bytes of a vocabulary's file."""
+    found = values[name]
+    sound = isinstance(found, list) and len(found) <= 256
+    if not sound or not all(is_int(value, at_most=255) for value in found):
+        raise ValueError(f"{name}: expected a list of bytes, found {shortened(found)}")
+    if len(set(found)) != len(found):
+        raise ValueError(f"{name}: expected each byte once, found {shortened(found)}")
+    return bytes(found)
 
 
 def _bytes(text: str) -> bytes:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from transformer_xl.config import shortened
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream
 from transformer_xl.data.token_file import TokenArray
-from transformer_xl.data.vocabularies.base import Vocabulary, by_frequency
+from transformer_xl.data.vocabularies.base import Vocabulary, by_frequency, checked_symbols
 
 N_CODE_POINTS = 0x110000
 UNKNOWN = "<unk>"
@@ -65,4 +66,8 @@ class CharVocabulary(Vocabulary):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CharVocabulary:
-        return cls(values["symbols"])
+        symbols = checked_symbols("symbols", values["symbols"])
+        for symbol in symbols:
+            if len(symbol) != 1 and symbol != UNKNOWN:
+                raise ValueError(f"symbols: expected single characters, found {shortened(symbol)}")
+        return cls(symbols)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from transformer_xl.config import brief
 from transformer_xl.data.interruptible import interruptible
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream, read_text, split_lines, whole_lines
@@ -24,6 +25,9 @@ PIECES = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,256}| ?\p{N}{1,256}| ?[^\s\p{L}\p{N}]{1,256}"
     r"|\s{1,256}(?!\S)|\s{1,256}"
 )
+
+
+MOST_IDS = 1 << 24  # a model has a row for each id, also for those that no token has
 
 
 class SubwordVocabulary(Vocabulary):
@@ -81,8 +85,8 @@ class SubwordVocabulary(Vocabulary):
         """Read a tokenizer.json; ValueError if it is none."""
         text = read_text(Piece(path))
         try:
-            return cls(Tokenizer.from_str(text))
-        except Exception as error:  # the library raises bare Exception
+            return cls(_tokenizer(text))
+        except ValueError as error:
             raise ValueError(f"{path}: not a tokenizer.json ({error})") from error
 
     def __len__(self) -> int:
@@ -153,4 +157,16 @@ class SubwordVocabulary(Vocabulary):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SubwordVocabulary:
-        return cls(Tokenizer.from_str(json.dumps(values["tokenizer"])))
+        return cls(_tokenizer(json.dumps(values["tokenizer"])))
+
+
+def _tokenizer(text: str) -> Tokenizer:
+    """A tokenizer of a tokenizer.json; ValueError if it is none."""
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(brief(error)) from error
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= largest < MOST_IDS:
+        raise ValueError(f"expected tokens with ids below {MOST_IDS:,}, found {largest:,}")
+    return tokenizer

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from transformer_xl.config import shortened
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream, split_lines, whole_lines, with_newlines
 from transformer_xl.data.token_file import TokenArray
-from transformer_xl.data.vocabularies.base import Vocabulary, by_frequency
+from transformer_xl.data.vocabularies.base import Vocabulary, by_frequency, checked_symbols
 
 END_OF_LINE = "<eos>"
 SENTENCE = "<S>"
@@ -64,7 +65,11 @@ class WordVocabulary(Vocabulary):
     def from_list(cls, piece: Piece) -> WordVocabulary:
         """The first word of each line of a list, as 1b_word_vocab.txt; a word again is skipped."""
         lines = (line for text in whole_lines(decode_stream(piece)) for line in split_lines(text))
-        return cls(list(dict.fromkeys(line.split()[0] for line in lines if line.strip())))
+        words = list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+        try:
+            return cls(words)
+        except ValueError as error:
+            raise ValueError(f"{piece}: {error}") from error
 
     @property
     def boundary(self) -> int:
@@ -127,4 +132,7 @@ class WordVocabulary(Vocabulary):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WordVocabulary:
-        return cls(values["words"], values["lowercase"])
+        words, lowercase = checked_symbols("words", values["words"]), values["lowercase"]
+        if not isinstance(lowercase, bool):
+            raise ValueError(f"lowercase: expected true or false, found {shortened(lowercase)}")
+        return cls(words, lowercase)
