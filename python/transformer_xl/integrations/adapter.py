@@ -1,0 +1,171 @@
+"""Adapters and patched classes: how a class of another library gets a forward on the kernels.
+
+An adapter belongs to one class. A module is patched by setting its `__class__` to a subclass whose
+only difference is `forward`; a class is patched by setting its `forward`. Both use the function
+that `patched_forward` returns.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Lookalike:
+    """How to recognise and to test other classes that have the parameters of an adapter's class.
+
+    Args:
+        parameters: the names of all parameters, biases of linear layers left out.
+        example: returns the positional and keyword arguments of a small call with random input.
+    """
+
+    parameters: frozenset[str]
+    example: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def nothing_to_refuse(module: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How one class is computed by the kernels.
+
+    Args:
+        family: the name that `patch` accepts.
+        path: importable name of the class.
+        versions: first and last checked version of the library, both as (major, minor).
+        build: returns the forward of served calls, given the class's own forward.
+        unserved: has the arguments of forward; returns why this call must run the original code,
+            or None.
+        refuse: returns why a module of this class must be left alone, or None.
+        lookalike: None where other classes cannot be recognised by their parameters.
+    """
+
+    family: str
+    path: str
+    versions: tuple[tuple[int, int], tuple[int, int]]
+    build: Callable[[Forward], Forward]
+    unserved: Callable[..., str | None]
+    refuse: Callable[[Any], str | None] = nothing_to_refuse
+    lookalike: Lookalike | None = None
+
+    @property
+    def library(self) -> str:
+        return self.path.partition(".")[0]
+
+    def check_version(self) -> None:
+        """Raises ValueError, with one sentence, where the installed version was not checked."""
+        first, last = (".".join(map(str, version)) for version in self.versions)
+        checked = f"{self.library} {first}" + ("" if first == last else f" to {last}")
+        try:
+            installed = importlib.metadata.version(self.library)
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(
+                f"patch: the family {self.family} needs {checked}, which is not installed."
+            ) from None
+        major, minor = (int(number) for number in re.findall(r"\d+", installed)[:2])
+        if not self.versions[0] <= (major, minor) <= self.versions[1]:
+            raise ValueError(
+                f"patch: the family {self.family} was checked with {checked}, got "
+                f"{self.library} {installed}; force=True patches it nevertheless."
+            )
+
+    def load(self) -> type[nn.Module]:
+        """The class, imported."""
+        module, _, name = self.path.rpartition(".")
+        loaded: type[nn.Module] = getattr(importlib.import_module(module), name)
+        return loaded
+
+
+# The calls that ran the original code, by reason, of every patched module that had any.
+fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
+# Every module that was patched by its class, copies and unpickled ones included.
+patched_modules: WeakSet[nn.Module] = WeakSet()
+# The own `forward` of the classes that are patched for all their instances.
+own_forwards: dict[type[nn.Module], Forward] = {}
+
+_subclasses: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def patched_forward(adapter: Adapter, original: Forward) -> Forward:
+    """A forward with the signature of `original`, which it calls where a call is not served."""
+    served = adapter.build(original)
+    unserved = adapter.unserved
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        reason = unserved(self, *args, **kwargs)
+        if reason is None:
+            return served(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            fallbacks.setdefault(self, Counter())[reason] += 1
+        return original(self, *args, **kwargs)
+
+    forward.adapter = adapter  # type: ignore[attr-defined]
+    return forward
+
+
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """The adapter that computes this module now; None where its own code does."""
+    if "forward" in module.__dict__:
+        return None
+    adapter: Adapter | None = getattr(type(module).forward, "adapter", None)
+    return adapter
+
+
+def patched_class(original: type[nn.Module], adapter: Adapter) -> type[nn.Module]:
+    """The subclass of `original` whose forward calls the kernels; always the same one.
+
+    It has the name and the module of `original`, since libraries look both up. Pickles and copies
+    therefore refer to `original` and `adapter` instead, through `__reduce_ex__`.
+    """
+    if original not in _subclasses:
+        forward = own_forwards.get(original, original.forward)
+
+        def reduce(self: nn.Module, protocol: Any) -> Any:
+            reduced: Any = super(made, self).__reduce_ex__(max(2, protocol))
+            if type(self) is not made:  # a class that FSDP has derived from this one
+                return reduced
+            return _restore, (original, adapter.family, adapter.path), *reduced[2:]
+
+        members = {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "__reduce_ex__": reduce,
+            "forward": patched_forward(adapter, forward),
+            "own_class": original,
+        }
+        made: type[nn.Module] = type(original.__name__, (original,), members)
+        _subclasses[original] = made
+    return _subclasses[original]
+
+
+def own_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a patched module had before; None where its class is not a patched one."""
+    return vars(type(module)).get("own_class")
+
+
+def _restore(original: type[nn.Module], family: str, path: str) -> nn.Module:
+    """An empty patched module, to which copying and unpickling add the state."""
+    from transformer_xl.integrations.families import FAMILIES  # it imports this module
+
+    adapter = next(a for a in FAMILIES[family] if a.path == path)
+    made = patched_class(original, adapter)
+    module: nn.Module = made.__new__(made)
+    patched_modules.add(module)
+    return module

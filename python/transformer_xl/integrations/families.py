@@ -1,0 +1,24 @@
+"""The families that `patch` knows: each name with the adapters of its classes."""
+
+from __future__ import annotations
+
+from transformer_xl.integrations import (
+    inkling,
+    inkling2,
+    nemotron_streaming,
+    parakeet,
+    wav2vec2_bert,
+    wav2vec2_conformer,
+)
+from transformer_xl.integrations.adapter import Adapter
+
+FAMILIES: dict[str, tuple[Adapter, ...]] = {
+    "inkling": inkling.ADAPTERS,
+    "inkling2": inkling2.ADAPTERS,
+    "parakeet": parakeet.ADAPTERS,
+    "nemotron_streaming": nemotron_streaming.ADAPTERS,
+    "wav2vec2_conformer": wav2vec2_conformer.ADAPTERS,
+    "seamless_m4t": wav2vec2_conformer.SEAMLESS_ADAPTERS,
+    "wav2vec2_bert": wav2vec2_bert.ADAPTERS,
+    "seamless_m4t_v2": wav2vec2_bert.SEAMLESS_ADAPTERS,
+}
