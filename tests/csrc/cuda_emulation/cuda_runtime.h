@@ -1,5 +1,5 @@
 // As much of CUDA as our kernels use, on the CPU, for tests under g++'s sanitizers: one std::thread
-// per CUDA thread of a block, which runs the blocks one after another from the last to the first.
+// per CUDA thread of a block, blocks one after another from the last to the first.
 #pragma once
 
 #include <algorithm>
@@ -85,18 +85,15 @@ template <typename Args>
 cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 threads, void** parameters,
                              size_t, cudaStream_t) {
   const Args args = *static_cast<Args*>(parameters[0]);
-  emulation::Block block(threads.x);
-  std::barrier<> end_of_block(threads.x);  // own: __syncthreads() without some threads still hangs
-  std::vector<std::jthread> team;
-  for (unsigned t = 0; t < threads.x; ++t) {
-    team.emplace_back([&, kernel, t] {
-      threadIdx = dim3(t), emulation::block = &block;
-      for (unsigned b = grid.x; b-- > 0; end_of_block.arrive_and_wait()) {
-        blockIdx = dim3(b);
+  for (unsigned b = grid.x; b-- > 0;) {
+    emulation::Block block(threads.x);
+    std::vector<std::jthread> team;
+    for (unsigned t = 0; t < threads.x; ++t) {
+      team.emplace_back([&block, &args, kernel, b, t] {
+        threadIdx = dim3(t), blockIdx = dim3(b), emulation::block = &block;
         kernel(args);
-      }
-    });
+      });
+    }
   }
-  team.clear();
   return cudaSuccess;
 }
