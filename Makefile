@@ -58,7 +58,7 @@ cross-arm: $(VENV)/.installed-dev ## compile the CPU kernels for aarch64; nothin
 	$(PY) -m tools.arm --compile-only
 
 test-arm: $(VENV)/.installed-dev ## build for aarch64 and run the op tests in QEMU's emulation
-	$(PY) -m tools.arm --torch $(TORCH)
+	$(PY) -m tools.arm --torch '$(TORCH)'
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
 	$(PYTHON) -m venv $(HF_VENV)
