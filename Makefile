@@ -71,7 +71,7 @@ cross-arm: $(VENV)/.installed-dev ## compile the CPU kernels for aarch64; nothin
 	$(PY) -m tools.arm --compile-only
 
 test-arm: $(VENV)/.installed-dev ## build for aarch64 and run the op tests in QEMU's emulation
-	$(PY) -m tools.arm --torch $(TORCH)
+	$(PY) -m tools.arm --torch '$(TORCH)'
 
 hub: $(VENV)/.installed-dev build/kernels-$(HUB_KERNELS) ## txl_kernels for Hugging Face's `kernels`, in build/hub; tested with that package (REPO_ID=)
 	$(PY) -m tools.hub --out build/hub $(if $(REPO_ID),--repo-id '$(REPO_ID)')

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,10 @@ def main() -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.arm", description=__doc__)
     parser.add_argument(
-        "--torch", nargs="+", default=["torch==2.13.0"], help="pip's arguments for torch"
+        "--torch",
+        type=shlex.split,
+        default=["torch==2.13.0"],
+        help="pip's arguments for torch, as one word",
     )
     parser.add_argument(
         "--compile-only",

@@ -28,7 +28,11 @@ from txl_kernels.testing.op_checks import OpCheck, check_ops
 PACKAGES = ("txl_kernels", "transformer_xl", "torch")
 LIBRARIES = ("torch", "triton", "numpy", "accelerate", "safetensors", "tokenizers")
 NOT_INSTALLED = "not installed"
-FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+FEATURES = (
+    *("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
+    *("asimd", "asimdhp", "bf16", "sve"),
+)
+ARM_NOTE = "the native kernels are tested in an emulation only; no speed is claimed"
 LEGEND = """\
 error: largest error as a share of the error budget; at most 1 passes.
 ms: median time of a call. "backward" compares gradients and times both passes.
@@ -130,6 +134,8 @@ def _machine() -> Table:
     flags = cpu_flags()
     table.add_row("processor", f"{processor()}, {torch.get_num_threads()} threads")
     table.add_row("features", ", ".join(name for name in FEATURES if name in flags) or "unknown")
+    if platform.machine() == "aarch64":
+        table.add_row("aarch64", ARM_NOTE)
     table.add_row("torch sees", torch.backends.cpu.get_cpu_capability())
     bf16 = "faster here" if uses_bf16("auto", torch.device("cpu")) else "not faster here"
     table.add_row("bf16 autocast", f"{bf16} (cpu)")

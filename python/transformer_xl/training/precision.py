@@ -28,7 +28,7 @@ def autocast(mode: Autocast, device: torch.device) -> torch.autocast:
 
 def cpu_flags() -> frozenset[str]:
     """The processor's features in Linux's words; empty where /proc does not tell."""
-    return frozenset(_cpuinfo("flags").split())
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())  # x86-64, aarch64
 
 
 def processor() -> str:

@@ -47,6 +47,13 @@ def test_the_command_is_shown_once_and_only_if_it_helps(monkeypatch, reason, hel
     assert output.count("x" * 50) == 2 * helps
 
 
+@pytest.mark.parametrize(("machine", "noted"), [("x86_64", False), ("aarch64", True)])
+def test_doctor_tells_what_was_not_run_on_aarch64(monkeypatch, machine, noted):
+    monkeypatch.setattr(doctor.platform, "machine", lambda: machine)
+    cells = [cell for column in doctor._machine().columns for cell in column.cells]
+    assert (doctor.ARM_NOTE in cells) == noted
+
+
 @pytest.mark.parametrize(
     ("version", "warned"),
     [(version, False) for version in doctor.CHECKED_TRITON_VERSIONS] + [("3.99.0", True)],

@@ -40,3 +40,9 @@ def test_products_follow() -> None:
 def test_the_processor_is_known() -> None:
     assert processor()
     assert all(flag == flag.strip() for flag in cpu_flags())
+
+
+@pytest.mark.parametrize("field", ["flags", "Features"])
+def test_features_are_read_on_both_processors(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    monkeypatch.setattr(precision, "_cpuinfo", lambda name: "fma bf16" if name == field else "")
+    assert cpu_flags() == {"fma", "bf16"}
