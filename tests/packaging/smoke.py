@@ -62,11 +62,13 @@ if __name__ == "__main__":
     parser.add_argument(
         "--without-native", action="store_true", help="the installation has no native part"
     )
-    parser.add_argument("--json", type=Path, help="file that receives the result")
+    parser.add_argument(
+        "--json", type=Path, help="file that receives `native`: yes, or the reason why not"
+    )
     options = parser.parse_args()
+    if options.json:
+        options.json.write_text(json.dumps({"native": native.unavailable_reason() or "yes"}))
     check_origin(options.origin, not options.without_native)
     check_attention(not options.without_native)
     check_command_without_its_extra()
-    if options.json:
-        options.json.write_text(json.dumps({"native": native.unavailable_reason() or "yes"}))
     print(f"smoke test passed: txl_kernels from {Path(txl_kernels.__file__).parent}")

@@ -13,6 +13,14 @@ import torch
 from tools.installs import __main__ as command
 from tools.installs import environments, ways
 
+# A smoke test that passes.
+WRITES = (
+    "import json, pathlib, sys\n"
+    "place = sys.argv[sys.argv.index('--json') + 1]\n"
+    "reason = 'no compiler' if '--without-native' in sys.argv else 'yes'\n"
+    "pathlib.Path(place).write_text(json.dumps({'native': reason}))\n"
+)
+
 
 @pytest.fixture(scope="module")
 def base() -> environments.Interpreter:
@@ -72,24 +80,21 @@ def test_the_environment_has_torch_and_no_other_package_of_the_interpreter(base,
 
 
 def test_a_passed_smoke_test_is_reported_with_its_reason(result):
-    writes = (
-        "import json, pathlib, sys\n"
-        "place = sys.argv[sys.argv.index('--json') + 1]\n"
-        "reason = 'no compiler' if '--without-native' in sys.argv else 'yes'\n"
-        "pathlib.Path(place).write_text(json.dumps({'native': reason}))\n"
-    )
-    row = result(origin, smoke_test=writes)
+    row = result(origin, smoke_test=WRITES)
     assert (row.smoke, row.native) == ("passed", "yes")
-    row = result(origin, smoke_test=writes, is_native=False)
+    row = result(origin, smoke_test=WRITES, is_native=False)
     assert (row.smoke, row.native) == ("passed", "no compiler")
     assert "smoke test passed  native: no compiler" in row.line()
 
 
 def test_a_failed_smoke_test_is_reported_and_logged(result):
-    row = result(origin, smoke_test="raise SystemExit('planted failure')")
+    fails = "raise SystemExit('planted failure')"
+    row = result(origin, smoke_test=fails)
     assert row.smoke == "failed"
     assert "planted failure" in row.log.read_text()
     assert str(row.log) in row.native
+    row = result(origin, smoke_test=f"{WRITES}{fails}")
+    assert (row.smoke, row.native) == ("failed", "yes")
 
 
 def test_a_failed_installation_is_reported_and_logged(result):
