@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,13 @@ def tiny_config(text_file: Path) -> RunConfig:
         ),
         evaluate=EvaluateConfig(batch_size=4, tgt_len=8, mem_len=24),
     )
+
+
+@pytest.fixture
+def heeded(number: signal.Signals) -> Iterator[None]:
+    """The default action of a signal; `nohup` and shells may have made this process ignore it."""
+    before = signal.getsignal(number)
+    if before is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, before)

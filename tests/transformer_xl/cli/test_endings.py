@@ -71,6 +71,7 @@ def stop_encoding(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> No
     monkeypatch.setattr(ByteVocabulary, "lookup_stream", endless)
 
 
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )

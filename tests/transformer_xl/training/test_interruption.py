@@ -76,6 +76,7 @@ def assert_same(out: Path, whole: Path) -> None:
             assert (out / path).read_bytes() == (whole / path).read_bytes(), path
 
 
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize(
     ("number", "step"), [(signal.SIGINT, 5), (signal.SIGHUP, 10), (signal.SIGTERM, 12)]
 )
@@ -148,6 +149,7 @@ def test_a_validation_that_was_due_is_done_in_another_folder(
 
 
 @EVERY
+@pytest.mark.usefixtures("heeded")
 def test_a_signal_during_a_step_is_answered_after_it(
     tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -165,6 +167,7 @@ def test_a_signal_during_a_step_is_answered_after_it(
 
 
 @EVERY
+@pytest.mark.usefixtures("heeded")
 def test_a_signal_during_encoding_stops_at_once(
     tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
