@@ -4,6 +4,7 @@
 #   TORCH   the requirement that pip installs if that interpreter has no torch
 #   VENV    the environment; an existing one is used unchanged
 #   BUDGET  the most seconds that `make gpu` takes; STAGES chooses its stages
+#   MINUTES how long `make fuzz` tests each file format
 #   MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers at a time
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -17,6 +18,7 @@ VENV ?= .venv
 HF_VENV ?= .venv-hf
 BUDGET ?= 240
 STAGES ?=
+MINUTES ?= 10
 # The newest Triton; `make gates` checks its machine code too.
 NEXT_TRITON := 3.9.0
 
@@ -52,6 +54,14 @@ gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## check the machine c
 
 gates-ci: $(VENV)/.installed-dev ## the most common launches for three architectures, as in CI
 	$(PY) -m tools.gates --headline --arch 80 90 120
+
+fuzz: $(VENV)/.installed-fuzz ## damage every file format that is read, each for MINUTES=10; coverage-guided
+	nice $(PY) -m tools.fuzz --minutes $(MINUTES)
+
+audit: ## known vulnerabilities in the packages of the extras; fails if the service cannot be reached
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python $(PIP) install pip-audit
+	build/audit/bin/python tools/audit.py
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
 	$(PYTHON) -m venv $(HF_VENV)
@@ -101,7 +111,7 @@ clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f txl_kernels/_C.*.so txl_kernels/_native_build.json $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates gates-ci bench-hf-env venv build format lint types wheel ci clean native-status torch
+.PHONY: help run test bench gpu gates gates-ci fuzz audit bench-hf-env venv build format lint types wheel ci clean native-status torch
 
 # ---- the environment
 
