@@ -8,6 +8,7 @@
 #   INSTALL_PYTHONS, INSTALL_WHEELS  interpreters that have torch, and wheels, for `make installs`
 #   BUDGET  the most seconds that `make gpu` takes; STAGES chooses its stages
 #   WHEEL_TORCHES, WHEEL_PYTHONS  versions of torch, and interpreters, that `make wheels` builds for
+#   MINUTES how long `make fuzz` tests each file format
 #   MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers at a time
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -27,6 +28,7 @@ STAGES ?=
 # The oldest, the developed and the newest torch; a release has every minor version.
 WHEEL_TORCHES ?= 2.11.0 2.13.0 2.15.0
 WHEEL_PYTHONS ?=
+MINUTES ?= 10
 # The newest Triton; `make gates` checks its machine code too.
 NEXT_TRITON := 3.9.0
 # The version of Hugging Face's `kernels` that `make hub` loads the kernel with.
@@ -76,6 +78,14 @@ test-arm: $(VENV)/.installed-dev ## build for aarch64 and run the op tests in QE
 hub: $(VENV)/.installed-dev build/kernels-$(HUB_KERNELS) ## txl_kernels for Hugging Face's `kernels`, in build/hub; tested with that package (REPO_ID=)
 	$(PY) -m tools.hub --out build/hub $(if $(REPO_ID),--repo-id '$(REPO_ID)')
 	PYTHONPATH=build/kernels-$(HUB_KERNELS) $(PY) -m pytest tests/tools/hub
+
+fuzz: $(VENV)/.installed-fuzz ## damage every file format that is read, each for MINUTES=10; coverage-guided
+	nice $(PY) -m tools.fuzz --minutes $(MINUTES)
+
+audit: ## known vulnerabilities in the packages of the extras; fails if the service cannot be reached
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python $(PIP) install pip-audit
+	build/audit/bin/python tools/audit.py
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
 	$(PYTHON) -m venv $(HF_VENV)
@@ -136,7 +146,7 @@ clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch hub installs wheels
+.PHONY: help run test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch hub installs wheels fuzz audit
 
 # ---- the environment
 

@@ -135,7 +135,7 @@ _WORDS_OF_ALL = Protocol(
 
 DATASETS: dict[str, Dataset] = {
     "enwik8": Dataset(
-        "http://mattmahoney.net/dc/enwik8.zip",
+        "https://mattmahoney.net/dc/enwik8.zip",
         _wiki8("enwik8"),
         {
             "original": Protocol("newline bytes left out", "byte", counted=SPLITS, dropped=b"\n"),
@@ -143,7 +143,7 @@ DATASETS: dict[str, Dataset] = {
         },
     ),
     "text8": Dataset(
-        "http://mattmahoney.net/dc/text8.zip",
+        "https://mattmahoney.net/dc/text8.zip",
         _wiki8("text8"),
         {"original": Protocol("characters a-z and space", "char", counted=SPLITS)},
     ),
@@ -158,7 +158,7 @@ DATASETS: dict[str, Dataset] = {
         {"standard": _WORDS, "original": _WORDS_OF_ALL},
     ),
     "ptb": Dataset(
-        "http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
+        "https://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
         _files("ptb.{}.txt", "simple-examples/data/ptb.{}.txt"),
         {
             "standard": _WORDS,
@@ -171,7 +171,7 @@ DATASETS: dict[str, Dataset] = {
         },
     ),
     "char_ptb": Dataset(
-        "http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
+        "https://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
         _char_ptb_files,
         {"standard": Protocol("characters, newlines too", "char")},
     ),
