@@ -15,6 +15,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 HF_VENV ?= .venv-hf
+DROPINS_VENV ?= .venv-dropins
 BUDGET ?= 240
 STAGES ?=
 # The newest Triton; `make gates` checks its machine code too.
@@ -52,6 +53,18 @@ gates: $(VENV)/.installed-dev build/triton-$(NEXT_TRITON) ## check the machine c
 
 gates-ci: $(VENV)/.installed-dev ## the most common launches for three architectures, as in CI
 	$(PY) -m tools.gates --headline --arch 80 90 120
+
+test-dropins: $(DROPINS_VENV)/.installed ## compare patched models with the libraries' own classes; takes about 20 minutes
+	OMP_NUM_THREADS=1 $(DROPINS_VENV)/bin/python -m pytest -n logical tests/transformer_xl/integrations/dropins
+
+# It sees the packages of $(VENV), and so the same torch and the same kernels.
+$(DROPINS_VENV)/.installed: $(VENV)/.installed-dev
+	$(PY) -m venv $(DROPINS_VENV)
+	$(PY) -c 'import site; [print(f"import site; site.addsitedir({path!r})") for path in site.getsitepackages()]' \
+	  > "$$($(DROPINS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+	$(DROPINS_VENV)/bin/python $(PIP) install transformers==5.24.0
+	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps peft==0.21.2 torchao==0.18.0
+	@touch $@
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
 	$(PYTHON) -m venv $(HF_VENV)
@@ -101,7 +114,7 @@ clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f txl_kernels/_C.*.so txl_kernels/_native_build.json $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates gates-ci bench-hf-env venv build format lint types wheel ci clean native-status torch
+.PHONY: help run test test-dropins bench gpu gates gates-ci bench-hf-env venv build format lint types wheel ci clean native-status torch
 
 # ---- the environment
 
