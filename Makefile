@@ -23,6 +23,7 @@ HF_VENV ?= .venv-hf
 REPO_ID ?=
 INSTALL_PYTHONS ?= $(PY)
 INSTALL_WHEELS ?=
+DROPINS_VENV ?= .venv-dropins
 BUDGET ?= 240
 STAGES ?=
 # The oldest, the developed and the newest torch; a release has every minor version.
@@ -87,6 +88,18 @@ audit: ## known vulnerabilities in the packages of the extras; fails if the serv
 	build/audit/bin/python $(PIP) install pip-audit
 	build/audit/bin/python tools/audit.py
 
+test-dropins: $(DROPINS_VENV)/.installed ## compare patched models with the libraries' own classes; takes about 20 minutes
+	OMP_NUM_THREADS=1 $(DROPINS_VENV)/bin/python -m pytest -n logical tests/transformer_xl/integrations/dropins
+
+# It sees the packages of $(VENV), and so the same torch and the same kernels.
+$(DROPINS_VENV)/.installed: $(VENV)/.installed-dev
+	$(PY) -m venv $(DROPINS_VENV)
+	$(PY) -c 'import site; [print(f"import site; site.addsitedir({path!r})") for path in site.getsitepackages()]' \
+	  > "$$($(DROPINS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+	$(DROPINS_VENV)/bin/python $(PIP) install transformers==5.24.0
+	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps peft==0.21.2 torchao==0.18.0
+	@touch $@
+
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
 	$(PYTHON) -m venv $(HF_VENV)
 	$(HF_VENV)/bin/python $(PIP) install torch==2.13.0
@@ -146,7 +159,7 @@ clean: ## remove builds and caches of tools; environments and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch hub installs wheels fuzz audit
+.PHONY: help run test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch hub installs wheels fuzz audit test-dropins
 
 # ---- the environment
 

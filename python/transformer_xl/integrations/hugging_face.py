@@ -54,12 +54,41 @@ def unserved(module: Any, attention_mask: Any, options: Mapping[str, Any]) -> st
 def unserved_model(attentions: list[Any], module: Any, *args: Any, **options: Any) -> str | None:
     """Why a call of a model with these attentions must run the original code, or None.
 
-    The model makes ranges for all its attentions, so all must be patched.
+    The model makes ranges for all its attentions, so all must be patched and serve the call.
+
+    Args:
+        args: the input, and the mask where it is given by position.
     """
     if any(adapter_of(attention) is None for attention in attentions):
         return "not all of its attention layers are patched"
-    mask = options.get("attention_mask")
-    return unserved(module, mask if isinstance(mask, Tensor) else None, options)
+    mask = options.get("attention_mask", args[1] if len(args) > 1 else None)
+    masks = mask.values() if isinstance(mask, dict) else [mask]
+    reasons = (unserved(module, as_bool(mask), options) for mask in masks)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def as_bool(mask: Any) -> Any:
+    """A mask [B, 1, Tq, Tk] of 0 and the lowest number as bool; every other mask as it is."""
+    is_numbers = isinstance(mask, Tensor) and mask.dim() == 4 and mask.is_floating_point()
+    if not is_numbers or torch.compiler.is_compiling():
+        return mask
+    attends = mask == 0
+    return attends if bool((attends | (mask == torch.finfo(mask.dtype).min)).all()) else mask
+
+
+def with_bool_masks(forward: Forward) -> Forward:
+    """A forward of a model with the masks that `generate` has made as bool."""
+
+    def changed(module: Any, *args: Any, **options: Any) -> Any:
+        masks = options.get("attention_mask")
+        if isinstance(masks, dict):
+            options["attention_mask"] = {kind: as_bool(mask) for kind, mask in masks.items()}
+        elif isinstance(masks, Tensor):
+            options["attention_mask"] = as_bool(masks)
+        args = tuple(as_bool(x) if isinstance(x, Tensor) else x for x in args)
+        return forward(module, *args, **options)
+
+    return changed
 
 
 def which_keys(mask: Tensor | None, first_key: int, rules: dict[str, Any]) -> dict[str, Any]:
@@ -98,12 +127,16 @@ def ranges_of_documents(position_ids: Tensor, n_rows: int) -> Tensor:
     return torch.stack([first, torch.full_like(first, T)])
 
 
-def _dense(mask: Any, config: Any, attention_mask: Any) -> Any:
-    """The library's own mask, as bool where it made numbers of a padding mask."""
-    was_padding = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-    if config._attn_implementation == "flex_attention" or not isinstance(mask, Tensor):
-        return mask
-    return mask == 0 if mask.is_floating_point() and was_padding else mask
+class _SdpaConfig:
+    """A configuration whose masks are bool: those of "eager" are numbers, those of flex blocks."""
+
+    _attn_implementation = "sdpa"
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
 
 
 def causal_ranges(create: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,14 +163,13 @@ def causal_ranges(create: Callable[..., Any]) -> Callable[..., Any]:
             found_or_none = ranges_of_padding(attention_mask)
             if found_or_none is not None:
                 return found_or_none
-        made = create(
-            config=config,
+        return create(
+            config=_SdpaConfig(config),
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             cache=cache,
             position_ids=position_ids,
         )
-        return _dense(made, config, attention_mask)
 
     return ranges
 
@@ -155,8 +187,9 @@ def bidirectional_ranges(create: Callable[..., Any]) -> Callable[..., Any]:
             found = ranges_of_padding(attention_mask)
             if found is not None:
                 return found
-        made = create(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
-        return _dense(made, config, attention_mask)
+        return create(
+            config=_SdpaConfig(config), inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
 
     return ranges
 
@@ -179,7 +212,10 @@ def with_helpers(
     if missing:
         raise ValueError(f"{own.__qualname__} does not call {', '.join(sorted(missing))}")
     helpers = {name: make(own.__globals__[name]) for name, make in replace.items()}
-    return with_body(function, _copy(own, {**own.__globals__, **helpers}, own.__closure__))
+    names = {**own.__globals__, **helpers}
+    # torch.compile would look the helpers up in the module of this name.
+    del names["__name__"]
+    return with_body(function, _copy(own, names, own.__closure__))
 
 
 def with_body(function: Forward, body: Forward) -> Forward:

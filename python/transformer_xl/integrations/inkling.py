@@ -15,7 +15,12 @@ from torch import Tensor
 
 from transformer_xl.integrations import hugging_face
 from transformer_xl.integrations.adapter import Adapter, Forward
-from transformer_xl.integrations.hugging_face import causal_ranges, which_keys, with_helpers
+from transformer_xl.integrations.hugging_face import (
+    causal_ranges,
+    which_keys,
+    with_bool_masks,
+    with_helpers,
+)
 from txl_kernels import rel_attention
 
 _MODULE = "transformers.models.inkling.modeling_inkling"
@@ -99,6 +104,13 @@ def _tau(config: Any, positions: Tensor) -> Tensor:
     return tau[:, None]
 
 
+def is_loaded_late(owner: Any) -> str | None:
+    """The reason where a parameter exists only during the forward of its module, `owner`."""
+    if "forward" in owner.__dict__:
+        return f"another library loads the weights of {type(owner).__name__} in its forward"
+    return None
+
+
 def _unserved(
     module: Any,
     hidden_states: Tensor,
@@ -107,14 +119,14 @@ def _unserved(
     cache: Any = None,
     **options: Any,
 ) -> str | None:
-    if "forward" in module.rel_logits_proj.__dict__:
-        return "another library loads the weight of rel_logits_proj in its forward"
-    return hugging_face.unserved(module, attention_mask, options)
+    late = is_loaded_late(module.rel_logits_proj)
+    return late or hugging_face.unserved(module, attention_mask, options)
 
 
 def _unserved_model(module: Any, *args: Any, **options: Any) -> str | None:
     attentions = [layer.self_attn for layer in module.layers]
-    return hugging_face.unserved_model(attentions, module, *args, **options)
+    late = next(filter(None, (is_loaded_late(a.rel_logits_proj) for a in attentions)), None)
+    return late or hugging_face.unserved_model(attentions, module, *args, **options)
 
 
 def _build_attention(original: Forward) -> Forward:
@@ -123,7 +135,7 @@ def _build_attention(original: Forward) -> Forward:
 
 def _build_model(original: Forward) -> Forward:
     names = ("create_causal_mask", "create_sliding_window_causal_mask")
-    return with_helpers(original, dict.fromkeys(names, causal_ranges))
+    return with_bool_masks(with_helpers(original, dict.fromkeys(names, causal_ranges)))
 
 
 ADAPTERS = (

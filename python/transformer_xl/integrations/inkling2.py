@@ -13,8 +13,13 @@ from torch import Tensor
 
 from transformer_xl.integrations import hugging_face
 from transformer_xl.integrations.adapter import Adapter, Forward
-from transformer_xl.integrations.hugging_face import causal_ranges, which_keys, with_helpers
-from transformer_xl.integrations.inkling import position_table, query_start
+from transformer_xl.integrations.hugging_face import (
+    causal_ranges,
+    which_keys,
+    with_bool_masks,
+    with_helpers,
+)
+from transformer_xl.integrations.inkling import is_loaded_late, position_table, query_start
 from txl_kernels import rel_attention_with_lse, with_sink
 
 
@@ -126,8 +131,9 @@ def first_query_among_keys(distances: Callable[..., Tensor]) -> Callable[..., in
 
 
 def _unserved(module: Any, *args: Any, **options: Any) -> str | None:
-    if "forward" in module.relative_position_bias.__dict__:
-        return "another library loads the weight of relative_position_bias in its forward"
+    late = is_loaded_late(module.relative_position_bias)
+    if late is not None:
+        return late
     if args[1:]:  # the layers give all arguments but the hidden states by name
         return "masks are given by position"
     return hugging_face.unserved(module, options.get("attention_mask"), options)
@@ -135,7 +141,9 @@ def _unserved(module: Any, *args: Any, **options: Any) -> str | None:
 
 def _unserved_model(module: Any, *args: Any, **options: Any) -> str | None:
     attentions = [layer.self_attn for layer in module.layers]
-    return hugging_face.unserved_model(attentions, module, *args, **options)
+    biases = [attention.relative_position_bias for attention in attentions]
+    late = next(filter(None, map(is_loaded_late, biases)), None)
+    return late or hugging_face.unserved_model(attentions, module, *args, **options)
 
 
 def _build_sliding(original: Forward) -> Forward:
@@ -149,7 +157,8 @@ def _build_full(original: Forward) -> Forward:
 def _build_model(original: Forward) -> Forward:
     names = ("create_causal_mask", "create_sliding_window_causal_mask")
     masks = dict.fromkeys(names, causal_ranges)
-    return with_helpers(original, {**masks, "get_relative_distance": first_query_among_keys})
+    helpers = {**masks, "get_relative_distance": first_query_among_keys}
+    return with_bool_masks(with_helpers(original, helpers))
 
 
 def _adapters(prefix: str) -> tuple[Adapter, ...]:

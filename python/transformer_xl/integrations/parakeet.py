@@ -115,7 +115,7 @@ def position_table(module: Any, hidden_states: Tensor, **options: Any) -> Tensor
     return table
 
 
-def _unserved(
+def unserved(
     module: Any,
     hidden_states: Tensor,
     position_embeddings: Any = None,
@@ -158,7 +158,7 @@ ADAPTERS = (
         f"{_MODULE}.ParakeetEncoderAttention",
         hugging_face.VERSIONS,
         build_attention,
-        _unserved,
+        unserved,
         lookalike=Lookalike(PARAMETERS, example),
     ),
     Adapter(

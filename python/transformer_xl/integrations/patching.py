@@ -213,18 +213,19 @@ def _difference(module: nn.Module, adapter: Adapter) -> str | None:
     )
 
 
+# torch's classes that keep the code or the parameters that they find, and how users make them.
 _MUST_COME_LATER = {
-    "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP",
-    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "fully_shard",
-    "torch._dynamo.eval_frame.OptimizedModule": "torch.compile",
+    "DistributedDataParallel": "DistributedDataParallel",
+    "FullyShardedDataParallel": "FSDP",
+    "FSDPModule": "fully_shard",
+    "OptimizedModule": "torch.compile",
 }
 
 
 def _check_order(function: str, model: nn.Module) -> None:
     """Raises ValueError where a wrapper or a compiled program has the present code already."""
     for module in model.modules():
-        bases = [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
+        bases = [b.__qualname__ for b in type(module).__mro__ if b.__module__.startswith("torch.")]
         later = next((_MUST_COME_LATER[base] for base in bases if base in _MUST_COME_LATER), None)
         if module._compiled_call_impl is not None:
             later = "torch.compile"

@@ -29,15 +29,15 @@ def attention(
     """`forward` with position_embeddings_type "relative_key"; attention_mask as in
     hugging_face.py."""
     q, k, v = project_qkv(module, hidden_states)
-    embedding = module.distance_embedding
-    rows = torch.arange(embedding.num_embeddings, device=q.device)
+    left, right = module.left_max_position_embeddings, module.right_max_position_embeddings
+    rows = module.distance_embedding(torch.arange(left + right + 1, device=q.device))
     out = rel_attention(
         q,
         k,
         v,
-        embedding(rows).to(q.dtype)[None, None],  # [1, 1, left + right + 1, d_head]
+        rows.to(q.dtype)[None, None],  # [1, 1, left + right + 1, d_head]
         scale=module.scaling,
-        offset=module.left_max_position_embeddings,
+        offset=left,
         clamp=True,
         dropout_p=module.dropout.p if module.training else 0.0,
         **which_keys(attention_mask, 0, {}),
@@ -56,6 +56,10 @@ def _refuse(module: Any) -> str | None:
     return None if kind == "relative_key" else f"its position_embeddings_type is {kind!r}"
 
 
+def _refuse_encoder(module: Any) -> str | None:
+    return next((why for layer in module.layers if (why := _refuse(layer.self_attn))), None)
+
+
 def _build_attention(original: Forward) -> Forward:
     return attention
 
@@ -65,7 +69,7 @@ def _adapters(family: str, prefix: str) -> tuple[Adapter, ...]:
     build, unserved = wav2vec2_conformer.build_encoder, wav2vec2_conformer.unserved_encoder
     return (
         Adapter(family, f"{prefix}SelfAttention", versions, _build_attention, _unserved, _refuse),
-        Adapter(family, f"{prefix}Encoder", versions, build, unserved),
+        Adapter(family, f"{prefix}Encoder", versions, build, unserved, _refuse_encoder),
     )
 
 

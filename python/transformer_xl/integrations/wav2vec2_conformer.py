@@ -68,6 +68,10 @@ def refuse(module: Any) -> str | None:
     return None if kind == "relative" else f"its position_embeddings_type is {kind!r}"
 
 
+def refuse_encoder(module: Any) -> str | None:
+    return next((why for layer in module.layers if (why := refuse(layer.self_attn))), None)
+
+
 def unserved_encoder(
     module: Any, hidden_states: Any, attention_mask: Any = None, **options: Any
 ) -> str | None:
@@ -88,7 +92,9 @@ def _adapters(family: str, prefix: str) -> tuple[Adapter, ...]:
     versions = hugging_face.VERSIONS
     return (
         Adapter(family, f"{prefix}SelfAttention", versions, _build_attention, unserved, refuse),
-        Adapter(family, f"{prefix}Encoder", versions, build_encoder, unserved_encoder),
+        Adapter(
+            family, f"{prefix}Encoder", versions, build_encoder, unserved_encoder, refuse_encoder
+        ),
     )
 
 
