@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from txl_kernels.backends import BACKENDS, resolve, triton
 from txl_kernels.backends.reference import adaptive_softmax as softmax
@@ -164,6 +163,9 @@ def _peer_seconds(peer: Callable[[], Any], min_seconds: float) -> float | None:
 
 
 def _median_seconds(run: Callable[[], Any], min_seconds: float) -> float:
+    # Its import loads torch's compiler of extensions, which warns where nvcc is but no GPU.
+    from torch.utils.benchmark import Timer
+
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=min_seconds).median)
 
