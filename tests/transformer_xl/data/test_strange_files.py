@@ -124,7 +124,7 @@ def test_a_word_list_without_the_end_of_a_line_is_named(tmp_path: Path) -> None:
         (lambda v: v["splits"].pop("valid"), "splits: expected train, valid, test"),
         (lambda v: v["splits"]["test"].update(name="../other"), r"splits.test.name: expected 'te"),
         (lambda v: v["splits"]["test"].update(dtype="O"), "splits.test.dtype: expected one of"),
-        (lambda v: v["splits"]["test"].update(n_tokens=0), "n_tokens: expected a positive"),
+        (lambda v: v["splits"]["test"].update(n_tokens=0), "splits.test.n_tokens: expected a pos"),
         (lambda v: v["n_unknown"].update(train="3"), "n_unknown.train: expected 0 or more"),
         (lambda v: v.update(sources=[{"x" * 9000: 1}]), "it is no record"),
     ],
