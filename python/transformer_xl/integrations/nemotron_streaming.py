@@ -42,8 +42,8 @@ def encoder(
     hidden_states = hidden_states * module.input_scale
     T = hidden_states.shape[1]
     Tk, first_key = (T, 0) if cache is None else cache.get_mask_sizes(T, 0)
-    positions = position_table(module, hidden_states, cached_frames=Tk - T)
     hidden_states = nn.functional.dropout(hidden_states, p=module.dropout, training=module.training)
+    positions = position_table(module, hidden_states, cached_frames=Tk - T)
 
     left, lookahead = module._resolve_attn_context(num_lookahead_tokens)
     size = lookahead + 1

@@ -73,8 +73,8 @@ def encoder(
 ) -> Any:
     """The body of `ParakeetEncoder.forward` with [B, 1, 1, T] instead of [B, 1, T, T] as mask."""
     hidden_states = module.subsampling(input_features, attention_mask) * module.input_scale
-    positions = position_table(module, hidden_states)
     hidden_states = nn.functional.dropout(hidden_states, p=module.dropout, training=module.training)
+    positions = position_table(module, hidden_states)
     T = hidden_states.shape[1]
     lengths = valid = None
     if attention_mask is not None:

@@ -64,7 +64,10 @@ def project(projection: Any, table: Tensor, n_head: int) -> Tensor:
 
     if type(projection) is not nn.Linear or len(table) != 1:
         return make()
-    return kept(projection, (), (table, projection.weight), make)
+    # A slice of the model's own table is a new tensor at each call.
+    own = table if table._base is None else table._base
+    key = (table.storage_offset(), table.shape, table.stride())
+    return kept(projection, key, (own, projection.weight), make)
 
 
 def _may_keep(module: nn.Module, sources: tuple[Tensor, ...]) -> bool:

@@ -14,6 +14,7 @@ from transformer_xl.integrations import (
     inkling2,
     nemotron_streaming,
     parakeet,
+    position_tables,
     subsampling,
     wav2vec2_bert,
     wav2vec2_conformer,
@@ -183,6 +184,22 @@ def test_ranges_of_masks():
     assert ranges[0].tolist() == [[0, 0, 2, 2, 2, 5]] * 2
     assert bool((ranges[1] == 6).all())
     assert parakeet.ranges_of_valid(VALID)[1].tolist() == [[T] * T, [7] * 7 + [0] * (T - 7)]
+
+
+def test_a_projected_table_is_kept_until_something_changes():
+    layer, table = nn.Linear(4, 4, bias=False), torch.randn(1, 20, 4)
+    with torch.no_grad():
+        first = position_tables.project(layer, table[:, 2:9], 2)
+        assert position_tables.project(layer, table[:, 2:9], 2) is first
+        assert position_tables.project(layer, table[:, 3:10], 2) is not first
+        first = position_tables.project(layer, table[:, 2:9], 2)
+        for change in (lambda: layer.weight.mul_(2), lambda: table.add_(1), lambda: layer.half()):
+            change()
+            again = position_tables.project(layer, table[:, 2:9].to(layer.weight.dtype), 2)
+            assert again is not first
+            first = again
+    table = table.half()
+    assert position_tables.project(layer, table, 2).requires_grad
 
 
 class Subsampling(nn.Module):

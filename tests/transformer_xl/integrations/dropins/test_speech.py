@@ -94,9 +94,8 @@ def test_padded_frames_get_zero_attention(models):
 
 
 def test_dropout_of_positions_differs_between_rows(models):
-    model = models.build("parakeet-sdpa", dropout_positions=0.5).train()
+    model = models.build("parakeet-sdpa", dropout_positions=0.5, dropout=0.1).train()
     kwargs, _ = models.cases["parakeet-sdpa"].inputs([21, 21])
-    kwargs["input_features"][1] = kwargs["input_features"][0]
     rows = []
     patch(model)
     projection = model.layers[0].self_attn.relative_k_proj
@@ -136,14 +135,29 @@ def test_hidden_states_are_recorded(models):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_models_that_contain_parakeet(models):
-    """Canary, Cohere ASR and Nemotron-H Omni build their encoder from this class by its type."""
-    from transformers import AutoModel
+@pytest.mark.parametrize("prefix", ["CohereAsr", "Canary"])
+def test_models_that_contain_parakeets_encoder(models, prefix):
+    import transformers
 
-    config = models.build("parakeet-sdpa").config
-    encoder = AutoModel.from_config(config)
-    outer = torch.nn.ModuleDict({"encoder": encoder})
-    assert len(patch(outer).patched) == 4
+    encoder = models.build("parakeet-sdpa").config.to_dict()
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 32, "head_dim": 8}
+    sizes |= {"num_attention_heads": 3, "num_key_value_heads": 3}
+    decoder = {"decoder_config": sizes} if prefix == "Canary" else sizes
+    config = getattr(transformers, f"{prefix}Config")(encoder_config=encoder, **decoder)
+    model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    inputs, _ = models.cases["parakeet-sdpa"].inputs([21, 13])
+    inputs["decoder_input_ids"] = torch.ones(2, 3, dtype=torch.long)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        patch(model)
+        assert len(report(model).patched) == 4
+        actual = model(**inputs).logits
+        assert not torch.equal(actual, expected)  # rounding differs, so the kernels were used
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+    assert report(model).fallbacks == 0
 
 
 def test_nemotron_under_eager_runs_the_original_code(models):
