@@ -81,7 +81,7 @@ def fixed_if_traced(value: Any) -> Any:
 def check_int(op: str, name: str, value: object, *, at_least: int | None = None) -> int:
     """Returns `value` as a Python integer; a traced or symbolic one stays as it is.
 
-    Every type with `__index__` is accepted, such as NumPy's integers, except bool and tensors.
+    Every type with `__index__` is accepted, such as NumPy's integers, except Booleans and tensors.
 
     Raises:
         TypeError: not an integer.
@@ -92,7 +92,9 @@ def check_int(op: str, name: str, value: object, *, at_least: int | None = None)
         return number  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:
-            number = None if isinstance(value, (bool, Tensor)) else operator.index(value)  # type: ignore[arg-type]
+            number = (
+                None if _is_bool(value) or isinstance(value, Tensor) else operator.index(number)
+            )
         except TypeError:  # no __index__, or one that refuses: an array of several numbers
             number = None
         if number is None:
@@ -102,6 +104,11 @@ def check_int(op: str, name: str, value: object, *, at_least: int | None = None)
     if at_least is not None and number < at_least:
         raise ValueError(f"{op}: {name} must be at least {at_least}, got {number}")
     return number  # type: ignore[no-any-return]
+
+
+def _is_bool(value: object) -> bool:
+    """Whether it is Python's or NumPy's Boolean; the latter has `__index__` before NumPy 2.3."""
+    return isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b"
 
 
 def _shown(number: object) -> str:
