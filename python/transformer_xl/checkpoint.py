@@ -387,8 +387,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = read_json(path)
     except ValueError as error:
-        with contextlib.suppress(OSError):
-            refuse_pickle(path)
+        if path.is_file():
+            with contextlib.suppress(OSError):
+                refuse_pickle(path)
         raise CheckpointError(str(error)) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is of another format; expected {FORMAT!r}")

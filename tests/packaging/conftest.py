@@ -20,6 +20,7 @@ SHIPPED = (
     "CMakeLists.txt",
     "LICENSE",
     "README.md",
+    "THIRD_PARTY_NOTICES",
     "build_target.py",
     "pyproject.toml",
     "setup.py",

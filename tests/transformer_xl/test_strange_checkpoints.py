@@ -46,9 +46,7 @@ def test_states_of_another_size_never_reach_the_optimizer(trainer: Trainer, tmp_
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors does not fit the model: .*"):
         trainer.restore(open_checkpoint(tmp_path))
     change_tensors(path, lambda name, t: t.long())
-    with pytest.raises(
-        CheckpointError, match=r"does not fit .* is torch.int64 .*expected float"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not fit .* is torch.int64 .*expected float"):
         trainer.restore(open_checkpoint(tmp_path))
     save_file({name: t for name, t in load_file(path).items() if "exp_avg_sq" not in name}, path)
     with pytest.raises(CheckpointError, match="expected exp_avg, exp_avg_sq, step"):

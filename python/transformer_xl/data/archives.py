@@ -74,7 +74,11 @@ def members(path: Path) -> dict[str, int]:
     with _sound(path):
         if path.name.lower().endswith(".zip"):
             with zipfile.ZipFile(path) as archive:
-                return {i.filename: i.file_size for i in archive.infolist() if not i.is_dir()}
+                infos = [info for info in archive.infolist() if not info.is_dir()]
+                for info in infos:  # older versions of Python do not check this
+                    if info.header_offset < 0:
+                        raise ValueError(f"{info.filename} begins at byte {info.header_offset}")
+                return {info.filename: info.file_size for info in infos}
         with _opened_tar(path) as (tar, source):
             return {info.name: info.size for info in _tar_files(tar, source)}
 
@@ -110,17 +114,18 @@ def _open(path: Path, member: str) -> Iterator[IO[bytes]]:
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(member)
             if info.compress_type not in ZIP_METHODS:
-                method = zipfile.compressor_names.get(info.compress_type, "unknown")
                 raise ValueError(
-                    f"{member}: expected it stored or deflated, found method {method}: unpack it"
+                    f"{member}: expected it stored (method 0) or deflated (method 8), found "
+                    f"method {info.compress_type}: unpack it"
                 )
             with archive.open(info) as file:
                 yield file
     else:
         with _opened_tar(path) as (tar, source):
-            info = next(i for i in reversed([*_tar_files(tar, source)]) if i.name == member)
+            newest_first = reversed([*_tar_files(tar, source)])
+            header = next(header for header in newest_first if header.name == member)
             source.left = sys.maxsize
-            extracted = tar.extractfile(info)
+            extracted = tar.extractfile(header)
             assert extracted is not None  # it is a regular file
             yield extracted
 

@@ -200,6 +200,10 @@ class Trainer:
         tensors = saved.rank_tensors(rank, self.accelerator.num_processes)
         if (chunks := saved.state["batch_chunk"]) != self.config.train.batch_chunk:
             raise CheckpointError(f"{saved.path} has batch_chunk {chunks}; resume with the same")
+        try:
+            self._batches.load_state_dict(saved.state["data"])
+        except ValueError as error:
+            raise CheckpointError(f"{saved.path / checkpoint.STATE}: {error}") from error
         check_rank_tensors(
             saved.path / checkpoint.rank_file(rank),
             tensors,
@@ -208,10 +212,6 @@ class Trainer:
         )
         saved.load_model(self.model)
         saved.load_optimizer(self.model, self.optimizer)
-        try:
-            self._batches.load_state_dict(saved.state["data"])
-        except ValueError as error:
-            raise CheckpointError(f"{saved.path / checkpoint.STATE}: {error}") from error
         self._next_batch = iter(self._batches).__next__
         self.schedule.load_state_dict(saved.state["schedule"])
         best_loss = saved.state["best_loss"]  # None before the first validation
