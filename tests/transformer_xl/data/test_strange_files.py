@@ -225,7 +225,9 @@ def test_methods_of_zip_without_a_limit_are_refused(method: int, tmp_path: Path)
     path = tmp_path / "text.zip"
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("text", b"a" * 1000)
-    with pytest.raises(ValueError, match=r"text\.zip: .* expected it stored .* or deflated .* found"):
+    with pytest.raises(
+        ValueError, match=r"text\.zip: .* expected it stored .* or deflated .* found"
+    ):
         plain_text(path)
 
 
