@@ -20,6 +20,16 @@ def inside_transform(*kinds: str) -> bool:
     return is_dual or any(transform in kinds for transform in open_transforms())
 
 
+@constant_in_traces
+def is_exporting() -> bool:
+    """Whether `torch.export` traces this call.
+
+    In programs that `torch.compile` of torch 2.11 traces, `torch.compiler.is_exporting()` is always
+    True; the tracer calls this function instead and receives the right value.
+    """
+    return bool(torch.compiler.is_exporting())
+
+
 def is_jit_tracing() -> bool:
     """Whether `torch.jit.trace` records this call. Sizes are tensors of no dimension there."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txl_kernels.transforms import inside_transform, is_jit_tracing
+from txl_kernels.transforms import inside_transform, is_exporting, is_jit_tracing
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INT64 = torch.iinfo(torch.int64)
@@ -177,7 +177,7 @@ def _may_be_symbolic(number: object) -> bool:
     """
     if isinstance(number, (torch.SymInt, torch.SymFloat)):
         return True
-    return torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
+    return is_exporting() and torch.compiler.is_dynamo_compiling()
 
 
 def check_flag(op: str, name: str, value: object) -> None:

@@ -3,7 +3,6 @@ content-dependent relative bias."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from transformer_xl.nn.position import Window
@@ -17,7 +16,7 @@ from transformer_xl.nn.streaming import (
 )
 from txl_kernels import banded_attention, banded_is_faster, rel_attention
 from txl_kernels.ops.checks import check_int, check_number, checked_window
-from txl_kernels.transforms import inside_transform
+from txl_kernels.transforms import inside_transform, is_exporting
 
 
 class GroupedQueryAttention(StreamingAttention):
@@ -156,7 +155,7 @@ class GroupedQueryAttention(StreamingAttention):
         return (
             self.window is None
             and all(option is None for option in options.values())
-            and not torch.compiler.is_exporting()
+            and not is_exporting()
             and not inside_transform("grad", "jvp", "vmap")
             and banded_is_faster(q.shape[2], self.rel.extent, self.d_head, self.rel.d_rel, q.device)
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from txl_kernels.backends.reference.precision import widened, work_dtype
-from txl_kernels.transforms import inside_transform
+from txl_kernels.transforms import inside_transform, is_exporting
 
 _MIN_COLUMNS = 4096
 _MAX_PIECES = 32
@@ -145,7 +145,7 @@ def _recomputed(function: Callable[..., Any], *args: Tensor | None) -> Any:
     torch.export cannot trace such a call, and the transforms of torch.func do not run it: there
     these tensors are kept.
     """
-    if torch.compiler.is_exporting() or inside_transform("vmap", "grad", "jvp"):
+    if is_exporting() or inside_transform("vmap", "grad", "jvp"):
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 

@@ -21,6 +21,7 @@ from txl_kernels._rel_attention_call import UNLIMITED, RelAttentionCall, Rules
 from txl_kernels.backends.reference.philox import dropout_keep
 from txl_kernels.backends.reference.precision import widened, work_dtype
 from txl_kernels.backends.reference.rel_shift import rel_shift, within_reach
+from txl_kernels.transforms import is_exporting
 
 _FARTHEST = 2**31  # positions on the device beyond it act as it
 
@@ -148,7 +149,7 @@ def _is_open(side: int) -> bool:
     Comparing a symbolic number would limit the length that it is computed from. Strict export shows
     symbolic numbers as plain ones.
     """
-    if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
+    if is_exporting() and torch.compiler.is_dynamo_compiling():
         return False
     return isinstance(side, int) and side == UNLIMITED
 

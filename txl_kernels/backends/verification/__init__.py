@@ -22,6 +22,7 @@ from txl_kernels._namespaces import VERIFY
 from txl_kernels._schemas import ATTENTION, EMBEDDING, LOSS
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.torch_private import FakeTensor, constant_in_traces
+from txl_kernels.transforms import is_exporting
 
 DEVICE_TYPES = ("cuda",)  # tests add "cpu"
 # By device and key of a call, and by device and the hashes of the kernels: "" where the kernels
@@ -60,7 +61,7 @@ def failure_of(op: str, backend: str, arguments: Sequence[Any]) -> str | None:
     Raises:
         BackendUnavailableError: no test may run here, or it failed in a distributed program.
     """
-    grad, exports = torch.is_grad_enabled(), torch.compiler.is_exporting()
+    grad, exports = torch.is_grad_enabled(), is_exporting()
     if torch.compiler.is_dynamo_compiling():
         # The tracer runs both lines at once: the operator on fake tensors, the function as it is.
         _verifier(op)(backend, grad, exports, *arguments)
