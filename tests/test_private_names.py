@@ -23,8 +23,12 @@ SOURCES = [
     for path in sorted(package.rglob("*.py"))
     if path != PLACE
 ]
-# Documented attributes of named tuples and of sys, and one that Triton's kernels have.
-NOT_OF_TORCH = {"_asdict", "_fields", "_getframe", "_make", "_pack_args", "_replace"}
+# Documented attributes of named tuples and of sys, and private parts of other libraries.
+NOT_OF_TORCH = {
+    *("_asdict", "_fields", "_getframe", "_make", "_replace"),
+    *("_pack_args", "_patch_lang", "_LangPatchScope"),  # Triton
+    *("_get_output_attention_mask", "_resolve_attn_context"),  # transformers, of checked versions
+}
 
 
 def is_private(name: str) -> bool:

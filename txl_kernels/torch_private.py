@@ -60,6 +60,7 @@ __all__ = [
     "FakeTensorMode",
     "argument_names",
     "assert_async",
+    "changes",
     "constant_in_traces",
     "flash_attention_cpu",
     "flash_attention_cpu_bwd",
@@ -72,6 +73,7 @@ __all__ = [
     "in_forward_mode",
     "is_batched",
     "is_changed",
+    "is_compiled_in_place",
     "is_legacy_batched",
     "is_recorded",
     "legacy_batched",
@@ -82,6 +84,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "unwrapped",
+    "whole",
 ]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -193,6 +196,19 @@ def argument_names(operator: Any) -> list[str]:
     return [argument.name for argument in operator._schema.arguments]
 
 
+# ---- tensors
+
+
+def changes(tensor: Tensor) -> int:
+    """How often an operator has changed the tensor in place."""
+    return tensor._version
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor whose memory a view shows, such as the table of a slice; itself if it is none."""
+    return tensor if tensor._base is None else tensor._base
+
+
 # ---- modules: torch can add hooks, but has no public way to read them
 
 
@@ -204,6 +220,11 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run after `module.forward`, in order."""
     return list(module._forward_hooks.values())
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called: calls of the module run a compiled program."""
+    return module._compiled_call_impl is not None
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -38,6 +38,26 @@ def below_autograd() -> None:
     assert (x * 3).requires_grad
 
 
+@checks("_base", "_version")
+def views_and_changes_of_tensors() -> None:
+    table = torch.zeros(4, 2)
+    rows = table[1:3]
+    assert private.whole(rows) is table
+    assert private.whole(rows[:1]) is table
+    assert private.whole(table) is table
+    before = private.changes(table)
+    rows.add_(1)
+    assert private.changes(table) == private.changes(rows) == before + 1
+
+
+@checks("_compiled_call_impl")
+def compiled_modules() -> None:
+    module = nn.Linear(2, 2)
+    assert not private.is_compiled_in_place(module)
+    module.compile(backend="eager")
+    assert private.is_compiled_in_place(module)
+
+
 @checks("_assert_async")
 def asserts() -> None:
     private.assert_async(torch.tensor(True), "holds")

@@ -16,6 +16,7 @@ from transformer_xl.integrations import adapter as adapters
 from transformer_xl.integrations.adapter import Adapter, Lookalike
 from transformer_xl.integrations.families import FAMILIES
 from transformer_xl.integrations.report import Entry, Report
+from txl_kernels.torch_private import is_compiled_in_place
 
 # The largest relative difference between a class found by its parameters and its adapter, float32.
 _TOLERANCE = 1e-4
@@ -227,7 +228,7 @@ def _check_order(function: str, model: nn.Module) -> None:
     for module in model.modules():
         bases = [b.__qualname__ for b in type(module).__mro__ if b.__module__.startswith("torch.")]
         later = next((_MUST_COME_LATER[base] for base in bases if base in _MUST_COME_LATER), None)
-        if module._compiled_call_impl is not None:
+        if is_compiled_in_place(module):
             later = "torch.compile"
         if later is not None:
             raise ValueError(

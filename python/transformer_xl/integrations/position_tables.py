@@ -10,6 +10,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from txl_kernels.torch_private import changes, has_hooks, whole
+
 # Larger tables are computed at each call: 16 MiB are 164 s of audio in a layer of 1,024 features.
 MAX_KEPT_BYTES = 2**24
 
@@ -40,7 +42,7 @@ def kept(
     """
     if torch.compiler.is_compiling() or not _may_keep(module, sources):
         return make()
-    versions = tuple((x._version, x.data_ptr(), x.dtype, x.device) for x in sources)
+    versions = tuple((changes(x), x.data_ptr(), x.dtype, x.device) for x in sources)
     device = sources[0].device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     full_key = (*key, versions, autocast)
@@ -65,13 +67,12 @@ def project(projection: Any, table: Tensor, n_head: int) -> Tensor:
     if type(projection) is not nn.Linear or len(table) != 1:
         return make()
     # A slice of the model's own table is a new tensor at each call.
-    own = table if table._base is None else table._base
     key = (table.storage_offset(), table.shape, table.stride())
-    return kept(projection, key, (own, projection.weight), make)
+    return kept(projection, key, (whole(table), projection.weight), make)
 
 
 def _may_keep(module: nn.Module, sources: tuple[Tensor, ...]) -> bool:
-    if torch.is_grad_enabled() or module._forward_hooks or module._forward_pre_hooks:
+    if torch.is_grad_enabled() or has_hooks(module):
         return False
     plain = (Tensor, nn.Parameter)  # a buffer is a Tensor
     return all(type(x) in plain and not x.is_inference() for x in sources)
