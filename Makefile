@@ -122,7 +122,7 @@ lint: $(VENV)/.installed-dev ## check the form of Python and C++
 	$(PY) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run --Werror $(NATIVE_SOURCES)
 
-types: $(VENV)/.installed-dev ## mypy, strict, on both packages
+types: $(VENV)/.installed-dev ## mypy, strict, on both packages and some tools
 	$(PY) -m mypy
 
 # pip would reuse a wheel that it built and cached from an earlier sdist of the same name. This build
@@ -138,7 +138,7 @@ wheel: $(VENV)/.installed-dev ## sdist, installed in a clean environment and tes
 	cd / && "$(CURDIR)/build/wheel/venv/bin/python" -W 'ignore:Failed to init' \
 	  "$(CURDIR)/tests/packaging/smoke.py"
 
-installs: ## logs of every way to install, each with the smoke test; in build/installs (INSTALL_PYTHONS=, INSTALL_WHEELS=)
+installs: torch ## logs of every way to install, each with the smoke test; in build/installs (INSTALL_PYTHONS=, INSTALL_WHEELS=)
 	$(PYTHON) -m tools.installs --python $(INSTALL_PYTHONS) --wheel $(INSTALL_WHEELS)
 
 # A library takes three minutes of one processor; afterwards only changed sources are compiled again.
@@ -155,7 +155,7 @@ ci: ## all checks, in order
 	  else echo "left out: make cross-arm (no aarch64-linux-gnu-g++)" >&2; fi
 	$(MAKE) test
 
-clean: ## remove builds and caches of tools; environments and runs stay
+clean: ## remove builds, downloads under build and caches of tools; $(VENV) and runs stay
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 

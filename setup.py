@@ -78,7 +78,7 @@ class Wheel(bdist_wheel):
 
 
 class PythonBuild(build_py):
-    """Adds the record that says why there is no native part, if the build was told so."""
+    """With --no-native, adds the record of why there is no native part."""
 
     def run(self) -> None:
         super().run()

@@ -19,7 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = Path(torch_private.__file__)
 SOURCES = [
     path
-    for package in (ROOT / "txl_kernels", ROOT / "python" / "transformer_xl")
+    for package in (
+        ROOT / "txl_kernels",
+        ROOT / "python" / "transformer_xl",
+        ROOT / "tools" / "hub" / "overlay",
+    )
     for path in sorted(package.rglob("*.py"))
     if path != PLACE
 ]

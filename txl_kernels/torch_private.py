@@ -40,7 +40,14 @@ try:
     from torch.nn.modules.adaptive import _ASMoutput as ASMoutput
     from torch.nn.modules.module import _has_any_global_hook
     from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-except ImportError as error:
+
+    # The operators of `scaled_dot_product_attention`, which does not return the logarithm of the
+    # softmax's denominator.
+    flash_attention_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flash_attention_cpu_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    flash_attention_cuda = torch.ops.aten._scaled_dot_product_flash_attention
+    flash_attention_cuda_bwd = torch.ops.aten._scaled_dot_product_flash_attention_backward
+except (ImportError, AttributeError) as error:
     raise ImportError(
         f"txl_kernels uses a private part of torch that torch {torch.__version__} does not have "
         f"({error}); it was developed for torch 2.11 to 2.15"
@@ -88,14 +95,6 @@ __all__ = [
 ]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-# The operators of `scaled_dot_product_attention`, which does not return the logarithm of the
-# softmax's denominator.
-flash_attention_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_attention_cpu_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-flash_attention_cuda = torch.ops.aten._scaled_dot_product_flash_attention
-flash_attention_cuda_bwd = torch.ops.aten._scaled_dot_product_flash_attention_backward
-
 
 # ---- tracers
 

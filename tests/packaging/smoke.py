@@ -1,4 +1,6 @@
-"""Tries an installation from outside the checkout; run by `make wheel` and `make installs`."""
+"""Tries an installation from outside the checkout; run by `make wheel`, `make installs` and the
+release workflow.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ def check_origin(origin: Path, is_native: bool) -> None:
     for package in (txl_kernels, transformer_xl):
         assert origin.resolve() in Path(package.__file__).resolve().parents, package.__file__
     reason = native.unavailable_reason()
-    assert (reason is None) == is_native, reason or "the native part is there"
+    assert (reason is None) == is_native, reason or "the native part is present"
 
 
 def check_attention(is_native: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -79,7 +80,7 @@ def test_one_openmp_runtime_is_loaded_torch_s():
     runtimes = {name for name in names if name.startswith(("libgomp", "libomp", "libiomp"))}
     assert len(runtimes) == 1, runtimes
     assert installation.LIBRARY_NAME in names
-    assert not {name for name in names if name.startswith("_C.") and "txl" in name}
+    assert not {path for path in eval(loaded) if "/txl_kernels/_C." in path}
 
 
 @needs_readelf
@@ -106,6 +107,7 @@ def test_the_record_is_the_only_visible_symbol():
 
 @needs_readelf
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets of x86-64")
 def test_wide_instructions_stand_only_in_functions_named_after_their_instruction_set():
     """What runs before the choice by processor must run on every x86-64."""
     if ".symtab" not in readelf("--section-headers", native.library_path()):

@@ -1,7 +1,7 @@
 """Stubs of the CUDA libraries that PyTorch's wheel for aarch64 links, which no test calls.
 
 PyPI's torch for aarch64 is a build with CUDA. Importing it loads 2 GB of libraries, or stubs: each
-has the name, the symbols and the symbol versions that torch's libraries ask the loader for. Their
+has the name, the symbols and the symbol versions that torch's libraries need. Their
 functions return 100, CUDA's error code for "no device".
 """
 

@@ -23,7 +23,7 @@ import yaml
 from tools.fuzz.oracle import Format
 from transformer_xl import config as configuration
 from transformer_xl import generation
-from transformer_xl.checkpoint import CheckpointError, open_checkpoint
+from transformer_xl.checkpoint import open_checkpoint
 from transformer_xl.cli.loading import LoadedModel
 from transformer_xl.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, TrainConfig
 from transformer_xl.data import Corpus, Vocabulary, open_corpus
@@ -34,7 +34,6 @@ from transformer_xl.training.trainer import Trainer, join_processes
 from txl_kernels.backends.verification import records
 
 TEXT = "the memory of one segment\nis what the next one reads é ☃\r\n\nfirst <unk>\n" * 4
-KIND = "<unk>"
 
 
 class _Folder:
@@ -434,4 +433,3 @@ FORMATS: dict[str, Callable[[Path], Format]] = {
         Records,
     )
 }
-__all__ = ["FORMATS", "CheckpointError", "tiny_run"]

@@ -73,13 +73,13 @@ class TooSlowError(BaseException):
 
 def check(form: Format, data: bytes) -> Fault | None:
     """Read one input; None if it was read or refused as documented."""
+    with contextlib.suppress(OSError):
+        CLEAR_REFS.write_text(_FORGET_PEAK)
     before = int(STATM.read_text().split()[1]) * PAGE
     fault = _attempt(form, data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     limit = MOST_BYTES + BYTES_PER_BYTE * len(data)
     if peak - before > limit and fault is None:
-        with contextlib.suppress(OSError):
-            CLEAR_REFS.write_text(_FORGET_PEAK)
         reason = f"{(peak - before) >> 20} MiB for an input of {len(data):,} bytes"
         return Fault(reason, "memory", "")
     return fault

@@ -97,6 +97,8 @@ def _compile(
     for python in chosen:
         built, cost = native.build_module(python.path, torch_dirs[0], _WORK / "cmake" / python.abi)
         print(f"{built.name}: {built.stat().st_size / 1e6:.2f} MB, {cost}", flush=True)
+        if built.name != f"_C.{python.abi}.so":
+            raise SystemExit(f"wheels: expected _C.{python.abi}.so, CMake built {built.name}")
         failures += checks.failures(built, None, private)
         shutil.copy(built, prebuilt)
     return failures

@@ -14,7 +14,7 @@ _OPENMP = re.compile(r"GOMP_|omp_")
 
 
 def failures(path: Path, torch_dir: Path | None, private: Iterable[Path]) -> list[str]:
-    """What is wrong with a library, or with a module `_C` (`torch_dir` None); empty if nothing is.
+    """Returns the faults of a library, or of a module `_C` (`torch_dir` None), one sentence each.
 
     Args:
         torch_dir: the torch that the library was built for; it must define all that is missing.

@@ -99,7 +99,7 @@ def _environment(epoch: int) -> dict[str, str]:
 
 
 def _normalised(sdist: Path, target: Path, epoch: int) -> Path:
-    """Writes an sdist again, sorted, with one time and one owner: setuptools uses those of now."""
+    """Writes an sdist again, sorted, with a fixed time and owner instead of the current ones."""
     with (
         tarfile.open(sdist) as source,
         target.open("wb") as raw,

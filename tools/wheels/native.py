@@ -21,7 +21,7 @@ _OPTIONS = ("-DTXL_PORTABLE=ON", "-DTXL_STRIP=ON", "-DTXL_CUDA=OFF", "-DTXL_REQU
 
 
 class Cost(NamedTuple):
-    """What a build has used: seconds of processors in user mode, MiB of its largest process."""
+    """Processor time of a build in seconds (user mode), and MiB of its largest process."""
 
     seconds: float
     mebibytes: float

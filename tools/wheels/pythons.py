@@ -79,4 +79,5 @@ def _ask(path: str) -> Python | None:
     name, minor, abi, headers = answer.stdout.split()
     if name != "cpython" or int(minor) not in MINORS or headers != "True":
         return None
-    return Python(path, int(minor), abi)
+    # CMake ignores a path that is not absolute, and searches for another interpreter.
+    return Python(str(Path(shutil.which(path) or path).absolute()), int(minor), abi)

@@ -14,7 +14,14 @@ LIBRARIES = ("torch/lib/libc10.so", "torch/lib/libtorch_cpu.so")
 _OTHERS = ("torch/version.py", *LIBRARIES)
 _HEADERS = "torch/include/"
 # The wheels of one version of torch for all Pythons have the same headers and libraries.
-_PLATFORM = ("--platform", "manylinux_2_28_x86_64", "--only-binary", ":all:")
+_PLATFORM = (
+    "--platform",
+    "manylinux_2_28_x86_64",
+    "--python-version",
+    "3.12",
+    "--only-binary",
+    ":all:",
+)
 
 
 def unpack(torch: str, cache: Path) -> Path:

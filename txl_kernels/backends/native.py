@@ -7,6 +7,7 @@ command that completes the installation (`native_installation`).
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import importlib
 import os
@@ -59,11 +60,12 @@ def build_info() -> dict[str, Any]:
     """
     load()
     path = library_path()
-    try:
-        if (installation.PACKAGE_DIR / installation.EARLIER_RECORD_NAME).exists():
-            raise ImportError("_C may be that of an earlier version, which would load its kernels")
-        module = importlib.import_module("txl_kernels._C")
-    except ImportError:
+    earlier = installation.PACKAGE_DIR / installation.EARLIER_RECORD_NAME
+    module = None
+    if not earlier.exists():  # else _C may be an earlier version's, which would load its kernels
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module("txl_kernels._C")
+    if module is None:
         return installation.read_record(path.with_name(installation.RECORD_NAME))
     record: dict[str, Any] = module.build_info(os.fsencode(path))
     return record
@@ -129,10 +131,10 @@ def unavailable_reason() -> str | None:
     The sentence ends with the command that builds them, where a build helps. The build record is
     checked before anything is loaded. Never raises.
     """
-    reason = installation.refusal(torch.__version__)
-    if reason is not None:
-        return reason
     try:
+        reason = installation.refusal(torch.__version__)
+        if reason is not None:
+            return reason
         load()
         return _products_refusal()
     except (OSError, AttributeError, RuntimeError) as error:
@@ -157,7 +159,8 @@ def _products_refusal() -> str | None:
 @functools.cache
 def no_kernel_reason(op: str, device_type: str) -> str:
     """Says that the loaded library has no kernel for `op` on this kind of device, and why."""
-    cuda = build_info()["cuda"]
+    unknown = {"built": False, "reason": "its build record does not mention CUDA"}
+    cuda = build_info().get("cuda", unknown)
     built_without = device_type == "cuda" and not cuda["built"]
     why = f" ({cuda['reason']})" if built_without else ""
     return f"the native library here has no {device_type.upper()} kernel for {op}{why}"

@@ -16,8 +16,9 @@ def faster_interpreter() -> Iterator[None]:
 
     Triton's interpreter searches all builtins of `triton.language` at each call of a device
     function in order to replace them; here it does so once per launch. It computes in int64 whether
-    each sum of integers overflows, and without `debug` it ignores the answer; here it does not. It
-    forms and checks the shape of each value anew; here it keeps the shapes that it has seen.
+    each sum of integers overflows; without `debug` it ignores the result, so this computation is
+    left out. It forms and checks the shape of each value anew; here it keeps the shapes that it
+    has seen.
     """
     interpreter = importlib.import_module("triton.runtime.interpreter")
     core = importlib.import_module("triton.language.core")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -12,7 +13,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -31,7 +32,7 @@ DAMAGE = (
     zlib.error,
     EOFError,
     RuntimeError,  # zipfile's error for an encrypted file or an unknown compression
-    # Raised by zipfile and tarfile for sizes, offsets and names that cannot be.
+    # Raised by zipfile and tarfile for impossible sizes, offsets and names.
     ValueError,
     OverflowError,
     MemoryError,
@@ -99,7 +100,8 @@ def open_unpacked(path: Path, member: str | None) -> Iterator[IO[bytes]]:
     """
     check_regular(path)
     name = (member or path.name).lower()
-    with _sound(path), ExitStack() as stack:
+    is_packed = member is not None or name.endswith(COMPRESSED)
+    with _sound(path) if is_packed else nullcontext(), ExitStack() as stack:
         file = stack.enter_context(path.open("rb") if member is None else _open(path, member))
         if name.endswith(".gz"):
             file = stack.enter_context(cast(IO[bytes], gzip.GzipFile(fileobj=file)))
@@ -114,7 +116,7 @@ def _open(path: Path, member: str) -> Iterator[IO[bytes]]:
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(member)
             if info.compress_type not in ZIP_METHODS:
-                raise ValueError(
+                raise _RefusedError(
                     f"{member}: expected it stored (method 0) or deflated (method 8), found "
                     f"method {info.compress_type}: unpack it"
                 )
@@ -128,6 +130,10 @@ def _open(path: Path, member: str) -> Iterator[IO[bytes]]:
             extracted = tar.extractfile(header)
             assert extracted is not None  # it is a regular file
             yield extracted
+
+
+class _RefusedError(ValueError):
+    """A sound archive of a kind or size that is not read."""
 
 
 class _Source(io.BufferedIOBase):
@@ -148,9 +154,9 @@ class _Source(io.BufferedIOBase):
         return True
 
     def read(self, size: int | None = -1) -> bytes:
-        """As for any file; tarfile.ReadError beyond the limit."""
+        """As for any file; _RefusedError beyond the limit."""
         if size is None or not 0 <= size <= self.left:
-            raise tarfile.ReadError(f"a header of more than {HEADER_BYTES:,} bytes")
+            raise _RefusedError(f"a header of more than {HEADER_BYTES:,} bytes")
         self.left -= size
         return self._file.read(size)
 
@@ -162,7 +168,7 @@ class _Source(io.BufferedIOBase):
 
 
 class _Xz(io.RawIOBase):
-    """The content of .xz data, unpacked in memory that the data does not determine."""
+    """The content of .xz data, unpacked with a limit on memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -190,6 +196,8 @@ class _Xz(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """As for any file, by unpacking up to there; the end is not supported."""
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("seek from the end")
         target = offset + (self._at if whence == io.SEEK_CUR else 0)
         if target < self._at:
             self._rewind()
@@ -237,7 +245,7 @@ def _opened_tar(path: Path) -> Iterator[tuple[tarfile.TarFile, _Source]]:
 
 
 def _tar_files(tar: tarfile.TarFile, source: _Source) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar in their order; tarfile.ReadError for too many members."""
+    """The regular files of a tar in their order; _RefusedError for too many members."""
     before = -1
     for _ in range(MOST_MEMBERS):
         source.left = HEADER_BYTES
@@ -248,10 +256,10 @@ def _tar_files(tar: tarfile.TarFile, source: _Source) -> Iterator[tarfile.TarInf
             raise tarfile.ReadError(f"a member of {info.size:,} bytes")
         before = info.offset
         if info.issparse():
-            raise tarfile.ReadError(f"{info.name!r} is sparse, which cannot be read: unpack it")
+            raise _RefusedError(f"{info.name!r} is sparse, which cannot be read: unpack it")
         if info.isfile():
             yield info
-    raise tarfile.ReadError(f"more than {MOST_MEMBERS:,} members")
+    raise _RefusedError(f"more than {MOST_MEMBERS:,} members")
 
 
 @contextmanager
@@ -259,10 +267,13 @@ def _sound(path: Path) -> Iterator[None]:
     kind = "archive" if is_archive(path) else "compressed file"
     try:
         yield
+    except _RefusedError as error:
+        raise ValueError(f"{path}: {error}") from error
     except DAMAGE as error:
         raise ValueError(f"{path}: the {kind} is damaged ({brief(error)})") from error
     except OSError as error:
-        if error.filename is not None:  # the file itself cannot be opened
+        # The file itself cannot be opened, or the disk fails.
+        if error.filename is not None or error.errno not in (None, errno.EINVAL):
             raise
         # bz2 raises a bare OSError for data that is not its own, a seek to a wrong offset another.
         raise ValueError(f"{path}: the {kind} is damaged ({brief(error)})") from error

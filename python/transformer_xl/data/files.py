@@ -77,16 +77,15 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The content of JSON text, which may begin with a byte-order mark; else ValueError."""
+    """The content of JSON text, which may begin with a byte-order mark; else ValueError.
+
+    NaN and infinities, which earlier versions wrote, are None, as `to_json` writes them.
+    """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=lambda name: None)
     except (ValueError, RecursionError) as error:  # brackets may be nested too deeply
         raise ValueError(f"it is not JSON ({error})") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def is_int(value: Any, at_least: int = 0, at_most: int = (1 << 63) - 1) -> bool:

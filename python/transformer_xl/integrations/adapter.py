@@ -49,7 +49,7 @@ class Adapter:
         path: importable name of the class.
         versions: first and last checked version of the library, both as (major, minor).
         build: returns the forward of served calls, given the class's own forward.
-        unserved: has the arguments of forward; returns why this call must run the original code,
+        unserved: a function with the arguments of forward; returns why the original code must run,
             or None.
         refuse: returns why a module of this class must be left alone, or None.
         lookalike: None where other classes cannot be recognised by their parameters.
@@ -108,7 +108,9 @@ def patched_forward(adapter: Adapter, original: Forward) -> Forward:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        reason = unserved(self, *args, **kwargs)
+        reason = adapter.refuse(self)  # a class is patched for modules of every configuration
+        if reason is None:
+            reason = unserved(self, *args, **kwargs)
         if reason is None:
             return served(self, *args, **kwargs)
         if not torch.compiler.is_compiling():

@@ -1,5 +1,5 @@
-"""Shared by the adapters of Hugging Face's transformers: masks as ranges of keys, and which calls
-are served.
+"""Functions that the adapters of Hugging Face's transformers share: they turn masks into ranges of
+keys and decide which calls the kernels serve.
 
 The models make a mask [B, 1, Tq, Tk] by helper functions of their module. The forward of a patched
 model is a copy of its own with other helpers, which return the range of keys of each row instead:
@@ -44,7 +44,7 @@ def unserved(module: Any, attention_mask: Any, options: Mapping[str, Any]) -> st
     if options.get("is_causal", getattr(config, "is_causal", None)) is not None:
         return "is_causal is given"
     if isinstance(attention_mask, Tensor):
-        if attention_mask.dim() == 4 and attention_mask.is_floating_point():
+        if attention_mask.dim() != 2 and attention_mask.is_floating_point():
             return "the mask has numbers, which are added to the scores"
     elif attention_mask is not None and not isinstance(attention_mask, dict):
         return f"the mask is a {type(attention_mask).__name__}"
@@ -101,7 +101,7 @@ def which_keys(mask: Tensor | None, first_key: int, rules: dict[str, Any]) -> di
     """
     if mask is None:
         return rules
-    if mask.dim() == 4:
+    if mask.dim() == 4 or mask.dtype != torch.int64:  # ranges are int64
         return {"mask": mask != 0}
     return {**rules, "key_start": mask[0] - first_key, "key_lens": mask[1] - first_key}
 
@@ -158,7 +158,9 @@ def causal_ranges(create: Callable[..., Any]) -> Callable[..., Any]:
         is_padding = attention_mask.dim() == 2 and not torch.compiler.is_compiling()
         if is_padding and (cache is not None or attention_mask.shape[1] == T):
             attention_mask = attention_mask.to(inputs_embeds.device)
-            if bool(attention_mask.all()):
+            # transformers adds False at the end of a mask that is too short for cache and input.
+            seen = T if cache is None else cache.get_seq_length() + T
+            if bool(attention_mask.all()) and attention_mask.shape[1] >= seen:
                 return None
             found_or_none = ranges_of_padding(attention_mask)
             if found_or_none is not None:

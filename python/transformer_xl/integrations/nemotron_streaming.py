@@ -2,6 +2,9 @@
 
 A query sees its own chunk of `num_lookahead_tokens + 1` frames and the chunks of the left context;
 borders of chunks are counted from the first frame of the stream.
+
+The function `encoder` follows the forward of the class in Hugging Face's transformers (Copyright
+The HuggingFace Team, Apache License 2.0); it makes ranges of keys instead of a mask Tq x Tk.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ Omni.
 
 The table has 2T - 1 rows, from distance T - 1 (keys to the left) down to -(T - 1). Its rows are
 equal for the whole batch, so they are projected once.
+
+The function `encoder` follows the forward of the class in Hugging Face's transformers (Copyright
+The HuggingFace Team, Apache License 2.0); it makes ranges of keys instead of a mask Tq x Tk.
 """
 
 from __future__ import annotations

@@ -93,6 +93,8 @@ def unpatch(target: nn.Module | str | None = None) -> Report:
             if f"{found.__module__}.{found.__qualname__}" in families:
                 found.forward = forward
                 del adapters.own_forwards[found]
+                for module in [m for m in adapters.fallbacks if isinstance(m, found)]:
+                    del adapters.fallbacks[module]
     for module in modules:
         _unpatch_module(module)
     return report(target)
@@ -186,9 +188,9 @@ def _difference(module: nn.Module, adapter: Adapter) -> str | None:
     Both run on a copy in float32 on the CPU; None where they agree.
     """
     assert adapter.lookalike is not None
-    own = copy.deepcopy(module).to("cpu", torch.float32).eval()
     state = torch.random.get_rng_state()
     try:
+        own = copy.deepcopy(module).to("cpu", torch.float32).eval()
         with torch.no_grad():
             torch.manual_seed(0)
             for parameter in own.parameters():

@@ -68,7 +68,7 @@ def project(projection: Any, table: Tensor, n_head: int) -> Tensor:
         return make()
     # A slice of the model's own table is a new tensor at each call.
     key = (table.storage_offset(), table.shape, table.stride())
-    return kept(projection, key, (whole(table), projection.weight), make)
+    return kept(projection, key, (whole(table), *projection.parameters()), make)
 
 
 def _may_keep(module: nn.Module, sources: tuple[Tensor, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -161,7 +162,12 @@ def _cut_log(path: Path, step: int, validation_due: bool) -> None:
     ]
     path = linked(path)
     new = path.with_name(f"{path.name}.new")
-    new.write_text("".join(to_json(entry) + "\n" for entry in kept), encoding="utf-8")
+    try:
+        new.write_text("".join(to_json(entry) + "\n" for entry in kept), encoding="utf-8")
+    except OSError:  # a full disk
+        new.unlink(missing_ok=True)
+        raise
+    shutil.copymode(path, new)
     new.replace(path)  # a kill leaves the old log or the new one
 
 

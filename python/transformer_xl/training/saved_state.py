@@ -54,11 +54,10 @@ def check_rank_tensors(
     for device in rng_devices:
         name = f"rng.{device}"
         _check(path, tensors, name, torch.uint8, [None])
-        if device == "cpu":
-            try:
-                torch.Generator().set_state(tensors[name])
-            except RuntimeError as error:
-                raise _damaged(path, f"{name}: {brief(error)}") from error
+        try:
+            torch.Generator(device).set_state(tensors[name])
+        except RuntimeError as error:
+            raise _damaged(path, f"{name}: {brief(error)}") from error
     for i, (n_layer, rows, width) in enumerate(memories):
         hidden, start = f"memory.{i}.hidden", f"memory.{i}.start"
         if hidden not in tensors and start not in tensors:

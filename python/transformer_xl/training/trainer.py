@@ -208,7 +208,7 @@ class Trainer:
             saved.path / checkpoint.rank_file(rank),
             tensors,
             self._expected_memories(),
-            rng_devices=("cpu",) if self.device.type == "cpu" else ("cpu", self.device.type),
+            rng_devices=("cpu", "cuda") if self.device.type == "cuda" else ("cpu",),
         )
         saved.load_model(self.model)
         saved.load_optimizer(self.model, self.optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -72,9 +73,11 @@ def test_a_torch_that_is_no_version_is_refused(tmp_path, torch):
         torches.unpack(torch, tmp_path)
 
 
-def test_interpreters_are_checked():
+def test_interpreters_are_checked(monkeypatch):
     python = pythons.named([sys.executable])[0]
     assert python.minor == sys.version_info.minor
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert Path(pythons.named([Path(sys.executable).name])[0].path).is_absolute()
     with pytest.raises(SystemExit, match="/bin/false is not"):
         pythons.named([sys.executable, "/bin/false"])
     with pytest.raises(SystemExit, match="a version twice"):

@@ -91,14 +91,14 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
         ('{"kind": "char", "symbols": ["\\ud800"]}', "symbols: expected texts"),
         ('{"kind": "word", "words": ["<eos>", null], "lowercase": false}', "words: expected texts"),
         ('{"kind": "word", "words": ["<eos>"], "lowercase": 3}', "lowercase: expected true or"),
-        ('{"kind": "bpe", "tokenizer": {"version": 7}}', "not a vocabulary: "),
+        ('{"kind": "bpe", "tokenizer": {"version": 7}}', "."),
         ('{"kind": "bpe"}', "it has no 'tokenizer'"),
     ],
 )
 def test_a_vocabulary_that_no_program_wrote(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "vocab.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=rf"vocab\.json: not a vocabulary: .*{message}|{message}"):
+    with pytest.raises(ValueError, match=rf"vocab\.json: not a vocabulary: .*{message}"):
         Vocabulary.load(path)
 
 

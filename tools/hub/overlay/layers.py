@@ -6,9 +6,9 @@ The attention has no layer here: every family of models has its own `forward`, w
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.modules.adaptive import _ASMoutput
 
 from txl_kernels.ops.adaptive_softmax import adaptive_nll
+from txl_kernels.torch_private import ASMoutput
 
 
 class AdaptiveLogSoftmaxWithLoss(nn.Module):
@@ -26,7 +26,7 @@ class AdaptiveLogSoftmaxWithLoss(nn.Module):
     tail: nn.ModuleList
     cutoffs: list[int]
 
-    def forward(self, input_: Tensor, target_: Tensor) -> _ASMoutput:
+    def forward(self, input_: Tensor, target_: Tensor) -> ASMoutput:
         """log p of each target, and the mean of their losses.
 
         Args:
@@ -49,4 +49,4 @@ class AdaptiveLogSoftmaxWithLoss(nn.Module):
             cutoffs=tuple(self.cutoffs[:-1]),
             head_bias=self.head.bias,
         )
-        return _ASMoutput(-nll[0] if is_one else -nll, nll.mean())
+        return ASMoutput(-nll[0] if is_one else -nll, nll.mean())
