@@ -167,7 +167,8 @@ def _cut_log(path: Path, step: int, validation_due: bool) -> None:
     except OSError:  # a full disk
         new.unlink(missing_ok=True)
         raise
-    shutil.copymode(path, new)
+    if path.exists():
+        shutil.copymode(path, new)
     new.replace(path)  # a kill leaves the old log or the new one
 
 
