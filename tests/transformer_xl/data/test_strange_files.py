@@ -211,7 +211,7 @@ def test_headers_of_a_tar_are_limited(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "text.tar.gz"
     for content in (long_name(64 * MIB), negative()):
         path.write_bytes(gzip.compress(content, 1))
-        with pytest.raises(ValueError, match=r"text\.tar\.gz: (the archive is damaged|a header of)"):
+        with pytest.raises(ValueError, match=r"text\.tar\.gz: (the archive|a header)"):
             assert peak(lambda: members(path)) < 8 * MIB
     monkeypatch.setattr("transformer_xl.data.archives.MOST_MEMBERS", 3)
     path.write_bytes(gzip.compress(tarfile.TarInfo("text").tobuf() * 5))
