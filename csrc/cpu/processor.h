@@ -1,5 +1,5 @@
-// Features of the processor that ATen's capability does not contain. Of the kernels' files only this
-// one differs by architecture; CMakeLists.txt lists the sets of vector instructions.
+// Features of the processor that ATen's capability does not contain. Of the kernels' files only
+// this one differs by architecture; CMakeLists.txt lists the sets of vector instructions.
 #pragma once
 
 #include <ATen/cpu/Utils.h>
