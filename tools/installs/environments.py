@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,9 @@ def create(folder: Path, base: Interpreter, log: IO[str]) -> Path:
         [str(python), "-c", question], check=True, capture_output=True, text=True
     )
     site = Path(answer.stdout.strip())
+    # torch requires setuptools, so the links contain it; venv may have installed another version.
+    for own in site.glob("setuptools*"):
+        shutil.rmtree(own)
     for entry in base.entries:
         if not (site / entry.name).exists():
             (site / entry.name).symlink_to(entry)
