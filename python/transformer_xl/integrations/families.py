@@ -1,4 +1,4 @@
-"""The families that `patch` knows: each name with the adapters of its classes."""
+"""The families that `patch` supports: the adapters of each family, by the name of the family."""
 
 from __future__ import annotations
 

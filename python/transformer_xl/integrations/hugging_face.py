@@ -92,7 +92,7 @@ def with_bool_masks(forward: Forward) -> Forward:
 
 
 def which_keys(mask: Tensor | None, first_key: int, rules: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `rel_attention` that say which keys a query attends to.
+    """Returns the arguments of `rel_attention` that determine which keys a query attends to.
 
     Args:
         mask: as in the head of this file.

@@ -34,7 +34,7 @@ MIB = 1 << 20
 
 
 def odd_files(folder: Path) -> dict[str, Path]:
-    """Paths at which no regular file is, by what is there."""
+    """Paths of a folder, a FIFO and others that are no regular files, by their kind."""
     paths = {name: folder / name for name in ("folder", "FIFO", "loop", "dangling")}
     paths["folder"].mkdir()
     os.mkfifo(paths["FIFO"])
