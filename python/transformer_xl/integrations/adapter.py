@@ -47,25 +47,29 @@ class Adapter:
     Args:
         family: the name that `patch` accepts.
         path: importable name of the class.
-        versions: first and last checked version of the library, both as (major, minor).
+        versions: first and last checked version of the library, both as the first numbers of it:
+            (5, 24), or (202511,) for a library that counts by month.
         build: returns the forward of served calls, given the class's own forward.
         unserved: a function with the arguments of forward; returns why the original code must run,
             or None.
         refuse: returns why a module of this class must be left alone, or None.
         lookalike: None where other classes cannot be recognised by their parameters.
+        distribution: the name of the library on PyPI if it differs from that of its Python module.
     """
 
     family: str
     path: str
-    versions: tuple[tuple[int, int], tuple[int, int]]
+    versions: tuple[tuple[int, ...], tuple[int, ...]]
     build: Callable[[Forward], Forward]
     unserved: Callable[..., str | None]
     refuse: Callable[[Any], str | None] = nothing_to_refuse
     lookalike: Lookalike | None = None
+    distribution: str = ""
 
     @property
     def library(self) -> str:
-        return self.path.partition(".")[0]
+        """Its name on PyPI."""
+        return self.distribution or self.path.partition(".")[0]
 
     def check_version(self) -> None:
         """Raises ValueError, with one sentence, where the installed version was not checked."""
@@ -77,8 +81,8 @@ class Adapter:
             raise ValueError(
                 f"patch: the family {self.family} needs {checked}, which is not installed."
             ) from None
-        major, minor = (int(number) for number in re.findall(r"\d+", installed)[:2])
-        if not self.versions[0] <= (major, minor) <= self.versions[1]:
+        numbers = tuple(int(number) for number in re.findall(r"\d+", installed))
+        if not self.versions[0] <= numbers[: len(self.versions[0])] <= self.versions[1]:
             raise ValueError(
                 f"patch: the family {self.family} was checked with {checked}, got "
                 f"{self.library} {installed}; force=True patches it nevertheless."
