@@ -18,11 +18,12 @@ CSRC = ROOT / "csrc"
 
 # The parts of transformer_xl from the bottom up: a part imports its own row and the rows below.
 ROWS = (
-    {"memory"},
+    {"memory", "messages"},
     {"nn"},
     {"config"},
     {"model", "integrations"},
-    {"checkpoint", "checkpoint_files", "convert", "data", "evaluation", "generation", "training"},
+    {"checkpoint", "checkpoint_files", "checkpoint_state", "convert", "data"}
+    | {"evaluation", "generation", "training"},
     {"cli"},
 )
 # These rows use tensors and numbers only; they do not import the configuration.

@@ -35,24 +35,11 @@ from transformer_xl.checkpoint_files import (
     write_tensors,
     written_beside,
 )
-from transformer_xl.config import (
-    ModelConfig,
-    RunConfig,
-    brief,
-    differences,
-    from_dict,
-    shortened,
-    to_dict,
-)
+from transformer_xl.checkpoint_state import FORMAT, FORMAT_VERSION, read_state
+from transformer_xl.config import ModelConfig, RunConfig, differences, from_dict, to_dict
 from transformer_xl.data import Vocabulary
-from transformer_xl.data.files import (
-    expanded,
-    is_int,
-    linked,
-    read_json,
-    resolved,
-    to_json,
-)
+from transformer_xl.data.files import expanded, linked, resolved, to_json
+from transformer_xl.messages import brief, shortened
 from transformer_xl.model import TransformerXL
 from transformer_xl.nn.tensor_names import (
     optimizer_tensors,
@@ -65,7 +52,6 @@ from transformer_xl.nn.tensor_names import (
 __all__ = [
     "Checkpoint",
     "CheckpointError",
-    "check_entry",
     "check_model",
     "open_checkpoint",
     "save",
@@ -74,8 +60,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-FORMAT = "transformer-xl checkpoint"
-FORMAT_VERSION = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 VOCABULARY = "vocab.json"
 # Fields of a model that may change while its weights keep their meaning.
@@ -342,13 +326,13 @@ def _found(path: Path) -> tuple[Path, Path]:
 
 def _open(directory: Path, run: Path) -> Checkpoint:
     """Open every file of a checkpoint; CheckpointError if it was replaced meanwhile."""
-    state = _read_state(directory / STATE)
+    state = read_state(directory / STATE)
     files = {path.name: open_tensors(path) for path in directory.glob("*.safetensors")}
     try:
         vocabulary = Vocabulary.load(directory / VOCABULARY)
     except ValueError as error:
         raise CheckpointError(f"{directory} is damaged: {error}") from error
-    if _read_state(directory / STATE) != state:
+    if read_state(directory / STATE) != state:
         raise CheckpointError(f"{directory} is replaced more often than it can be opened")
     return Checkpoint(directory, run, state, vocabulary, files)
 
@@ -381,51 +365,6 @@ def _write_readable(new: Path, vocabulary: Vocabulary, state: Mapping[str, Any])
     flush(new / VOCABULARY)
     (new / STATE).write_text(to_json(dict(state), indent=1) + "\n", encoding="utf-8")
     flush(new / STATE)
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state = read_json(path)
-    except ValueError as error:
-        if path.is_file():
-            with contextlib.suppress(OSError):
-                refuse_pickle(path)
-        raise CheckpointError(str(error)) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is of another format; expected {FORMAT!r}")
-    if (version := state.get("format_version")) != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {shortened(version)}; this package reads {FORMAT_VERSION}"
-        )
-    _check_state(path, state)
-    return state
-
-
-def _check_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the entries that every checkpoint has are of their types."""
-    check_entry(path, state, "step", "0 or more steps", is_int)
-    check_entry(path, state, "world_size", "1 process or more", lambda n: is_int(n, at_least=1))
-    check_entry(path, state, "aliases", "names by name", _is_aliases)
-    check_entry(path, state, "config", "a configuration", lambda value: isinstance(value, dict))
-    try:
-        from_dict(state["config"])
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: its configuration: {error}") from error
-
-
-def check_entry(
-    path: Path, entries: Mapping[str, Any], name: str, expected: str, holds: Callable[[Any], bool]
-) -> None:
-    """Raise CheckpointError, naming the file, unless an entry of its JSON is there and `holds`."""
-    if name not in entries:
-        raise CheckpointError(f"{path} is damaged: it has no {name!r}")
-    if not holds(entries[name]):
-        found = shortened(entries[name])
-        raise CheckpointError(f"{path} is damaged: {name}: expected {expected}, found {found}")
-
-
-def _is_aliases(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
 
 
 def rank_file(rank: int) -> str:

@@ -14,8 +14,8 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from transformer_xl.config import brief, shortened
 from transformer_xl.data.files import check_regular, linked
+from transformer_xl.messages import brief, shortened
 
 # Types of weights, optimizer states, memories and random-number states.
 DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"})

@@ -8,19 +8,16 @@ import difflib
 import itertools
 import math
 import os
-import reprlib
 import types
 from collections.abc import Collection, Mapping
 from importlib import resources
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from transformer_xl.messages import shortened
+
 T = TypeVar("T")
 
 INT64 = range(-(1 << 63), 1 << 63)
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -332,20 +329,6 @@ def _require(config: object, name: str, holds: bool, expected: str) -> None:
     if not holds:
         value = shortened(getattr(config, name))
         raise ValueError(f"{name}: expected {expected}, got {value}")
-
-
-def shortened(value: object) -> str:
-    """The `repr` of a value, for a message; the middle of a long one is left out."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # an integer of too many digits to be written
-        return f"a very long {type(value).__name__}"
-
-
-def brief(error: BaseException) -> str:
-    """The message of an error, cut if it is long; the name of its class if it has none."""
-    text = str(error) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]}…"
 
 
 def _is_path(value: str | None) -> bool:

@@ -16,8 +16,9 @@ from transformer_xl.checkpoint import CheckpointError, open_checkpoint
 from transformer_xl.cli.loading import LoadedModel
 from transformer_xl.config import RunConfig
 from transformer_xl.data import open_corpus
+from transformer_xl.training.processes import join_processes
 from transformer_xl.training.report import LOG, _cut_log, read_log
-from transformer_xl.training.trainer import Trainer, join_processes
+from transformer_xl.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

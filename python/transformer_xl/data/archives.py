@@ -17,8 +17,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, cast
 
-from transformer_xl.config import brief
 from transformer_xl.data.files import check_regular
+from transformer_xl.messages import brief
 
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz")
 ARCHIVES = (".zip", *TARS)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transformer_xl.config import shortened
 from transformer_xl.data.files import is_int
 from transformer_xl.data.token_file import TokenArray
+from transformer_xl.messages import shortened
 
 
 class Batch(NamedTuple):

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformer_xl.config import shortened
 from transformer_xl.data.datasets import Level, Protocol
 from transformer_xl.data.files import is_int, read_json
 from transformer_xl.data.sources import SPLITS, Piece, Splits
 from transformer_xl.data.token_file import TokenFile, damaged, file_sha256
 from transformer_xl.data.vocabularies import Vocabulary
+from transformer_xl.messages import shortened
 
 FORMAT = 2  # of the folder; raise it when the same files would be encoded otherwise
 

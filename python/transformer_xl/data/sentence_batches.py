@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transformer_xl.config import shortened
 from transformer_xl.data.batches import (
     Batch,
     TooShortError,
@@ -19,6 +18,7 @@ from transformer_xl.data.batches import (
 )
 from transformer_xl.data.files import is_int
 from transformer_xl.data.token_file import TokenArray
+from transformer_xl.messages import shortened
 
 SCAN_TOKENS = 1 << 24
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from transformer_xl.config import shortened
 from transformer_xl.data.files import check_regular, is_int
+from transformer_xl.messages import shortened
 
 TokenArray = NDArray[np.unsignedinteger[Any]]
 TokenType = Literal["uint8", "uint16", "uint32"]

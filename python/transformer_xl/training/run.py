@@ -26,10 +26,10 @@ from transformer_xl.data import Corpus, open_corpus
 from transformer_xl.data.files import expanded, resolved
 from transformer_xl.training import changes
 from transformer_xl.training.precision import uses_bf16
-from transformer_xl.training.processes import agreement, only_run_in
+from transformer_xl.training.processes import agreement, join_processes, only_run_in
 from transformer_xl.training.report import Report
 from transformer_xl.training.stopping import Stopped, StopRequests
-from transformer_xl.training.trainer import Trainer, check_run, join_processes
+from transformer_xl.training.trainer import Trainer, check_run
 
 BEST, LAST = "best", "last"
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_xl.checkpoint import STATE, Checkpoint, CheckpointError, check_entry
-from transformer_xl.config import brief
+from transformer_xl.checkpoint import STATE, Checkpoint, CheckpointError
+from transformer_xl.checkpoint_state import check_entry
 from transformer_xl.data.files import is_int
+from transformer_xl.messages import brief
 
 LOSS = "loss_sum"
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, patch_environment
 from torch import Tensor
 
 from transformer_xl import checkpoint, evaluation
@@ -24,6 +23,7 @@ from transformer_xl.model import TransformerXL
 from transformer_xl.nn.inference import inference
 from transformer_xl.nn.tensor_names import optimizer_tensors
 from transformer_xl.training.precision import autocast
+from transformer_xl.training.processes import share
 from transformer_xl.training.saved_state import check_rank_tensors, check_training_state
 from transformer_xl.training.schedule import Schedule
 
@@ -334,43 +334,6 @@ class Trainer:
         return self.corpus.batches(
             "valid", batch_size, tgt_len, rows=self._valid_rows, fields=fields
         )
-
-
-# Engines that accelerate selects by its environment alone; a run here only divides rows (DDP).
-OTHER_ENGINES = dict.fromkeys(
-    (
-        f"ACCELERATE_USE_{name}"
-        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
-    ),
-    "false",
-)
-
-
-def join_processes() -> Accelerator:
-    """Return the accelerator of this process: on a GPU if there is one, else on the CPU.
-
-    Precision, gradient accumulation and compilation follow the run's configuration. Therefore
-    accelerate's environment variables and its default configuration file do not change them.
-    """
-    with patch_environment(**OTHER_ENGINES):
-        return Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision="no",
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dynamo_plugin=TorchDynamoPlugin(backend="no"),
-        )
-
-
-def share(name: str, rows: int, index: int, parts: int) -> tuple[int, int]:
-    """The (start, stop) of part `index` when `rows` rows are split into contiguous parts.
-
-    ValueError, naming the field, if a part would be empty.
-    """
-    if rows < parts:
-        raise ValueError(
-            f"{name}: expected at least {parts} rows to share among {parts}, got {rows}"
-        )
-    return index * rows // parts, (index + 1) * rows // parts
 
 
 def check_run(config: RunConfig, world_size: int) -> None:

@@ -12,7 +12,8 @@ from accelerate.utils import DynamoBackend
 
 from transformer_xl.config import RunConfig, override
 from transformer_xl.data import open_corpus
-from transformer_xl.training.trainer import Trainer, join_processes
+from transformer_xl.training.processes import join_processes
+from transformer_xl.training.trainer import Trainer
 
 # `accelerate launch` passes its default configuration file on in these variables.
 SETTINGS = {

@@ -14,8 +14,9 @@ from transformer_xl.config import RunConfig, override
 from transformer_xl.data import open_corpus
 from transformer_xl.model import TransformerXL
 from transformer_xl.training import train
+from transformer_xl.training.processes import join_processes
 from transformer_xl.training.report import CURVE, read_log
-from transformer_xl.training.trainer import Trainer, join_processes
+from transformer_xl.training.trainer import Trainer
 
 QUIET = {"train.log_interval": 1000, "train.checkpoint_interval": 1, "train.eval_interval": 1000}
 

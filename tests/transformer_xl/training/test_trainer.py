@@ -12,7 +12,8 @@ from transformer_xl.checkpoint import CheckpointError, open_checkpoint
 from transformer_xl.config import RunConfig, override
 from transformer_xl.data import open_corpus
 from transformer_xl.evaluation import Lengths
-from transformer_xl.training.trainer import Trainer, join_processes, share, validation_lengths
+from transformer_xl.training.processes import join_processes, share
+from transformer_xl.training.trainer import Trainer, validation_lengths
 from txl_kernels import BackendUnavailableError
 
 

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from transformer_xl.config import shortened
 from transformer_xl.data.files import parse_json
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream, read_text, split_lines, whole_lines
 from transformer_xl.data.token_file import TokenArray
+from transformer_xl.messages import shortened
 
 SOME_TOKENS = 1 << 16
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from transformer_xl.config import shortened
 from transformer_xl.data.files import is_int
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import whole_lines
 from transformer_xl.data.token_file import TokenArray
 from transformer_xl.data.vocabularies.base import Vocabulary
+from transformer_xl.messages import shortened
 
 EVERY_BYTE = bytes(range(256))
 

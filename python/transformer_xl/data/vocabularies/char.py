@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from transformer_xl.config import shortened
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream
 from transformer_xl.data.token_file import TokenArray
 from transformer_xl.data.vocabularies.base import Vocabulary, by_frequency, checked_symbols
+from transformer_xl.messages import shortened
 
 N_CODE_POINTS = 0x110000
 UNKNOWN = "<unk>"

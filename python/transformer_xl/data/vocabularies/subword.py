@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from transformer_xl.config import brief
 from transformer_xl.data.interruptible import interruptible
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream, read_text, split_lines, whole_lines
 from transformer_xl.data.token_file import TokenArray
 from transformer_xl.data.vocabularies.base import UnknownSymbolError, Vocabulary
+from transformer_xl.messages import brief
 
 # GPT-2's rule for the pieces of text that no subword crosses (letters, digits, other characters,
 # white space), with at most 256 characters to a piece: learning takes a time that is proportional

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from transformer_xl.config import shortened
 from transformer_xl.data.sources import Piece
 from transformer_xl.data.text import decode_stream, split_lines, whole_lines, with_newlines
 from transformer_xl.data.token_file import TokenArray
 from transformer_xl.data.vocabularies.base import Vocabulary, by_frequency, checked_symbols
+from transformer_xl.messages import shortened
 
 END_OF_LINE = "<eos>"
 SENTENCE = "<S>"
