@@ -30,6 +30,15 @@ class Lengths(NamedTuple):
     clamp_len: int = -1
     same_length: bool = False
 
+    def described(self, tgt_len: int) -> list[str]:
+        """Parts of a protocol, with the tokens that are read at a time."""
+        return [
+            f"tgt_len {tgt_len}",
+            f"mem_len {self.mem_len}",
+            f"clamp_len {self.clamp_len if self.clamp_len > 0 else 'none'}",
+            f"same_length {'yes' if self.same_length else 'no'}",
+        ]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
@@ -115,14 +124,11 @@ def score(
     loss, scored = total(sums).tolist()
     protocol = [
         f"batch {batches.batch_size}",
-        f"tgt_len {batches.tgt_len}",
-        f"mem_len {lengths.mem_len}",
-        f"clamp_len {lengths.clamp_len if lengths.clamp_len > 0 else 'none'}",
-        f"same_length {'yes' if lengths.same_length else 'no'}",
+        *lengths.described(batches.tgt_len),
         "every stream starts without memory",
         *([f"the first {max_steps} segments of each stream"] if max_steps > 0 else []),
         f"{n_tokens - int(scored):,} of {n_tokens:,} tokens not scored",
-        _precision(model),
+        precision(model),
     ]
     return Score(
         loss=loss / scored,
@@ -133,7 +139,7 @@ def score(
 
 
 @contextlib.contextmanager
-def _reading(model: TransformerXL, lengths: Lengths) -> Iterator[None]:
+def reading(model: TransformerXL, lengths: Lengths) -> Iterator[None]:
     """Set `model` to these lengths and to inference, for one forward pass."""
     own = Lengths(model.mem_len, model.clamp_len, model.same_length)
     model.set_lengths(**lengths._asdict())
@@ -160,14 +166,15 @@ def _sum_of_losses(
         if memory is not None and batch.reset is not None:
             memory = memory.reset(batch.reset.to(device))
         targets = batch.targets.to(device)
-        with _reading(model, lengths):
+        with reading(model, lengths):
             output = model(batch.tokens.to(device), memory, targets, reduction="sum")
         memory = output.memory
         sums += torch.stack([output.loss.double(), (targets >= 0).sum().double()])
     return sums
 
 
-def _precision(model: TransformerXL) -> str:
+def precision(model: TransformerXL) -> str:
+    """The dtype in which a model computes now, for a protocol."""
     weight = next(model.parameters())
     dtype = autocast_dtype(weight.device)
     if dtype is not None:

@@ -1,4 +1,4 @@
-"""The command `transformer-xl`: train, evaluate, generate, doctor, demo."""
+"""The command `transformer-xl`: train, evaluate, score, generate, doctor, demo."""
 
 from __future__ import annotations
 

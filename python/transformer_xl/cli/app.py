@@ -16,6 +16,7 @@ from transformer_xl.cli.demo import demo
 from transformer_xl.cli.doctor import doctor
 from transformer_xl.cli.evaluate import evaluate
 from transformer_xl.cli.generate import generate
+from transformer_xl.cli.score import score
 from transformer_xl.cli.train import train
 from transformer_xl.training.stopping import Stopped, StopRequests
 from txl_kernels import BackendUnavailableError
@@ -87,5 +88,5 @@ def options(
     """Options of every command, which `Commands` reads."""
 
 
-for command in (train, evaluate, generate, doctor, demo):
+for command in (train, evaluate, score, generate, doctor, demo):
     app.command()(command)

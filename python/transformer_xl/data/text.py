@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from transformer_xl.data.sources import Piece
 
 MAX_LINE = 1 << 22  # characters after which a line may be cut
@@ -96,6 +99,13 @@ def split_lines(text: str) -> list[str]:
 def with_newlines(text: str) -> str:
     """The text with "\\n" for the end of every line."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def byte_offsets(text: str) -> NDArray[np.int64]:
+    """The offset in UTF-8 of each character of a text, and of its end: [len(text) + 1]."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    sizes = 1 + sum((codes >= first).astype(np.int64) for first in (0x80, 0x800, 0x10000))
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
 def _without_mark(piece: Piece) -> Piece:

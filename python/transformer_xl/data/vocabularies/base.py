@@ -38,11 +38,13 @@ class Vocabulary(ABC):
         kind: the level, "byte", "char", "word" or "bpe".
         symbol: the noun for one symbol in messages.
         unknown_id: the token of unknown symbols, or None.
+        eos_id: the token `<eos>`, or None.
     """
 
     kind: ClassVar[str]
     symbol: ClassVar[str]
     unknown_id: int | None = None
+    eos_id: int | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -76,6 +78,14 @@ class Vocabulary(ABC):
         """Token ids of a text, and how many of its symbols are unknown.
 
         Unknown symbols have the id `unknown_id`, or any id if that is None.
+        """
+
+    @abstractmethod
+    def spans(self, text: str) -> NDArray[np.int64]:
+        """Where the tokens of `lookup(text)` are in the text: [n_tokens, 2], start and stop in its
+        bytes of UTF-8.
+
+        Tokens that are parts of one character have the span of that character.
         """
 
     def lookup_stream(self, piece: Piece) -> Iterator[tuple[TokenArray, int]]:

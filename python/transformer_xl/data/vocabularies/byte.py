@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from transformer_xl.data.files import is_int
 from transformer_xl.data.sources import Piece
@@ -60,6 +60,11 @@ class ByteVocabulary(Vocabulary):
     def _lookup(self, data: bytes) -> tuple[TokenArray, int]:
         kept = np.frombuffer(data.translate(None, self.dropped), dtype=np.uint8)
         return self._ids[kept], len(data.translate(None, self._known))
+
+    def spans(self, text: str) -> NDArray[np.int64]:
+        data = np.frombuffer(_bytes(text), dtype=np.uint8)
+        starts = np.flatnonzero(~np.isin(data, np.frombuffer(self.dropped, dtype=np.uint8)))
+        return np.stack([starts, starts + 1], axis=1)
 
     def unknown(self, text: str) -> list[str]:
         found = dict.fromkeys(_bytes(text).translate(None, self._known))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from transformer_xl.data.sources import Piece
-from transformer_xl.data.text import decode_stream
+from transformer_xl.data.text import byte_offsets, decode_stream
 from transformer_xl.data.token_file import TokenArray
 from transformer_xl.data.vocabularies.base import Vocabulary, by_frequency, checked_symbols
 from transformer_xl.messages import shortened
@@ -54,6 +54,10 @@ class CharVocabulary(Vocabulary):
         missing = ids == len(self.symbols)
         ids[missing] = self.unknown_id or 0
         return ids, int(missing.sum())
+
+    def spans(self, text: str) -> NDArray[np.int64]:
+        offsets = byte_offsets(text)
+        return np.stack([offsets[:-1], offsets[1:]], axis=1)
 
     def unknown(self, text: str) -> list[str]:
         return [repr(each) for each in dict.fromkeys(text) if self._ids[ord(each)] == len(self)]

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from transformer_xl.data.interruptible import interruptible
 from transformer_xl.data.sources import Piece
-from transformer_xl.data.text import decode_stream, read_text, split_lines, whole_lines
+from transformer_xl.data.text import (
+    byte_offsets,
+    decode_stream,
+    read_text,
+    split_lines,
+    whole_lines,
+)
 from transformer_xl.data.token_file import TokenArray
 from transformer_xl.data.vocabularies.base import UnknownSymbolError, Vocabulary
 from transformer_xl.messages import brief
@@ -45,6 +51,7 @@ class SubwordVocabulary(Vocabulary):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._size = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+        self.eos_id = tokenizer.token_to_id("<eos>")
         model = json.loads(tokenizer.to_str())["model"]
         symbol = model.get("unk_token")
         self.unknown_id = model.get("unk_id") if symbol is None else tokenizer.token_to_id(symbol)
@@ -104,6 +111,15 @@ class SubwordVocabulary(Vocabulary):
         if self.unknown_id is not None:
             return ids, int((ids == self.unknown_id).sum())
         return ids, sum(text.count(character) for character in self._dropped(text))
+
+    def spans(self, text: str) -> NDArray[np.int64]:
+        offsets = byte_offsets(text)
+        found, begin = [], 0  # spans in characters
+        encodings = self._encodings(self._tokenizer.encode_batch, text)
+        for line, encoding in zip(split_lines(text), encodings, strict=True):
+            found += [(begin + start, begin + stop) for start, stop in encoding.offsets]
+            begin += len(line)
+        return offsets[np.array(found, dtype=np.int64).reshape(-1, 2)]
 
     def unknown(self, text: str) -> list[str]:
         if refused := self._refused(text):

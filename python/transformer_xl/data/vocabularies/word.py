@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from transformer_xl.data.sources import Piece
-from transformer_xl.data.text import decode_stream, split_lines, whole_lines, with_newlines
+from transformer_xl.data.text import (
+    byte_offsets,
+    decode_stream,
+    split_lines,
+    whole_lines,
+    with_newlines,
+)
 from transformer_xl.data.token_file import TokenArray
 from transformer_xl.data.vocabularies.base import Vocabulary, by_frequency, checked_symbols
 from transformer_xl.messages import shortened
@@ -19,6 +26,7 @@ from transformer_xl.messages import shortened
 END_OF_LINE = "<eos>"
 SENTENCE = "<S>"
 UNKNOWN = ("<unk>", "<UNK>")
+TOKEN = re.compile(r"\r\n|\r|\n|\S+")  # the end of a line, or a word
 
 
 class WordVocabulary(Vocabulary):
@@ -44,6 +52,7 @@ class WordVocabulary(Vocabulary):
         if len(self._ids) != len(self.words):
             raise ValueError("words: expected each once, got one twice")
         self.unknown_id = next((self._ids[w] for w in UNKNOWN if w in self._ids), None)
+        self.eos_id = self._ids.get(END_OF_LINE)
         self.line_end = END_OF_LINE if END_OF_LINE in self._ids else SENTENCE
         if self.line_end not in self._ids:
             raise ValueError(f"words: expected {END_OF_LINE} or {SENTENCE} among them")
@@ -98,6 +107,16 @@ class WordVocabulary(Vocabulary):
         unknown = ids == missing
         ids[unknown] = self.unknown_id or 0
         return ids, int(unknown.sum())
+
+    def spans(self, text: str) -> NDArray[np.int64]:
+        offsets = byte_offsets(text)
+        found, begin = [], 0  # spans in characters
+        for line in split_lines(text):
+            if self.line_end == SENTENCE:
+                found.append((begin, begin))
+            found += [(begin + m.start(), begin + m.end()) for m in TOKEN.finditer(line)]
+            begin += len(line)
+        return offsets[np.array(found, dtype=np.int64).reshape(-1, 2)]
 
     def unknown(self, text: str) -> list[str]:
         return [repr(word) for word in dict.fromkeys(self._split(text)) if word not in self._ids]

@@ -1,0 +1,124 @@
+"""`transformer-xl score`."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transformer_xl import scoring
+from transformer_xl.cli import score_views
+from transformer_xl.cli.loading import LoadedModel, default_device
+from transformer_xl.config import EvaluateConfig, section_from_dict
+from transformer_xl.data.sources import Piece
+from transformer_xl.evaluation import Lengths
+from transformer_xl.scoring import Totals
+from transformer_xl.training.precision import Autocast, autocast
+
+STDIN = "stdin"
+
+
+def score(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a checkpoint or of a run.", show_default=False)
+    ],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Texts, each a document; by default stdin.", show_default=False),
+    ] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="Each line is a document.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    color: Annotated[
+        bool, typer.Option("--color", help="Print the text, coloured by surprise.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write the coloured text to this file, too.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Lines that are scored side by side.")] = 16,
+    tgt_len: Annotated[
+        int | None, typer.Option(help="Tokens per segment.", show_default=False)
+    ] = None,
+    mem_len: Annotated[
+        int | None, typer.Option(help="Memory length in tokens.", show_default=False)
+    ] = None,
+    clamp_len: Annotated[
+        int | None,
+        typer.Option(help="Distances above it share one position embedding.", show_default=False),
+    ] = None,
+    same_length: Annotated[
+        bool | None,
+        typer.Option(help="Every query attends to equally many keys.", show_default=False),
+    ] = None,
+    precision: Annotated[
+        Autocast | None, typer.Option(help="Whether to compute in bfloat16.", show_default=False)
+    ] = None,
+) -> None:
+    """Print the log-probability of every token of a text, in nats.
+
+    The model reads each document from its start, with an empty memory. Lengths are by default
+    those of the run's evaluation.
+    """
+    if as_json and color:
+        raise ValueError("expected one of --json and --color, got both")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size: expected 1 or more, got {batch_size}")
+    loaded = LoadedModel.open(checkpoint, default_device())
+    given = {"tgt_len": tgt_len, "mem_len": mem_len, "clamp_len": clamp_len}
+    changes = {k: v for k, v in {**given, "same_length": same_length}.items() if v is not None}
+    run = section_from_dict(
+        EvaluateConfig, dataclasses.asdict(loaded.config.evaluate) | changes, "evaluate"
+    )
+    lengths = Lengths(run.mem_len, run.clamp_len, run.same_length)
+    is_text = loaded.vocabulary.kind != "byte"
+    documents = read_documents(files or [], lines, is_text)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(autocast(precision or loaded.config.train.autocast, loaded.device))
+        protocol = scoring.protocol(loaded.model, loaded.vocabulary, lengths, tgt_len=run.tgt_len)
+        views = [_view(protocol, as_json=as_json, color=color)]
+        if html is not None:
+            file = stack.enter_context(score_views.replacing(html))
+            views.append(score_views.Html(file, protocol))
+        totals = Totals()
+        while batch := list(islice(documents, batch_size if lines else 1)):
+            for document in scoring.score_documents(
+                loaded.model, loaded.vocabulary, batch, lengths, tgt_len=run.tgt_len
+            ):
+                totals = totals.plus(document)
+                for view in views:
+                    view.add(document)
+        if totals.n_documents == 0:
+            raise ValueError("expected a text, got none")
+        for view in views:
+            view.end(totals)
+
+
+def _view(protocol: str, *, as_json: bool, color: bool) -> score_views.View:
+    if as_json:
+        return score_views.Json(sys.stdout, protocol)
+    return score_views.Colored(protocol) if color else score_views.Lines(sys.stdout, protocol)
+
+
+def read_documents(
+    files: Sequence[Path], lines: bool, is_text: bool
+) -> Iterator[tuple[str, bytes]]:
+    """Yield names and bytes of the documents: of each file or each of its lines, or of stdin.
+
+    A line has its end, as in the file. The byte-order mark before a text is left out.
+    """
+    named = ((str(path), b"".join(Piece(path).chunks())) for path in files)
+    for name, read in named if files else [(STDIN, sys.stdin.buffer.read())]:
+        data = read.removeprefix(codecs.BOM_UTF8) if is_text else read
+        if lines:
+            split = io.BytesIO(data).readlines()
+            yield from ((f"{name}:{i}", line) for i, line in enumerate(split, start=1))
+        else:
+            yield name, data
