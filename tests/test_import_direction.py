@@ -23,7 +23,7 @@ ROWS = (
     {"config"},
     {"model", "integrations"},
     {"checkpoint", "checkpoint_files", "checkpoint_state", "convert", "data"}
-    | {"evaluation", "generation", "scoring", "training"},
+    | {"evaluation", "generation", "sampling", "scoring", "training"},
     {"cli"},
 )
 # These rows use tensors and numbers only; they do not import the configuration.

@@ -1,0 +1,165 @@
+"""Drawing the next token: penalties, bans, temperature and truncations of the distribution.
+
+Definitions and their order are those of Hugging Face's transformers: repetition penalty, banned
+tokens, temperature, top-k, top-p, min-p. Every row draws with a random number of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SEEDS = range(-(1 << 63), 1 << 64)  # as torch.Generator accepts them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn from the log-probabilities of all tokens.
+
+    Args:
+        temperature: divides the log-probabilities; 0 takes the most probable token.
+        top_k: keep the k most probable tokens, and those that are as probable as the last of them.
+        top_p: keep the smallest set of tokens whose probabilities sum to at least p, in (0, 1].
+        min_p: keep the tokens that are at least p times as probable as the most probable one, in
+            [0, 1].
+        repetition_penalty: multiplies the log-probability of each token that the prompt or the
+            text so far has; above 0, 1 changes nothing.
+        banned: tokens that are never drawn.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    banned: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        temperature, penalty = self.temperature, self.repetition_penalty
+        _require("temperature", temperature, math.isfinite(temperature), "a finite number")
+        _require("temperature", temperature, temperature >= 0, "0 or more")
+        _require("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "None or at least 1")
+        p, expected = self.top_p, "None or a probability in (0, 1]"
+        _require("top_p", p, p is None or 0 < p <= 1, expected)
+        p, expected = self.min_p, "None or a probability in [0, 1]"
+        _require("min_p", p, p is None or 0 <= p <= 1, expected)
+        is_number = math.isfinite(penalty) and penalty > 0
+        _require("repetition_penalty", penalty, is_number, "a finite number above 0")
+
+    def scores(self, log_probs: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The log-probabilities after penalty and bans, before temperature and truncations.
+
+        Args:
+            log_probs: [B, V].
+            seen: bool [B, V], True for the tokens of a row's prompt and text so far; needed with a
+                penalty.
+
+        Raises:
+            ValueError: a banned token that is not in the vocabulary, or no token that is left.
+        """
+        n_tokens = log_probs.shape[1]
+        if self.repetition_penalty != 1.0:
+            if seen is None:
+                raise ValueError("seen: expected the tokens so far, for repetition_penalty")
+            log_probs = torch.where(seen, log_probs * self.repetition_penalty, log_probs)
+        if self.banned:
+            if not all(0 <= token < n_tokens for token in self.banned):
+                raise ValueError(
+                    f"banned: expected tokens in [0, {n_tokens:,}), got {list(self.banned)}"
+                )
+            if len(set(self.banned)) == n_tokens:
+                raise ValueError(f"banned: expected at most {n_tokens - 1:,} tokens, got all")
+            banned = torch.tensor(self.banned, device=log_probs.device)
+            log_probs = log_probs.index_fill(1, banned, -math.inf)
+        return log_probs
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """float64 [B, V], from the result of `scores`; zero for tokens that are not kept."""
+        scores = scores.double()
+        if self.temperature == 0.0:
+            best = scores.argmax(1, keepdim=True)
+            return torch.zeros_like(scores).scatter_(1, best, 1.0)
+        # Subtracting the maximum first keeps the quotient finite for every temperature.
+        scores = (scores - scores.amax(1, keepdim=True)) / self.temperature
+        if self.top_k is not None:
+            k = min(self.top_k, scores.shape[1])
+            least = scores.topk(k, dim=1).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -math.inf)
+        if self.top_p is not None and self.top_p < 1.0:
+            scores = _nucleus(scores, self.top_p)
+        if self.min_p is not None:
+            probs = scores.softmax(1)
+            dropped = probs < self.min_p * probs.amax(1, keepdim=True)
+            scores = scores.masked_fill(dropped, -math.inf)
+        return scores.softmax(1)
+
+    def draw(self, log_probs: Tensor, uniform: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Draw one token for each row: int64 [B].
+
+        Args:
+            log_probs: [B, V].
+            uniform: float64 [B], one random number in [0, 1) for each row.
+            seen: as for `scores`.
+
+        Raises:
+            ValueError: log-probabilities with NaN, or without a finite one.
+        """
+        best = log_probs.amax(1)  # NaN if the row has one
+        if not bool(best.isfinite().all()):
+            raise ValueError("log_probs: expected finite numbers, got NaN or no finite one")
+        cumulated = self.probabilities(self.scores(log_probs, seen)).cumsum(1)
+        # The first token whose sum exceeds the number; its own probability is therefore not 0.
+        threshold = uniform[:, None].to(cumulated) * cumulated[:, -1:]
+        return torch.searchsorted(cumulated, threshold, right=True)[:, 0]
+
+
+class RowGenerators:
+    """A random-number generator for each row, so that a row's text does not depend on the others.
+
+    Args:
+        seed: of all rows together; row i uses (seed, i). None draws one from the system.
+        n_row: number of rows.
+
+    Raises:
+        ValueError: a seed outside [-2^63, 2^64).
+    """
+
+    def __init__(self, seed: int | None, n_row: int) -> None:
+        if seed is None:
+            seed = torch.Generator().seed()
+        _require("seed", seed, seed in SEEDS, "an integer in [-2^63, 2^64)")
+        self.generators = [
+            torch.Generator().manual_seed(_row_seed(seed, row)) for row in range(n_row)
+        ]
+
+    def uniform(self) -> Tensor:
+        """float64 [n_row] in [0, 1), the next number of each row."""
+        drawn = [torch.rand((), dtype=torch.float64, generator=each) for each in self.generators]
+        return torch.stack(drawn)
+
+
+def _row_seed(seed: int, row: int) -> int:
+    sequence = np.random.SeedSequence(seed % (1 << 64), spawn_key=(row,))
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def _nucleus(scores: Tensor, p: float) -> Tensor:
+    """The scores, -inf outside the smallest set whose probabilities sum to at least p."""
+    ordered, order = scores.sort(1, descending=True)
+    probs = ordered.softmax(1)
+    before = probs.cumsum(1) - probs  # mass of the more probable tokens
+    dropped = before >= p
+    dropped[:, 0] = False
+    return scores.masked_fill(dropped.gather(1, order.argsort(1)), -math.inf)
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {value}")

@@ -1,0 +1,169 @@
+"""The distribution that tokens are drawn from, and the random numbers of each row."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from transformer_xl.sampling import RowGenerators, Sampling
+
+PROBS = [0.4, 0.3, 0.2, 0.06, 0.04]
+
+
+def log_probs(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows or [PROBS], dtype=torch.float64).log()
+
+
+def kept(options: Sampling, seen: Tensor | None = None) -> list[int]:
+    (probs,) = options.probabilities(options.scores(log_probs(), seen))
+    assert probs.sum().item() == pytest.approx(1.0)
+    return probs.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (Sampling(), [0, 1, 2, 3, 4]),
+        (Sampling(temperature=0.0), [0]),
+        (Sampling(temperature=1e-300), [0]),
+        (Sampling(top_k=2), [0, 1]),
+        (Sampling(top_k=99), [0, 1, 2, 3, 4]),
+        (Sampling(top_p=0.69), [0, 1]),
+        (Sampling(top_p=0.71), [0, 1, 2]),
+        (Sampling(top_p=1e-9), [0]),
+        (Sampling(top_p=1.0), [0, 1, 2, 3, 4]),
+        (Sampling(min_p=0.5), [0, 1, 2]),
+        (Sampling(min_p=1.0), [0]),
+        (Sampling(banned=(0, 3)), [1, 2, 4]),
+        (Sampling(banned=(0,), temperature=0.0), [1]),
+        (Sampling(top_k=4, min_p=0.16), [0, 1, 2]),
+        (Sampling(temperature=0.5, top_p=0.84), [0, 1]),  # 0.54 and 0.30 of the squares
+    ],
+)
+def test_which_tokens_are_kept(options: Sampling, expected: list[int]) -> None:
+    assert kept(options) == expected
+
+
+def test_tokens_as_probable_as_the_last_are_kept() -> None:
+    options = Sampling(top_k=2)
+    probs = options.probabilities(log_probs([0.4, 0.2, 0.2, 0.2]))
+    assert (probs > 0).all()
+
+
+def test_the_penalty_makes_seen_tokens_less_probable() -> None:
+    options = Sampling(repetition_penalty=2.0)
+    seen = torch.tensor([[True, False, False, False, False]])
+    scores = options.scores(log_probs(), seen)
+    assert scores[0].exp().tolist() == pytest.approx([0.16, *PROBS[1:]])
+    with pytest.raises(ValueError, match="seen: expected"):
+        options.scores(log_probs())
+
+
+OPTIONS = st.builds(
+    Sampling,
+    temperature=st.floats(0.05, 3),
+    top_k=st.none() | st.integers(1, 12),
+    top_p=st.none() | st.floats(0.01, 1),
+    min_p=st.none() | st.floats(0, 1),
+    repetition_penalty=st.floats(0.5, 3),
+    banned=st.sets(st.integers(1, 5)).map(tuple),
+)
+
+
+@given(OPTIONS, st.lists(st.tuples(st.floats(-50, 0), st.booleans()), min_size=6, max_size=12))
+def test_the_order_is_that_of_transformers(
+    options: Sampling, tokens: list[tuple[float, bool]]
+) -> None:
+    """The steps one by one, from the definitions of transformers."""
+    values, seen = zip(*tokens, strict=True)
+    scores = torch.tensor(values, dtype=torch.float64).log_softmax(0)
+    found = options.probabilities(options.scores(scores[None], torch.tensor([seen])))[0]
+
+    expected = [
+        s * options.repetition_penalty if flag else s
+        for s, flag in zip(scores.tolist(), seen, strict=True)
+    ]
+    expected = [-math.inf if i in options.banned else s for i, s in enumerate(expected)]
+    expected = [s / options.temperature for s in expected]
+    if options.top_k is not None:
+        least = sorted(expected, reverse=True)[: options.top_k][-1]
+        expected = [s if s >= least else -math.inf for s in expected]
+    if options.top_p is not None:
+        probs, mass = softmax(expected), 0.0
+        for rank, i in enumerate(sorted(range(len(probs)), key=lambda i: -probs[i])):
+            if rank > 0 and mass >= options.top_p:
+                expected[i] = -math.inf
+            mass += probs[i]
+    probs = softmax(expected)
+    low = (options.min_p or 0.0) * max(probs)
+    expected = [s if q >= low else -math.inf for s, q in zip(expected, probs, strict=True)]
+    near = torch.tensor(softmax(expected), dtype=torch.float64)
+    # By rounding, a token at the edge of a truncation may be kept by one computation alone.
+    assert torch.allclose(found, near, atol=1e-9) or is_at_an_edge(found, near)
+
+
+def softmax(scores: list[float]) -> list[float]:
+    best = max(scores)
+    weights = [math.exp(s - best) for s in scores]
+    return [w / math.fsum(weights) for w in weights]
+
+
+def is_at_an_edge(found: Tensor, expected: Tensor) -> bool:
+    return int(((found > 0) != (expected > 0)).sum()) == 1
+
+
+def test_draws_have_the_distribution() -> None:
+    n = 20_000
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    drawn = Sampling().draw(log_probs().expand(n, -1), uniform)
+    shares = drawn.bincount(minlength=5) / n
+    assert shares.tolist() == pytest.approx(PROBS, abs=1e-4)
+
+
+def test_the_ends_of_the_interval_draw_kept_tokens() -> None:
+    rows = log_probs([0.0, 0.5, 0.0, 0.5, 0.0]).expand(2, -1)
+    uniform = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert Sampling().draw(rows, uniform).tolist() == [1, 3]
+
+
+def test_a_row_draws_the_same_numbers_in_every_batch() -> None:
+    alone, together = RowGenerators(7, 1), RowGenerators(7, 3)
+    for _ in range(4):
+        drawn = together.uniform()
+        assert drawn[0] == alone.uniform()[0]
+        assert len(set(drawn.tolist())) == 3
+    assert RowGenerators(8, 1).uniform() != RowGenerators(7, 1).uniform()
+    assert RowGenerators(-1, 1).uniform() == RowGenerators((1 << 64) - 1, 1).uniform()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": math.nan}, "temperature: expected a finite number, got nan"),
+        ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
+        ({"top_k": 0}, "top_k: expected None or at least 1, got 0"),
+        ({"top_p": 0.0}, r"top_p: expected None or a probability in \(0, 1\], got 0.0"),
+        ({"min_p": 1.5}, r"min_p: expected None or a probability in \[0, 1\], got 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected a finite number above 0"),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)  # type: ignore[arg-type]
+
+
+def test_impossible_requests_are_refused() -> None:
+    uniform = torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"banned: expected tokens in \[0, 5\), got \[5\]"):
+        Sampling(banned=(5,)).draw(log_probs(), uniform)
+    with pytest.raises(ValueError, match="banned: expected at most 4 tokens, got all"):
+        Sampling(banned=(0, 1, 2, 3, 4)).draw(log_probs(), uniform)
+    with pytest.raises(ValueError, match="log_probs: expected finite numbers"):
+        Sampling().draw(torch.full((1, 3), math.nan), uniform)
+    with pytest.raises(ValueError, match="seed: expected an integer"):
+        RowGenerators(1 << 64, 1)
