@@ -64,7 +64,7 @@ def compare(
     valid: Any = ...,
 ) -> tuple[float, float]:
     """The errors of `ours` relative to `theirs`, after a check that they are within the budget."""
-    exact = results(ours, copy.deepcopy(module).double(), _doubled(inputs), valid)
+    exact = results(ours, copy.deepcopy(module).double(), converted(inputs, torch.float64), valid)
     expected = results(theirs, module, inputs, valid)
     actual = results(ours, module, inputs, valid)
     assert max(errors(expected, exact)) < 1e-5, "another function than the class"
@@ -76,6 +76,15 @@ def compare(
     return errors(actual, expected)
 
 
+def converted(x: Any, dtype: torch.dtype) -> Any:
+    """All floating-point tensors in dictionaries, lists and tuples."""
+    if isinstance(x, dict):
+        return {name: converted(y, dtype) for name, y in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(converted(y, dtype) for y in x)
+    return x.to(dtype) if _is_float(x) else x
+
+
 def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
@@ -84,21 +93,11 @@ def _leaf(x: Any) -> Any:
     return x.detach().clone().requires_grad_() if _is_float(x) else x
 
 
-def _doubled(x: Any) -> Any:
-    """All floating-point tensors in lists, tuples and dictionaries."""
-    if isinstance(x, dict):
-        return {name: _doubled(y) for name, y in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(_doubled(y) for y in x)
-    return x.double() if _is_float(x) else x
-
-
 class Mappings:
     """The functions of this file, for tests."""
 
     page, text, blocks = page(), TEXT, BLOCKS
-    results, errors = staticmethod(results), staticmethod(errors)
-    compare = staticmethod(compare)
+    compare, converted = staticmethod(compare), staticmethod(converted)
 
 
 @pytest.fixture

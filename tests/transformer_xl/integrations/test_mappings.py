@@ -39,8 +39,15 @@ def module(
     for name, shape in shapes.items():
         setattr(m, name, nn.Parameter(torch.randn(shape)))
     for name, value in attributes.items():
-        setattr(m, name, nn.Dropout(rate) if value is nn.Dropout else value)
+        setattr(m, name, OfProbabilities(rate) if value is nn.Dropout else value)
     return m
+
+
+class OfProbabilities(nn.Dropout):
+    """Dropout of [B, H, Tq, Tk] only: a later one must not hide a missing one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dim() == 4 else x
 
 
 class Gate(nn.Module):
