@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import math
 import re
@@ -153,9 +152,9 @@ def rllib_gtrxl(rate: float) -> Case:
 def torchrl_gtrxl(rate: float) -> Case:
     shapes = {"content_bias": (H, D), "position_bias": (H, D)}
     parts = {"norm1": nn.LayerNorm(C), "norm2": nn.LayerNorm(C), "dropout": nn.Dropout}
-    parts |= {"attention_gate": Gate(), "mlp_gate": Gate(), "positions": nn.Buffer(torch.randn(6, C))}
+    parts |= {"attention_gate": Gate(), "mlp_gate": Gate(), "kv": nn.Linear(C, 2 * C)}
     m = module(["q", "relative", "out", "mlp"], shapes, rate, heads=H, **parts)
-    m.kv = nn.Linear(C, 2 * C)
+    m.positions = nn.Buffer(torch.randn(M + 1, C))
     is_init = torch.zeros(B, T, dtype=torch.bool)
     is_init[0, 4] = is_init[0, 6] = is_init[1, 0] = True
     valid = torch.arange(M) >= torch.tensor([[0], [3], [2]])

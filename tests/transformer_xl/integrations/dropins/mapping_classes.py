@@ -47,13 +47,8 @@ def load(package: str, file: str, **stand_ins: dict[str, Any]) -> types.ModuleTy
         stand_ins: for a module of the package, dots as `__`, the names that are imported from it;
             names that are not given are mocks.
     """
-    found = importlib.util.find_spec(package)
-    assert found is not None
-    assert found.submodule_search_locations is not None
-    path = Path(found.submodule_search_locations[0]) / file
-    spec = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
+    folder = importlib.util.find_spec(package).submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location(Path(file).stem, Path(folder) / file)
     module = importlib.util.module_from_spec(spec)
     modules = {
         f"{package}.{name.replace('__', '.')}": mock.MagicMock(**names)
@@ -165,7 +160,7 @@ def enformer() -> Case:
     modeling = load("enformer_pytorch", "modeling_enformer.py", data={}, config_enformer={})
 
     def theirs(m: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
-        with mock.patch.object(modeling, "get_positional_embed", lambda *_, **__: positions):
+        with mock.patch.object(modeling, "get_positional_embed", return_value=positions):
             out: Tensor = m(x)
         return out
 
@@ -227,28 +222,26 @@ def rllib_gtrxl() -> Case:
 
 
 class Row(NamedTuple):
-    """One row of the page's table: the class, its package, the page's function and the case."""
+    """One row of the page's table; the page's function has the name of the case."""
 
-    name: str
     package: str
-    function: str
+    name: str
     case: Callable[[], Case]
+
+    @property
+    def function(self) -> str:
+        return "enformer" if self.case is borzoi else self.case.__name__
 
 
 ROWS = (
-    Row(
-        "FastSpeech2ConformerAttention",
-        "transformers",
-        "fastspeech2_conformer",
-        fastspeech2_conformer,
-    ),
-    Row("RelPosMHAXL", "speechbrain", "speechbrain", speechbrain),
-    Row("Gemma3nAudioAttention", "transformers", "gemma3n_audio", gemma3n_audio),
-    Row("Gemma4AudioAttention", "transformers", "gemma4_audio", gemma4_audio),
-    Row("FunnelRelMultiheadAttention", "transformers", "funnel", funnel),
-    Row("Attention", "enformer-pytorch", "enformer", enformer),
-    Row("Attention", "borzoi-pytorch", "enformer", borzoi),
-    Row("RelativeMultiHeadAttention", "ray", "rllib_gtrxl", rllib_gtrxl),
+    Row("transformers", "FastSpeech2ConformerAttention", fastspeech2_conformer),
+    Row("speechbrain", "RelPosMHAXL", speechbrain),
+    Row("transformers", "Gemma3nAudioAttention", gemma3n_audio),
+    Row("transformers", "Gemma4AudioAttention", gemma4_audio),
+    Row("transformers", "FunnelRelMultiheadAttention", funnel),
+    Row("enformer-pytorch", "Attention", enformer),
+    Row("borzoi-pytorch", "Attention", borzoi),
+    Row("ray", "RelativeMultiHeadAttention", rllib_gtrxl),
 )
 
 

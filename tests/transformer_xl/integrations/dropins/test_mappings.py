@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 PATH = Path(__file__).with_name("mapping_classes.py")
 spec = importlib.util.spec_from_file_location("mapping_classes", PATH)
 assert spec is not None
@@ -29,7 +28,7 @@ def case_of(row):
     return classes.case_of(row)
 
 
-@pytest.fixture(params=classes.ROWS, ids=lambda row: f"{row.package}-{row.function}")
+@pytest.fixture(params=classes.ROWS, ids=lambda row: row.case.__name__)
 def row(request):
     return request.param
 
@@ -40,7 +39,7 @@ def test_forward_and_gradients(mappings, row):
 
 
 def test_the_second_block_of_funnel(mappings):
-    row = next(row for row in classes.ROWS if row.function == "funnel")
+    row = next(row for row in classes.ROWS if row.case is classes.funnel)
     m, inputs, theirs, valid = case_of(row._replace(case=lambda: classes.funnel(block_index=1)))
     assert inputs["x"].shape[1] == 14
     mappings.compare(mappings.page.funnel, theirs, m, inputs, valid)
@@ -59,7 +58,7 @@ def test_bfloat16_is_as_exact_as_the_class(mappings, row):
     assert errors[0] <= 1.5 * errors[1]
 
 
-@pytest.mark.parametrize("row", classes.ROWS[:2], ids=lambda row: row.function)
+@pytest.mark.parametrize("row", classes.ROWS[:2], ids=lambda row: row.case.__name__)
 def test_a_row_without_keys_is_0_in_the_class_too(mappings, row):
     m, inputs, theirs, _ = case_of(row)
     name, nothing = {
