@@ -98,6 +98,8 @@ $(DROPINS_VENV)/.installed: $(VENV)/.installed-dev
 	  > "$$($(DROPINS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
 	$(DROPINS_VENV)/bin/python $(PIP) install transformers==5.24.0
 	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps peft==0.21.2 torchao==0.18.0
+	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps speechbrain==1.1.2 enformer-pytorch==0.8.12 \
+	  borzoi-pytorch==0.5.1 einops==0.8.2 ray==2.58.0
 	@touch $@
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks
