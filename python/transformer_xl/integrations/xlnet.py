@@ -72,9 +72,7 @@ def _heads(x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("ibh,hnd->bnid", x, weight)
 
 
-def _keys(
-    module: Any, h: Tensor, r: Tensor, seg_mat: Tensor | None, mems: Tensor | None
-) -> Keys:
+def _keys(module: Any, h: Tensor, r: Tensor, seg_mat: Tensor | None, mems: Tensor | None) -> Keys:
     k, v = _heads(h, module.k), _heads(h, module.v)
     mem_k = mem_v = segments = None
     if mems is not None and mems.dim() > 1:

@@ -61,31 +61,22 @@ def model(
     h, g = _streams(module, input_ids, inputs_embeds, target_mapping)
     T, B, _ = h.shape
     n_memory = 0 if mems is None or mems[0] is None else len(mems[0])
+    both: Masks
     if module.attn_type == "uni":
-        mask_h = mask_g = _causal_ranges(module, T, n_memory, B, h.device)
+        both = (_causal_ranges(module, T, n_memory, B, h.device),) * 2
     else:
-        mask_h, mask_g = masks(attention_mask, input_mask, perm_mask, n_memory)
-    r = _position_table(module, T, n_memory + T, B, h.device)
-    segments = None if token_type_ids is None else _segments(token_type_ids, n_memory)
-    new_mems, states = [], []
-    for i, layer in enumerate(module.layer):
-        memory = None if mems is None else mems[i]
-        new_mems += [module.cache_mem(h, memory)] if use_mems else []
-        states += [h] if g is None else [h, g]
-        h, g = layer(
-            h,
-            g,
-            attn_mask_h=mask_h,
-            attn_mask_g=mask_g,
-            r=r,
-            seg_mat=segments,
-            mems=memory,
-            target_mapping=target_mapping,
-            output_attentions=False,
-        )[:2]
-    states += [h] if g is None else [h, g]
+        both = masks(attention_mask, input_mask, perm_mask, n_memory)
+    shared = {
+        "attn_mask_h": both[0],
+        "attn_mask_g": both[1],
+        "r": _position_table(module, T, n_memory + T, B, h.device),
+        "seg_mat": None if token_type_ids is None else _segments(token_type_ids, n_memory),
+        "target_mapping": target_mapping,
+        "output_attentions": False,
+    }
+    states, new_mems = _layers(module, h, g, mems, shared, keeps_memory=use_mems)
     returned = {
-        "last_hidden_state": _batch_first(module.dropout(h if g is None else g)),
+        "last_hidden_state": _batch_first(module.dropout(states[-1])),
         "mems": tuple(new_mems) if use_mems else None,
         "hidden_states": tuple(map(_batch_first, states)) if output_hidden_states else None,
     }
@@ -97,17 +88,39 @@ def model(
 
 def _streams(
     module: Any, tokens: Tensor | None, embeds: Tensor | None, target_mapping: Tensor | None
-) -> Masks:
+) -> tuple[Tensor, Tensor | None]:
     """h [T, B, d_model], and g [n_predict, B, d_model] where a target_mapping is given."""
     if tokens is not None:
         embeds = module.word_embedding(tokens.transpose(0, 1).contiguous())
     else:
         assert embeds is not None
         embeds = embeds.transpose(0, 1).contiguous()
-    h, g = module.dropout(embeds), None
+    h: Tensor = module.dropout(embeds)
+    g: Tensor | None = None
     if target_mapping is not None:
         g = module.dropout(module.mask_emb.expand(len(target_mapping), h.shape[1], -1))
     return h, g
+
+
+def _layers(
+    module: Any,
+    h: Tensor,
+    g: Tensor | None,
+    mems: Any,
+    shared: dict[str, Any],
+    *,
+    keeps_memory: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The states h, or h and g, before each layer and after the last, and the new memory."""
+    states: list[Tensor] = [h] if g is None else [h, g]
+    new_mems: list[Tensor] = []
+    for i, layer in enumerate(module.layer):
+        memory = None if mems is None else mems[i]
+        if keeps_memory:
+            new_mems.append(module.cache_mem(h, memory))
+        h, g = layer(h, g, mems=memory, **shared)[:2]
+        states += [h] if g is None else [h, g]
+    return states, new_mems
 
 
 def _batch_first(x: Tensor) -> Tensor:
@@ -153,7 +166,8 @@ def _segments(token_type_ids: Tensor, n_memory: int) -> Tensor:
     """bool [Tk, B, S]: the segment of each key, of the S segments in the batch. Memory is in
     segment 0."""
     ids = nn.functional.pad(token_type_ids.transpose(0, 1), (0, 0, n_memory, 0))
-    return ids[..., None] == ids.unique()
+    found: Tensor = ids[..., None] == torch.unique(ids)
+    return found
 
 
 def _position_table(module: Any, T: int, Tk: int, B: int, device: Any) -> Tensor:
@@ -161,7 +175,8 @@ def _position_table(module: Any, T: int, Tk: int, B: int, device: Any) -> Tensor
     with `bi_data`, whose second half has the opposite distances."""
     encode = module.relative_positional_encoding
     if module.bi_data or (module.training and module.dropout.p > 0.0):
-        return module.dropout(encode(T, Tk, bsz=B, device=device))  # type: ignore[no-any-return]
+        table: Tensor = module.dropout(encode(T, Tk, bsz=B, device=device))
+        return table
     key = (T, Tk, str(device), module.attn_type, module.clamp_len)
     # The table depends on no parameter; this one has the dtype and the device of the model.
     return kept(module, key, (module.mask_emb,), lambda: encode(T, Tk, device=device))

@@ -1,10 +1,13 @@
-"""Hugging Face's XLNet, patched: two streams, memory, segments, pre-training, generation. Outputs are
-compared at all tokens, padding included, because later segments attend to its memory."""
+"""Hugging Face's XLNet, patched: two streams, memory, segments, pre-training, generation.
+
+Outputs are compared at all tokens, padding included, because later segments attend to its memory.
+"""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +21,9 @@ B, T, N_VOCAB = 3, 13, 50
 def inputs(padding: str = "none", stream: str = "content") -> dict[str, Tensor]:
     """Tokens of two segments; padding on a side or in the middle; a query stream or none.
 
-    "query" predicts four tokens; "permutation" also excludes, for each token, those that come
-    after it in an order. The first token of the order sees no key.
+    "query" predicts four tokens; "permutation" also excludes the predicted tokens for those that
+    come before them in an order, and for themselves; with "order" all tokens are predicted in it,
+    so that the first one sees no key.
     """
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1, N_VOCAB, (B, T), generator=generator)
@@ -34,17 +38,21 @@ def inputs(padding: str = "none", stream: str = "content") -> dict[str, Tensor]:
         given["attention_mask"] = mask
     if stream != "content":
         order = torch.stack([torch.randperm(T, generator=generator) for _ in range(B)])  # [B, T]
-        if stream == "permutation":
-            given["perm_mask"] = (order[:, :, None] <= order[:, None]).float()
-        targets = order.argsort(1)[:, [0, 1, T - 2, T - 1]]  # the first and the last ones
+        n_known = {"query": T, "permutation": T - 4, "order": 0}[stream]
+        is_excluded = (order[:, :, None] <= order[:, None]) & (order[:, None] >= n_known)
+        if stream != "query":
+            given["perm_mask"] = is_excluded.float()
+        targets = order.argsort(1)[:, min(n_known, T - 4) :]
         given["target_mapping"] = nn.functional.one_hot(targets, T).float()
     return given
 
 
-def everything(model: nn.Module, kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
+def everything(
+    model: nn.Module, kwargs: dict[str, Tensor], compiled: Any = None
+) -> dict[str, Tensor]:
     """Hidden states of all tokens, the memory, and the gradients of all parameters."""
     model.zero_grad()
-    out = model(**kwargs)
+    out = (model if compiled is None else compiled)(**kwargs)
     hidden = out.last_hidden_state
     (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
     memory = {f"memory {i}": x for i, x in enumerate(out.mems or ())}
@@ -65,6 +73,21 @@ def check(models, model: nn.Module, kwargs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("padding", ["none", "left", "middle", "right"])
 def test_streams_and_padding(models, padding, stream):
     check(models, models.build("xlnet"), inputs(padding, stream))
+
+
+def test_a_query_without_keys_gets_the_mean_of_the_values(models):
+    """The result does not depend on its scores. The original has a gradient for them nevertheless,
+    since it adds -1e30 to a score that this number rounds away."""
+    model, kwargs = models.build("xlnet", n_layer=1), inputs("left", "order")
+    expected = everything(model, kwargs)
+    patch(model)
+    actual = everything(model, kwargs)
+    same = ("out", "dlayer.0.rel_attn.v", "dlayer.0.rel_attn.o", "dlayer.0.ff.layer_1.weight")
+    models.check_equal(*({name: x[name] for name in same} for x in (actual, expected)), 1e-5)
+    for name in ("q", "k", "r", "seg_embed"):
+        x, y = (found[f"dlayer.0.rel_attn.{name}"] for found in (actual, expected))
+        assert bool(x.isfinite().all())
+        assert not torch.allclose(x, y, rtol=1e-2)
 
 
 @pytest.mark.parametrize("n_memory", [0, 5, 20])
@@ -109,9 +132,7 @@ def test_no_mask_of_all_pairs_without_a_permutation(models):
     model = models.build("xlnet")
     seen: list[Tensor | None] = []
     patch(model)
-    model.layer[0].rel_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.extend([*args[2:4], args[5]])
-    ) if False else model.layer[0].register_forward_pre_hook(
+    model.layer[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.extend(
             kwargs[name] for name in ("attn_mask_h", "attn_mask_g", "seg_mat")
         ),
@@ -135,7 +156,7 @@ def language_model(models, **options: object) -> nn.Module:
 
 
 def test_steps_of_pretraining_are_equal(models):
-    """Permutations, targets and memory, as XLNet was trained; without dropout, whose numbers differ."""
+    """Permutations, targets and memory, as in XLNet's training, without dropout."""
 
     def train(is_patched: bool) -> dict[str, Tensor]:
         model = language_model(models, reuse_len=6).train()
@@ -145,7 +166,9 @@ def test_steps_of_pretraining_are_equal(models):
         mems, results = None, {}
         for step in range(3):
             kwargs = inputs("left", "permutation")
-            labels = torch.randint(1, N_VOCAB, (B, 4), generator=torch.Generator().manual_seed(step))
+            labels = torch.randint(
+                1, N_VOCAB, (B, 4), generator=torch.Generator().manual_seed(step)
+            )
             out = model(**kwargs, labels=labels, mems=mems, use_mems=True)
             out.loss.backward()
             results[f"loss {step}"], mems = out.loss.detach(), out.mems
@@ -235,9 +258,7 @@ def test_other_arguments_and_returned_values(models):
     assert actual.mems is None
     assert list(actual) == list(expected)
     torch.testing.assert_close(actual.hidden_states, expected.hidden_states, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        model(**kwargs, return_dict=False), as_tuple, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(model(**kwargs, return_dict=False), as_tuple, rtol=1e-4, atol=1e-4)
     assert report(model).fallbacks == 0
 
 
@@ -259,8 +280,20 @@ def test_one_compiled_graph(models, kind):
 
     patch(model)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    models.check_equal(everything(compiled, kwargs), expected, 1e-5)
+    models.check_equal(everything(model, kwargs, compiled), expected, 1e-5)
     assert ("rel_attention" in graphs[0]) == (kind != "segments")
+
+
+def test_export(models):
+    model, kwargs = models.build("xlnet"), inputs("left", "query")
+    del kwargs["token_type_ids"]
+    with torch.no_grad():
+        expected = models.run(model, kwargs)
+        patch(model)
+        program = torch.export.export(model, (), kwargs, strict=False)
+        actual = models.run(program.module(), kwargs)
+    assert "rel_attention" in str(program.graph)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_copies_and_saved_models(models, tmp_path):
