@@ -1,0 +1,193 @@
+"""The picture of a run: two panels with logarithmic axes, one line for each side.
+
+python -m benchmarks.long_context.picture FILE.json …    draws FILE.png again
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from benchmarks.long_context.worker import ORIGINAL, PATCHED, SIDES
+
+# Vermilion and blue of Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLORS = {ORIGINAL: "#D55E00", PATCHED: "#0072B2"}
+MARKERS = {ORIGINAL: "s", PATCHED: "o"}
+NAMES = {ORIGINAL: "Hugging Face, sdpa", PATCHED: "patched"}
+INK, MUTED = "#222222", "#666666"
+
+Record = dict[str, Any]  # a measurement or a stop of the JSON
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A quantity over length.
+
+    Attributes:
+        value: of a measurement; of a stop, from its prediction.
+        show: a value as text.
+        gain: the word after the ratio of both sides at the largest length that both reached.
+        small_is_good: whether the original is the upper line.
+    """
+
+    title: str
+    value: Callable[[Record], float]
+    show: Callable[[float], str]
+    gain: str
+    small_is_good: bool = True
+
+
+def gibibytes(value: float) -> str:
+    """Such as 430 MiB or 2.3 GiB."""
+    return f"{value * 1024:.0f} MiB" if value < 1 else f"{value:.3g} GiB"
+
+
+def seconds(value: float) -> str:
+    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
+
+
+def tokens_per_second(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+MEMORY = Panel("Peak memory beyond the weights", lambda x: x["peak_gib"], gibibytes, "less")
+SPEED = Panel(
+    "Training speed, tokens/s",
+    lambda x: x["length"] / x["seconds"],
+    tokens_per_second,
+    "faster",
+    small_is_good=False,
+)
+TIME = Panel("Time", lambda x: x["seconds"], seconds, "faster")
+PANELS = {"tokens": (MEMORY, SPEED), "minutes": (MEMORY, TIME)}
+
+
+def plot(path: Path, document: Record) -> None:
+    """Writes the picture of the JSON `document` of a run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn(document).savefig(path)
+
+
+def drawn(document: Record) -> Figure:
+    """The picture of the JSON `document` of a run."""
+    figure = Figure(figsize=(10.4, 5.2), dpi=150, facecolor="white")
+    figure.subplots_adjust(left=0.075, right=0.965, top=0.79, bottom=0.2, wspace=0.22)
+    work, computer = document["workload"], document["machine"]
+    figure.text(0.02, 0.945, work["title"], fontsize=15, weight="bold", color=INK)
+    figure.text(0.02, 0.895, work["details"], fontsize=9.5, color=MUTED)
+    for axes, panel in zip(figure.subplots(1, 2), PANELS[work["unit"]], strict=True):
+        _draw(axes, panel, document)
+    where = (
+        f"{computer['processor']}, {computer['threads']} threads, "
+        f"{computer['memory_gib']:.0f} GiB; float32, torch {computer['torch']}, "
+        f"transformers {document['transformers']}; {document['date']}"
+    )
+    figure.text(0.02, 0.02, f"{where}\n{_stops(document)}", fontsize=8, color=MUTED)
+    return figure
+
+
+def length_name(length: float, unit: str) -> str:
+    """Such as 32k for tokens, or 10 for minutes."""
+    if unit == "tokens" and length >= 1024:
+        return f"{length / 1024:g}k"
+    return f"{length:g}"
+
+
+def _stops(document: Record) -> str:
+    """Which predictions the hollow marks are, in words."""
+    unit = document["workload"]["unit"]
+    parts = [
+        f"{NAMES[stop['side']]}: {length_name(stop['length'], unit)} {unit} {stop['reason']}"
+        for stop in document["stops"]
+    ]
+    return "Hollow: predicted, not run. " + "; ".join(parts) + "." if parts else ""
+
+
+def _draw(axes: Axes, panel: Panel, document: Record) -> None:
+    by_side = {
+        side: [run for run in document["measurements"] if run["side"] == side] for side in SIDES
+    }
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for side, runs in by_side.items():
+        if runs:
+            stops = [stop for stop in document["stops"] if stop["side"] == side]
+            _line(axes, panel, side, runs, stops)
+    _ratio(axes, panel, by_side)
+    _finish(axes, panel, document["workload"])
+
+
+def _line(axes: Axes, panel: Panel, side: str, runs: list[Record], stops: list[Record]) -> None:
+    """The measured points with their values, the predicted point, and the name of the side."""
+    color, marker = COLORS[side], MARKERS[side]
+    points = [(run["length"], panel.value(run)) for run in runs]
+    predicted = [(s["length"], panel.value(s)) for s in stops if s["seconds"] is not None]
+    style = {"color": color, "marker": marker, "markersize": 6.5}
+    axes.plot(*zip(*points, strict=True), **style, linewidth=2.2, zorder=3)
+    for point in predicted:
+        line = zip(points[-1], point, strict=True)
+        axes.plot(*line, color=color, linestyle=":", linewidth=1.6)
+        axes.plot(*point, **style, markerfacecolor="white")
+    is_above = (side == ORIGINAL) == panel.small_is_good
+    for i, (x, y) in enumerate((*points, *predicted)):
+        sign = "~" if i >= len(points) else ""
+        _text(axes, x, y, sign + panel.show(y), color, 9 if is_above else -9)
+    x, y = points[0]
+    _text(axes, x, y, NAMES[side], color, 24 if is_above else -24, size=10.5, weight="bold")
+
+
+def _text(axes: Axes, x: float, y: float, text: str, color: str, points: int, **font: Any) -> None:
+    """`text`, centred above (points > 0) or below a point."""
+    style = {"size": 8.5, "color": color, "ha": "center", "va": "center"} | font
+    axes.annotate(text, (x, y), (0, points), textcoords="offset points", zorder=4, **style)
+
+
+def _ratio(axes: Axes, panel: Panel, by_side: dict[str, list[Record]]) -> None:
+    """An arrow between both sides at the largest length that both reached."""
+    values = [{run["length"]: panel.value(run) for run in by_side[side]} for side in SIDES]
+    common = values[0].keys() & values[1].keys()
+    if not common:
+        return
+    x = max(common)
+    original, patched = (value[x] for value in values)
+    ratio = original / patched if panel.small_is_good else patched / original
+    arrow = {"arrowstyle": "-|>", "color": MUTED, "linewidth": 1, "shrinkA": 6, "shrinkB": 6}
+    axes.annotate("", (x, patched), (x, original), arrowprops=arrow, zorder=2)
+    style = {"size": 10.5, "weight": "bold", "color": INK, "va": "center"}
+    middle = (original * patched) ** 0.5
+    axes.annotate(
+        f"{ratio:.1f}× {panel.gain}", (x, middle), (5, 0), textcoords="offset points", **style
+    )
+
+
+def _finish(axes: Axes, panel: Panel, work: Record) -> None:
+    """Titles, ticks and the frame."""
+    lengths, unit = work["lengths"], work["unit"]
+    axes.set_title(panel.title, loc="left", fontsize=11, weight="bold", color=INK, pad=12)
+    axes.set_xlabel("tokens" if unit == "tokens" else "minutes of audio", color=INK)
+    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length_name(x, unit)))
+    axes.yaxis.set_major_locator(LogLocator(numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: panel.show(y)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.margins(x=0.12, y=0.16)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, length=0, labelsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#bbbbbb")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        source = Path(name)
+        plot(source.with_suffix(".png"), json.loads(source.read_text(encoding="utf-8")))
