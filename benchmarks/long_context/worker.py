@@ -1,6 +1,8 @@
 """One run in a process of its own, whose memory holds nothing else.
 
-python -m benchmarks.long_context.worker REQUEST    prints an Answer as JSON
+    python -m benchmarks.long_context.worker REQUEST
+
+prints an `Answer` as JSON. REQUEST is the JSON that `in_child` makes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ SIDES = (ORIGINAL, PATCHED)
 
 
 class Answer(NamedTuple):
-    """A measurement, and the numbers that must be equal for both sides."""
+    """A measurement, and the norms that must be equal for both sides."""
 
     measurement: Measurement
     results: list[float]

@@ -125,10 +125,10 @@ def test_progress_tells_every_run_and_stop():
 
 
 def test_different_results_are_an_error():
-    assert compare([[4.0, 0.0], [4.002, 1e-6]], 2) == pytest.approx(5e-4)
-    for wrong in ([4.1, 0.0], [4.0, 0.01], [float("nan"), 0.0]):
+    assert compare([[4.0, 1e-4, 0.0], [4.002, 1e-4, 1e-13]], 2) == pytest.approx(5e-4)
+    for wrong in ([4.01, 1e-4, 0.0], [4.0, 1.01e-4, 0.0], [float("nan"), 1e-4, 0.0]):
         with pytest.raises(ladder.WrongResultError, match="at 2048 the results"):
-            compare([[4.0, 0.0], wrong], 2048)
+            compare([[4.0, 1e-4, 0.0], wrong], 2048)
 
 
 def test_the_json_has_all_runs_the_machine_and_the_limits(document):
@@ -149,8 +149,8 @@ def test_the_picture_names_both_sides_the_values_and_the_stop(document, tmp_path
     shown = texts(picture.drawn(document))
     for name in picture.NAMES.values():
         assert shown.count(name) == 2  # in each panel
-    assert "36.0× less" in shown  # 14.4 / 0.4 GiB at 8k
-    assert "13.3× faster" in shown
+    assert "36.0× less at 8k tokens" in shown  # 14.4 / 0.4 GiB at 8k
+    assert "13.3× faster at 8k tokens" in shown
     assert "~57.6 GiB" in shown
     assert "14.4 GiB" in shown
     (caption,) = (text for text in shown if "a processor, 2 threads, 24 GiB" in text)
