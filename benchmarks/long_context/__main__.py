@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,7 @@ def main() -> None:
         workload = dataclasses.replace(workload, n_layer=options.layers)
     if options.lengths:
         workload = dataclasses.replace(workload, lengths=tuple(sorted(options.lengths)))
+    torch.set_num_threads(options.threads)  # for the rates of the machine
     limits = Limits(options.limit, options.reserve)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     console.print(f"{workload.title}: {workload.details}")

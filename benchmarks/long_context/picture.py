@@ -109,13 +109,14 @@ def length_name(length: float, unit: str) -> str:
 
 
 def _stops(document: Record) -> str:
-    """Which predictions the hollow marks are, in words."""
-    unit = document["workload"]["unit"]
+    """Which lengths were not run, and why."""
+    unit, stops = document["workload"]["unit"], document["stops"]
     parts = [
         f"{NAMES[stop['side']]}: {length_name(stop['length'], unit)} {unit} {stop['reason']}"
-        for stop in document["stops"]
+        for stop in stops
     ]
-    return "Hollow: predicted, not run. " + "; ".join(parts) + "." if parts else ""
+    is_predicted = any(stop["seconds"] is not None for stop in stops)
+    return "; ".join(parts) + ". Hollow marks are predictions." * is_predicted
 
 
 def _draw(axes: Axes, panel: Panel, document: Record) -> None:

@@ -3,7 +3,6 @@ models of Hugging Face in processes of their own where transformers is installed
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 import json
@@ -196,10 +195,14 @@ def test_the_table_has_rates_and_ratios(workload):
     assert agreement.endswith(": 3e-07")
 
 
-TINY = {
-    "inkling": InklingStep(n_layer=1, lengths=(64, 700)),
-    "parakeet": ParakeetEncoder(n_layer=1, lengths=(0.02, 0.05)),
-}
+def test_an_environment_without_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["long_context", "inkling"])
+    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="make demo-long"):
+        program.main()
+
+
+TINY = {"inkling": ("64", "700"), "parakeet": ("0.02", "0.05")}
 
 
 @pytest.fixture
@@ -210,25 +213,32 @@ def measure():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_both_sides_of_a_tiny_model_agree(name, measure):
-    workload = TINY[name]
-    results = climb(workload, LIMITS, measure)
-    assert [(run.side, run.length) for run in results.measurements] == [
-        (side, length) for length in workload.lengths for side in SIDES
+def test_both_sides_of_a_tiny_model_agree(name, measure, tmp_path, monkeypatch, capsys):
+    """The whole program, on one layer."""
+    monkeypatch.setattr(ladder.machine, "describe", lambda: dict(MACHINE))
+    options = ["--layers", "1", "--threads", "1", "--out", str(tmp_path), "--lengths", *TINY[name]]
+    monkeypatch.setattr("sys.argv", ["long_context", name, *options])
+    program.main()
+    written = json.loads((tmp_path / f"long_context_{name}.json").read_text(encoding="utf-8"))
+    assert [(run["side"], run["length"]) for run in written["measurements"]] == [
+        (side, float(length)) for length in TINY[name] for side in SIDES
     ]
-    assert all(run.seconds > 0 and run.start_gib > 0.05 for run in results.measurements)
-    assert all(difference < 1e-4 for difference in results.differences.values())
-    assert len(results.differences) == 2
+    assert all(run["seconds"] > 0 and run["start_gib"] > 0.05 for run in written["measurements"])
+    assert len(written["differences"]) == 2
+    assert all(difference < 1e-4 for difference in written["differences"].values())
+    assert written["stops"] == []
+    assert (tmp_path / f"long_context_{name}.png").exists()
+    assert "largest relative difference" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_run_gets_no_more_memory_than_its_room(measure):
     """The scores of 8 heads and 16,384 tokens need 8 GiB."""
     with pytest.raises(OverLimitError, match="needed more than 3 GiB"):
-        measure(dataclasses.replace(TINY["inkling"], lengths=(16384,)), 16384, ORIGINAL, 3.0)
+        measure(InklingStep(n_layer=1), 16384, ORIGINAL, 3.0)
 
 
 @pytest.mark.slow
 def test_a_failing_run_is_an_error_with_its_message(measure):
     with pytest.raises(RuntimeError, match=r"inkling, -1 tokens, patched: (.|\n)*negative"):
-        measure(TINY["inkling"], -1, PATCHED, 8.0)
+        measure(InklingStep(n_layer=1), -1, PATCHED, 8.0)
