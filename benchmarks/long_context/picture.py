@@ -140,7 +140,7 @@ def _line(axes: Axes, panel: Panel, side: str, runs: list[Record], stops: list[R
     color, marker = COLORS[side], MARKERS[side]
     points = [(run["length"], panel.value(run)) for run in runs]
     predicted = [(s["length"], panel.value(s)) for s in stops if s["seconds"] is not None]
-    style = {"color": color, "marker": marker, "markersize": 6.5}
+    style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 6.5}
     axes.plot(*zip(*points, strict=True), **style, linewidth=2.2, zorder=3)
     for point in predicted:
         line = zip(points[-1], point, strict=True)
@@ -168,7 +168,11 @@ def _place(side: str, panel: Panel) -> tuple[int, int]:
 
 def _text(axes: Axes, x: float, y: float, text: str, place: tuple[int, int], **font: Any) -> None:
     """`text` beside a point, on a white edge that interrupts the lines below it."""
-    style = {"size": 8.5, "ha": "left" if place[0] > 0 else "right", "va": "center"} | font
+    style: dict[str, Any] = {
+        "size": 8.5,
+        "ha": "left" if place[0] > 0 else "right",
+        "va": "center",
+    } | font
     edge = [withStroke(linewidth=2.5, foreground="white")]
     axes.annotate(
         text, (x, y), place, textcoords="offset points", zorder=4, path_effects=edge, **style
@@ -179,7 +183,7 @@ def _machine_line(axes: Axes, document: Record) -> None:
     """A horizontal line at the machine's whole memory."""
     total = document["machine"]["memory_gib"]
     axes.axhline(total, color=MUTED, linewidth=1, linestyle="--")
-    style = {"size": 8.5, "color": MUTED, "ha": "left", "va": "center"}
+    style: dict[str, Any] = {"size": 8.5, "color": MUTED, "ha": "left", "va": "center"}
     axes.annotate(
         f"{total:.0f} GiB:\nmachine",
         (1, total),

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from transformer_xl.integrations import patch
 
@@ -122,7 +121,8 @@ class ParakeetEncoder:
             with torch.no_grad():
                 out = model(features, attention_mask=mask).last_hidden_state
             frames = out[0, :: max(1, out.shape[1] // 16)]
-            return frames.unflatten(1, (16, -1)).norm(dim=-1).flatten().tolist()
+            norms: list[float] = frames.unflatten(1, (16, -1)).norm(dim=-1).flatten().tolist()
+            return norms
 
         return encode
 
@@ -131,11 +131,11 @@ Workload = InklingStep | ParakeetEncoder
 WORKLOADS: dict[str, type[Workload]] = {kind.name: kind for kind in (InklingStep, ParakeetEncoder)}
 
 
-def _built(model_class: Any, config: Any, is_patched: bool) -> nn.Module:
+def _built(model_class: Any, config: Any, is_patched: bool) -> Any:
     """The model with attention "sdpa"; both sides have the same random weights."""
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    model: nn.Module = model_class(config)
+    model = model_class(config)
     if is_patched:
         patch(model)
     return model
