@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import machine
 from benchmarks.long_context import worker
 from benchmarks.long_context.ladder import Results, climb, write_json
 from benchmarks.long_context.limits import Limits, Measurement, Stop
@@ -43,12 +44,19 @@ def main() -> None:
     measure = functools.partial(
         worker.in_child, threads=options.threads, seconds=PATIENCE * limits.seconds + LOADING
     )
-    results = climb(workload, limits, measure, lambda done: console.print(line(done, workload)))
+    written = options.out / f"long_context_{workload.name}.json"
+    described = machine.describe()
+
+    def keep(done: Measurement | Stop, results: Results) -> None:
+        """Prints one line and writes all results, which an interrupted program keeps."""
+        console.print(line(done, workload))
+        write_json(written, described, workload, limits, results)
+
+    results = climb(workload, limits, measure, keep)
     console.print(table(results, workload), *notes(results, workload), sep="\n")
-    stem = options.out / f"long_context_{workload.name}"
-    document = write_json(stem.with_suffix(".json"), workload, limits, results)
-    plot(stem.with_suffix(".png"), document)
-    console.print(f"written: {stem}.png and .json, after {results.total_seconds:.0f} s")
+    plot(written)
+    seconds = results.total_seconds
+    console.print(f"written: {written} and .png, after {seconds:.0f} s", soft_wrap=True)
 
 
 def line(done: Measurement | Stop, workload: Workload) -> str:

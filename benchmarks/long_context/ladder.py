@@ -6,12 +6,10 @@ import dataclasses
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
 
-from benchmarks import machine
 from benchmarks.long_context.limits import (
     Limits,
     Measurement,
@@ -27,7 +25,7 @@ GATE = 1e-3  # the largest relative difference of the norms of both sides, in fl
 SMALLEST_NORM = 1e-9  # smaller ones are rounding errors of zero
 
 Measure = Callable[[Workload, float, str, float], Answer]  # the last argument: GiB that it may use
-Progress = Callable[[Measurement | Stop], None]
+Progress = Callable[[Measurement | Stop, "Results"], None]
 
 
 @dataclasses.dataclass
@@ -53,9 +51,15 @@ class WrongResultError(Exception):
 
 
 def climb(
-    workload: Workload, limits: Limits, measure: Measure, progress: Progress = lambda _: None
+    workload: Workload,
+    limits: Limits,
+    measure: Measure,
+    progress: Progress = lambda done, results: None,
 ) -> Results:
     """Measures both sides at each length of `workload`, in turns.
+
+    Args:
+        progress: is called after each run or stop with it and all results until then.
 
     Raises:
         WrongResultError: the results of both sides differ.
@@ -68,16 +72,16 @@ def climb(
             if any(stop.side == side for stop in results.stops):
                 continue
             outcome = _attempt(workload, length, results.of(side), side, limits, measure)
+            results.total_seconds = time.perf_counter() - started
             if isinstance(outcome, Stop):
                 results.stops.append(outcome)
-                progress(outcome)
-            else:
-                results.measurements.append(outcome.measurement)
-                numbers.append(outcome.results)
-                progress(outcome.measurement)
-        if len(numbers) == len(SIDES):
-            results.differences[f"{length:g}"] = compare(numbers, length)
-    results.total_seconds = time.perf_counter() - started
+                progress(outcome, results)
+                continue
+            results.measurements.append(outcome.measurement)
+            numbers.append(outcome.results)
+            if len(numbers) == len(SIDES):
+                results.differences[f"{length:g}"] = compare(numbers, length)
+            progress(outcome.measurement, results)
     return results
 
 
@@ -117,11 +121,17 @@ def compare(numbers: Sequence[Sequence[float]], length: float) -> float:
     return difference
 
 
-def write_json(path: Path, workload: Workload, limits: Limits, results: Results) -> dict[str, Any]:
-    """Writes the results with the machine, and returns the document."""
+def write_json(
+    path: Path,
+    machine: Mapping[str, object],
+    workload: Workload,
+    limits: Limits,
+    results: Results,
+) -> None:
+    """Writes the results with the machine."""
     document = {
         "date": date.today().isoformat(),
-        "machine": {**machine.describe(), "memory_gib": meminfo_gib("MemTotal")},
+        "machine": {**machine, "memory_gib": meminfo_gib("MemTotal")},
         "transformers": importlib.metadata.version("transformers"),
         "workload": {"name": workload.name, "unit": workload.unit, "title": workload.title}
         | {"details": workload.details, **dataclasses.asdict(workload)},
@@ -133,4 +143,3 @@ def write_json(path: Path, workload: Workload, limits: Limits, results: Results)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return document

@@ -77,10 +77,9 @@ TIME = Panel("Time", lambda x: x["seconds"], seconds, "faster")
 PANELS = {"tokens": (MEMORY, SPEED), "minutes": (MEMORY, TIME)}
 
 
-def plot(path: Path, document: Record) -> None:
-    """Writes the picture of the JSON `document` of a run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn(document).savefig(path)
+def plot(path: Path) -> None:
+    """Writes the picture of the JSON file `path` beside it."""
+    drawn(json.loads(path.read_text(encoding="utf-8"))).savefig(path.with_suffix(".png"))
 
 
 def drawn(document: Record) -> Figure:
@@ -238,5 +237,4 @@ def _finish(axes: Axes, panel: Panel, work: Record) -> None:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        source = Path(name)
-        plot(source.with_suffix(".png"), json.loads(source.read_text(encoding="utf-8")))
+        plot(Path(name))

@@ -38,14 +38,18 @@ def free_memory(monkeypatch):
 
 
 @pytest.fixture
-def document(tmp_path, monkeypatch):
+def path(tmp_path, monkeypatch):
     """The JSON of a run of `fake`."""
-    monkeypatch.setattr(ladder.machine, "describe", lambda: dict(MACHINE))
     monkeypatch.setattr(ladder.importlib.metadata, "version", lambda name: "5.24.0")
-    path = tmp_path / "folder" / "run.json"
-    written = ladder.write_json(path, InklingStep(), LIMITS, climb(InklingStep(), LIMITS, fake))
-    assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(written))
-    return json.loads(json.dumps(written))
+    written = tmp_path / "folder" / "run.json"
+    results = climb(InklingStep(), LIMITS, fake)
+    ladder.write_json(written, MACHINE, InklingStep(), LIMITS, results)
+    return written
+
+
+@pytest.fixture
+def document(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("lengths", [(2, 4, 8), (1, 2, 5), (5, 10, 20)])
@@ -117,10 +121,16 @@ def test_a_run_beyond_its_limits_is_a_stop_with_the_reason():
     assert (stop.length, stop.seconds) == (4096, 24.0)
 
 
-def test_progress_tells_every_run_and_stop():
-    told = []
-    results = climb(InklingStep(), LIMITS, fake, told.append)
-    assert sorted(told, key=str) == sorted((*results.measurements, *results.stops), key=str)
+def test_every_run_and_stop_is_reported_with_all_results_until_then():
+    reported, numbers = [], []
+
+    def progress(done, results):
+        reported.append(done)
+        numbers.append(len(results.measurements) + len(results.stops))
+
+    results = climb(InklingStep(), LIMITS, fake, progress)
+    assert sorted(reported, key=str) == sorted((*results.measurements, *results.stops), key=str)
+    assert numbers == list(range(1, 10))
 
 
 def test_different_results_are_an_error():
@@ -144,7 +154,7 @@ def texts(figure):
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
-def test_the_picture_names_both_sides_the_values_and_the_stop(document, tmp_path):
+def test_the_picture_names_both_sides_the_values_and_the_stop(document, path):
     shown = texts(picture.drawn(document))
     for name in picture.NAMES.values():
         assert shown.count(name) == 2  # in each panel
@@ -154,8 +164,8 @@ def test_the_picture_names_both_sides_the_values_and_the_stop(document, tmp_path
     assert "14.4 GiB" in shown
     (caption,) = (text for text in shown if "a processor, 2 threads, 24 GiB" in text)
     assert "16k tokens would take 384 s (limit 100 s) and need 58 GiB (18 GiB free)" in caption
-    picture.plot(tmp_path / "new" / "picture.png", document)
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+    picture.plot(path)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_picture_of_one_side_and_of_a_stop_without_prediction(document):
@@ -215,7 +225,7 @@ def measure():
 @pytest.mark.parametrize("name", TINY)
 def test_both_sides_of_a_tiny_model_agree(name, measure, tmp_path, monkeypatch, capsys):
     """The whole program, on one layer."""
-    monkeypatch.setattr(ladder.machine, "describe", lambda: dict(MACHINE))
+    monkeypatch.setattr(program.machine, "describe", lambda: dict(MACHINE))
     options = ["--layers", "1", "--threads", "1", "--out", str(tmp_path), "--lengths", *TINY[name]]
     monkeypatch.setattr("sys.argv", ["long_context", name, *options])
     program.main()
