@@ -7,6 +7,7 @@
 #   REPO_ID owner/name of the repository on the Hugging Face Hub, for `make hub`
 #   INSTALL_PYTHONS, INSTALL_WHEELS  interpreters that have torch, and wheels, for `make installs`
 #   BUDGET  the most seconds that `make gpu` takes; STAGES chooses its stages
+#   OUT     the folder for the pictures of `make demo-long` and `make demo-audio`
 #   WHEEL_TORCHES, WHEEL_PYTHONS  versions of torch, and interpreters, that `make wheels` builds for
 #   MINUTES how long `make fuzz` tests each file format
 #   MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers at a time
@@ -24,6 +25,7 @@ REPO_ID ?=
 INSTALL_PYTHONS ?= $(PY)
 INSTALL_WHEELS ?=
 DROPINS_VENV ?= .venv-dropins
+OUT ?= runs/long_context
 BUDGET ?= 240
 STAGES ?=
 # The oldest, the developed and the newest torch; a release has every minor version.
@@ -48,6 +50,12 @@ help: ## print this list
 
 run: $(VENV)/.installed-lm ## train, evaluate and sample a small model; results in runs/demo
 	$(VENV)/bin/transformer-xl demo --out runs/demo
+
+demo-long: $(DROPINS_VENV)/.installed ## a training step on 2k to 32k tokens, Hugging Face's Inkling and patched; picture and JSON in OUT
+	$(DROPINS_VENV)/bin/python -m benchmarks.long_context inkling --out $(call quoted,$(OUT))
+
+demo-audio: $(DROPINS_VENV)/.installed ## an encoder on 1 to 20 minutes of audio, Hugging Face's Parakeet and patched; picture and JSON in OUT
+	$(DROPINS_VENV)/bin/python -m benchmarks.long_context parakeet --out $(call quoted,$(OUT))
 
 test: $(VENV)/.installed-dev ## the full test suite, on all cores; Triton kernels in processes that interpret them
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) -m 'not interpreted'
@@ -89,7 +97,8 @@ audit: ## known vulnerabilities in the packages of the extras; fails if the serv
 	build/audit/bin/python tools/audit.py
 
 test-dropins: $(DROPINS_VENV)/.installed ## compare patched models with the libraries' own classes; takes about 20 minutes
-	OMP_NUM_THREADS=1 $(DROPINS_VENV)/bin/python -m pytest -n logical tests/transformer_xl/integrations/dropins
+	OMP_NUM_THREADS=1 $(DROPINS_VENV)/bin/python -m pytest -n logical tests/transformer_xl/integrations/dropins \
+	  tests/benchmarks/test_long_context.py
 
 # It sees the packages of $(VENV), and so the same torch and the same kernels.
 $(DROPINS_VENV)/.installed: $(VENV)/.installed-dev
@@ -161,7 +170,7 @@ clean: ## remove builds, downloads under build and caches of tools; $(VENV) and 
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 
-.PHONY: help run test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch hub installs wheels fuzz audit test-dropins
+.PHONY: help run demo-long demo-audio test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch hub installs wheels fuzz audit test-dropins
 
 # ---- the environment
 

@@ -15,6 +15,7 @@ import gc
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,12 +45,18 @@ def growth(case: str, contender: str) -> float:
         run()
     results = chosen.result_bytes(contender) if isinstance(chosen, SoftmaxCase) else 0
     with chosen.contender(contender) as run:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        CLEAR_REFS.write_text(_FORGET_PEAK)
-        before = _resident("VmRSS")
-        run()
-        return _resident("VmHWM") - before - results / 2**20
+        _, grown = around(run)
+        return grown - results / 2**20
+
+
+def around(run: Callable[[], object]) -> tuple[float, float]:
+    """MiB resident just before `run`, and the growth from there to the peak during `run`."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR_REFS.write_text(_FORGET_PEAK)
+    before = _resident("VmRSS")
+    run()
+    return before, _resident("VmHWM") - before
 
 
 def _resident(field: str) -> float:
