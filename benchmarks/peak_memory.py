@@ -2,7 +2,8 @@
 
     python -m benchmarks.peak_memory CASE CONTENDER
 
-prints MiB: the growth of the resident set from just before the first run to its highest point.
+prints MiB, the growth of the resident set from just before the first run to its highest point, and
+the seconds of that run.
 Inputs (and a model's weights) are there before and do not count; outputs, gradients, what is
 saved between passes and an optimizer's state do. A case with `result_bytes` counts neither its
 outputs nor its gradients. Libraries are loaded by a tiny run before.
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,18 +29,26 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 _FORGET_PEAK = "5"  # Linux: sets VmHWM to the present resident set
 
 
-def in_child(case: str, contender: str) -> float:
-    """MiB that `contender` of the case named `case` grows by; RuntimeError if its process fails."""
+class Peak(NamedTuple):
+    """Growth of the resident set in MiB, and the seconds of the run."""
+
+    mib: float
+    seconds: float
+
+
+def in_child(case: str, contender: str) -> Peak:
+    """`growth` in a process of its own; RuntimeError if the process fails."""
     command = [sys.executable, "-m", __name__, case, contender, str(torch.get_num_threads())]
     root = Path(__file__).resolve().parents[1]
     child = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     if child.returncode:
         raise RuntimeError(f"{case}, {contender}: {child.stderr.strip() or 'killed'}")
-    return float(child.stdout)
+    mib, seconds = child.stdout.split()[-2:]  # libraries may print before
+    return Peak(float(mib), float(seconds))
 
 
-def growth(case: str, contender: str) -> float:
-    """MiB, in this process, which should have done nothing before."""
+def growth(case: str, contender: str) -> Peak:
+    """Of the contender's first run, in this process, which should have done nothing before."""
     chosen = registry.case(case)
     with chosen.tiny().contender(contender) as run:
         run()
@@ -48,8 +58,8 @@ def growth(case: str, contender: str) -> float:
         ctypes.CDLL(None).malloc_trim(0)
         CLEAR_REFS.write_text(_FORGET_PEAK)
         before = _resident("VmRSS")
-        run()
-        return _resident("VmHWM") - before - results / 2**20
+        seconds = run()
+        return Peak(_resident("VmHWM") - before - results / 2**20, seconds)
 
 
 def _resident(field: str) -> float:
@@ -61,4 +71,4 @@ def _resident(field: str) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
-    print(growth(sys.argv[1], sys.argv[2]))
+    print(*growth(sys.argv[1], sys.argv[2]))

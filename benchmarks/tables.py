@@ -150,20 +150,21 @@ def _ratio(case: Record, name: str) -> str:
 
 
 def _everyone(case: Record) -> str:
-    """Every contender with the quartiles of its ratio."""
-    found = case["peers"] | case["yardsticks"]
-    return (
-        "<br>".join(
-            f"{name} {_ratio(case, name)} [{one['ratio']['q1']:.2f}, {one['ratio']['q3']:.2f}]"
-            for name, one in found.items()
-        )
-        or NOTHING
-    )
+    """Every contender with the quartiles of its ratio, or the memory that it would need."""
+    lines = [
+        f"{name} {_ratio(case, name)} [{one['ratio']['q1']:.2f}, {one['ratio']['q3']:.2f}]"
+        for name, one in (case["peers"] | case["yardsticks"]).items()
+    ]
+    needed = case.get("needed_bytes", {})  # absent in older records
+    lines += [f"{name} needs {n / 2**30:.0f} GiB" for name, n in needed.items()]
+    return "<br>".join(lines) or NOTHING
 
 
 def _rate(case: Record) -> str:
     if case["gflops"] is not None:
         return f"{case['gflops']:.0f} GFLOP/s"
+    if case.get("gigabytes_per_second") is not None:  # absent in older records
+        return f"{case['gigabytes_per_second']:.0f} GB/s"
     if case["tokens_per_second"] is not None:
         return f"{case['tokens_per_second']:,.0f} tokens/s"
     return NOTHING

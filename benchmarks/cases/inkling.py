@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from benchmarks.peers.inkling_layer import CoreInputs
 
 GATE = 1e-5  # relative error by Frobenius norm
 CORE, LAYER = "attention", "layer"
+DIRECTIONS: tuple[Pass, Pass] = ("forward", "forward+backward")
 CHECKED_TOKENS = 1536  # of a whole layer, compared with the unpatched class in float64
 CHECKED_KEY_HEADS = 2  # gradients: the float64 scores of all heads would need gigabytes
 
@@ -220,3 +221,26 @@ def _gradients_reference(shape: AttentionShape) -> tuple[Tensor, ...]:
     inputs = inkling_layer.core_inputs(shape, requires_grad=True).convert(torch.float64)
     out = _core(shape, inputs, inkling_layer.window_mask(shape), is_patched=False)()
     return out.detach(), *torch.autograd.grad(out, inputs.leaves(), _dout(shape).double())
+
+
+def inkling_cases(kinds: Mapping[str, AttentionShape]) -> list[DropInCase]:
+    """The layers of a model by kind ("global", "sliding"), and decoding in a global one."""
+
+    def shape(kind: str, part: str, Tq: int) -> AttentionShape:
+        return dataclasses.replace(kinds[kind], name=f"inkling_{part}_{kind}_{Tq}", Tq=Tq)
+
+    attentions = [
+        InklingCase(shape(kind, CORE, Tq), CORE, direction)
+        for kind in kinds
+        for Tq in (2048, 4096, 8192, 16384, 32768)
+        for direction in DIRECTIONS[: 2 if Tq == 2048 else 1]
+    ]
+    layers = [
+        InklingCase(shape(kind, LAYER, Tq), LAYER) for kind in kinds for Tq in (2048, 4096, 32768)
+    ]
+    decoded = dataclasses.replace(kinds["global"], Tq=1, Tm=4096)
+    names = {"inkling_decode_4096": False, "inkling_decode_4096_dynamic": True}
+    decodes = [
+        DecodeCase(dataclasses.replace(decoded, name=name), grows) for name, grows in names.items()
+    ]
+    return [*decodes, *attentions, *layers]

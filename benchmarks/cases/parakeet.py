@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import machine
 from benchmarks.cases import OURS, PeerUnavailableError
 from benchmarks.cases.dropins import HF, DropInCase, patched_if, some_rows, without_gradients
 from benchmarks.peers import exported, parakeet
@@ -24,8 +25,7 @@ ONNX, OPENVINO = "onnxruntime", "openvino"
 COMPILED, CHANNELS_LAST, FLOAT32 = "compiled", "channels-last", "ours-float32"
 
 CHECKED_SECONDS = 30  # of audio, compared with the unpatched class in float64
-# The largest allowed relative error by Frobenius norm. Activations of two layers are quantised, too,
-# in the int8 peers.
+# The largest allowed relative error by Frobenius norm; "int8" also quantises activations.
 GATE = {"float32": 1e-5, "bfloat16": 5e-2, "int8": 1e-1}
 PEERS = {
     "float32": (HF, ONNX, OPENVINO),
@@ -94,7 +94,7 @@ class EncoderCase(DropInCase):
             return exported.n_bytes(self.shape)
         n_byte = 2 if self.precision == "bfloat16" else 4
         weights = self.shape.n_weight * (4 + n_byte)
-        hidden = 4 * self.shape.T * self.shape.d_inner * n_byte
+        hidden = 4 * self.shape.n_frame * self.shape.d_inner * n_byte
         if name == HF:
             largest = max(self.shape.score_bytes, self.shape.subsampling_bytes)
             return weights + hidden + largest * n_byte // 4
@@ -131,7 +131,7 @@ class PartCase(DropInCase):
     @property
     def flop(self) -> int | None:  # type: ignore[override]
         """Of the core: three products for each query and key."""
-        return 6 * self.shape.d_model * self.shape.T**2 if self.part == CORE else None
+        return 6 * self.shape.d_model * self.shape.n_frame**2 if self.part == CORE else None
 
     def run(self, name: str) -> Callable[[], Tensor]:
         if self.part == CORE:
@@ -143,7 +143,7 @@ class PartCase(DropInCase):
         return without_gradients(lambda: block(x, position_embeddings=positions))
 
     def n_bytes(self, name: str) -> int:
-        inputs = 4 * self.shape.T * (8 * self.shape.d_model + 2 * self.shape.d_inner)
+        inputs = 4 * self.shape.n_frame * (8 * self.shape.d_model + 2 * self.shape.d_inner)
         weights = 0 if self.part == CORE else 2 * 4 * self.shape.n_weight
         return inputs + weights + (self.shape.score_bytes if name == HF else 0)
 
@@ -151,7 +151,7 @@ class PartCase(DropInCase):
         """The core: some queries by their formula. The block: the unpatched class in float64."""
         actual = self.run(name)()
         if self.part == CORE:
-            rows = some_rows(self.shape.T)
+            rows = some_rows(self.shape.n_frame)
             expected = parakeet.core_rows(parakeet.core_inputs(self.shape), rows)
             self.compare(name, actual[0, rows], expected, GATE["float32"])
         else:
@@ -212,3 +212,36 @@ def _block_reference(case: PartCase) -> Tensor:
     with torch.no_grad():
         out: Tensor = block(x.double(), position_embeddings=positions.double())
     return out
+
+
+LENGTHS = {"30s": 30, "2min": 120, "5min": 300, "10min": 600, "20min": 1200}  # in seconds
+_SMALL = {"d_model": 512, "d_inner": 2048}
+
+
+def parakeet_cases() -> list[DropInCase]:
+    """Two layers at every length, all 24 where a run takes less than a minute, and their parts.
+
+    bfloat16 only on processors that multiply it.
+    """
+    features = machine.processor().features
+    is_bfloat16 = bool({"avx512_bf16", "amx_bf16"} & set(features))
+    precisions = ("float32", "int8", *(["bfloat16"] if is_bfloat16 else []))
+    shapes = [
+        *(EncoderShape(name=f"parakeet_encoder_{x}", seconds=LENGTHS[x]) for x in LENGTHS),
+        *(all_layers(length) for length in ("2min", "5min")),
+    ]
+    small = [
+        EncoderShape(name=f"parakeet_small_{x}", seconds=LENGTHS[x], **_SMALL)
+        for x in ("2min", "5min")
+    ]
+    parts = [
+        PartCase(EncoderShape(name=f"parakeet_{part}_5min", seconds=LENGTHS["5min"]), part)
+        for part in (CORE, BLOCK)
+    ]
+    encoders = [EncoderCase(shape, precision) for shape in shapes for precision in precisions]
+    return [*parts, *encoders, *(EncoderCase(x, with_channels_last=True) for x in small)]
+
+
+def all_layers(length: str) -> EncoderShape:
+    """The encoder of NVIDIA's Parakeet with 0.6 billion parameters."""
+    return EncoderShape(name=f"parakeet_24_layers_{length}", seconds=LENGTHS[length], n_layer=24)

@@ -7,7 +7,6 @@ in `build/benchmarks`, because every process that measures memory needs them aga
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -92,9 +91,7 @@ def _float32_file(shape: EncoderShape) -> Path:
         room.require(n_bytes(shape))
         module, inputs = _Output(parakeet.encoder(shape)).eval(), (parakeet.features(shape),)
         with torch.no_grad():
-            torch.onnx.export(
-                module, inputs, path, dynamo=True, external_data=True, verbose=False
-            )
+            torch.onnx.export(module, inputs, path, dynamo=True, external_data=True, verbose=False)
 
     return _kept(f"{_stem(shape)}-float32", write)
 
@@ -131,7 +128,7 @@ def _kept(stem: str, write: Callable[[Path], None]) -> Path:
         unfinished = Path(tempfile.mkdtemp(dir=FOLDER))
         try:
             write(unfinished / "encoder.onnx")
-            os.replace(unfinished, folder)
+            unfinished.replace(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder / "encoder.onnx"

@@ -113,7 +113,7 @@ def core_inputs(shape: AttentionShape, *, requires_grad: bool = False, seed: int
 
 
 def window_mask(shape: AttentionShape) -> Tensor | None:
-    """The mask bool [1, 1, Tq, Tk] that the model makes for sliding layers; None for global ones."""
+    """The mask of a sliding layer, bool [1, 1, Tq, Tk], that the model makes; else None."""
     if shape.window is None or shape.Tq == 1:
         return None
     i, j = torch.arange(shape.Tq)[:, None], torch.arange(shape.n_keys)

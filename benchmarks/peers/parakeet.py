@@ -41,7 +41,7 @@ class EncoderShape:
         return self.seconds * MEL_FRAMES_PER_SECOND
 
     @property
-    def T(self) -> int:
+    def n_frame(self) -> int:
         """Frames after subsampling."""
         return -(-self.n_mel_frame // SUBSAMPLING)
 
@@ -54,7 +54,7 @@ class EncoderShape:
     @property
     def score_bytes(self) -> int:
         """Of the float32 position scores [H, T, 2T - 1] and their padded copy, in one layer."""
-        return 2 * 4 * self.n_head * self.T * (2 * self.T - 1)
+        return 2 * 4 * self.n_head * self.n_frame * (2 * self.n_frame - 1)
 
     @property
     def subsampling_bytes(self) -> int:
@@ -106,7 +106,7 @@ def features(shape: EncoderShape) -> Tensor:
 
 
 def reference(shape: EncoderShape) -> Tensor:
-    """[1, T, d_model]: the output of the unpatched encoder in float64."""
+    """[1, n_frame, d_model]: the output of the unpatched encoder in float64."""
     room.require(2 * (4 * shape.n_weight + max(shape.score_bytes, shape.subsampling_bytes)))
     model = converted(_encoder(dataclasses.replace(shape, name="", seconds=0)), torch.float64)
     with torch.no_grad():
@@ -127,7 +127,7 @@ class CoreInputs(NamedTuple):
 
 def core_inputs(shape: EncoderShape) -> CoreInputs:
     """Normal random numbers."""
-    T, d_model, heads = shape.T, shape.d_model, (shape.n_head, -1)
+    T, d_model, heads = shape.n_frame, shape.d_model, (shape.n_head, -1)
     sequences = (_normal(seed, T, d_model)[None] for seed in (1, 2, 3))
     r = _normal(4, 2 * T - 1, d_model)[None]
     return CoreInputs(*sequences, r, *(_normal(seed, d_model).view(heads) for seed in (5, 6)))
