@@ -116,6 +116,9 @@ bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the ben
 	$(HF_VENV)/bin/python $(PIP) install torch==2.13.0
 	$(HF_VENV)/bin/python $(PIP) install transformers==4.37.2 'numpy<2' torch==2.13.0
 
+bench-dropins-env: $(DROPINS_VENV)/.installed ## ONNX Runtime and OpenVINO, peers of the drop-ins, in the environment of test-dropins
+	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps -r benchmarks/peers/requirements.txt
+
 venv: $(VENV)/.installed-dev ## the environment with all packages for development
 	@echo "$(PY) is ready"
 
@@ -170,7 +173,7 @@ clean: ## remove builds, downloads under build and caches of tools; $(VENV) and 
 	rm -rf build dist *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf txl_kernels/_native txl_kernels/_native_build.json txl_kernels/_C.*.so $(VENV)/.installed-*
 
-.PHONY: help run demo-long demo-audio test bench gpu gates gates-ci cross-arm test-arm bench-hf-env venv build format lint types wheel ci clean native-status torch hub installs wheels fuzz audit test-dropins
+.PHONY: help run demo-long demo-audio test bench gpu gates gates-ci cross-arm test-arm bench-hf-env bench-dropins-env venv build format lint types wheel ci clean native-status torch hub installs wheels fuzz audit test-dropins
 
 # ---- the environment
 

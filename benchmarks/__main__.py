@@ -17,7 +17,7 @@ from benchmarks.measure import SAMPLE_SECONDS, WANTED_ROUNDS, OneProgramAtATime,
 from benchmarks.plot import plot
 from benchmarks.report import print_report, write_json
 from benchmarks.step_profile import profile_step
-from benchmarks.suite import Effort, Figures, take, take_memory
+from benchmarks.suite import Effort, Figures, take, take_memory, take_once
 from txl_kernels.backends import cuda_device
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,11 +30,14 @@ def main() -> None:
     timed = headline.device_cases() if on_gpu else registry.timed_cases()
     timed = registry.select(timed, options.cases)
     memory = registry.select(() if on_gpu else registry.memory_cases(), options.cases)
+    long = registry.select(() if on_gpu else registry.long_cases(), options.cases)
+    chosen = [*timed, *memory, *long]
     if options.list:
-        print(*(case.name for case in (*timed, *memory)), sep="\n")
+        print(*(case.name for case in chosen), sep="\n")
         return
-    if not timed and not memory:
+    if not chosen:
         raise SystemExit(f"no case matches {' '.join(options.cases)}; --list shows all")
+    timed, long = registry.runnable(timed), registry.runnable(long)
     if on_gpu and (reason := cuda_device.unavailable_reason()):
         raise SystemExit(f"--device cuda: {reason}")
     torch.set_num_threads(options.threads)
@@ -52,11 +55,16 @@ def main() -> None:
     for case in memory if effort.memory else ():
         results.append(Figures(case.name))
         take_memory(case, (OURS,), results[-1])
+    for case in long:
+        results.append(take_once(case, probe))
+        write_json(written, described, results)
     profile = []
     if any(case.name.endswith("train_step") for case in timed):
         profile = profile_step(registry.model_shapes()[0], torch.float32)
 
     print_report(console, described, results, profile)
+    if n_absent := len(chosen) - len(timed) - len(memory) - len(long):
+        console.print(f"left out: {n_absent} drop-ins, which need `make bench-dropins-env`")
     everything = write_json(written, described, results, profile)
     plot(options.out / f"{stem}.png", everything, str(described["processor"]))
     console.print(f"written: {options.out / stem}.json and .png", highlight=False)

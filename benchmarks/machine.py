@@ -39,10 +39,15 @@ class Processor:
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """The best rate that products of tiles reach, in GFLOP/s, and the routine that reaches it."""
+    """The best rate of this machine, and the routine that reaches it.
+
+    Attributes:
+        kind: a routine of products of tiles, or "read".
+        rate: GFLOP/s; GB/s for "read".
+    """
 
     kind: str
-    gflops: float
+    rate: float
 
 
 def processor() -> Processor:
@@ -86,7 +91,14 @@ def limit(dtype: torch.dtype, seconds: float = 0.1, device: str = "cpu") -> Limi
     if device != "cpu":
         return Limit("matmul", gpu.matmul_rate(torch.device(device), dtype) / 1e9)
     rates = tile_rates(_TILE_KINDS[dtype], seconds)
-    return max((Limit(*item) for item in rates.items()), key=lambda x: x.gflops, default=None)
+    return max((Limit(*item) for item in rates.items()), key=lambda x: x.rate, default=None)
+
+
+def read_limit(n_bytes: int = 2**30) -> Limit:
+    """The bandwidth of reading memory: a sum of float32 numbers on all threads, the best of 5."""
+    numbers = torch.ones(n_bytes // 4)
+    timed = stopwatch(numbers.sum)
+    return Limit("read", n_bytes / min(timed() for _ in range(5)) / 1e9)
 
 
 def describe(device: str = "cpu") -> dict[str, object]:

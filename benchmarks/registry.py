@@ -10,11 +10,13 @@ from collections.abc import Iterable
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, dropins
 from benchmarks.cases.adaptive_embedding import EmbeddingCase
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.costs import cost_cases
+from benchmarks.cases.inkling import inkling_cases
 from benchmarks.cases.model import ModelCase, ModelShape
+from benchmarks.cases.parakeet import EncoderCase, all_layers, parakeet_cases
 from benchmarks.cases.rel_attention import AttentionCase
 from benchmarks.inputs import AttentionShape
 from benchmarks.softmax_inputs import SoftmaxShape
@@ -123,7 +125,14 @@ def timed_cases() -> list[Case]:
         for dtype in DTYPES
         for gradients in ("dense", "sparse")
     ]
-    return [*attention, *inkling, *cost_cases(), *softmaxes, *embeddings, *models]
+    own = [*attention, *inkling, *cost_cases(), *softmaxes, *embeddings, *models]
+    return [*own, *dropin_cases()]
+
+
+def dropin_cases() -> list[Case]:
+    """Patched classes of other libraries, which only some environments have."""
+    kinds = {"global": INKLING_GLOBAL, "sliding": INKLING_SLIDING}
+    return [*parakeet_cases(), *inkling_cases(kinds)]
 
 
 def memory_cases() -> list[Case]:
@@ -131,9 +140,21 @@ def memory_cases() -> list[Case]:
     return [AttentionCase(LONG, torch.float32, "forward+backward")]
 
 
+def long_cases() -> list[Case]:
+    """Cases that run once, ours alone: a run takes minutes."""
+    return [EncoderCase(all_layers("20min"))]
+
+
+def runnable(cases: Iterable[Case]) -> list[Case]:
+    """The cases without the drop-ins where their library is absent."""
+    has_library = dropins.is_available()
+    return [c for c in cases if has_library or not isinstance(c, dropins.DropInCase)]
+
+
 @functools.cache
 def _cases() -> dict[str, Case]:
-    return {known.name: known for known in (*timed_cases(), *memory_cases())}
+    known = (*timed_cases(), *memory_cases(), *long_cases())
+    return {case.name: case for case in known}
 
 
 def case(name: str) -> Case:

@@ -162,6 +162,8 @@ def _notes(results: Sequence[Figures]) -> dict[str, str]:
 def _rate(figures: Figures) -> str:
     if figures.gflops is not None:
         return f"{figures.gflops:.0f} GFLOP/s"
+    if figures.gigabytes_per_second is not None:
+        return f"{figures.gigabytes_per_second:.0f} GB/s"
     if figures.tokens_per_second is not None:
         return f"{figures.tokens_per_second:,.0f} tokens/s"
     return NOTHING

@@ -1,5 +1,6 @@
 """Figures as Markdown: `python -m benchmarks.tables FILE.json …` updates the marked tables of
-docs/benchmarks.md, a section for each file, and README.md's from the first."""
+docs/benchmarks.md, a section for each file; README.md's from the first; and the drop-ins' of
+docs/integrations.md from the first file that has them."""
 
 from __future__ import annotations
 
@@ -30,6 +31,19 @@ DOCS_HEAD = """\
 | shape | dtype | pass | ours, ms | rate | of limit | peer or yardstick / ours | peak MiB |
 |---|---|---|---|---|---|---|---|"""
 
+DROPINS_HEAD = """\
+| class | shape | dtype | pass | patched, ms | unpatched ÷ patched | peak MiB, patched / unpatched |
+|---|---|---|---|---|---|---|"""
+UNPATCHED = "hf-sdpa"
+# By the beginning of the shape's name.
+CLASSES = {
+    "parakeet_core": "`ParakeetEncoderAttention` without projections",
+    "parakeet_block": "`ParakeetEncoderBlock`",
+    "parakeet_": "`ParakeetEncoder`",
+    "inkling_layer": "`InklingAttention`",
+    "inkling_": "`InklingAttention` without projections",
+}
+
 PARTS_HEAD = """\
 | part of the float32 training step | ms | share |
 |---|---|---|"""
@@ -46,6 +60,9 @@ def main() -> None:
     runs = [(json.loads(path.read_text(encoding="utf-8")), path.name) for path in paths]
     renew(ROOT / "README.md", "speed", readme_table(*runs[0]))
     renew(ROOT / "docs" / "benchmarks.md", "bench", "\n\n".join(docs_tables(*run) for run in runs))
+    with_dropins = (run for run in runs if any(map(_is_dropin, run[0]["cases"])))
+    if first := next(with_dropins, None):
+        renew(ROOT / "docs" / "integrations.md", "speed", dropins_table(*first))
 
 
 def renew(document: Path, mark: str, text: str) -> None:
@@ -67,10 +84,29 @@ def renew(document: Path, mark: str, text: str) -> None:
 def readme_table(run: Record, source: str) -> str:
     """The rows that a newcomer reads: forward and both passes of each shape, the strongest peer."""
     rows = _rows(
-        [case for case in run["cases"] if _pass(case) in PASSES and case["peers"]],
+        [
+            case
+            for case in run["cases"]
+            if _pass(case) in PASSES and case["peers"] and not _is_dropin(case)
+        ],
         lambda case: (_ms(case), _fastest(case), _plain_sdpa(case), _share(case)),
     )
     return "\n".join([README_HEAD, *rows, "", _caption(run, source)])
+
+
+def dropins_table(run: Record, source: str) -> str:
+    """Patched classes compared with the unpatched ones; without cases that have no such peer."""
+    rows = []
+    for case in run["cases"]:
+        _, shape, dtype, direction = case["case"].split("/")
+        if not _is_dropin(case) or UNPATCHED not in case["peers"]:
+            continue
+        class_name = next(CLASSES[start] for start in CLASSES if shape.startswith(start))
+        peaks = [case["peak_mib"].get(name) for name in (OURS, UNPATCHED)]
+        memory = " / ".join(NOTHING if x is None else f"{x:.0f}" for x in peaks)
+        cells = (class_name, f"`{shape}`", dtype, PASSES[direction], _ms(case))
+        rows.append(f"| {' | '.join((*cells, _ratio(case, UNPATCHED), memory))} |")
+    return "\n".join([DROPINS_HEAD, *rows, "", _caption(run, source)])
 
 
 def docs_tables(run: Record, source: str) -> str:
@@ -126,6 +162,10 @@ def _pass(case: Record) -> str:
     return str(case["case"].rpartition("/")[2])
 
 
+def _is_dropin(case: Record) -> bool:
+    return str(case["case"]).startswith("dropin/")
+
+
 def _ms(case: Record) -> str:
     if case["seconds"] is None:
         return NOTHING
@@ -150,20 +190,21 @@ def _ratio(case: Record, name: str) -> str:
 
 
 def _everyone(case: Record) -> str:
-    """Every contender with the quartiles of its ratio."""
-    found = case["peers"] | case["yardsticks"]
-    return (
-        "<br>".join(
-            f"{name} {_ratio(case, name)} [{one['ratio']['q1']:.2f}, {one['ratio']['q3']:.2f}]"
-            for name, one in found.items()
-        )
-        or NOTHING
-    )
+    """Every contender with the quartiles of its ratio, or the memory that it would need."""
+    lines = [
+        f"{name} {_ratio(case, name)} [{one['ratio']['q1']:.2f}, {one['ratio']['q3']:.2f}]"
+        for name, one in (case["peers"] | case["yardsticks"]).items()
+    ]
+    needed = case.get("needed_bytes", {})  # absent in older records
+    lines += [f"{name} needs {n / 2**30:.0f} GiB" for name, n in needed.items()]
+    return "<br>".join(lines) or NOTHING
 
 
 def _rate(case: Record) -> str:
     if case["gflops"] is not None:
         return f"{case['gflops']:.0f} GFLOP/s"
+    if case.get("gigabytes_per_second") is not None:  # absent in older records
+        return f"{case['gigabytes_per_second']:.0f} GB/s"
     if case["tokens_per_second"] is not None:
         return f"{case['tokens_per_second']:,.0f} tokens/s"
     return NOTHING

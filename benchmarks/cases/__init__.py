@@ -31,6 +31,7 @@ class Case(Protocol):
         yardsticks: names of contenders that compute something else, of the same size.
         in_process: names of the contenders whose memory this process can measure.
         flop: useful floating-point operations of one run; None where they are not counted.
+        bytes_read: bytes of one run if the memory's bandwidth limits it; None for other work.
         tokens: tokens of one run; None where the unit is not a token.
     """
 
@@ -41,6 +42,7 @@ class Case(Protocol):
     yardsticks: tuple[str, ...]
     in_process: tuple[str, ...]
     flop: int | None
+    bytes_read: int | None
     tokens: int | None
 
     def contender(self, name: str) -> AbstractContextManager[Timed]:

@@ -37,6 +37,7 @@ class EmbeddingCase:
     dtype: torch.dtype
     gradients: Gradients
     device: ClassVar[str] = "cpu"
+    bytes_read: ClassVar[None] = None
 
     @property
     def name(self) -> str:

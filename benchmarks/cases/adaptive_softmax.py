@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class SoftmaxCase:
     dtype: torch.dtype
     work: Work
     device: str = "cpu"
+
+    bytes_read: ClassVar[None] = None
 
     @property
     def name(self) -> str:

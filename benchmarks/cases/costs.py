@@ -45,6 +45,7 @@ class CostCase:
     peers: tuple[str, ...] = ()
     in_process: tuple[str, ...] = ()
     flop: int | None = None
+    bytes_read: int | None = None
     tokens: int | None = None
 
     @property

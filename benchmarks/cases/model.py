@@ -59,6 +59,7 @@ class ModelCase:
     dtype: torch.dtype
     work: Work
     device: ClassVar[str] = "cpu"
+    bytes_read: ClassVar[None] = None
 
     @property
     def name(self) -> str:

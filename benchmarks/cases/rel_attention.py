@@ -8,7 +8,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class AttentionCase:
     dtype: torch.dtype
     direction: Pass
     device: str = "cpu"
+
+    bytes_read: ClassVar[None] = None
 
     @property
     def name(self) -> str:

@@ -84,15 +84,13 @@ def measure(workload: Workload, length: float, side: str) -> Answer:
     tiny = workload.tiny()
     tiny.prepare(tiny.lengths[0], is_patched=is_patched)()
     run = workload.prepare(length, is_patched=is_patched)
-    seconds, results = 0.0, list[float]()
 
-    def timed() -> None:
-        nonlocal seconds
+    def timed() -> tuple[list[float], float]:
         started = time.perf_counter()
-        results.extend(run())
-        seconds = time.perf_counter() - started
+        results = run()
+        return results, time.perf_counter() - started
 
-    start, grown = peak_memory.around(timed)
+    start, grown, (results, seconds) = peak_memory.around(timed)
     start_gib, peak_gib = (mib * 2**20 / GIB for mib in (start, grown))
     return Answer(Measurement(side, length, seconds, peak_gib, start_gib), results)
 

@@ -10,12 +10,15 @@ from transformer_xl.config import load_preset
 
 
 def test_names_are_unique():
-    names = [case.name for case in (*registry.timed_cases(), *registry.memory_cases())]
+    names = [
+        case.name
+        for case in (*registry.timed_cases(), *registry.memory_cases(), *registry.long_cases())
+    ]
     assert len(set(names)) == len(names)
 
 
 def test_every_case_is_found_by_its_name():
-    for case in (*registry.timed_cases(), *registry.memory_cases()):
+    for case in (*registry.timed_cases(), *registry.memory_cases(), *registry.long_cases()):
         assert registry.case(case.name) == case
     with pytest.raises(ValueError, match="did you mean 'model/enwik8_base_4layers/float32"):
         registry.case("model/enwik8_base_4layers/float32/evaluation")

@@ -107,7 +107,7 @@ def test_peak_memory_is_that_of_the_materialised_scores():
     name = "rel_attention/enwik8_base_train/float32/forward"
     shape = registry.case(name).shape
     scores = shape.B * shape.H * shape.Tq * shape.n_keys * 4 / 2**20
-    grown = peak_memory.in_child(name, EAGER)
+    grown = peak_memory.in_child(name, EAGER).mib
     assert 2 * scores < grown < 12 * scores
 
 

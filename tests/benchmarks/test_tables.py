@@ -125,3 +125,37 @@ def test_missing_marks_are_named(tmp_path):
     document.write_text("nothing here\n", encoding="utf-8")
     with pytest.raises(ValueError, match="speed"):
         tables.renew(document, "speed", "new")
+
+
+def test_dropins_have_a_table_of_their_own(tmp_path):
+    ratio = Comparison(*[Quartiles(3.0, 4.25, 5.0)] * 3, pairs=7, dropped=0, quiet=True)
+    core = Figures(
+        "dropin/parakeet_core_5min/float32/forward",
+        seconds=Quartiles(0.3, 0.4, 0.5),
+        peers={"hf-sdpa": ratio},
+        peak_mib={"ours": 35.0, "hf-sdpa": 1700.0},
+    )
+    large = Figures("dropin/inkling_layer_global_32768/float32/forward", seconds=core.seconds)
+    large.needed_bytes["hf-sdpa"] = 48 * 2**30
+    decode = Figures("dropin/inkling_decode_4096/float32/forward", seconds=core.seconds)
+    decode.gigabytes_per_second, decode.limit = 15.0, Limit("read", 20.0)
+    own = Figures("rel_attention/shape/float32/forward", peers={"hf-sdpa": ratio})
+    path = tmp_path / "run.json"
+    write_json(path, MACHINE, [core, large, decode, own])
+    run = json.loads(path.read_text(encoding="utf-8"))
+
+    table = tables.dropins_table(run, "run.json")
+    row = "`parakeet_core_5min` | float32 | forward | 400 | 4.25 | 35 / 1700 |"
+    assert f"| `ParakeetEncoderAttention` without projections | {row}" in table
+    assert "inkling" not in table, "no ratio, no row"
+    assert "`shape`" not in table
+    assert "parakeet" not in tables.readme_table(run, "run.json")
+    docs = tables.docs_tables(run, "run.json")
+    assert "hf-sdpa needs 48 GiB" in docs
+    assert "15 GB/s | 75%" in docs
+
+
+def test_the_table_of_dropins_has_a_place():
+    text = (tables.ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    assert "<!-- speed -->" in text
+    assert tables.DROPINS_HEAD in text
