@@ -36,6 +36,8 @@ from transformer_xl.checkpoint_files import (
     written_beside,
 )
 from transformer_xl.config import (
+    ADJUSTABLE,
+    INITIAL,
     ModelConfig,
     RunConfig,
     brief,
@@ -78,13 +80,6 @@ FORMAT = "transformer-xl checkpoint"
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 VOCABULARY = "vocab.json"
-# Fields of a model that may change while its weights keep their meaning.
-ADJUSTABLE = frozenset(
-    {"mem_len", "clamp_len", "same_length", "dropout", "dropatt", "sample_softmax"}
-    | {"gradient_checkpointing"}
-)
-# Fields that determine the first weights alone.
-INITIAL = frozenset({"init", "init_range", "init_std", "proj_init_std"})
 # While a run saves a small model every few ms, about one opening in ten meets a replacement.
 OPENINGS = 10
 
