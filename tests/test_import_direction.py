@@ -21,8 +21,10 @@ ROWS = (
     {"memory"},
     {"nn"},
     {"config"},
-    {"model", "integrations"},
-    {"checkpoint", "checkpoint_files", "convert", "data", "evaluation", "generation", "training"},
+    {"data"},
+    {"checkpoint_files"},
+    {"model", "model_guard", "key_value_window", "window_file", "integrations"},
+    {"checkpoint", "convert", "evaluation", "generation", "training"},
     {"cli"},
 )
 # These rows use tensors and numbers only; they do not import the configuration.

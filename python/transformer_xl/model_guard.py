@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from txl_kernels.torch_private import changes
+from txl_kernels.torch_private import changes, parameters_of
 
 if TYPE_CHECKING:
     from transformer_xl.model import TransformerXL
@@ -18,12 +20,17 @@ class ModelGuard:
 
     `check` raises ValueError if they have changed. It does not notice changes of a weight through
     its `.data`, nor, inside a program of `torch.compile`, any change of weights.
+
+    Fused optimizers do not count their changes in the tensors, as other operators do. Therefore a
+    hook on all optimizers notices the steps of those that have a weight of the model.
     """
 
     def __init__(self, model: TransformerXL) -> None:
         self.model = model
         self.lengths = lengths(model)
         self._weights = self._state()
+        self._was_trained = False
+        _notice_steps(weakref.ref(self))
 
     def check(self, model: TransformerXL) -> None:
         """Raises ValueError unless this is the guarded model, unchanged, in evaluation mode and
@@ -46,15 +53,23 @@ class ModelGuard:
 
     def check_weights(self) -> None:
         """Raises ValueError if a weight has changed or was replaced."""
-        if not torch.compiler.is_compiling() and self._state() != self._weights:
+        if torch.compiler.is_compiling():
+            return
+        if self._was_trained or self._state() != self._weights:
             raise ValueError(
                 "memory: the weights of the model have changed since the window was created; "
                 "create another one"
             )
 
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notices whether an optimizer that made a step has a weight of the model."""
+        own = {id(parameter) for parameter in parameters_of(self.model)}
+        trained = (id(p) for group in optimizer.param_groups for p in group["params"])
+        self._was_trained = self._was_trained or not own.isdisjoint(trained)
+
     def _state(self) -> list[Any]:
         """Equal as long as every parameter is the same tensor and no operator changes it."""
-        return [_state(parameter) for parameter in self.model.parameters()]
+        return [_state(parameter) for parameter in parameters_of(self.model)]
 
 
 def lengths(model: TransformerXL) -> dict[str, int]:
@@ -65,6 +80,17 @@ def lengths(model: TransformerXL) -> dict[str, int]:
         "clamp_len": clamp_len,
         "same_length": model.same_length,
     }
+
+
+def _notice_steps(guard: weakref.ref[ModelGuard]) -> None:
+    """Calls `after_step` after each step of an optimizer for as long as the guard exists."""
+
+    def hook(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if (existing := guard()) is not None:
+            existing.after_step(optimizer)
+
+    handle = register_optimizer_step_post_hook(hook)
+    weakref.finalize(guard(), handle.remove)
 
 
 def _state(parameter: Tensor) -> tuple[int, int, int]:

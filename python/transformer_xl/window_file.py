@@ -87,7 +87,8 @@ def read(path: Path, guard: ModelGuard) -> Saved:
     file = open_tensors(path)
     if isinstance(file, CheckpointError):
         raise file
-    _check_heading(path, _heading(path, file.metadata()), guard)
+    metadata: dict[str, str] | None = file.metadata()  # type: ignore[no-untyped-call]
+    _check_heading(path, _heading(path, metadata), guard)
     tensors = read_tensors(path, file)
     config = guard.model.config
     _check_tensors(path, tensors, config)
@@ -106,7 +107,7 @@ def weights_checksum(model: nn.Module) -> str:
     for name, tensor in sorted(tensors.items()):
         plain = (tensor.dequantize() if tensor.is_quantized else tensor).cpu().contiguous()
         digest.update(f"{name} {plain.dtype} {list(plain.shape)}\n".encode())
-        digest.update(memoryview(plain.view(-1).view(torch.uint8).numpy()))
+        digest.update(plain.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -165,4 +166,3 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], config: ModelConfi
     in_order = (start <= position) & (position >= 0) & (position <= n)
     if start.dtype != torch.int64 or not bool(in_order.all()):
         raise CheckpointError(f"{path} is damaged: its rows end outside of its keys")
-
