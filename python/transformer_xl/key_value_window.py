@@ -188,7 +188,7 @@ class KeyValueWindow:
         """
         B, T, _ = x.shape
         self._guard.check(model)
-        if B != self.batch_size:
+        if self.batch_size != B:
             raise ValueError(f"memory: expected a window of {B} rows, got {self.batch_size}")
         self._buffers.make_room(T)
         positions = self._projected_positions(T, x.dtype)

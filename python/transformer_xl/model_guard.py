@@ -46,8 +46,8 @@ class ModelGuard:
         for (name, before), now in zip(self.lengths.items(), lengths(model).values(), strict=True):
             if now != before:
                 raise ValueError(
-                    f"memory: the window was created with {name} {before}, the model now has {now}; "
-                    "create another window after set_lengths"
+                    f"memory: the window was created with {name} {before}, the model now has "
+                    f"{now}; create another window after set_lengths"
                 )
         self.check_weights()
 

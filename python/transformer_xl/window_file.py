@@ -1,5 +1,5 @@
-"""The file of a `KeyValueWindow`: safetensors, with the configuration of its model, a checksum of the
-weights and the lengths of the window as JSON in the header.
+"""The file of a `KeyValueWindow`: safetensors, with the configuration of its model, a checksum of
+the weights and the lengths of the window as JSON in the header.
 
     layer.N   for each layer [B, 2 · n_head, n, d_head], keys before values
     position  int64 [B], the number of places in use

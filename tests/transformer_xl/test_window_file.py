@@ -169,7 +169,7 @@ def test_a_damaged_file_is_refused(
 def test_other_files_are_refused(tmp_path: Path) -> None:
     model = built()
     path = tmp_path / "w"
-    with pytest.raises(CheckpointError, match="w cannot be read: .*No such file"):
+    with pytest.raises(CheckpointError, match=r"w cannot be read: .*No such file"):
         KeyValueWindow.load(path, model)
     save_file({"x": torch.ones(2)}, path)
     with pytest.raises(CheckpointError, match="w is of another format"):
@@ -192,17 +192,17 @@ def test_a_failed_save_leaves_the_earlier_file(
     model = built()
     window = saved(tmp_path / "w", model)
     before = (tmp_path / "w").read_bytes()
-    with pytest.raises(CheckpointError, match="window not saved: .*No such file"):
+    with pytest.raises(CheckpointError, match=r"window not saved: .*No such file"):
         window.save(tmp_path / "absent" / "w")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(CheckpointError, match="window not saved: .*Is a directory"):
+    with pytest.raises(CheckpointError, match=r"window not saved: .*Is a directory"):
         window.save(tmp_path / "folder")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(CheckpointError, match="window not saved: .*No space left"):
+    with pytest.raises(CheckpointError, match=r"window not saved: .*No space left"):
         window.save(tmp_path / "w")
     assert (tmp_path / "w").read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "w"]

@@ -1,4 +1,4 @@
-"""The buffers of a `KeyValueWindow`: keys and values of all layers, and the position of each row."""
+"""The buffers of a `KeyValueWindow`: keys and values of all layers, the position of each row."""
 
 from __future__ import annotations
 
