@@ -60,6 +60,30 @@ def attention_shapes() -> list[AttentionShape]:
     ]
 
 
+def evaluated_layer() -> ModelShape:
+    """A layer of `enwik8_large` in its evaluation, with tables of bytes, as Hugging Face has it."""
+    preset = load_preset("enwik8_large")
+    protocol = preset.evaluate
+    config = dataclasses.replace(
+        preset.model,
+        vocab_size=256,
+        n_layer=1,
+        mem_len=protocol.mem_len,
+        clamp_len=protocol.clamp_len,
+        same_length=protocol.same_length,
+        untie_r=True,
+        first_memory="zeros",
+    )
+    return ModelShape(
+        name="enwik8_large_eval_1layer",
+        config=config,
+        batch_size=1,
+        tgt_len=protocol.tgt_len,
+        lr=preset.train.lr,
+        clip=preset.train.clip,
+    )
+
+
 def model_shapes() -> list[ModelShape]:
     """The models that are trained and evaluated."""
     preset = load_preset("enwik8_base")
@@ -113,6 +137,7 @@ def timed_cases() -> list[Case]:
         for dtype in DTYPES
         for work in ("train_step", "evaluate")
     ]
+    models += [ModelCase(evaluated_layer(), dtype, "evaluate") for dtype in DTYPES]
     softmaxes = [
         SoftmaxCase(shape, dtype, work)
         for shape in softmax_shapes()

@@ -21,9 +21,10 @@ ROWS = (
     {"memory", "messages"},
     {"nn"},
     {"config"},
-    {"model", "integrations"},
-    {"checkpoint", "checkpoint_files", "checkpoint_state", "convert", "data"}
-    | {"evaluation", "generation", "sampling", "scoring", "training"},
+    {"data"},
+    {"checkpoint_files", "checkpoint_state"},
+    {"model", "model_guard", "key_value_window", "window_file", "integrations"},
+    {"checkpoint", "convert", "evaluation", "generation", "sampling", "scoring", "training"},
     {"cli"},
 )
 # These rows use tensors and numbers only; they do not import the configuration.

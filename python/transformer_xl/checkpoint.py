@@ -36,7 +36,15 @@ from transformer_xl.checkpoint_files import (
     written_beside,
 )
 from transformer_xl.checkpoint_state import FORMAT, FORMAT_VERSION, read_state
-from transformer_xl.config import ModelConfig, RunConfig, differences, from_dict, to_dict
+from transformer_xl.config import (
+    ADJUSTABLE,
+    INITIAL,
+    ModelConfig,
+    RunConfig,
+    differences,
+    from_dict,
+    to_dict,
+)
 from transformer_xl.data import Vocabulary
 from transformer_xl.data.files import expanded, linked, resolved, to_json
 from transformer_xl.messages import brief, shortened
@@ -62,13 +70,6 @@ T = TypeVar("T")
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 VOCABULARY = "vocab.json"
-# Fields of a model that may change while its weights keep their meaning.
-ADJUSTABLE = frozenset(
-    {"mem_len", "clamp_len", "same_length", "dropout", "dropatt", "sample_softmax"}
-    | {"gradient_checkpointing"}
-)
-# Fields that determine the first weights alone.
-INITIAL = frozenset({"init", "init_range", "init_std", "proj_init_std"})
 # While a run saves a small model every few ms, about one opening in ten meets a replacement.
 OPENINGS = 10
 

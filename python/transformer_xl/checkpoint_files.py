@@ -132,12 +132,15 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a new safetensors file with the mode that any new file has here."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a new safetensors file, with `metadata` in its header and the mode that any new file
+    has here."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)  # as the umask or the folder's access list sets it
-    safetensors.torch.save_file(contiguous, path)  # replaces the file by one of mode 0600
+    safetensors.torch.save_file(contiguous, path, metadata)  # replaces the file by one of mode 0600
     path.chmod(mode)
     flush(path)
 

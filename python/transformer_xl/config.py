@@ -19,6 +19,14 @@ T = TypeVar("T")
 
 INT64 = range(-(1 << 63), 1 << 63)
 
+# Fields of a model that may change while its weights keep their meaning.
+ADJUSTABLE = frozenset(
+    {"mem_len", "clamp_len", "same_length", "dropout", "dropatt", "sample_softmax"}
+    | {"gradient_checkpointing"}
+)
+# Fields that determine the first weights alone.
+INITIAL = frozenset({"init", "init_range", "init_std", "proj_init_std"})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transformer_xl.data import OrderedBatches, ShuffledSentenceBatches
 from transformer_xl.data.token_file import TokenArray
+from transformer_xl.key_value_window import KeyValueWindow, empty_memory, unsupported_reason
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
 from transformer_xl.nn.inference import inference
@@ -83,6 +84,7 @@ def evaluate(
     mem_len: int,
     clamp_len: int = -1,
     same_length: bool = False,
+    cached: bool = True,
 ) -> Score:
     """Score one-dimensional `tokens` in `batch_size` contiguous streams, `tgt_len` at a time.
 
@@ -92,7 +94,8 @@ def evaluate(
         ValueError: lengths or sizes that do not fit the tokens or each other.
     """
     lengths = Lengths(mem_len=mem_len, clamp_len=clamp_len, same_length=same_length)
-    return score(model, OrderedBatches(tokens, batch_size, tgt_len), lengths, len(tokens))
+    batches = OrderedBatches(tokens, batch_size, tgt_len)
+    return score(model, batches, lengths, len(tokens), cached=cached)
 
 
 def score(
@@ -105,6 +108,7 @@ def score(
     source: str = "",
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
     before_batch: Callable[[], None] = lambda: None,
+    cached: bool = True,
 ) -> Score:
     """Score one pass of `batches`, every row beginning without memory.
 
@@ -118,9 +122,12 @@ def score(
         source: split, corpus and its own protocol, for the same.
         total: where several processes share the rows, the sum of a tensor over all.
         before_batch: called before each batch; an exception that it raises ends the scoring.
+        cached: keep keys and values in a `KeyValueWindow`; False: keep hidden states and project
+            them again for each segment, which is slower and gives the same score up to rounding.
+            It is done in any case where no window serves the model. The protocol mentions it.
     """
     started = time.perf_counter()
-    sums = _sum_of_losses(model, batches, lengths, max_steps, before_batch)
+    sums = _sum_of_losses(model, batches, lengths, max_steps, before_batch, cached)
     loss, scored = total(sums).tolist()
     protocol = [
         f"batch {batches.batch_size}",
@@ -129,6 +136,7 @@ def score(
         *([f"the first {max_steps} segments of each stream"] if max_steps > 0 else []),
         f"{n_tokens - int(scored):,} of {n_tokens:,} tokens not scored",
         precision(model),
+        *_hidden_states(model, cached),
     ]
     return Score(
         loss=loss / scored,
@@ -156,21 +164,32 @@ def _sum_of_losses(
     lengths: Lengths,
     max_steps: int,
     before_batch: Callable[[], None],
+    cached: bool,
 ) -> Tensor:
     """Return the loss in nats summed over the scored tokens, and their number: float64 [2]."""
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    memory: Memory | None = None
+    memory: Memory | KeyValueWindow | None = None
     for batch in itertools.islice(batches, max_steps if max_steps > 0 else None):
         before_batch()
         if memory is not None and batch.reset is not None:
             memory = memory.reset(batch.reset.to(device))
-        targets = batch.targets.to(device)
+        tokens, targets = batch.tokens.to(device), batch.targets.to(device)
         with reading(model, lengths):
-            output = model(batch.tokens.to(device), memory, targets, reduction="sum")
+            if memory is None:
+                memory = empty_memory(model, len(tokens), cached=cached)
+            output = model(tokens, memory, targets, reduction="sum")
         memory = output.memory
         sums += torch.stack([output.loss.double(), (targets >= 0).sum().double()])
     return sums
+
+
+def _hidden_states(model: TransformerXL, cached: bool) -> list[str]:
+    """The entry of the protocol where hidden states are kept instead of keys and values."""
+    reason = unsupported_reason(model)
+    if cached and reason is None:
+        return []
+    return ["hidden states projected again for each segment" + (f" ({reason})" if reason else "")]
 
 
 def precision(model: TransformerXL) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from transformer_xl.key_value_window import empty_memory
 from transformer_xl.model import TransformerXL
 from transformer_xl.nn.inference import inference
 
@@ -26,12 +27,14 @@ def generate(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     segment_len: int = 512,
+    cached: bool = True,
 ) -> Iterator[Tensor]:
     """Continue `prompt` by `n_tokens`, each yielded as soon as it is drawn.
 
     The prompt is read in segments, then every token alone with the memory of the tokens before it;
     under `same_length` that gives the probabilities of one long pass. Every module is in evaluation
-    mode during a forward pass and in its own mode otherwise.
+    mode during a forward pass and in its own mode otherwise. The weights and the lengths of the
+    model must stay as they are until the last token.
 
     Args:
         model: the language model.
@@ -45,6 +48,8 @@ def generate(
         seed: seed of a new generator; the same seed writes the same text.
         generator: generator to use instead, on the model's device.
         segment_len: tokens of the prompt read at a time.
+        cached: keep keys and values in a `KeyValueWindow`; False: keep hidden states and project
+            them again for each token, as is done in any case where no window serves the model.
 
     Yields:
         int64 [B], the next token of each row.
@@ -52,6 +57,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, or a number outside its range; before anything is drawn.
         ValueError: logits that are not finite; from the iterator, at the token they belong to.
+        ValueError: the weights or the lengths of the model changed; from the iterator.
     """
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt: expected [B, T] with T ≥ 1, got {list(prompt.shape)}")
@@ -72,7 +78,7 @@ def generate(
     draw = functools.partial(
         model.sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
     )
-    return _write(model, prompt, segment_len, n_tokens, draw)
+    return _write(model, prompt, segment_len, n_tokens, draw, cached)
 
 
 def _write(
@@ -81,8 +87,10 @@ def _write(
     segment_len: int,
     n_tokens: int,
     draw: Callable[[Tensor], Tensor],
+    cached: bool,
 ) -> Iterator[Tensor]:
-    memory = None
+    with inference(model):
+        memory = empty_memory(model, len(prompt), cached=cached)
     for begin in range(0, prompt.shape[1], segment_len):
         with inference(model):
             output = model(prompt[:, begin : begin + segment_len], memory)

@@ -98,7 +98,10 @@ class Memory(NamedTuple):
 
 
 def document_key_start(
-    document_start: Tensor, shape: Sequence[int], n_memory: int, key_start: Tensor | None
+    document_start: Tensor,
+    shape: Sequence[int],
+    n_memory: int | Tensor,
+    key_start: Tensor | None,
 ) -> Tensor:
     """The first key of each token, at the start of its document or later: int64 [B, T].
 
@@ -106,7 +109,7 @@ def document_key_start(
         document_start: bool [B, T], True at the first token of a document. Tokens before the first
             True of a row continue the document in the memory.
         shape: (B, T), of the segment.
-        n_memory: keys before the segment.
+        n_memory: keys before the segment; int64 [B, 1] where the rows have different numbers.
         key_start: int32 or int64 [B] or [B, T], a further limit in [memory; segment]; None: 0.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transformer_xl.config import ModelConfig, check_lengths
+from transformer_xl.key_value_window import KeyValueWindow
 from transformer_xl.memory import Memory, document_key_start
 from transformer_xl.nn import AdaptiveEmbedding, AdaptiveSoftmax, DecoderLayer, SinusoidalPositions
 from transformer_xl.nn.adaptive_softmax import Reduction
 from transformer_xl.nn.dropout import Dropout
+from transformer_xl.nn.layer_window import LayerWindow
+from transformer_xl.nn.position import RelativePositions
 from txl_kernels.transforms import inside_transform
 
 
@@ -20,12 +24,12 @@ class Output(NamedTuple):
     """Results of a segment.
 
     `hidden` [B, T, d_model] is the input of the softmax; `loss` is in nats, None without targets;
-    `memory` is the argument for the next segment.
+    `memory` is the argument for the next segment, of the class of the argument of this one.
     """
 
     hidden: Tensor
     loss: Tensor | None
-    memory: Memory
+    memory: Memory | KeyValueWindow
 
 
 class TransformerXL(nn.Module):
@@ -81,7 +85,7 @@ class TransformerXL(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        memory: Memory | None = None,
+        memory: Memory | KeyValueWindow | None = None,
         targets: Tensor | None = None,
         *,
         reduction: Reduction = "mean",
@@ -91,7 +95,9 @@ class TransformerXL(nn.Module):
 
         Args:
             tokens: int64 [B, T]; B and T may be 0.
-            memory: `Output.memory` of the previous segment; None: no tokens precede this one.
+            memory: `Output.memory` of the previous segment; None: no tokens precede this one. A
+                `KeyValueWindow` is updated in place, and is much faster where no gradients are
+                needed.
             targets: int64 [B, T], the token that follows each of `tokens` (nothing is shifted
                 here); -100 is not scored.
             reduction: of the loss over the scored targets: "mean" (0 if there are none), "sum", or
@@ -102,35 +108,31 @@ class TransformerXL(nn.Module):
                 config with `first_memory` "empty".
 
         Raises:
-            ValueError, TypeError: an argument of another shape or dtype; a memory of another model.
+            ValueError, TypeError: an argument of another shape or dtype; a memory of another model;
+                a window of which a condition does not hold.
             IndexError: a token or target out of range.
         """
         _check_tokens("tokens", tokens, shape=None)
         B, T = tokens.shape
         x = self.drop(self.word_emb(tokens))  # [B, T, d_model]
         memory = self.init_memory(B) if memory is None else memory
-        self._check_memory(memory, B)
-        n_keys = memory.length + T
-        positions = self.pos_emb(T, n_keys, dtype=x.dtype, device=x.device)
-        R = self.drop(positions.embedding)  # [R, d_model], one mask for all layers
-        shared = (positions._replace(embedding=R), self.r_w_bias, self.r_r_bias)
-        # With `first_memory` "zeros" the model attends to the zeros before the first segment too.
-        key_start = memory.start if self.config.first_memory == "empty" else None
-        if document_start is not None:
-            if key_start is None:
-                raise ValueError("document_start: expected None with first_memory 'zeros'")
-            key_start = document_key_start(document_start, (B, T), memory.length, key_start)
+        if document_start is not None and self.config.first_memory == "zeros":
+            raise ValueError("document_start: expected None with first_memory 'zeros'")
+        layer_memories, positions, key_start = self._layer_memories(memory, x, document_start)
 
         inputs = []
-        for layer, layer_memory in zip(self.layers, memory.hidden.detach().unbind(), strict=True):
+        for layer, layer_memory in zip(self.layers, layer_memories, strict=True):
             inputs.append(x)
-            x = self._run(layer, x, layer_memory, *shared, key_start)  # [B, T, d_model]
+            biases = (self.r_w_bias, self.r_r_bias)
+            x = self._run(layer, x, layer_memory, positions, *biases, key_start)  # [B, T, d_model]
         hidden = self.drop(self.final_layer_norm(x))
 
         loss = None
         if targets is not None:
             _check_tokens("targets", targets, shape=tokens.shape)
             loss = self.crit(hidden, targets, reduction=reduction)
+        if isinstance(memory, KeyValueWindow):
+            return Output(hidden, loss, memory.advance(T, document_start))
         new_memory = memory.update(inputs, self.mem_len, document_start=document_start)
         return Output(hidden, loss, new_memory)
 
@@ -159,7 +161,7 @@ class TransformerXL(nn.Module):
     def init_memory(self, batch_size: int) -> Memory:
         """The memory before the first segment: of length 0 or, with the config's `first_memory`
         "zeros", `mem_len` zeros."""
-        table = self._table()
+        table = self.table()
         return Memory.empty(
             self.config.n_layer,
             batch_size,
@@ -194,6 +196,27 @@ class TransformerXL(nn.Module):
         """Distances above it, in tokens, share one embedding; 0 or less: no clamp."""
         return self.pos_emb.clamp_len
 
+    def table(self) -> Tensor:
+        """The first embedding table, for its dtype and device, which are those of the memory."""
+        return cast(Tensor, self.word_emb.emb_layers[0].weight)
+
+    def _layer_memories(
+        self, memory: Memory | KeyValueWindow, x: Tensor, document_start: Tensor | None
+    ) -> tuple[Sequence[Tensor | LayerWindow], RelativePositions | None, Tensor | None]:
+        """For each layer the memory before the segment `x` [B, T, d_model], and for all layers the
+        positions and the first key of each row or token; a `LayerWindow` contains both."""
+        if isinstance(memory, KeyValueWindow):
+            return memory.begin(self, x, document_start), None, None
+        B, T, _ = x.shape
+        self._check_memory(memory, B)
+        positions = self.pos_emb(T, memory.length + T, dtype=x.dtype, device=x.device)
+        R = self.drop(positions.embedding)  # [R, d_model], one mask for all layers
+        # With `first_memory` "zeros" the model attends to the zeros before the first segment too.
+        key_start = memory.start if self.config.first_memory == "empty" else None
+        if document_start is not None:
+            key_start = document_key_start(document_start, (B, T), memory.length, key_start)
+        return memory.hidden.detach().unbind(), positions._replace(embedding=R), key_start
+
     def _run(self, layer: nn.Module, *arguments: object) -> Tensor:
         recomputes = self.config.gradient_checkpointing and torch.is_grad_enabled()
         if recomputes and not inside_transform("vmap", "grad", "jvp"):
@@ -215,10 +238,6 @@ class TransformerXL(nn.Module):
             if tied and projection is not None:
                 self.crit.out_projs[k] = projection
 
-    def _table(self) -> Tensor:
-        """The first embedding table, for its dtype and device, which are those of the memory."""
-        return cast(Tensor, self.word_emb.emb_layers[0].weight)
-
     def _check_memory(self, memory: Memory, batch_size: int) -> None:
         hidden, start = memory
         M = hidden.shape[2] if hidden.dim() == 4 else "M"
@@ -228,7 +247,7 @@ class TransformerXL(nn.Module):
                 f"memory: expected hidden {expected} and start [{batch_size}], "
                 f"got {list(hidden.shape)} and {list(start.shape)}"
             )
-        table = self._table()
+        table = self.table()
         if (hidden.dtype, hidden.device) != (table.dtype, table.device):
             raise TypeError(
                 f"memory: expected {table.dtype} on {table.device} as the parameters, "

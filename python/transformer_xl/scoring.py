@@ -14,6 +14,7 @@ from transformer_xl import evaluation
 from transformer_xl.data import Vocabulary
 from transformer_xl.data.vocabularies import UnknownSymbolError
 from transformer_xl.evaluation import Lengths, reading
+from transformer_xl.key_value_window import empty_memory
 from transformer_xl.model import TransformerXL
 
 NOT_SCORED = -100
@@ -176,6 +177,8 @@ def log_probs(
     for begin in range(0, longest - 1, tgt_len):
         segment = slice(begin, begin + tgt_len)
         with reading(model, lengths):
+            if memory is None:
+                memory = empty_memory(model, len(rows))
             output = model(tokens[:, segment], memory, targets[:, segment], reduction="none")
         memory = output.memory
         parts.append(_finite(-output.loss.float().cpu(), targets[:, segment].cpu()))

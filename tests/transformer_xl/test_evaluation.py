@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from transformer_xl.config import RunConfig
-from transformer_xl.data import OrderedBatches
+from transformer_xl.data import OrderedBatches, ShuffledSentenceBatches
 from transformer_xl.evaluation import Lengths, Score, evaluate, score
 from transformer_xl.model import TransformerXL
 
@@ -39,6 +39,37 @@ def test_score_does_not_depend_on_the_segment_at_equal_reach(model: TransformerX
         for t in (1, 5, 130)
     ]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [Lengths(12), Lengths(0), Lengths(40, 9), Lengths(9, -1, True)])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_both_paths_have_one_score(model: TransformerXL, lengths: Lengths, batch_size: int) -> None:
+    """The last segment of a stream is shorter than the others."""
+    options = {"batch_size": batch_size, "tgt_len": 9, **lengths._asdict()}
+    cached = evaluate(model, TOKENS, **options)
+    projected = evaluate(model, TOKENS, cached=False, **options)
+    assert cached.loss == pytest.approx(projected.loss, rel=1e-6)
+    note = ", hidden states projected again for each segment"
+    assert projected.protocol == cached.protocol + note
+
+
+def test_protocol_names_the_reason_for_hidden_states(model: TransformerXL) -> None:
+    object.__setattr__(model.config, "attn_type", 2)  # no config accepts it yet
+    found = evaluate(model, TOKENS, batch_size=2, tgt_len=8, mem_len=4)
+    object.__setattr__(model.config, "attn_type", 0)
+    expected = evaluate(model, TOKENS, batch_size=2, tgt_len=8, mem_len=4, cached=False)
+    assert found.loss == expected.loss
+    assert found.protocol == f"{expected.protocol} (attn_type 2)"
+
+
+def test_sentence_batches_have_one_score(model: TransformerXL) -> None:
+    sentences = [7, *TOKENS[:20] % 5, 7, 7, *TOKENS[20:43] % 5, 7, 7, *TOKENS[43:60] % 5, 7] * 3
+    tokens = np.array(sentences, dtype=np.uint8)
+    losses = []
+    for cached in (True, False):
+        batches = ShuffledSentenceBatches(tokens, 7, 2, 8, seed=1, partial="pad")
+        losses.append(score(model, batches, Lengths(10), len(tokens), cached=cached).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_model_has_its_lengths_and_mode_back(model: TransformerXL) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from transformer_xl.config import ModelConfig
 from transformer_xl.generation import generate
+from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
 
 CONFIG = ModelConfig(
@@ -73,8 +74,32 @@ def test_one_by_one_has_the_probabilities_of_one_pass(
 def test_memory_stays_within_mem_len(model: TransformerXL) -> None:
     lengths = []
     model.register_forward_hook(lambda _module, _args, out: lengths.append(out.memory.length))
-    write(model, n_tokens=8, segment_len=2)
+    write(model, n_tokens=8, segment_len=2, cached=False)
     assert lengths == [2, 4, 5, 5] + [5] * 7
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3}, {"seed": 4, "top_k": 5}])
+def test_both_paths_write_one_text(model: TransformerXL, options: dict[str, Any]) -> None:
+    written = write(model, n_tokens=40, **options)
+    assert torch.equal(written, write(model, n_tokens=40, cached=False, **options))
+
+
+def test_a_model_without_windows_writes_with_hidden_states(model: TransformerXL) -> None:
+    expected = write(model, seed=1)
+    object.__setattr__(model.config, "attn_type", 1)  # no config accepts it yet
+    memories = []
+    model.register_forward_hook(lambda _module, _args, out: memories.append(type(out.memory)))
+    assert torch.equal(write(model, seed=1), expected)
+    assert set(memories) == {Memory}
+    object.__setattr__(model.config, "attn_type", 0)
+
+
+def test_lengths_that_change_between_tokens_raise(model: TransformerXL) -> None:
+    stream = generate(model, PROMPT, 5)
+    next(stream)
+    model.set_lengths(mem_len=3)
+    with pytest.raises(ValueError, match="created with mem_len 5, the model now has 3"):
+        next(stream)
 
 
 def test_tokens_stream_and_the_mode_stays(model: TransformerXL) -> None:

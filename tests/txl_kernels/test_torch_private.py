@@ -223,6 +223,16 @@ def hooks_are_listed() -> None:
         assert not private.has_hooks(layer), register
 
 
+@checks("_modules", "_parameters")
+def parameters_are_found() -> None:
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ParameterList([torch.ones(2)]), nn.ReLU())
+    model.register_module("absent", None)
+    model.append(model[0])
+    found = private.parameters_of(model)
+    assert {id(p) for p in found} == {id(p) for p in model.parameters()}
+    assert len(found) == 3
+
+
 @checks("_ASMoutput")
 def adaptive_softmax_returns_its_type() -> None:
     module = nn.AdaptiveLogSoftmaxWithLoss(4, 6, [2, 4], div_value=1.0)

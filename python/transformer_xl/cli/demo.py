@@ -35,6 +35,7 @@ MEMORY, NO_MEMORY = "memory", "no_memory"  # folders of the two runs
 RESULTS = "results.json"
 PROBE_STEPS = 12
 SAMPLE_CHARACTERS = 500
+CACHED, PROJECTED = "cached", "hidden_states"  # the two paths of evaluation and generation
 
 
 def demo(
@@ -83,13 +84,18 @@ def _compare(
     without = LoadedModel.open(out / NO_MEMORY / "best", default_device())
 
     console.rule("evaluation")
-    scores = _evaluations(config, corpus, with_memory, without)
-    _show(console, scores, corpus.metric)
+    scores = _evaluations(config, corpus, with_memory, without, cached=True)
+    projected = _evaluations(config, corpus, with_memory, without, cached=False)
+    _show(console, scores, projected, corpus.metric)
     if problem := _draw(out, config, corpus.metric):
         console.print(problem)
     console.rule(f"{SAMPLE_CHARACTERS} characters")
-    _write_sample(out / "sample.txt", with_memory, config, console)
-    console.print(f"\n{_in_words(scores, finished, corpus.metric)}")
+    speeds = _write_sample(out / "sample.txt", with_memory, console)
+    console.print(
+        f"\nWritten at {speeds[CACHED]:,.0f} tokens/s with cached keys and values, at "
+        f"{speeds[PROJECTED]:,.0f} tokens/s with hidden states that are projected again."
+    )
+    console.print(_in_words(scores, finished, corpus.metric))
     return {
         "corpus": {"summary": corpus.summary(), "sha256": corpus.fingerprint},
         "config": to_dict(config),
@@ -97,6 +103,8 @@ def _compare(
         "machine": _machine(config, with_memory.device),
         "training": {name: dataclasses.asdict(run) for name, run in finished.items()},
         "evaluations": {name: score.as_dict() for name, score in scores.items()},
+        "evaluations_hidden_states": {name: s.as_dict() for name, s in projected.items()},
+        "generation_tokens_per_second": speeds,
     }
 
 
@@ -144,7 +152,12 @@ def _step_seconds(config: RunConfig, corpus: Corpus) -> float:
 
 
 def _evaluations(
-    config: RunConfig, corpus: Corpus, with_memory: LoadedModel, without: LoadedModel
+    config: RunConfig,
+    corpus: Corpus,
+    with_memory: LoadedModel,
+    without: LoadedModel,
+    *,
+    cached: bool,
 ) -> dict[str, Score]:
     """Return the score of each case, on the same tokens in segments of the same length."""
     model, protocol = config.model, config.evaluate
@@ -168,14 +181,19 @@ def _evaluations(
                 len(corpus.split(protocol.split)),
                 max_steps=protocol.max_eval_steps,
                 source=corpus.source(protocol.split),
+                cached=cached,
             )
     return scores
 
 
-def _show(console: Console, scores: dict[str, Score], metric: str) -> None:
-    table = Table("model", metric, "tokens/s")
+def _show(
+    console: Console, scores: dict[str, Score], projected: dict[str, Score], metric: str
+) -> None:
+    """Print both speeds of each case; both paths have the same score."""
+    table = Table("model", metric, "tokens/s, cached keys and values", "tokens/s, hidden states")
     for name, score in scores.items():
-        table.add_row(name, f"{getattr(score, metric):.3f}", f"{score.tokens_per_second:,.0f}")
+        speeds = [f"{each[name].tokens_per_second:,.0f}" for each in (scores, projected)]
+        table.add_row(name, f"{getattr(score, metric):.3f}", *speeds)
     console.print(table)
     for name, score in scores.items():
         console.print(f"{name}: {score.protocol}", style="dim")
@@ -191,16 +209,27 @@ def _draw(out: Path, config: RunConfig, metric: str) -> str | None:
     return plot_curves(out / "curve.png", runs, metric, title)
 
 
-def _write_sample(path: Path, loaded: LoadedModel, config: RunConfig, console: Console) -> None:
-    text = ""
-    pieces = written(
-        loaded, None, SAMPLE_CHARACTERS, temperature=0.8, top_k=None, top_p=None, seed=1
-    )
-    for piece in pieces:
-        text += piece
-        console.out(piece, end="")
-    console.out()
-    path.write_text(text + "\n", encoding="utf-8")
+def _write_sample(path: Path, loaded: LoadedModel, console: Console) -> dict[str, float]:
+    """Print and save a sample; returns the tokens/s of both paths, from the first token on."""
+    texts, speeds = {}, {}
+    for name in (CACHED, PROJECTED):
+        pieces = written(
+            loaded,
+            None,
+            SAMPLE_CHARACTERS,
+            temperature=0.8,
+            top_k=None,
+            top_p=None,
+            seed=1,
+            cached=name == CACHED,
+        )
+        texts[name] = next(pieces, "")
+        started = time.perf_counter()
+        texts[name] += "".join(pieces)
+        speeds[name] = (SAMPLE_CHARACTERS - 1) / (time.perf_counter() - started)
+    console.out(texts[CACHED])
+    path.write_text(texts[CACHED] + "\n", encoding="utf-8")
+    return speeds
 
 
 def _machine(config: RunConfig, device: torch.device) -> dict[str, Any]:

@@ -86,10 +86,12 @@ def written(
     top_k: int | None,
     top_p: float | None,
     seed: int | None,
+    cached: bool = True,
 ) -> Iterator[str]:
     """Yields the text after `prompt` in pieces, each when later tokens cannot change it.
 
-    Without a prompt the text begins with the vocabulary's `first_tokens`.
+    Without a prompt the text begins with the vocabulary's `first_tokens`. `cached` as for
+    `generation.generate`.
 
     Raises ValueError for an invalid option or prompt before the first token is drawn.
     """
@@ -108,6 +110,7 @@ def written(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        cached=cached,
     )
     return decoded(vocabulary, ids, (int(token) for token in tokens))
 

@@ -9,9 +9,9 @@ import torch
 import typer
 
 from transformer_xl import training
-from transformer_xl.checkpoint import ADJUSTABLE, INITIAL, check_model, open_checkpoint
+from transformer_xl.checkpoint import check_model, open_checkpoint
 from transformer_xl.cli.settings import from_preset, only_overrides, split_arguments
-from transformer_xl.config import preset_names
+from transformer_xl.config import ADJUSTABLE, INITIAL, preset_names
 
 
 def train(

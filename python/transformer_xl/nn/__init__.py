@@ -6,6 +6,7 @@ from transformer_xl.nn.decoder_layer import DecoderLayer
 from transformer_xl.nn.embedding import AdaptiveEmbedding
 from transformer_xl.nn.feed_forward import PositionwiseFeedForward
 from transformer_xl.nn.grouped_query_attention import GroupedQueryAttention
+from transformer_xl.nn.layer_window import LayerWindow
 from transformer_xl.nn.position import RelativePositions, SinusoidalPositions
 from transformer_xl.nn.relative_bias import RelativeBias
 from transformer_xl.nn.sampled_softmax import LogUniformSampler, SampledSoftmax
@@ -17,6 +18,7 @@ __all__ = [
     "DecoderLayer",
     "GroupedQueryAttention",
     "KeyValueCache",
+    "LayerWindow",
     "LogUniformSampler",
     "PositionwiseFeedForward",
     "RelativeBias",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transformer_xl.nn.layer_weights import is_plain
+from transformer_xl.nn.layer_window import LayerWindow
 from transformer_xl.nn.position import RelativePositions, SinusoidalPositions, Window
 from transformer_xl.nn.streaming import (
     Options,
@@ -17,6 +18,7 @@ from transformer_xl.nn.streaming import (
     split_heads,
 )
 from txl_kernels import rel_attention
+from txl_kernels.ops.autocast import outside_autocast
 from txl_kernels.ops.checks import check_number
 
 
@@ -84,7 +86,7 @@ class RelativeMultiHeadAttention(StreamingAttention):
     def forward(
         self,
         x: Tensor,
-        layer_memory: Tensor | None = None,
+        layer_memory: Tensor | LayerWindow | None = None,
         *,
         positions: RelativePositions | None = None,
         r_w_bias: Tensor | None = None,
@@ -98,7 +100,10 @@ class RelativeMultiHeadAttention(StreamingAttention):
 
         Args:
             x: [B, T, d_model].
-            layer_memory: [B, M, d_model], hidden states of the M tokens before `x`, or None.
+            layer_memory: [B, M, d_model], hidden states of the M tokens before `x`; or a
+                `LayerWindow` of their keys and values, into which those of `x` are written; or
+                None. A window has its own positions and ranges of keys, so that `positions` and
+                the arguments from `q_start` on have no effect.
             positions: of T queries among M + T keys, embedding [R, d_model]; None: computed from
                 this module's own `causal`, `window` and `clamp_len`.
             r_w_bias, r_r_bias: [n_head, d_head], where the module has none of its own.
@@ -115,6 +120,9 @@ class RelativeMultiHeadAttention(StreamingAttention):
             ValueError: `x` or `layer_memory` of another shape.
         """
         self._check("x", x, batch=None)
+        biases = (r_w_bias, r_r_bias)
+        if isinstance(layer_memory, LayerWindow):
+            return self._attend_window(x, layer_memory, *biases)
         options: Options = {
             "q_start": q_start,
             "key_start": key_start,
@@ -123,8 +131,26 @@ class RelativeMultiHeadAttention(StreamingAttention):
         }
         if layer_memory is not None:
             self._check("layer_memory", layer_memory, batch=x.shape[0])
-            options["mem_k"], options["mem_v"] = self._memory_kv(layer_memory)
-        return self._attend(self._project(x), options, positions, r_w_bias, r_r_bias)
+            options["mem_k"], options["mem_v"] = self.project_kv(layer_memory)
+        return self._attend(self._project(x), options, positions, *biases)
+
+    def project_kv(self, layer_memory: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values [B, n_kv_head, M, d_head] of hidden states [B, M, d_model]."""
+        if is_plain(self.qkv_net):
+            first = self.n_head * self.d_head  # rows before it compute queries
+            bias = None if self.qkv_net.bias is None else self.qkv_net.bias[first:]
+            memory_kv = F.linear(layer_memory, self.qkv_net.weight[first:], bias)
+            k, v = split_heads(memory_kv, (self.n_kv_head, self.n_kv_head))
+            return k, v
+        if layer_memory.shape[1] == 0:  # not every quantised layer accepts it
+            return None, None
+        projected = self._project(layer_memory)
+        return projected.k, projected.v
+
+    def project_r(self, embedding: Tensor) -> Tensor:
+        """The position keys [1, n_head, R, d_head] of `RelativePositions.embedding`."""
+        (r,) = split_heads(self.r_net(embedding)[None], (self.n_head,))
+        return r
 
     def _project(self, x: Tensor) -> Projected:
         heads = (self.n_head, self.n_kv_head, self.n_kv_head)
@@ -138,7 +164,7 @@ class RelativeMultiHeadAttention(StreamingAttention):
         r_w_bias: Tensor | None = None,
         r_r_bias: Tensor | None = None,
     ) -> Tensor:
-        q, k, v, *_ = projected
+        q, k, *_ = projected
         mem_k = options.get("mem_k")
         n_keys = k.shape[2] if mem_k is None else mem_k.shape[2] + k.shape[2]
         if positions is None:
@@ -149,14 +175,58 @@ class RelativeMultiHeadAttention(StreamingAttention):
                 device=q.device,
                 anywhere=options.get("q_start") is not None,
             )
-        (r,) = split_heads(self.r_net(positions.embedding)[None], (self.n_head,))
-        out = rel_attention(
+        r = self.project_r(positions.embedding)
+        projected = projected._replace(r=r)
+        biases = self._biases(r_w_bias, r_r_bias)
+        out = self._rel_attention(projected, options, positions, *biases)
+        attended: Tensor = self.o_net(out.transpose(1, 2).flatten(2))
+        return attended
+
+    def _attend_window(
+        self, x: Tensor, window: LayerWindow, r_w_bias: Tensor | None, r_r_bias: Tensor | None
+    ) -> Tensor:
+        """Attention in the dtype of the window, whatever that of `x` is."""
+        projected = self._project(x)
+        extended = window.extended(projected)
+        _, options, positions = window.placement
+        dtype = window.kv.dtype
+        w, r = (
+            # The op accepts a bias in float32 or in the dtype of the queries.
+            bias if bias is None or bias.dtype in (torch.float32, dtype) else bias.float()
+            for bias in self._biases(r_w_bias, r_r_bias)
+        )
+        with outside_autocast(x.device):
+            out = self._rel_attention(extended, options, positions, w, r)
+        attended: Tensor = self.o_net(out.transpose(1, 2).flatten(2).to(projected.q.dtype))
+        return attended
+
+    def _biases(
+        self, r_w_bias: Tensor | None, r_r_bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The given biases; in place of None the module's own."""
+        return (
+            self.r_w_bias if r_w_bias is None else r_w_bias,
+            self.r_r_bias if r_r_bias is None else r_r_bias,
+        )
+
+    def _rel_attention(
+        self,
+        projected: Projected,
+        options: Options,
+        positions: RelativePositions,
+        r_w_bias: Tensor | None,
+        r_r_bias: Tensor | None,
+    ) -> Tensor:
+        """[B, n_head, T, d_head], of the T queries in `projected`."""
+        q, k, v, _, r = projected
+        assert r is not None  # both callers give it
+        return rel_attention(
             q,
             k,
             v,
-            r,  # [1, H, R, d_head]
-            r_w_bias=self.r_w_bias if r_w_bias is None else r_w_bias,
-            r_r_bias=self.r_r_bias if r_r_bias is None else r_r_bias,
+            r,
+            r_w_bias=r_w_bias,
+            r_r_bias=r_r_bias,
             offset=positions.offset,
             clamp=positions.clamp,
             causal=positions.causal,
@@ -164,19 +234,4 @@ class RelativeMultiHeadAttention(StreamingAttention):
             dropout_p=self.dropatt if self.training else 0.0,
             backend=self.backend,
             **options,
-        )  # [B, H, T, d_head]
-        attended: Tensor = self.o_net(out.transpose(1, 2).flatten(2))
-        return attended
-
-    def _memory_kv(self, layer_memory: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values [B, n_kv_head, M, d_head] of the memory."""
-        if is_plain(self.qkv_net):
-            first = self.n_head * self.d_head  # rows before it compute queries
-            bias = None if self.qkv_net.bias is None else self.qkv_net.bias[first:]
-            memory_kv = F.linear(layer_memory, self.qkv_net.weight[first:], bias)
-            k, v = split_heads(memory_kv, (self.n_kv_head, self.n_kv_head))
-            return k, v
-        if layer_memory.shape[1] == 0:  # not every quantised layer accepts it
-            return None, None
-        projected = self._project(layer_memory)
-        return projected.k, projected.v
+        )

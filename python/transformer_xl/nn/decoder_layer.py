@@ -8,6 +8,7 @@ from transformer_xl.memory import document_key_start
 from transformer_xl.nn.attention import RelativeMultiHeadAttention
 from transformer_xl.nn.dropout import Dropout
 from transformer_xl.nn.feed_forward import PositionwiseFeedForward
+from transformer_xl.nn.layer_window import LayerWindow
 from transformer_xl.nn.position import RelativePositions
 from txl_kernels.ops.checks import check_int, check_number
 
@@ -55,10 +56,15 @@ class DecoderLayer(nn.Module):
         self.pos_ff = PositionwiseFeedForward(d_model, d_inner, dropout)
         self.ff_layer_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)
 
+    def project_kv(self, layer_memory: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values [B, n_head, M, d_head] of stored hidden states [B, M, d_model]."""
+        normed = self.attn_layer_norm(layer_memory) if self.pre_lnorm else layer_memory
+        return self.dec_attn.project_kv(normed)
+
     def forward(
         self,
         x: Tensor,
-        layer_memory: Tensor | None = None,
+        layer_memory: Tensor | LayerWindow | None = None,
         positions: RelativePositions | None = None,
         r_w_bias: Tensor | None = None,
         r_r_bias: Tensor | None = None,
@@ -68,13 +74,14 @@ class DecoderLayer(nn.Module):
         """[B, T, d_model] to the same; arguments as `RelativeMultiHeadAttention` has them.
 
         `document_start`, bool [B, T], is True at the first token of a document: no token attends
-        before the last True at or before it, neither in `x` nor in `layer_memory`.
+        before the last True at or before it, neither in `x` nor in `layer_memory`. A `LayerWindow`
+        has its own `positions` and ranges of keys; these arguments then have no effect.
         """
         if document_start is not None:
-            n_memory = 0 if layer_memory is None else layer_memory.shape[1]
+            n_memory = layer_memory.shape[1] if isinstance(layer_memory, Tensor) else 0
             key_start = document_key_start(document_start, x.shape[:2], n_memory, key_start)
 
-        def attention(x: Tensor, layer_memory: Tensor | None) -> Tensor:
+        def attention(x: Tensor, layer_memory: Tensor | LayerWindow | None) -> Tensor:
             attended = self.dec_attn(
                 x,
                 layer_memory,
@@ -88,8 +95,9 @@ class DecoderLayer(nn.Module):
 
         attn_norm, ff_norm = self.attn_layer_norm, self.ff_layer_norm
         if self.pre_lnorm:
-            normed = None if layer_memory is None else attn_norm(layer_memory)
-            x = x + attention(attn_norm(x), normed)
+            if isinstance(layer_memory, Tensor):  # a window has keys of normalised states
+                layer_memory = attn_norm(layer_memory)
+            x = x + attention(attn_norm(x), layer_memory)
             out: Tensor = x + self.pos_ff(ff_norm(x))
         else:
             x = attn_norm(x + attention(x, layer_memory))

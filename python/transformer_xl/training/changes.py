@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer_xl.checkpoint import ADJUSTABLE, Checkpoint
-from transformer_xl.config import RunConfig, differences
+from transformer_xl.checkpoint import Checkpoint
+from transformer_xl.config import ADJUSTABLE, RunConfig, differences
 from transformer_xl.training.schedule import Schedule
 
 

@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from transformer_xl.checkpoint import (
-    ADJUSTABLE,
-    INITIAL,
     STATE,
     Checkpoint,
     CheckpointError,
@@ -21,7 +19,7 @@ from transformer_xl.checkpoint import (
     open_checkpoint,
     tidy,
 )
-from transformer_xl.config import RunConfig
+from transformer_xl.config import ADJUSTABLE, INITIAL, RunConfig
 from transformer_xl.data import Corpus, open_corpus
 from transformer_xl.data.files import expanded, resolved
 from transformer_xl.training import changes

@@ -35,13 +35,28 @@ def test_demo_compares_memory_with_none(tmp_path: Path, text_file: Path) -> None
     scores = results["evaluations"].values()
     assert all(score["bpc"] > 0 and score["tokens_per_second"] > 0 for score in scores)
     assert len({score["n_tokens"] for score in scores}) == 1
+    projected = results["evaluations_hidden_states"]
+    assert projected.keys() == results["evaluations"].keys()
+    for name, score in results["evaluations"].items():
+        assert projected[name]["bpc"] == pytest.approx(score["bpc"], abs=5e-3)  # bfloat16, perhaps
+        assert projected[name]["tokens_per_second"] > 0
+        assert "hidden states projected again" in projected[name]["protocol"]
+        assert "hidden states" not in score["protocol"]
+    assert set(results["generation_tokens_per_second"]) == {"cached", "hidden_states"}
+    assert all(speed > 0 for speed in results["generation_tokens_per_second"].values())
     assert {run["step"] for run in results["training"].values()} == {8}
     assert len((out / "sample.txt").read_text().rstrip("\n")) <= 500
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     for run in ("memory", "no_memory"):
         assert (out / run / "best" / "state.json").exists()
         assert (out / run / "last" / "state.json").exists()
-    for part in ("Memory is worth", "tokens/s", "memory longer than trained", "valid bpc"):
+    for part in (
+        "Memory is worth",
+        "tokens/s, hidden",
+        "Written at",
+        "memory longer than trained",
+        "valid bpc",
+    ):
         assert part in done.stdout
 
 
