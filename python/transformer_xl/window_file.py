@@ -31,10 +31,10 @@ from transformer_xl.config import (
     ModelConfig,
     differences,
     section_from_dict,
-    shortened,
     to_dict,
 )
 from transformer_xl.data.files import expanded, linked, parse_json, to_json
+from transformer_xl.messages import shortened
 from transformer_xl.model_guard import ModelGuard
 from transformer_xl.nn.layer_weights import dense
 from transformer_xl.nn.tensor_names import untied
