@@ -33,7 +33,7 @@ _SMALLEST = "tiles of 16 x 16 are the smallest"
 _HALF = "tiles of half as many queries spill less, but read k, v and r and add to dr twice as often"
 _HEAD_256 = "(head_256|dropout_d256|head_192_values_40)"
 _CHUNK = "the divisions for chunk borders need registers; calls without chunks use this row too"
-_NUMBERS = "the random numbers of a tile fill the registers; a tile of 32 keys would not use HGMMA"
+_NUMBERS = "the random numbers of a tile fill the registers; 8 warps multiply almost everything twice"
 
 SPILLS = (
     Spill(_FLOAT32 + "head_256" + _DQDR, (80, 86, 89, 90, 100, 120), 2304, _SMALLEST),
@@ -42,7 +42,7 @@ SPILLS = (
     Spill(_16_BITS + ".*" + _DQDR, (90,), 1000, _HALF),
     Spill(_16_BITS + "inkling_sliding" + _DQDR, (86, 89, 120), 632, _HALF),
     Spill(_16_BITS + "chunk/rel_attention_fwd", (100, 120), 40, _CHUNK, ("3.9.0",)),
-    Spill(_16_BITS + "dropout_d128/rel_attention_bwd_dkdv", (90,), 696, _NUMBERS),
+    Spill(_16_BITS + "dropout_d128" + _DQDR, (86, 89), 520, _NUMBERS, ("3.6.0",)),
 )
 
 

@@ -77,7 +77,8 @@ def _launch_dkdv(
     k = arguments["p_k"]
     B, Hk = k.shape[:2]
     Tm, Tk = arguments["Tm"], arguments["Tk"]
-    config = dkdv_config(k.device, _head_sizes(arguments), k.dtype)
+    has_mask, has_dropout = (arguments[name] is not None for name in ("p_mask", "p_seed"))
+    config = dkdv_config(k.device, _head_sizes(arguments), k.dtype, has_mask, has_dropout)
     memory_tiles = triton.cdiv(Tm, config.BLOCK_K)  # a tile is of the memory or of the segment
     needs_memory = dmem_k is not None or dmem_v is not None
     first_tile = 0 if needs_memory else memory_tiles

@@ -30,7 +30,11 @@ def forward_config(
 
 
 def dkdv_config(
-    device: torch.device, head_sizes: tuple[int, int, int], dtype: torch.dtype
+    device: torch.device,
+    head_sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    has_mask: bool,
+    has_dropout: bool,
 ) -> AttentionConfig:
     """For the backward kernel in which a program owns keys.
 
@@ -38,7 +42,8 @@ def dkdv_config(
     fewer queries leave more registers for the accumulators; with more queries each load of k, v
     and r and each addition to dr serves more pairs.
     """
-    return _find("rel_attention_bwd_dkdv", device, head_sizes, dtype)
+    variants = ["one_extra"] if has_mask or has_dropout else []
+    return _find("rel_attention_bwd_dkdv", device, head_sizes, dtype, *variants)
 
 
 def dqdr_config(

@@ -81,8 +81,8 @@ def test_every_call_has_a_row_in_every_class(launch_class, on, monkeypatch):
         monkeypatch.setattr(launch_table, "interprets", lambda: True)
     flags = list(itertools.product((False, True), repeat=2))
     for dtype, *sizes in itertools.product(DTYPES, (8, 41, 64, 128, 256), (64, 192), (16, 256)):
-        rel_attention_config.dkdv_config(CUDA, tuple(sizes), dtype)
         for mask, dropout in flags:
+            rel_attention_config.dkdv_config(CUDA, tuple(sizes), dtype, mask, dropout)
             rel_attention_config.dqdr_config(CUDA, tuple(sizes), dtype, mask, dropout)
             for Tq in (1, 16, 17, 512):
                 rel_attention_config.forward_config(CUDA, tuple(sizes), dtype, Tq, mask, dropout)
