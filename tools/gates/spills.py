@@ -33,7 +33,7 @@ _SMALLEST = "tiles of 16 x 16 are the smallest"
 _HALF = "tiles of half as many queries spill less, but read k, v and r and add to dr twice as often"
 _HEAD_256 = "(head_256|dropout_d256|head_192_values_40)"
 _CHUNK = "the divisions for chunk borders need registers; calls without chunks use this row too"
-_NUMBERS = "the random numbers of a tile fill the registers; 8 warps multiply almost everything twice"
+_NUMBERS = "the random numbers of a tile fill the registers; 8 warps multiply almost all twice"
 
 SPILLS = (
     Spill(_FLOAT32 + "head_256" + _DQDR, (80, 86, 89, 90, 100, 120), 2304, _SMALLEST),
