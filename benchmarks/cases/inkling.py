@@ -123,9 +123,13 @@ class DecodeCase(DropInCase):
     @property
     def bytes_read(self) -> int | None:  # type: ignore[override]
         """Keys and values once; a growing cache is also written."""
+        return None if self.grows else self._state_bytes
+
+    @property
+    def _state_bytes(self) -> int:
+        """Of all keys and values, float32."""
         shape = self.shape
-        keys = 2 * 4 * shape.B * shape.n_key_heads * shape.n_keys * shape.D
-        return None if self.grows else keys
+        return 2 * 4 * shape.B * shape.n_key_heads * shape.n_keys * shape.D
 
     @contextlib.contextmanager
     def contender(self, name: str) -> Iterator[Timed]:
@@ -143,9 +147,8 @@ class DecodeCase(DropInCase):
         yield timed
 
     def n_bytes(self, name: str) -> int:
-        shape = self.shape
-        keys = 2 * 4 * shape.H * shape.n_keys * shape.D
-        return 4 * self.N_SETS * keys
+        """All sets of keys and values, and the parts of which they are made."""
+        return 3 * self.N_SETS * self._state_bytes
 
     def check_result(self, name: str) -> None:
         """By the formula, from the keys and values that the cache returns."""

@@ -93,7 +93,8 @@ class EncoderCase(DropInCase):
         if name in (ONNX, OPENVINO):
             return exported.n_bytes(self.shape)
         n_byte = 2 if self.precision == "bfloat16" else 4
-        weights = self.shape.n_weight * (4 + n_byte)
+        converted = {"float32": 0, "bfloat16": 2, "int8": 1}[self.precision]
+        weights = self.shape.n_weight * (4 + converted)
         hidden = 4 * self.shape.n_frame * self.shape.d_inner * n_byte
         if name == HF:
             largest = max(self.shape.score_bytes, self.shape.subsampling_bytes)
