@@ -9,6 +9,7 @@ from transformer_xl.integrations import (
     parakeet,
     wav2vec2_bert,
     wav2vec2_conformer,
+    xlnet,
 )
 from transformer_xl.integrations.adapter import Adapter
 
@@ -21,4 +22,5 @@ FAMILIES: dict[str, tuple[Adapter, ...]] = {
     "seamless_m4t": wav2vec2_conformer.SEAMLESS_ADAPTERS,
     "wav2vec2_bert": wav2vec2_bert.ADAPTERS,
     "seamless_m4t_v2": wav2vec2_bert.SEAMLESS_ADAPTERS,
+    "xlnet": xlnet.ADAPTERS,
 }

@@ -82,6 +82,16 @@ SEAMLESS = {
     "max_source_positions": 64,
     "add_adapter": False,
 }
+XLNET = {
+    "vocab_size": N_VOCAB,
+    "d_model": 24,
+    "n_layer": 2,
+    "n_head": 3,
+    "d_inner": 32,
+    "dropout": 0.0,
+    "mem_len": 16,
+    "clamp_len": 9,
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,14 @@ def _tokens(lengths: list[int]) -> tuple[dict[str, Tensor], Tensor]:
     tokens = torch.randint(1, N_VOCAB, valid.shape, generator=torch.Generator().manual_seed(1))
     ids = (valid.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": tokens, "attention_mask": valid.long(), "position_ids": ids}, valid
+
+
+def _segments(lengths: list[int]) -> tuple[dict[str, Tensor], Tensor]:
+    """Tokens of two segments, and a third one for padding."""
+    inputs, valid = _tokens(lengths)
+    del inputs["position_ids"]
+    second = torch.arange(valid.shape[1]) > valid.shape[1] // 2
+    return {**inputs, "token_type_ids": torch.where(valid, second.long(), 3)}, valid
 
 
 def _mel(lengths: list[int]) -> tuple[dict[str, Tensor], Tensor]:
@@ -247,6 +265,7 @@ CASES = {
         3,
         _hidden,
     ),
+    "xlnet": _case("xlnet", "XLNetModel", "XLNetConfig", XLNET, "eager", 3, _segments),
 }
 
 
