@@ -49,7 +49,7 @@ def main(name: str, wrapper: str) -> None:
     if wrapper == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=True)
     else:
-        for layer in model.layers:
+        for layer in model.layer if name == "xlnet" else model.layers:
             fully_shard(layer)
         fully_shard(model)
     rows = {k: x[rank : rank + 1] if isinstance(x, Tensor) else x for k, x in kwargs.items()}

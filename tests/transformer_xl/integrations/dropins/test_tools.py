@@ -17,6 +17,8 @@ from transformer_xl.integrations import patch, report, unpatch
 
 # One model of each kind: causal ranges, sinks, a projected table, chunks, a clamped table.
 KINDS = ["inkling-sdpa", "inkling2", "parakeet-sdpa", "nemotron_streaming", "wav2vec2_bert"]
+# XLNet has no linear layers in its attention.
+KINDS_AND_XLNET = [*KINDS, "xlnet"]
 LENGTHS = [13, 9]
 PROCESSES = Path(__file__).with_name("processes.py")
 
@@ -96,7 +98,7 @@ def test_gradient_checkpointing(models, name):
     models.check_equal(models.results(model, kwargs, valid), expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KINDS_AND_XLNET)
 def test_autocast(models, name):
     options = {"num_experts_per_tok": 4} if name.startswith("inkling") else {}
     model = models.build(name, **options)
@@ -116,11 +118,12 @@ PROJECTIONS = {
     "parakeet-sdpa": ["q_proj", "relative_k_proj", "o_proj"],
     "nemotron_streaming": ["v_proj", "relative_k_proj"],
     "wav2vec2_bert": ["linear_q", "distance_embedding"],
+    "xlnet": ["layer_1"],
 }
 
 
 @pytest.mark.parametrize("is_patched_first", [True, False], ids=["patch_first", "lora_first"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KINDS_AND_XLNET)
 def test_adapters_of_peft(models, name, is_patched_first):
     peft = pytest.importorskip("peft")
     model, kwargs, valid = prepare(models, name)
@@ -161,7 +164,7 @@ def test_int8_weights_of_torchao(models, name):
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KINDS_AND_XLNET)
 def test_two_processes_train_as_one(models, name, wrapper):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
@@ -187,7 +190,7 @@ def test_sharded_models_are_patched_before(models):
             function(model)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KINDS_AND_XLNET)
 def test_save_pretrained_writes_the_models_own_class(models, name, tmp_path):
     model, kwargs, valid = prepare(models, name)
     if not hasattr(model, "save_pretrained"):
