@@ -64,7 +64,7 @@ def losses(model: nn.Module) -> Tensor:
 
 
 def test_losses_are_equal_and_fall(models):
-    """Without the speaker a label has two equally likely values: log 2 = 0.69 nats per label."""
+    """The same model whose attention returns zeros has a mean of 0.56 over the last ten losses."""
     original, model = build(models), build(models)
     assert len(patch(model).patched) == 4
     expected, actual = losses(original), losses(model)
