@@ -107,11 +107,7 @@ def _attend(
     is_content: bool,
 ) -> Tensor:
     """[T, B, H, d_head]: the attention of one stream, the content stream or the query stream."""
-    content, r_w_bias = q, module.r_w_bias
-    if keys.segments is not None:
-        columns = _columns(module, q, keys.segments)
-        content = torch.cat([q, columns], dim=-1)
-        r_w_bias = nn.functional.pad(r_w_bias, (0, columns.shape[-1]))
+    content, r_w_bias = _with_columns(module, q, keys.segments)
     out, lse = rel_attention_with_lse(
         content,
         keys.k,
@@ -128,20 +124,30 @@ def _attend(
         **which_keys(mask, 0, {}),
     )
     if is_content and mask is not None and mask.dim() == 2:
-        scores = ((content + r_w_bias[:, None]).float() * keys.k.float()).sum(-1)
-        own = keys.r[:, :, q.shape[2] + _length(keys.mem_k)]  # distance 0
-        scores = scores + ((q + module.r_r_bias[:, None]).float() * own[:, :, None].float()).sum(-1)
-        out = _with_own_key(module, out, lse, scores * module.scale, keys, mask)
+        own = keys.r[:, :, q.shape[2] + _length(keys.mem_k), None]  # [1 or B, H, 1, d_head]
+        terms = ((content, r_w_bias, keys.k), (q, module.r_r_bias, own))
+        scores = sum(_product(x, bias, y, lse.dtype) for x, bias, y in terms) * module.scale
+        out = _with_own_key(module, out, lse, scores, keys, mask)
     if not is_content and mask is not None and mask.dim() == 4:
         out = _mean_without_keys(out, keys, mask)
     return out.permute(2, 0, 1, 3)
 
 
-def _columns(module: Any, q: Tensor, segments: Tensor) -> Tensor:
-    """[B, H, T, S]: the products of each query with the embedding for the keys of each segment."""
+def _with_columns(module: Any, q: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q and r_w_bias of the content product, with the columns of segments: [B, H, T, d_head + S]
+    and [H, d_head + S]."""
+    if segments is None:
+        return q, module.r_w_bias
     scores = torch.einsum("bnid,snd->bnis", q + module.r_s_bias[:, None], module.seg_embed)
     same, different = scores.unsqueeze(-2).unbind(-1)  # [B, H, T, 1] each
-    return torch.where(segments[:, :, -q.shape[2] :], same, different)
+    columns = torch.where(segments[:, :, -q.shape[2] :], same, different)
+    bias = nn.functional.pad(module.r_w_bias, (0, columns.shape[-1]))
+    return torch.cat([q, columns], dim=-1), bias
+
+
+def _product(q: Tensor, bias: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, H, T]: (q + bias)·key of each query and the key at its place."""
+    return ((q.to(dtype) + bias[:, None]) * key).sum(-1)
 
 
 def _with_own_key(

@@ -92,7 +92,8 @@ PADDING = {
 @pytest.mark.parametrize("is_permuted", [False, True], ids=["all", "permuted"])
 def test_two_streams_with_segments_and_memory(is_permuted, padding, n_memory):
     """The first token of a permutation sees no key in the query stream, without memory."""
-    module, (h, mems, table, segment) = Attention(), example(n_memory)
+    module, (h, mems, table, segment) = Attention().double(), example(n_memory)
+    h, mems, table = h.double(), mems.double(), table.double()
     order = torch.stack([torch.randperm(T) for _ in range(B)])
     perm_mask = (order[:, :, None] <= order[:, None]).float() if is_permuted else None
     excluded = torch.zeros(B, T, T) if perm_mask is None else perm_mask
@@ -100,7 +101,8 @@ def test_two_streams_with_segments_and_memory(is_permuted, padding, n_memory):
         excluded = excluded + PADDING[padding][:, None]
     sees = nn.functional.pad(excluded == 0, (n_memory, 0), value=True)[:, None]  # [B, 1, T, Tk]
     is_own = torch.arange(n_memory + T) == torch.arange(T)[:, None] + n_memory
-    g, mapping, cat = torch.randn(3, B, N_MODEL), torch.rand(3, T, B), torch.cat([mems, h])
+    g, mapping = torch.randn(3, B, N_MODEL).double(), torch.rand(3, T, B).double()
+    cat = torch.cat([mems, h])
     q_g = torch.einsum("bnmd,mlb->bnld", heads(g, module.q), mapping)
     out_h = attend(module, heads(h, module.q), cat, table, segment, sees | is_own)
     out_g = attend(module, q_g, cat, table, segment, sees)
@@ -110,7 +112,7 @@ def test_two_streams_with_segments_and_memory(is_permuted, padding, n_memory):
     masks = xlnet_model.masks(None, PADDING[padding], perm_mask, n_memory)
     segments = xlnet_model._segments(segment[n_memory:].T, n_memory)
     actual = xlnet.attention(module, h, g, *masks, table, segments, mems, mapping)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("same_length", [False, True])
