@@ -1,0 +1,115 @@
+"""Classes that have the parameters of an adapter's class: which adapter computes the same, if any.
+
+Several libraries have the same parameters and other masks, arguments or formulas. The own forward
+of such a module is therefore compared with each adapter that it may fit, once, on a small random
+input that has masked keys.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from transformer_xl.integrations import adapter as adapters
+from transformer_xl.integrations.adapter import Adapter, Forward
+
+# The largest relative difference between a class found by its parameters and its adapter, float32.
+_TOLERANCE = 1e-4
+
+
+class Comparison(NamedTuple):
+    """The result for one module.
+
+    Args:
+        adapter: the first one that agrees, else the one with the smallest difference.
+        difference: |adapter's - own| / |own|; infinite where no results could be compared.
+        reason: why the module must be left alone; None where the adapter agrees.
+    """
+
+    adapter: Adapter
+    difference: float
+    reason: str | None
+
+
+# The comparisons so far, one for each module.
+_compared: WeakKeyDictionary[nn.Module, Comparison] = WeakKeyDictionary()
+
+
+def candidates(module: nn.Module, known: Iterable[Adapter]) -> list[Adapter]:
+    """The adapters whose classes have the parameters of this module."""
+    names = {name for name, _ in module.named_parameters()}
+    names = {name for name in names if not name.endswith(".bias")}
+    return [a for a in known if a.lookalike is not None and a.lookalike.parameters == names]
+
+
+def compare(module: nn.Module, with_adapters: list[Adapter]) -> Comparison:
+    """The comparison with the first adapter that agrees, else the closest; made once."""
+    if module not in _compared:
+        found = []
+        for adapter in with_adapters:
+            found.append(_compare(module, adapter))
+            if found[-1].reason is None:
+                break
+        _compared[module] = min(found, key=lambda comparison: comparison.difference)
+    return _compared[module]
+
+
+def _compare(module: nn.Module, adapter: Adapter) -> Comparison:
+    """Calls the forward of a copy of the module, in float32 on the CPU, and the adapter's."""
+    state = torch.random.get_rng_state()
+    try:
+        own = copy.deepcopy(module).to("cpu", torch.float32).eval()
+        why = _mismatch(own, adapter)
+        difference = float("inf") if why else _difference(own, adapter)
+    except Exception as error:  # other attributes, other shapes, …
+        why, difference = f"a call failed: {error}", float("inf")
+    finally:
+        torch.random.set_rng_state(state)
+    if why is None and not difference <= _TOLERANCE:
+        why = f"another result (difference {difference:.1e})"
+    if why is not None:
+        why = f"it has the parameters of {adapter.path}, but {why}"
+    return Comparison(adapter, difference, why)
+
+
+def _mismatch(own: nn.Module, adapter: Adapter) -> str | None:
+    """Why a call of the module's own forward may mean something else to the adapter, or None."""
+    theirs = _arguments(type(own).forward)
+    if _arguments(adapter.build(type(own).forward))[: len(theirs)] != theirs:
+        return f"other arguments ({', '.join(theirs)})"
+    return adapter.refuse(own)
+
+
+def _arguments(forward: Forward) -> list[str]:
+    """The names of those that may be given by position, without the module itself."""
+    parameters = inspect.signature(forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [parameter.name for parameter in parameters if parameter.kind in kinds][1:]
+
+
+@torch.no_grad()
+def _difference(own: nn.Module, adapter: Adapter) -> float:
+    """|adapter's - own| / |own|; every parameter of `own` gets random values."""
+    assert adapter.lookalike is not None
+    torch.manual_seed(0)
+    for parameter in own.parameters():
+        parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    args, kwargs = adapter.lookalike.example(own)
+    forward = type(own).forward
+    expected = forward(own, *args, **kwargs)
+    actual = adapters.patched_forward(adapter, forward)(own, *args, **kwargs)
+    reasons = adapters.fallbacks.pop(own, None)
+    if reasons:
+        raise ValueError(f"the call is not served ({', '.join(reasons)})")
+    pairs = zip(_tuple(actual), _tuple(expected), strict=True)
+    return max(float((x - y).norm() / y.norm()) for x, y in pairs if x is not None)
+
+
+def _tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
