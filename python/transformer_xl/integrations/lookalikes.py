@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transformer_xl.integrations import adapter as adapters
 from transformer_xl.integrations.adapter import Adapter, Forward
@@ -64,7 +64,7 @@ def _compare(module: nn.Module, adapter: Adapter) -> Comparison:
     """Calls the forward of a copy of the module, in float32 on the CPU, and the adapter's."""
     state = torch.random.get_rng_state()
     try:
-        own = copy.deepcopy(module).to("cpu", torch.float32).eval()
+        own = _copied(module).to("cpu", torch.float32).eval()
         why = _mismatch(own, adapter)
         difference = float("inf") if why else _difference(own, adapter)
     except Exception as error:  # other attributes, other shapes, …
@@ -76,6 +76,12 @@ def _compare(module: nn.Module, adapter: Adapter) -> Comparison:
     if why is not None:
         why = f"it has the parameters of {adapter.path}, but {why}"
     return Comparison(adapter, difference, why)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy; results of earlier calls that modules keep, such as probabilities, are detached."""
+    kept = (x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor))
+    return copy.deepcopy(module, {id(x): x.detach() for x in kept if not x.is_leaf})
 
 
 def _mismatch(own: nn.Module, adapter: Adapter) -> str | None:
