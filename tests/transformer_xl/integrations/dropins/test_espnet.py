@@ -29,7 +29,15 @@ _spec.loader.exec_module(theirs)
 
 LENGTHS = [13, 9, 11]
 # One case of each class and convention.
-KINDS = ["espnet", "transducer-chunks", "funasr", "cosyvoice", "chatterbox", "fireredasr", "fairseq"]
+KINDS = [
+    "espnet",
+    "transducer-chunks",
+    "funasr",
+    "cosyvoice",
+    "chatterbox",
+    "fireredasr",
+    "fairseq",
+]
 
 
 @pytest.fixture
@@ -119,7 +127,9 @@ def test_a_class_elsewhere_with_the_same_code_is_found(kind):
 
 def copied(original: type) -> type:
     """A class with the same members that does not inherit from the original one."""
-    members = {key: x for key, x in vars(original).items() if key not in ("__dict__", "__weakref__")}
+    members = {
+        key: x for key, x in vars(original).items() if key not in ("__dict__", "__weakref__")
+    }
     return type("Copied", original.__bases__, {**members, "__module__": "elsewhere"})
 
 
