@@ -98,6 +98,8 @@ $(DROPINS_VENV)/.installed: $(VENV)/.installed-dev
 	  > "$$($(DROPINS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
 	$(DROPINS_VENV)/bin/python $(PIP) install transformers==5.24.0
 	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps peft==0.21.2 torchao==0.18.0
+	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps espnet==202511 funasr==1.4.16 \
+	  chatterbox-tts==0.1.7 cosyvoice2-eu==0.2.8 fireredasr==0.0.2
 	@touch $@
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks

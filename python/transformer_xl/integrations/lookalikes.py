@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,45 +51,23 @@ def candidates(module: nn.Module, known: Iterable[Adapter]) -> list[Adapter]:
 def compare(module: nn.Module, with_adapters: list[Adapter]) -> Comparison:
     """The comparison with the first adapter that agrees, else the closest; made once."""
     if module not in _compared:
-        found = []
-        for adapter in with_adapters:
-            found.append(_compare(module, adapter))
-            if found[-1].reason is None:
-                break
-        _compared[module] = min(found, key=lambda comparison: comparison.difference)
+        _compared[module] = _closest(module, with_adapters)
     return _compared[module]
 
 
-def _compare(module: nn.Module, adapter: Adapter) -> Comparison:
-    """Calls the forward of a copy of the module, in float32 on the CPU, and the adapter's."""
-    state = torch.random.get_rng_state()
-    try:
-        own = _copied(module).to("cpu", torch.float32).eval()
-        why = _mismatch(own, adapter)
-        difference = float("inf") if why else _difference(own, adapter)
-    except Exception as error:  # other attributes, other shapes, …
-        why, difference = f"a call failed: {error}", float("inf")
-    finally:
-        torch.random.set_rng_state(state)
-    if why is None and not difference <= _TOLERANCE:
-        why = f"another result (difference {difference:.1e})"
-    if why is not None:
-        why = f"it has the parameters of {adapter.path}, but {why}"
-    return Comparison(adapter, difference, why)
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy; results of earlier calls that modules keep, such as probabilities, are detached."""
-    kept = (x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor))
-    return copy.deepcopy(module, {id(x): x.detach() for x in kept if not x.is_leaf})
-
-
-def _mismatch(own: nn.Module, adapter: Adapter) -> str | None:
-    """Why a call of the module's own forward may mean something else to the adapter, or None."""
-    theirs = _arguments(type(own).forward)
-    if _arguments(adapter.build(type(own).forward))[: len(theirs)] != theirs:
-        return f"other arguments ({', '.join(theirs)})"
-    return adapter.refuse(own)
+def _closest(module: nn.Module, with_adapters: list[Adapter]) -> Comparison:
+    own = type(module).forward
+    names, found = _arguments(own), []
+    for adapter in with_adapters:
+        # Every call of the module's own forward must mean the same to the adapter.
+        if _arguments(adapter.build(own))[: len(names)] == names:
+            found.append(_compare(module, adapter))
+            if found[-1].reason is None:
+                break
+    if not found:
+        why = f"{_alike(with_adapters[0])} has other arguments ({', '.join(names)})"
+        return Comparison(with_adapters[0], float("inf"), why)
+    return min(found, key=lambda comparison: comparison.difference)
 
 
 def _arguments(forward: Forward) -> list[str]:
@@ -97,6 +75,33 @@ def _arguments(forward: Forward) -> list[str]:
     parameters = inspect.signature(forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [parameter.name for parameter in parameters if parameter.kind in kinds][1:]
+
+
+def _alike(adapter: Adapter) -> str:
+    return f"it has the parameters of {adapter.path}, but"
+
+
+def _compare(module: nn.Module, adapter: Adapter) -> Comparison:
+    """Calls the forward of a copy of the module, in float32 on the CPU, and the adapter's."""
+    state, difference = torch.random.get_rng_state(), float("inf")
+    try:
+        own = _copied(module).to("cpu", torch.float32).eval()
+        why = adapter.refuse(own)
+        if why is None:
+            difference = _difference(own, adapter)
+            if not difference <= _TOLERANCE:
+                why = f"another result (difference {difference:.1e})"
+    except Exception as error:  # other attributes, other shapes, …
+        why = f"a call failed: {error}"
+    finally:
+        torch.random.set_rng_state(state)
+    return Comparison(adapter, difference, None if why is None else f"{_alike(adapter)} {why}")
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy; results of earlier calls that modules keep, such as probabilities, are detached."""
+    kept = (x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor))
+    return copy.deepcopy(module, {id(x): x.detach() for x in kept if not x.is_leaf})
 
 
 @torch.no_grad()
@@ -113,9 +118,8 @@ def _difference(own: nn.Module, adapter: Adapter) -> float:
     reasons = adapters.fallbacks.pop(own, None)
     if reasons:
         raise ValueError(f"the call is not served ({', '.join(reasons)})")
-    pairs = zip(_tuple(actual), _tuple(expected), strict=True)
+    actual, expected = ((x if isinstance(x, tuple) else (x,)) for x in (actual, expected))
+    if len(actual) != len(expected):
+        raise ValueError(f"{len(expected)} results instead of {len(actual)}")
+    pairs = zip(actual, expected, strict=True)
     return max(float((x - y).norm() / y.norm()) for x, y in pairs if x is not None)
-
-
-def _tuple(results: Any) -> tuple[Any, ...]:
-    return results if isinstance(results, tuple) else (results,)

@@ -1,4 +1,4 @@
-"""The attention classes of ESPnet and its relatives, and calls of them, for tests.
+"""The attention classes of ESPnet and of the libraries that copied it, and calls of them.
 
 Most of these libraries import many packages that the classes do not need. The packages that contain
 a class are therefore replaced by empty ones, so that its own file is imported alone.
@@ -14,8 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from transformer_xl.integrations import unpatch
 
 H, D = 3, 24
 # Packages whose __init__ imports the whole library.
@@ -24,9 +27,11 @@ _EMPTY |= {"fairseq.modules"}
 
 
 def load(path: str) -> Any:
-    """A class or function, from its importable name."""
+    """A class, from its importable name; the test is skipped where its package is missing."""
     module, _, name = path.rpartition(".")
     parts = module.split(".")
+    if parts[0] not in sys.modules and importlib.util.find_spec(parts[0]) is None:
+        pytest.skip(f"{parts[0]} is not installed")
     for n in range(1, len(parts)):
         package = ".".join(parts[:n])
         if package in _EMPTY and package not in sys.modules:
@@ -103,11 +108,6 @@ _TRANSDUCER = "espnet2.asr_transducer.encoder.modules.attention.RelPositionMulti
 _FUNASR = "funasr.models.transformer.attention.RelPositionMultiHeadedAttention"
 _ESPNET = f"{_TORCH}RelPositionMultiHeadedAttention"
 LEGACY = f"{_TORCH}LegacyRelPositionMultiHeadedAttention"
-CACHED = {
-    "chatterbox": "chatterbox.models.s3gen.transformer.attention.RelPositionMultiHeadedAttention",
-    "cosyvoice": "cosyvoice.transformer.attention.RelPositionMultiHeadedAttention",
-}
-
 CASES = {
     "espnet": Case(_ESPNET, _keep, "espnet"),
     "espnet-dense": Case(_ESPNET, _dense, "espnet"),
@@ -124,8 +124,14 @@ CASES = {
         "funasr.models.sond.attention.RelPositionMultiHeadedAttention", _dense, "funasr"
     ),
     "funasr-chunk": Case(f"{_FUNASR}Chunk", _chunked, "funasr"),
-    "chatterbox": Case(CACHED["chatterbox"], _cached, "chatterbox"),
-    "cosyvoice": Case(CACHED["cosyvoice"], _cached, None),
+    "chatterbox": Case(
+        "chatterbox.models.s3gen.transformer.attention.RelPositionMultiHeadedAttention",
+        _cached,
+        "chatterbox",
+    ),
+    "cosyvoice": Case(
+        "cosyvoice.transformer.attention.RelPositionMultiHeadedAttention", _cached, None
+    ),
     "fireredasr": Case(
         "fireredasr.models.module.conformer_encoder.RelPosMultiHeadAttention", _keep, "fireredasr"
     ),
@@ -136,10 +142,6 @@ CASES = {
         is_time_first=True,
     ),
 }
-
-
-def is_installed(name: str) -> bool:
-    return importlib.util.find_spec(CASES[name].path.partition(".")[0]) is not None
 
 
 def build(name: str, dropout: float = 0.0) -> nn.Module:
@@ -179,3 +181,43 @@ def results(module: nn.Module, name: str, lengths: list[int]) -> dict[str, Tenso
     grads = {f"d{n}": p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     assert x.grad is not None
     return {"out": out.detach(), "dx": x.grad, **grads}
+
+
+def check_equal(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], error: float = 1e-5
+) -> None:
+    largest = max(float(x.norm()) for x in expected.values())
+    assert actual.keys() == expected.keys()
+    for key, x in expected.items():
+        difference = float((actual[key] - x).norm())
+        assert difference <= error * (float(x.norm()) + 1e-2 * largest), f"{key}: {difference}"
+
+
+class Classes:
+    """The functions of this file, for tests."""
+
+    load, build, inputs = staticmethod(load), staticmethod(build), staticmethod(inputs)
+    run, results, check_equal = staticmethod(run), staticmethod(results), staticmethod(check_equal)
+    cases, legacy = CASES, LEGACY
+
+
+@pytest.fixture
+def theirs() -> Any:
+    yield Classes
+    unpatch()
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Each case."""
+    return str(request.param)
+
+
+KINDS = ["espnet", "transducer-chunks", "funasr", "cosyvoice", "chatterbox", "fireredasr"]
+KINDS += ["fairseq"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """One case of each convention."""
+    return str(request.param)
