@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from transformer_xl.integrations.adapter import Adapter, Forward, Lookalike, left_alone
+from transformer_xl.integrations.adapter import (
+    Adapter,
+    Forward,
+    Lookalike,
+    Versions,
+    left_alone,
+)
 from transformer_xl.integrations.hugging_face import ranges_of_padding
 from transformer_xl.integrations.position_tables import project
 from txl_kernels import rel_attention
@@ -169,28 +175,22 @@ PARAMETERS = frozenset(
 VERSIONS = ((202511,), (202511,))
 FUNASR_VERSIONS = ((1, 4), (1, 4))
 
-_MODULE = "espnet.nets.pytorch_backend.transformer.attention"
-_FUNASR = "funasr.models.transformer.attention"
+_LOOKALIKE = Lookalike(PARAMETERS, example)
 
-ADAPTERS = (
-    Adapter(
-        "espnet",
-        f"{_MODULE}.RelPositionMultiHeadedAttention",
-        VERSIONS,
-        _build,
-        _unserved,
-        lookalike=Lookalike(PARAMETERS, example),
-    ),
-    left_alone("espnet", f"{_MODULE}.LegacyRelPositionMultiHeadedAttention", VERSIONS, _LEGACY),
-)
-FUNASR_ADAPTERS = (
-    *(
-        Adapter(
-            "funasr", f"{path}.RelPositionMultiHeadedAttention", FUNASR_VERSIONS, _build, _unserved
-        )
-        for path in (_FUNASR, "funasr.models.sond.attention")
-    ),
-    left_alone(
-        "funasr", f"{_FUNASR}.LegacyRelPositionMultiHeadedAttention", FUNASR_VERSIONS, _LEGACY
-    ),
+
+def _adapters(family: str, versions: Versions, module: str, *others: str) -> tuple[Adapter, ...]:
+    """Those of the latest class in all Python modules, and of the legacy class in the first."""
+    latest = (f"{path}.RelPositionMultiHeadedAttention" for path in (module, *others))
+    return (
+        *(Adapter(family, x, versions, _build, _unserved, lookalike=_LOOKALIKE) for x in latest),
+        left_alone(family, f"{module}.LegacyRelPositionMultiHeadedAttention", versions, _LEGACY),
+    )
+
+
+ADAPTERS = _adapters("espnet", VERSIONS, "espnet.nets.pytorch_backend.transformer.attention")
+FUNASR_ADAPTERS = _adapters(
+    "funasr",
+    FUNASR_VERSIONS,
+    "funasr.models.transformer.attention",
+    "funasr.models.sond.attention",
 )

@@ -70,6 +70,8 @@ def _build(original: Forward) -> Forward:
     return attention
 
 
+_LOOKALIKE = Lookalike(espnet.PARAMETERS, _example)
+
 ADAPTERS = (
     Adapter(
         "espnet",
@@ -77,7 +79,7 @@ ADAPTERS = (
         espnet.VERSIONS,
         _build,
         _unserved,
-        lookalike=Lookalike(espnet.PARAMETERS, _example),
+        lookalike=_LOOKALIKE,
         distribution="espnet",
     ),
 )
@@ -88,5 +90,6 @@ FUNASR_ADAPTERS = (
         espnet.FUNASR_VERSIONS,
         _build,
         _unserved,
+        lookalike=_LOOKALIKE,
     ),
 )

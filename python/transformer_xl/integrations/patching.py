@@ -150,10 +150,13 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
 
 def _alike(module: nn.Module, known: Iterable[Adapter]) -> Adapter | None:
     """For a class that no adapter names: the one with its parameters that agrees best."""
+    current = adapters.adapter_of(module)
+    if current is not None:
+        return current
     candidates = lookalikes.candidates(module, known)
     if not candidates or "forward" in module.__dict__:
         return next(iter(candidates), None)
-    return adapters.adapter_of(module) or lookalikes.compare(module, candidates).adapter
+    return lookalikes.compare(module, candidates).adapter
 
 
 def _is_named(module: nn.Module, adapter: Adapter) -> bool:
@@ -171,7 +174,9 @@ def _refusal(module: nn.Module, adapter: Adapter) -> str | None:
         known = next(b for b in type(module).__mro__ if adapter.path.endswith("." + b.__qualname__))
         if type(module).forward is not vars(known)["forward"]:
             return f"its class has another forward than {known.__qualname__}"
-        return adapter.left_alone or adapter.refuse(module)
+        # A derived class may have other functions that its forward calls.
+        if type(module) is known or adapter.lookalike is None:
+            return adapter.left_alone or adapter.refuse(module)
     return lookalikes.compare(module, [adapter]).reason
 
 

@@ -83,7 +83,7 @@ class InvertedCachedAttention(CachedAttention):
 
 
 class UnshiftedAttention(CachedAttention):
-    """WeNet's: position j of the table belongs to key j; a longer table raises an error."""
+    """WeNet's formula: row j of the table belongs to key j. Here, a longer table is cut."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, keep: Tensor) -> Tensor:
         positions = (q + self.pos_bias_v[:, None]) @ self.heads(self.linear_pos(table)).mT

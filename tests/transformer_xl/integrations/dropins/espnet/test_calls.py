@@ -67,6 +67,18 @@ def test_a_table_that_is_not_shifted_runs_the_original_code(theirs):
     assert "does not have 2 Tk - 1 rows" in str(report(module))
 
 
+@pytest.mark.parametrize("name", ["espnet", "funasr", "transducer", "chatterbox"])
+def test_a_derived_class_is_compared(theirs, name):
+    module = theirs.build(name)
+    own = type(module)
+    module.__class__ = type("Derived", (own,), {"extra": 1})
+    assert patch(module).patched
+    other = theirs.build(name)
+    shift = {"rel_shift": lambda self, x, **options: 2 * own.rel_shift(self, x, **options)}
+    other.__class__ = type("Doubled", (own,), shift)
+    assert "another result (difference" in patch(other).left_alone[0].reason
+
+
 def test_the_legacy_class_is_left_alone(theirs):
     legacy = theirs.load(theirs.legacy)
     forward, module = legacy.forward, legacy(3, 24, 0.0)

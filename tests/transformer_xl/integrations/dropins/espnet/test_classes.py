@@ -124,6 +124,55 @@ def test_one_compiled_graph(theirs, kind):
     assert report(module).fallbacks == 0
 
 
+def test_export(theirs, kind):
+    module, (x, table, valid) = theirs.build(kind), theirs.inputs(LENGTHS)
+    args, kwargs = theirs.cases[kind].call(x, table, valid)
+    with torch.no_grad():
+        expected = theirs.run(module, kind, x, table, valid)[valid]
+        patch(module)
+        program = torch.export.export(module, args, kwargs, strict=False)
+        actual = theirs.run(program.module(), kind, x, table, valid)[valid]
+    assert "rel_attention" in str(program.graph)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast(theirs, kind):
+    module, (x, table, valid) = theirs.build(kind), theirs.inputs(LENGTHS)
+    with torch.no_grad():
+        exact = theirs.run(module, kind, x, table, valid)[valid]
+        with torch.autocast("cpu", torch.bfloat16):
+            original = theirs.run(module, kind, x, table, valid)[valid].float()
+            patch(module)
+            ours = theirs.run(module, kind, x, table, valid)[valid].float()
+    assert float((ours - exact).norm()) <= 1.5 * float((original - exact).norm())
+
+
+@pytest.mark.parametrize("is_patched_first", [True, False], ids=["patch_first", "lora_first"])
+def test_adapters_of_peft(theirs, kind, is_patched_first):
+    peft = pytest.importorskip("peft")
+    if kind == "cosyvoice" and not is_patched_first:
+        pytest.skip("after PEFT a class is not found by its parameters")
+    names = ["w_qs", "fc"] if kind == "fireredasr" else ["linear_q", "linear_out"]
+    config = peft.LoraConfig(target_modules=[*names, "linear_pos"], r=4, init_lora_weights=False)
+
+    def with_adapters(module):
+        torch.manual_seed(0)
+        return peft.get_peft_model(module, config).base_model.model.eval()
+
+    expected = theirs.results(with_adapters(theirs.build(kind)), kind, LENGTHS)
+    module = theirs.build(kind)
+    if is_patched_first:
+        patch(module)
+    module = with_adapters(module)
+    if not is_patched_first:
+        patch(module)
+    actual = theirs.results(module, kind, LENGTHS)
+    theirs.check_equal(actual, expected)
+    assert any("lora" in key for key in actual)
+    assert len(report(module).patched) == 1
+    assert report(module).fallbacks == 0
+
+
 def test_dropout_of_probabilities(theirs, kind):
     """With values of 1 and no last layer, the output is the sum of the kept probabilities."""
     if kind == "fireredasr":
