@@ -100,13 +100,21 @@ def which_keys(mask: Tensor | None, n_rows: int, *, marks_padding: bool = False)
     """
     if mask is None:
         return {}
-    if (mask.dim() == 2 or mask.shape[1] == 1) and not torch.compiler.is_compiling():
+    ranges = None
+    if (mask.dim() == 2 or mask.shape[1] == 1) and _may_be_read(mask):
         ranges = _ranges(mask, marks_padding)
-        if ranges is not None:
-            start, end = ranges.expand(2, n_rows)
-            return {"key_start": start, "key_lens": end}
+    if ranges is not None:
+        start, end = ranges.expand(2, n_rows)
+        return {"key_start": start, "key_lens": end}
     keep = mask == 0 if marks_padding else mask != 0
     return {"mask": keep.view(len(mask), 1, -1, mask.shape[-1])}
+
+
+def _may_be_read(mask: Tensor) -> bool:
+    """Whether the host can read values of the mask now."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # The ranges of each mask that is in use. A model gives the same one to all its layers, and on a GPU
