@@ -109,6 +109,8 @@ $(DROPINS_VENV)/.installed: $(VENV)/.installed-dev
 	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps peft==0.21.2 torchao==0.18.0
 	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps speechbrain==1.1.2 enformer-pytorch==0.8.12 \
 	  borzoi-pytorch==0.5.1 einops==0.8.2 ray==2.58.0
+	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps espnet==202511 funasr==1.4.16 \
+	  chatterbox-tts==0.1.7 cosyvoice2-eu==0.2.8 fireredasr==0.0.2
 	@touch $@
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks

@@ -21,11 +21,14 @@ import torch
 from torch import nn
 
 Forward = Callable[..., Any]
+Versions = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Lookalike:
     """How to recognise and to test other classes that have the parameters of an adapter's class.
+
+    Several adapters may have the same parameters; lookalikes.py finds the one that agrees.
 
     Args:
         parameters: the names of all parameters, biases of linear layers left out.
@@ -55,16 +58,18 @@ class Adapter:
         refuse: returns why a module of this class must be left alone, or None.
         lookalike: None where other classes cannot be recognised by their parameters.
         distribution: the name of the library on PyPI if it differs from that of its Python module.
+        left_alone: why no module of this class is ever patched; empty for all other adapters.
     """
 
     family: str
     path: str
-    versions: tuple[tuple[int, ...], tuple[int, ...]]
+    versions: Versions
     build: Callable[[Forward], Forward]
     unserved: Callable[..., str | None]
     refuse: Callable[[Any], str | None] = nothing_to_refuse
     lookalike: Lookalike | None = None
     distribution: str = ""
+    left_alone: str = ""
 
     @property
     def library(self) -> str:
@@ -95,6 +100,11 @@ class Adapter:
         return loaded
 
 
+def left_alone(family: str, path: str, versions: Versions, why: str) -> Adapter:
+    """An adapter that only recognises a class: `report` returns the reason, nothing is patched."""
+    return Adapter(family, path, versions, lambda own: own, lambda *_, **__: why, left_alone=why)
+
+
 # The calls that ran the original code, by reason, of every patched module that had any.
 fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
 # Every module that was patched by its class, copies and unpickled ones included.
@@ -102,7 +112,7 @@ patched_modules: WeakSet[nn.Module] = WeakSet()
 # The own `forward` of the classes that are patched for all their instances.
 own_forwards: dict[type[nn.Module], Forward] = {}
 
-_subclasses: dict[type[nn.Module], type[nn.Module]] = {}
+_subclasses: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
 def patched_forward(adapter: Adapter, original: Forward) -> Forward:
@@ -139,7 +149,8 @@ def patched_class(original: type[nn.Module], adapter: Adapter) -> type[nn.Module
     It has the name and the module of `original`, since libraries look both up. Pickles and copies
     therefore refer to `original` and `adapter` instead, through `__reduce_ex__`.
     """
-    if original not in _subclasses:
+    key = original, adapter.path  # modules of one class may agree with different adapters
+    if key not in _subclasses:
         forward = own_forwards.get(original, original.forward)
 
         def reduce(self: nn.Module, protocol: Any) -> Any:
@@ -157,8 +168,8 @@ def patched_class(original: type[nn.Module], adapter: Adapter) -> type[nn.Module
             "own_class": original,
         }
         made: type[nn.Module] = type(original.__name__, (original,), members)
-        _subclasses[original] = made
-    return _subclasses[original]
+        _subclasses[key] = made
+    return _subclasses[key]
 
 
 def own_class(module: nn.Module) -> type[nn.Module] | None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from transformer_xl.integrations import (
+    cosyvoice,
+    espnet,
+    espnet_transducer,
+    fairseq,
+    fireredasr,
     inkling,
     inkling2,
     nemotron_streaming,
@@ -23,4 +28,9 @@ FAMILIES: dict[str, tuple[Adapter, ...]] = {
     "wav2vec2_bert": wav2vec2_bert.ADAPTERS,
     "seamless_m4t_v2": wav2vec2_bert.SEAMLESS_ADAPTERS,
     "xlnet": xlnet.ADAPTERS,
+    "espnet": espnet.ADAPTERS + espnet_transducer.ADAPTERS,
+    "funasr": espnet.FUNASR_ADAPTERS + espnet_transducer.FUNASR_ADAPTERS,
+    "chatterbox": cosyvoice.ADAPTERS,
+    "fairseq": fairseq.ADAPTERS,
+    "fireredasr": fireredasr.ADAPTERS,
 }

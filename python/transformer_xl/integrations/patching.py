@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from transformer_xl.integrations import adapter as adapters
-from transformer_xl.integrations.adapter import Adapter, Lookalike
+from transformer_xl.integrations import lookalikes
+from transformer_xl.integrations.adapter import Adapter
 from transformer_xl.integrations.families import FAMILIES
 from transformer_xl.integrations.report import Entry, Report
 from txl_kernels.torch_private import is_compiled_in_place
-
-# The largest relative difference between a class found by its parameters and its adapter, float32.
-_TOLERANCE = 1e-4
-# The result of this comparison, which is made once for each module.
-_compared: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
 def patch(target: nn.Module | str, *, force: bool = False) -> Report:
@@ -47,6 +40,8 @@ def patch(target: nn.Module | str, *, force: bool = False) -> Report:
     """
     if isinstance(target, str):
         for adapter in _family(target):
+            if adapter.left_alone:
+                continue
             if not force:
                 adapter.check_version()
             found = adapter.load()
@@ -143,27 +138,30 @@ def _family(name: str) -> tuple[Adapter, ...]:
 
 
 def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
-    """The modules whose class, or a base of it, has an adapter, with their names."""
+    """The modules whose class, or a base of it, has an adapter, or that have its parameters."""
     by_path = {adapter.path: adapter for family in FAMILIES.values() for adapter in family}
-    by_parameters = [a for a in by_path.values() if a.lookalike is not None]
     for name, module in model.named_modules():
         bases = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
         adapter = next((by_path[path] for path in bases if path in by_path), None)
-        for candidate in by_parameters if adapter is None else ():
-            if isinstance(candidate.lookalike, Lookalike) and _has(module, candidate.lookalike):
-                adapter = candidate
+        adapter = adapter or _alike(module, by_path.values())
         if adapter is not None:
             yield name, module, adapter
+
+
+def _alike(module: nn.Module, known: Iterable[Adapter]) -> Adapter | None:
+    """For a class that no adapter names: the one with its parameters that agrees best."""
+    current = adapters.adapter_of(module)
+    if current is not None:
+        return current
+    candidates = lookalikes.candidates(module, known)
+    if not candidates or "forward" in module.__dict__:
+        return next(iter(candidates), None)
+    return lookalikes.compare(module, candidates).adapter
 
 
 def _is_named(module: nn.Module, adapter: Adapter) -> bool:
     """True for a class that the adapter was written for, not one found by its parameters."""
     return any(f"{b.__module__}.{b.__qualname__}" == adapter.path for b in type(module).__mro__)
-
-
-def _has(module: nn.Module, lookalike: Lookalike) -> bool:
-    names = {name for name, _ in module.named_parameters()}
-    return {name for name in names if not name.endswith(".bias")} == lookalike.parameters
 
 
 def _refusal(module: nn.Module, adapter: Adapter) -> str | None:
@@ -176,44 +174,10 @@ def _refusal(module: nn.Module, adapter: Adapter) -> str | None:
         known = next(b for b in type(module).__mro__ if adapter.path.endswith("." + b.__qualname__))
         if type(module).forward is not vars(known)["forward"]:
             return f"its class has another forward than {known.__qualname__}"
-        return adapter.refuse(module)
-    if module not in _compared:
-        _compared[module] = adapter.refuse(module) or _difference(module, adapter)
-    return _compared[module]
-
-
-def _difference(module: nn.Module, adapter: Adapter) -> str | None:
-    """Compares the own forward of a class found by its parameters with the adapter's, once.
-
-    Both run on a copy in float32 on the CPU; None where they agree.
-    """
-    assert adapter.lookalike is not None
-    state = torch.random.get_rng_state()
-    try:
-        own = copy.deepcopy(module).to("cpu", torch.float32).eval()
-        with torch.no_grad():
-            torch.manual_seed(0)
-            for parameter in own.parameters():
-                parameter.normal_(0.0, 0.5)
-            args, kwargs = adapter.lookalike.example(own)
-            expected = own(*args, **kwargs)
-            own.__class__ = adapters.patched_class(type(own), adapter)
-            actual = own(*args, **kwargs)
-    except Exception as error:  # another signature, other attributes, …
-        return f"it has the parameters of {adapter.path}, but a call failed: {error}"
-    finally:
-        torch.random.set_rng_state(state)
-    expected, actual = (x[0] if isinstance(x, tuple) else x for x in (expected, actual))
-    if adapters.fallbacks.pop(own, None):
-        return f"it has the parameters of {adapter.path}, but its calls are not served"
-    if not isinstance(expected, Tensor) or expected.shape != actual.shape:
-        return f"it has the parameters of {adapter.path}, but returns something else"
-    difference = float((actual - expected).norm() / expected.norm())
-    if difference <= _TOLERANCE:
-        return None
-    return (
-        f"it has the parameters of {adapter.path}, but another result (difference {difference:.1e})"
-    )
+        # A derived class may have other functions that its forward calls.
+        if type(module) is known or adapter.lookalike is None:
+            return adapter.left_alone or adapter.refuse(module)
+    return lookalikes.compare(module, [adapter]).reason
 
 
 # torch's classes that keep the code or the parameters that they find, and how users make them.
@@ -255,5 +219,5 @@ def _class_entry(adapter: Adapter) -> Entry:
     for module, calls in adapters.fallbacks.items():
         if found and isinstance(module, found[0]):
             counted += calls
-    reason = "" if found else "not patched"
+    reason = "" if found else adapter.left_alone or "not patched"
     return Entry(adapter.path, name, adapter.family, bool(found), reason, dict(counted))
