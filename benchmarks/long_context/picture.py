@@ -70,10 +70,10 @@ SPEED = Panel(
     "Training speed, tokens/s",
     lambda x: x["length"] / x["seconds"],
     tokens_per_second,
-    "faster",
+    "as fast",
     small_is_good=False,
 )
-TIME = Panel("Time", lambda x: x["seconds"], seconds, "faster")
+TIME = Panel("Time", lambda x: x["seconds"], seconds, "as fast")
 PANELS = {"tokens": (MEMORY, SPEED), "minutes": (MEMORY, TIME)}
 
 

@@ -159,7 +159,7 @@ def test_the_picture_names_both_sides_the_values_and_the_stop(document, path):
     for name in picture.NAMES.values():
         assert shown.count(name) == 2  # in each panel
     assert "36.0× less at 8k tokens" in shown  # 14.4 / 0.4 GiB at 8k
-    assert "13.3× faster at 8k tokens" in shown
+    assert "13.3× as fast at 8k tokens" in shown
     assert "~57.6 GiB" in shown
     assert "14.4 GiB" in shown
     (caption,) = (text for text in shown if "a processor, 2 threads, 24 GiB" in text)
