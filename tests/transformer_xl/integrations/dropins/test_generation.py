@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from transformer_xl.integrations import patch, patched, report
 
+pytest.importorskip(
+    "transformers", minversion="5.24", reason="make test-dropins installs it and runs these tests"
+)
+
 NAMES = ["inkling-sdpa", "inkling-eager", "inkling2", "inkling2_loop"]
 N_VOCAB, T = 50, 21
 
@@ -74,25 +78,11 @@ def test_documents_in_one_row(models, name):
     models.check_equal(models.results(model, kwargs, valid), expected, 1e-5)
 
 
-def causal_model(models, name: str, **options: object) -> nn.Module:
-    """The language model around a case's text model."""
-    import importlib
-
-    package, text_model, _ = models.cases[name].path
-    modeling = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
-    language_model = getattr(modeling, text_model.replace("TextModel", "ForCausalLM"))
-    text = models.build(name, unpadded_vocab_size=N_VOCAB, **options)
-    model = language_model(text.config)
-    model.model.load_state_dict(text.state_dict())
-    nn.init.normal_(model.lm_head.weight, std=0.3)
-    return model.eval()
-
-
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["inkling-sdpa", "inkling2"])
 def test_sixty_greedy_tokens_are_equal(models, name, kind):
     # `generate` of transformers 5.24 fails where the window is shorter than a static cache.
-    model = causal_model(models, name, **({"sliding_window_size": 80} if kind == "static" else {}))
+    model = models.causal_model(name, **({"sliding_window_size": 80} if kind == "static" else {}))
     kwargs, _ = models.cases[name].inputs([9, 6])
     options = {
         "attention_mask": kwargs["attention_mask"],
@@ -114,7 +104,7 @@ def test_sixty_greedy_tokens_are_equal(models, name, kind):
 @pytest.mark.parametrize("name", ["inkling-sdpa", "inkling2"])
 def test_fifty_training_steps_have_equal_losses(models, name):
     def losses(is_patched: bool) -> Tensor:
-        model = causal_model(models, name).train()
+        model = models.causal_model(name).train()
         if is_patched:
             patch(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
