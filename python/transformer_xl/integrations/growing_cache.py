@@ -94,9 +94,9 @@ def _growing_layer(cache: Any, k: Tensor, v: Tensor, layer_idx: int) -> Any:
 
     With gradients, the backward pass needs the tensors of earlier steps unchanged.
     """
-    library: Any = sys.modules.get("transformers.cache_utils")
-    if library is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
+    library: Any = sys.modules["transformers.cache_utils"]
     if type(cache).update is not library.Cache.update or cache.offloading:
         return None
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None

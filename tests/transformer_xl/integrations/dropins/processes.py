@@ -1,4 +1,4 @@
-"""Two gloo processes that train patched models under DDP, FSDP or FSDP2; test_distributed.py starts them.
+"""Two gloo processes that train patched models under DDP, FSDP or FSDP2, for test_distributed.py.
 
     python -m torch.distributed.run --nproc-per-node=2 processes.py ddp|fsdp|fsdp2 CASE…
 
@@ -13,6 +13,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -80,12 +81,8 @@ def compare(name: str, wrapper: str) -> None:
     assert len(report(own).patched) == models.CASES[name].n_patched
     assert report(own).fallbacks == 0
     for function in (patch, unpatch):
-        try:
+        with pytest.raises(ValueError, match="expected a model before"):
             function(model)
-        except ValueError as error:
-            assert "expected a model before" in str(error)
-        else:
-            raise AssertionError(f"{function.__name__} changed a model after {wrapper}")
 
 
 def main(wrapper: str, *names: str) -> None:
