@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_xl.integrations import hugging_face
+from transformer_xl.integrations import growing_cache, hugging_face
 from transformer_xl.integrations.adapter import Adapter, Forward
 from transformer_xl.integrations.hugging_face import (
     causal_ranges,
@@ -21,14 +21,20 @@ from transformer_xl.integrations.hugging_face import (
     with_bool_masks,
     with_helpers,
 )
+from transformer_xl.integrations.position_tables import kept
 from txl_kernels import rel_attention
 
 _MODULE = "transformers.models.inkling.modeling_inkling"
 
 
-def position_table(proj: Tensor) -> Tensor:
-    """[1, 1, R, d_rel]: row m is distance R - 1 - m."""
-    return proj.T.flip(0)[None, None]
+def position_table(owner: Any) -> Tensor:
+    """[1, 1, R, d_rel]: row m is distance R - 1 - m.
+
+    Args:
+        owner: the module whose parameter `proj` is [d_rel, R].
+    """
+    proj: Tensor = owner.proj
+    return kept(owner, (), (proj,), lambda: proj.T.flip(0)[None, None].contiguous())
 
 
 def query_start(first: int | Tensor, n_row: int, Tq: int, Tk: int, device: Any) -> Tensor | None:
@@ -63,7 +69,7 @@ def attention(
         _, first_key = cache.get_mask_sizes(T, module.layer_idx)
         counted_from = cache.get_query_offset(module.layer_idx)
         first_query = counted_from - first_key  # a new tensor, before update changes the counter
-        k, v = cache.update(k, v, module.layer_idx, kwargs=options)
+        k, v = growing_cache.update(cache, k, v, module.layer_idx, options)
         # A StaticCache returns its counter itself, to which `update` has added T: transformers 5.24
         # counts distances and tau from there, and so must a patched model.
         if isinstance(counted_from, Tensor) and _is_counter(cache, module.layer_idx, counted_from):
@@ -81,7 +87,7 @@ def attention(
         q,
         k,
         v,
-        position_table(module.rel_logits_proj.proj),
+        position_table(module.rel_logits_proj),
         q_pos=rel,
         scale=module.scaling,
         pos_scale=1.0,

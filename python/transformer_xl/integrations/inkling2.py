@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transformer_xl.integrations import hugging_face
+from transformer_xl.integrations import growing_cache, hugging_face
 from transformer_xl.integrations.adapter import Adapter, Forward
 from transformer_xl.integrations.hugging_face import (
     causal_ranges,
@@ -56,7 +56,7 @@ def attention(
     first_key, layer_idx = 0, module.layer_idx + cache_offset
     if cache is not None:
         _, first_key = cache.get_mask_sizes(T, layer_idx)
-        k, v = cache.update(k, v, layer_idx, kwargs=options)
+        k, v = growing_cache.update(cache, k, v, layer_idx, options)
     first_query = relative_distance
     if isinstance(first_query, Tensor) and first_query.dim() == 2:
         first_query = first_query[0, 0]
@@ -69,7 +69,7 @@ def attention(
         q,
         k,
         v,
-        position_table(bias.proj),
+        position_table(bias),
         q_pos=rel,
         scale=module.scaling,
         pos_scale=1.0,

@@ -202,6 +202,20 @@ def test_a_projected_table_is_kept_until_something_changes():
     assert position_tables.project(layer, table, 2).requires_grad
 
 
+def test_the_position_table_of_inkling_is_kept_until_its_parameter_changes():
+    owner = nn.Module()
+    owner.proj = nn.Parameter(torch.randn(3, 5))
+    assert inkling.position_table(owner).requires_grad
+    with torch.no_grad():
+        table = inkling.position_table(owner)
+        assert inkling.position_table(owner) is table
+        assert table.is_contiguous()
+        for m in range(5):
+            assert torch.equal(table[0, 0, m], owner.proj[:, 4 - m])
+        owner.proj.mul_(2)
+        assert torch.equal(inkling.position_table(owner), 2 * table)
+
+
 class Subsampling(nn.Module):
     """Three convolutions with stride 2, each followed by a mask of the valid frames."""
 

@@ -9,11 +9,13 @@ import io
 import pickle
 import re
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from transformer_xl.integrations import families, parakeet, patch, patched, report, unpatch
@@ -73,7 +75,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **options: object) -> Tensor:
         T = x.shape[1]
-        table = torch.sin(torch.arange(T - 1, -T, -1)[:, None] / 1.7 ** torch.arange(D))
+        table = torch.sin(torch.arange(T - 1, -T, -1)[:, None] / 1.7 ** torch.arange(D)).to(x)
         for layer in self.layers:
             x = x + layer(x, table.expand(len(x), -1, -1), mask, **options)[0]
         return x
@@ -213,18 +215,62 @@ def test_a_replaced_forward_is_left_alone(model):
     assert "replaced its forward" in found.left_alone[0].reason
 
 
-def test_wrappers_and_compiled_models_come_after_patch(model):
-    with pytest.raises(ValueError, match=r"expected a model before torch\.compile"):
-        patch(torch.compile(model, backend="eager"))
+def compiled_in_place(model: nn.Module) -> nn.Module:
     model.layers[0].compile(backend="eager")
-    with pytest.raises(ValueError, match=r"before torch\.compile"):
+    return model
+
+
+def wrapped(wrapper: type[nn.Module], child: str) -> Callable[[nn.Module], nn.Module]:
+    """A wrapper without its process group; child: its name of the model inside."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        outer = wrapper.__new__(wrapper)
+        nn.Module.__init__(outer)
+        outer._modules[child] = model
+        return outer
+
+    return wrap
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    layer = model.layers[0]
+    layer.__class__ = type("FSDPAttention", (FSDPModule, type(layer)), {})  # as fully_shard does
+    return model
+
+
+LATER = {
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "torch.compile, got": compiled_in_place,
+    "DistributedDataParallel": wrapped(DistributedDataParallel, "module"),
+    "FSDP": wrapped(FullyShardedDataParallel, "_fsdp_wrapped_module"),
+    "fully_shard": sharded,
+}
+
+
+@pytest.mark.parametrize("is_patched", [False, True], ids=["", "patched"])
+@pytest.mark.parametrize("name", LATER)
+def test_wrappers_and_compiled_models_come_after_patch(model, name, is_patched):
+    if is_patched:
         patch(model)
-    other = Model()
-    wrapper = DistributedDataParallel.__new__(DistributedDataParallel)  # needs no process group
-    nn.Module.__init__(wrapper)
-    wrapper.module = other
-    with pytest.raises(ValueError, match="before DistributedDataParallel, got one after it"):
-        patch(wrapper)
+    later = LATER[name](model)
+    before = [type(module) for module in model.modules()]
+    for function in (patch, unpatch):
+        with pytest.raises(ValueError, match=f"{function.__name__}: .* before {re.escape(name)}"):
+            function(later)
+    assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("is_patched_first", [True, False], ids=["patch_first", "move_first"])
+def test_models_may_be_moved_before_and_after(model, x, is_patched_first):
+    expected = model(x)
+    if is_patched_first:
+        patch(model)
+    model.to(torch.float64)
+    patch(model)
+    actual = model(x.double())
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual.float(), expected)
+    assert len(report(model).patched) == 2
 
 
 def test_an_unknown_model_or_family_lists_the_families():

@@ -269,23 +269,39 @@ CASES = {
 }
 
 
-def build(name: str, seed: int = 0, **options: Any) -> nn.Module:
-    """The model of a case in eval mode; all weights are random and large enough to matter."""
+def build(name: str, class_name: str = "", **options: Any) -> nn.Module:
+    """The model of a case in eval mode; all weights are random and large enough to matter.
+
+    Args:
+        class_name: of another class with the same configuration, which contains that of the case.
+    """
     case = CASES[name]
-    package, class_name, config_name = case.path
+    package, case_class, config_name = case.path
     models = f"transformers.models.{package}"
     modeling = importlib.import_module(f"{models}.modeling_{package}")
     configuration = importlib.import_module(f"{models}.configuration_{package}")
     config = getattr(configuration, config_name)(**{**case.config, **options})
     config._attn_implementation = case.implementation
-    torch.manual_seed(seed)
-    model = getattr(modeling, class_name)(config)
+    torch.manual_seed(0)
+    model = getattr(modeling, class_name or case_class)(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:  # also those whose initial values are all 0 or 1
             # A deeper model multiplies rounding errors.
             nn.init.normal_(parameter, std=0.15 if name == "inkling2_loop" else 0.3)
     model.eval()
     return model
+
+
+def causal_model(name: str, **options: Any) -> nn.Module:
+    """The language model around the text model of a case."""
+    package, text_model, _ = CASES[name].path
+    modeling = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+    language_model = getattr(modeling, text_model.replace("TextModel", "ForCausalLM"))
+    text = build(name, unpadded_vocab_size=N_VOCAB, **options)
+    model: nn.Module = language_model(text.config)
+    model.model.load_state_dict(text.state_dict())
+    nn.init.normal_(model.lm_head.weight, std=0.3)
+    return model.eval()
 
 
 def to_bfloat16(model: nn.Module) -> nn.Module:
@@ -323,21 +339,34 @@ def check_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], error: f
         assert difference <= error * (float(x.norm()) + 1e-2 * largest), f"{name}: {difference}"
 
 
+def prepare(
+    name: str, lengths: tuple[int, ...] = (13, 9), **options: Any
+) -> tuple[nn.Module, dict[str, Any], Tensor]:
+    """A model, the keyword arguments of a call, and the frames or tokens that are valid."""
+    return build(name, **options), *CASES[name].inputs(list(lengths))
+
+
 class Models:
     """The functions of this file, for tests."""
 
     build, run, results = staticmethod(build), staticmethod(run), staticmethod(results)
+    prepare, causal_model = staticmethod(prepare), staticmethod(causal_model)
     to_bfloat16 = staticmethod(to_bfloat16)
     check_equal, cases = staticmethod(check_equal), CASES
 
 
 @pytest.fixture
 def models() -> Any:
-    pytest.importorskip("transformers", minversion="5.24")
     yield Models
     unpatch()
 
 
 @pytest.fixture(params=CASES)
 def name(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(params=[name for name in CASES if not name.endswith("-eager")])
+def name_once(request: pytest.FixtureRequest) -> Any:
+    """One case of each class."""
     return request.param

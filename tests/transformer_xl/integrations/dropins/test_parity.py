@@ -10,6 +10,10 @@ from torch import Tensor
 
 from transformer_xl.integrations import patch, unpatch
 
+pytest.importorskip(
+    "transformers", minversion="5.24", reason="make test-dropins installs it and runs these tests"
+)
+
 LENGTHS = [21, 13, 18]
 
 
