@@ -55,6 +55,7 @@ class Adapter:
         refuse: returns why a module of this class must be left alone, or None.
         lookalike: None where other classes cannot be recognised by their parameters.
         distribution: the name of the library on PyPI if it differs from that of its Python module.
+        method: the method that is replaced; what is said about `forward` holds for this one.
     """
 
     family: str
@@ -65,6 +66,7 @@ class Adapter:
     refuse: Callable[[Any], str | None] = nothing_to_refuse
     lookalike: Lookalike | None = None
     distribution: str = ""
+    method: str = "forward"
 
     @property
     def library(self) -> str:
@@ -99,7 +101,7 @@ class Adapter:
 fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
 # Every module that was patched by its class, copies and unpickled ones included.
 patched_modules: WeakSet[nn.Module] = WeakSet()
-# The own `forward` of the classes that are patched for all their instances.
+# The own method of the classes that are patched for all their instances.
 own_forwards: dict[type[nn.Module], Forward] = {}
 
 _subclasses: dict[type[nn.Module], type[nn.Module]] = {}
@@ -125,11 +127,16 @@ def patched_forward(adapter: Adapter, original: Forward) -> Forward:
     return forward
 
 
-def adapter_of(module: nn.Module) -> Adapter | None:
-    """The adapter that computes this module now; None where its own code does."""
-    if "forward" in module.__dict__:
+def adapter_of(module: nn.Module, method: str = "") -> Adapter | None:
+    """The adapter that computes this module now; None where its own code does.
+
+    Args:
+        method: by default the one that is replaced in its class, or `forward`.
+    """
+    method = method or getattr(type(module), "patched_method", "forward")
+    if method in module.__dict__:
         return None
-    adapter: Adapter | None = getattr(type(module).forward, "adapter", None)
+    adapter: Adapter | None = getattr(getattr(type(module), method, None), "adapter", None)
     return adapter
 
 
@@ -140,7 +147,7 @@ def patched_class(original: type[nn.Module], adapter: Adapter) -> type[nn.Module
     therefore refer to `original` and `adapter` instead, through `__reduce_ex__`.
     """
     if original not in _subclasses:
-        forward = own_forwards.get(original, original.forward)
+        forward = own_forwards.get(original, getattr(original, adapter.method))
 
         def reduce(self: nn.Module, protocol: Any) -> Any:
             reduced: Any = super(made, self).__reduce_ex__(max(2, protocol))
@@ -153,8 +160,9 @@ def patched_class(original: type[nn.Module], adapter: Adapter) -> type[nn.Module
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "__reduce_ex__": reduce,
-            "forward": patched_forward(adapter, forward),
+            adapter.method: patched_forward(adapter, forward),
             "own_class": original,
+            "patched_method": adapter.method,
         }
         made: type[nn.Module] = type(original.__name__, (original,), members)
         _subclasses[original] = made

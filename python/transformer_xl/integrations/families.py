@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformer_xl.integrations import (
     inkling,
     inkling2,
+    nemo,
     nemotron_streaming,
     parakeet,
     wav2vec2_bert,
@@ -17,6 +18,7 @@ FAMILIES: dict[str, tuple[Adapter, ...]] = {
     "inkling2": inkling2.ADAPTERS,
     "parakeet": parakeet.ADAPTERS,
     "nemotron_streaming": nemotron_streaming.ADAPTERS,
+    "nemo": nemo.ADAPTERS,
     "wav2vec2_conformer": wav2vec2_conformer.ADAPTERS,
     "seamless_m4t": wav2vec2_conformer.SEAMLESS_ADAPTERS,
     "wav2vec2_bert": wav2vec2_bert.ADAPTERS,
