@@ -3,33 +3,27 @@ Transformer-XL's or, in the local attention, has a table of left + right + 1 dis
 
     score_ij = ((q_i + pos_bias_u)·k_j + (q_i + pos_bias_v)·r[j - i + Tq - 1]) / √d_k
 
-Whatever the `att_context_style`, a frame attends to one range of frames. The patched encoder
-therefore makes int64 [B, Tk, 2], the first frame and the end of the range of each frame, where the
-library makes a mask [B, Tk, Tk]; the layers return neither.
+A mask is bool, as the library makes it, or the ranges of frames of a patched encoder
+(nemo_masks.py).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transformer_xl.integrations.adapter import Adapter, Forward, adapter_of, nothing_to_refuse
+from transformer_xl.integrations import nemo_masks
+from transformer_xl.integrations.adapter import Adapter, Forward, nothing_to_refuse
+from transformer_xl.integrations.nemo_masks import ASR, ATTENTIONS, TRACED, is_traced
 from transformer_xl.integrations.position_tables import project
 from txl_kernels import rel_attention
 
-_ASR = "nemo.collections.asr"
-_MODULE = f"{_ASR}.parts.submodules.multi_head_attention"
-_ADAPTER = f"{_ASR}.parts.submodules.adapters.multi_head_attention_adapter_module"
+_ADAPTER = f"{ASR}.parts.submodules.adapters.multi_head_attention_adapter_module"
 _VERSIONS = ((3, 0), (3, 0))
-_STYLES = ("regular", "chunked_limited", "chunked_limited_with_rc")
-# Encoders whose forward uses the masks only as arguments of the layers, and slices the queries.
-_ENCODERS = ("ConformerEncoder", "ConformerEncoderUNet")
-_UNLIMITED = 10_000  # chunks of the left context, the library's number
 
 
 def attention(
@@ -132,58 +126,6 @@ def local_table(r: Tensor, left: int, right: int) -> Tensor:
     return torch.cat([kept[:, :, :at], zeros, kept[:, :, at:]], dim=2)
 
 
-def ranges_of_frames(
-    style: str, context: Sequence[int], T: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """[T] each: the first frame that a frame attends to, and the end; also outside [0, T].
-
-    Args:
-        style: the `att_context_style`.
-        context: left and right context, or left context, size of a chunk and right context; -1
-            means unlimited.
-    """
-    frame = torch.arange(T, device=device)
-    left, right = context[0], context[-1]
-    if style == "chunked_limited_with_rc" and sum(context) != -3:
-        begin = frame // context[1] * context[1]
-        return begin - left, begin + context[1] + right
-    if style == "chunked_limited" and right != -1:
-        size = right + 1
-        begin = frame // size * size
-        n_chunk = left // size if left >= 0 else _UNLIMITED
-        return begin - n_chunk * size, begin + size
-    first = frame - left if left >= 0 else torch.zeros_like(frame)
-    return first, frame + right + 1 if right >= 0 else torch.full_like(frame, T)
-
-
-def build_masks(original: Forward) -> Forward:
-    """`_create_masks` of the encoder, given its own."""
-
-    def masks(
-        module: Any,
-        att_context_size: Sequence[int],
-        padding_length: Tensor,  # [B]
-        max_audio_length: int,
-        offset: Tensor | None,  # [B]
-        device: torch.device,
-    ) -> tuple[Tensor, Tensor]:
-        if module.self_attention_model == "rel_pos_local_attn":  # has no mask [B, T, T]
-            own: tuple[Tensor, Tensor] = original(
-                module, att_context_size, padding_length, max_audio_length, offset, device
-            )
-            return own
-        T = max_audio_length
-        frame = torch.arange(T, device=device)
-        end = padding_length[:, None].to(frame.dtype)
-        start = torch.zeros_like(end) if offset is None else offset[:, None].to(frame.dtype)
-        valid = (frame >= start) & (frame < end)  # [B, T]
-        first, last = ranges_of_frames(module.att_context_style, att_context_size, T, device)
-        ranges = [torch.maximum(first, start), torch.where(valid, torch.minimum(last, end), 0)]
-        return ~valid, torch.stack(ranges, dim=-1)
-
-    return masks
-
-
 def _which_keys(mask: Tensor | None, Tk: int, n_row: int) -> dict[str, Any]:
     """The arguments of `rel_attention` that determine which keys a query attends to."""
     if mask is None:
@@ -192,25 +134,20 @@ def _which_keys(mask: Tensor | None, Tk: int, n_row: int) -> dict[str, Any]:
         return {"mask": ~mask[:, None]}
     if n_row != 2 * Tk - 1:
         raise ValueError(
-            f"nemo: expected a cache of {(n_row + 1) // 2} frames together with the new ones, as "
-            f"the encoder's streaming_cfg has it, got {Tk}."
+            f"nemo: expected {(n_row + 1) // 2} frames in the cache and the block together, as in "
+            f"the encoder's streaming_cfg, got {Tk}."
         )
     return {"key_start": mask[..., 0], "key_lens": mask[..., 1]}
 
 
 def _autocast() -> AbstractContextManager[Any]:
     """The library's own context: no float16 under autocast, but bfloat16 or float32."""
-    context: AbstractContextManager[Any] = sys.modules[_MODULE].avoid_float16_autocast_context()
+    context: AbstractContextManager[Any] = sys.modules[ATTENTIONS].avoid_float16_autocast_context()
     return context
 
 
 def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.float() for x in tensors) if torch.is_autocast_enabled() else tensors
-
-
-def _is_traced() -> str | None:
-    is_traced = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-    return "it is traced by torch.jit, for example for ONNX" if is_traced else None
 
 
 def _unserved(
@@ -222,10 +159,13 @@ def _unserved(
     pos_emb: Tensor,
     cache: Tensor | None = None,
 ) -> str | None:
+    if is_traced():
+        return TRACED
     Tk = key.shape[1] + (0 if cache is None else cache.shape[1])
-    if pos_emb.shape[1] < query.shape[1] + Tk - 1:
+    is_library_mask = mask is None or mask.dtype == torch.bool
+    if is_library_mask and pos_emb.shape[1] < query.shape[1] + Tk - 1:
         return "the position table has fewer rows than there are distances"
-    return _is_traced()
+    return None
 
 
 def _unserved_local(
@@ -237,35 +177,17 @@ def _unserved_local(
     pos_emb: Tensor,
     cache: Tensor | None = None,
 ) -> str | None:
+    if is_traced():
+        return TRACED
     if cache is not None:
         return "a cache is given to the local attention"
     if pos_emb.shape[1] != sum(module.att_context_size) + 1:
         return "the position table is not that of the local context"
-    return _is_traced()
+    return None
 
 
 def _refuse_local(module: Any) -> str | None:
     return "it has global tokens" if module.global_tokens > 0 else None
-
-
-def _refuse_encoder(module: Any) -> str | None:
-    model, style = module.self_attention_model, module.att_context_style
-    if model not in ("rel_pos", "rel_pos_local_attn"):
-        return f"its self_attention_model is {model!r}"
-    if style not in _STYLES:
-        return f"its att_context_style is {style!r}"
-    if type(module).forward_internal.__qualname__.partition(".")[0] not in _ENCODERS:
-        return "its class has another forward_internal than ConformerEncoder"
-    return None
-
-
-def _unserved_masks(module: Any, *args: Any, **options: Any) -> str | None:
-    """The ranges are made for all attentions of the layers, NeMo's adapters included."""
-    library: Any = sys.modules[_MODULE]
-    attentions = [m for m in module.layers.modules() if isinstance(m, library.MultiHeadAttention)]
-    if any(adapter_of(attention) is None for attention in attentions):
-        return "not all of its attention layers are patched"
-    return _is_traced()
 
 
 def _build_attention(original: Forward) -> Forward:
@@ -296,10 +218,13 @@ def _adapter(path: str, build: Any, unserved: Any, refuse: Any, method: str = "f
 
 ADAPTERS = (
     _adapter(
-        f"{_MODULE}.RelPositionMultiHeadAttention", _build_attention, _unserved, nothing_to_refuse
+        f"{ATTENTIONS}.RelPositionMultiHeadAttention",
+        _build_attention,
+        _unserved,
+        nothing_to_refuse,
     ),
     _adapter(
-        f"{_MODULE}.RelPositionMultiHeadAttentionLongformer",
+        f"{ATTENTIONS}.RelPositionMultiHeadAttentionLongformer",
         _build_local_attention,
         _unserved_local,
         _refuse_local,
@@ -311,10 +236,10 @@ ADAPTERS = (
         nothing_to_refuse,
     ),
     _adapter(
-        f"{_ASR}.modules.conformer_encoder.ConformerEncoder",
-        build_masks,
-        _unserved_masks,
-        _refuse_encoder,
+        ".".join(nemo_masks.ENCODERS[0]),
+        nemo_masks.build,
+        nemo_masks.unserved,
+        nemo_masks.refuse,
         "_create_masks",
     ),
 )

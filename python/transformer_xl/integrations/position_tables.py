@@ -64,7 +64,7 @@ def project(projection: Any, table: Tensor, n_head: int) -> Tensor:
         rows: Tensor = projection(table)
         return rows.view(*rows.shape[:2], n_head, -1).transpose(1, 2)
 
-    if type(projection) is not nn.Linear or len(table) != 1:
+    if torch.compiler.is_compiling() or type(projection) is not nn.Linear or len(table) != 1:
         return make()
     # A slice of the model's own table is a new tensor at each call.
     key = (table.storage_offset(), table.shape, table.stride())
