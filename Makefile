@@ -98,6 +98,8 @@ $(DROPINS_VENV)/.installed: $(VENV)/.installed-dev
 	  > "$$($(DROPINS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
 	$(DROPINS_VENV)/bin/python $(PIP) install transformers==5.24.0
 	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps peft==0.21.2 torchao==0.18.0
+	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps nemo-toolkit==3.0.0 omegaconf==2.3.0 \
+	  antlr4-python3-runtime==4.9.3 hydra-core==1.3.2 wrapt==2.5.2
 	@touch $@
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks

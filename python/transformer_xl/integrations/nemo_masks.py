@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from transformer_xl.integrations.adapter import Forward, adapter_of
+from txl_kernels.transforms import is_jit_tracing
 
 ASR = "nemo.collections.asr"
 ATTENTIONS = f"{ASR}.parts.submodules.multi_head_attention"
@@ -24,7 +25,7 @@ ENCODERS = (
     (f"{ASR}.modules.conformer_encoder", "ConformerEncoder"),
     ("nemo.collections.audio.parts.submodules.conformer_unet", "ConformerEncoderUNet"),
 )
-TRACED = "torch.jit traces it, for example for ONNX"
+TRACED = "it is traced for TorchScript or ONNX"
 _STYLES = ("regular", "chunked_limited", "chunked_limited_with_rc")
 
 
@@ -106,5 +107,5 @@ def unserved(
 
 
 def is_traced() -> bool:
-    """True where torch.jit records operators: NeMo exports to ONNX so."""
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    """Whether operators are recorded for TorchScript or ONNX, to which NeMo exports."""
+    return is_jit_tracing() or torch.onnx.is_in_onnx_export()

@@ -64,7 +64,8 @@ def project(projection: Any, table: Tensor, n_head: int) -> Tensor:
         rows: Tensor = projection(table)
         return rows.view(*rows.shape[:2], n_head, -1).transpose(1, 2)
 
-    if torch.compiler.is_compiling() or type(projection) is not nn.Linear or len(table) != 1:
+    is_plain = type(projection) is nn.Linear and len(table) == 1
+    if torch.compiler.is_compiling() or not is_plain:
         return make()
     # A slice of the model's own table is a new tensor at each call.
     key = (table.storage_offset(), table.shape, table.stride())

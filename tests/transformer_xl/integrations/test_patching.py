@@ -279,6 +279,6 @@ def test_the_documents_name_every_family():
     page = (root / "docs" / "integrations.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)` \|", page, flags=re.M) == list(families.FAMILIES)
     for adapter in sum(families.FAMILIES.values(), ()):
-        assert adapter.library == "transformers"
-        assert "transformers 5.24" in page
-        assert adapter.versions == ((5, 24), (5, 24))
+        first, last = (".".join(map(str, version)) for version in adapter.versions)
+        assert first == last
+        assert f"{adapter.library} {first}" in page

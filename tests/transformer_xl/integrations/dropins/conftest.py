@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,31 +312,10 @@ class Models:
     check_equal, cases = staticmethod(check_equal), CASES
 
 
-def _add_module(name: str) -> None:
-    """Lets the files of this folder import one of them by its name."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-
-
-_add_module("nemo_encoders")
-
-
 @pytest.fixture
 def models() -> Any:
     pytest.importorskip("transformers", minversion="5.24")
     yield Models
-    unpatch()
-
-
-@pytest.fixture
-def nemo_toolkit() -> Any:
-    for name in ("nemo", "omegaconf", "hydra", "wrapt"):
-        pytest.importorskip(name)
-    sys.modules["nemo_encoders"].load()
-    yield
     unpatch()
 
 

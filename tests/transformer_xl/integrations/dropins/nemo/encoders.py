@@ -188,3 +188,19 @@ def results(encoder: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     grads = {f"d{n}": p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
     return {"out": out.detach(), "lengths": lengths.float(), **grads}
+
+
+def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """|actual - expected| / |expected|; of gradients of almost 0 relative to the largest one."""
+    assert actual.keys() == expected.keys()
+    largest = max(float(x.norm()) for x in expected.values())
+    return {
+        name: float((actual[name] - x).norm())
+        / (float(x.norm()) + (0.0 if name == "out" else 1e-2 * largest))
+        for name, x in expected.items()
+    }
+
+
+def check_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], error: float) -> None:
+    for name, found in errors(actual, expected).items():
+        assert found <= error, f"{name}: {found}"

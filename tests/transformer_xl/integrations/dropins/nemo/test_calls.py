@@ -6,14 +6,13 @@ from __future__ import annotations
 import contextlib
 import sys
 
-import nemo_encoders as nemo
+import encoders
 import pytest
 import torch
 
 from transformer_xl.integrations import patch, report, unpatch
 from transformer_xl.integrations.nemo_masks import ATTENTIONS
 
-pytestmark = pytest.mark.usefixtures("nemo_toolkit")
 B, T, D_MODEL, H = 3, 21, 24, 3
 
 
@@ -24,7 +23,7 @@ def attention(kind: str = "", context: tuple[int, int] | None = None, **options)
         options["att_context_size"] = list(context)
     biases = {"pos_bias_u": None, "pos_bias_v": None}
     module = made(n_head=H, n_feat=D_MODEL, dropout_rate=0.0, **biases, **options)
-    return nemo.with_random_weights(module).eval()
+    return encoders.with_random_weights(module).eval()
 
 
 def both(module, *args, **kwargs):
@@ -113,38 +112,38 @@ def test_local_attention_with_an_empty_cache_runs_the_original_code():
 
 
 def test_global_tokens_are_left_alone():
-    encoder = nemo.build("local", global_tokens=1)
+    encoder = encoders.build("local", global_tokens=1)
     found = patch(encoder)
     assert len(found.left_alone) == 2
     assert "global tokens" in str(found)
 
 
 def test_an_encoder_with_absolute_positions_is_left_alone():
-    found = patch(nemo.build("full", self_attention_model="abs_pos"))
+    found = patch(encoders.build("full", self_attention_model="abs_pos"))
     assert [entry.reason for entry in found.left_alone] == ["its self_attention_model is 'abs_pos'"]
 
 
-def test_an_encoder_with_its_own_forward_makes_bool_masks(models):
-    class Other(nemo.load().ConformerEncoder):
+def test_an_encoder_with_its_own_forward_makes_bool_masks():
+    class Other(encoders.load().ConformerEncoder):
         def forward_internal(self, *args, **options):
             return super().forward_internal(*args, **options)
 
-    encoder, inputs = nemo.build("chunked"), nemo.features([T, 13])
-    expected = nemo.results(encoder, inputs)
+    encoder, inputs = encoders.build("chunked"), encoders.features([T, 13])
+    expected = encoders.results(encoder, inputs)
     encoder.__class__ = Other
     found = patch(encoder)
     assert "another forward_internal" in str(found)
     assert len(found.patched) == 2
-    models.check_equal(nemo.results(encoder, inputs), expected, 1e-5)
+    encoders.check_equal(encoders.results(encoder, inputs), expected, 1e-5)
     assert report(encoder).fallbacks == 0
 
 
-def test_an_encoder_with_one_foreign_layer_makes_bool_masks(models):
-    encoder, inputs = nemo.build("chunked"), nemo.features([T, 13])
-    expected = nemo.results(encoder, inputs)
+def test_an_encoder_with_one_foreign_layer_makes_bool_masks():
+    encoder, inputs = encoders.build("chunked"), encoders.features([T, 13])
+    expected = encoders.results(encoder, inputs)
     patch(encoder)
     unpatch(encoder.layers[1].self_attn)
-    models.check_equal(nemo.results(encoder, inputs), expected, 1e-5)
+    encoders.check_equal(encoders.results(encoder, inputs), expected, 1e-5)
     assert "not all of its attention layers are patched" in str(report(encoder))
 
 
@@ -152,52 +151,54 @@ def configured(name: str, **options):
     """An encoder with the configuration that `change_attention_model` reads."""
     from omegaconf import OmegaConf
 
-    encoder = nemo.build(name, **options)
+    encoder = encoders.build(name, **options)
     same = {"n_heads": H, "d_model": D_MODEL, "dropout": 0.0, "dropout_att": 0.0}
     same |= {"dropout_emb": 0.0, "pos_emb_max_len": 64}
     encoder._cfg = OmegaConf.create(same)
     return encoder
 
 
-def test_another_attention_model_is_patched_again(models):
-    encoder, inputs = configured("full"), nemo.features([T, 13])
+def test_another_attention_model_is_patched_again():
+    encoder, inputs = configured("full"), encoders.features([T, 13])
     patch(encoder)
     encoder.change_attention_model("rel_pos_local_attn", [4, 4])
     found = report(encoder)
     assert [entry.reason for entry in found.left_alone] == ["not patched", "not patched"]
-    expected = nemo.results(encoder, inputs)
+    expected = encoders.results(encoder, inputs)
     assert len(patch(encoder).patched) == 3
-    models.check_equal(nemo.results(encoder, inputs), expected, 1e-5)
+    encoders.check_equal(encoders.results(encoder, inputs), expected, 1e-5)
     encoder.change_attention_model("rel_pos", [-1, -1])
-    whole = nemo.results(encoder, inputs)  # makes bool masks for attentions that are not patched
+    whole = encoders.results(
+        encoder, inputs
+    )  # makes bool masks for attentions that are not patched
     patch(encoder)
-    models.check_equal(nemo.results(encoder, inputs), whole, 1e-5)
+    encoders.check_equal(encoders.results(encoder, inputs), whole, 1e-5)
 
 
 @pytest.mark.parametrize("proj_dim", [None, 12])
-def test_attention_adapters_of_nemo(models, proj_dim):
+def test_attention_adapters_of_nemo(proj_dim):
     from nemo.collections.asr.parts.submodules.adapters import (
         multi_head_attention_adapter_module as adapters,
     )
 
-    library = nemo.load()
-    encoder, inputs = nemo.build("chunked"), nemo.features([T, 13])
+    library = encoders.load()
+    encoder, inputs = encoders.build("chunked"), encoders.features([T, 13])
     for layer in encoder.layers:
         config = adapters.RelPositionMultiHeadAttentionAdapterConfig
         layer.set_accepted_adapter_types([config._target_])
         layer.add_adapter("mha", config(n_head=H, n_feat=D_MODEL, proj_dim=proj_dim))
         layer.set_enabled_adapters("mha", enabled=True)
     assert isinstance(encoder, library.ConformerEncoder)
-    nemo.with_random_weights(encoder)
-    expected = nemo.results(encoder, inputs)
+    encoders.with_random_weights(encoder)
+    expected = encoders.results(encoder, inputs)
     assert len(patch(encoder).patched) == 5
-    models.check_equal(nemo.results(encoder, inputs), expected, 1e-5)
+    encoders.check_equal(encoders.results(encoder, inputs), expected, 1e-5)
     assert any("adapter" in name for name in expected)
     assert report(encoder).fallbacks == 0
 
 
 def test_tracing_runs_the_original_code():
-    encoder, inputs = nemo.build("chunked"), nemo.features([T, 13])
+    encoder, inputs = encoders.build("chunked"), encoders.features([T, 13])
     expected = encoder(**inputs)[0]
     patch(encoder)
 
@@ -212,7 +213,7 @@ def test_tracing_runs_the_original_code():
     traced = torch.jit.trace(Positional(), tuple(inputs.values()), check_trace=False)
     assert "txl" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(*inputs.values())[0], expected, rtol=1e-4, atol=1e-4)
-    assert "torch.jit traces it" in str(report(encoder))
+    assert "traced for TorchScript" in str(report(encoder))
 
 
 def test_float16_autocast_is_left(monkeypatch):
@@ -235,7 +236,7 @@ def test_float16_autocast_is_left(monkeypatch):
 
 
 def test_a_cache_of_another_length_than_the_encoder_expects():
-    encoder = patch_of(nemo.build("chunked"))
+    encoder = patch_of(encoders.build("chunked"))
     channel, time, lengths = encoder.get_initial_cache_state(batch_size=1)
     with pytest.raises(ValueError, match="expected 11 frames in the cache and the block together"):
         encoder(
@@ -254,7 +255,7 @@ def patch_of(module):
 
 def test_int8_weights_of_torchao():
     quantization = pytest.importorskip("torchao.quantization")
-    encoder, inputs = patch_of(nemo.build("chunked")), nemo.features([T, 13])
+    encoder, inputs = patch_of(encoders.build("chunked")), encoders.features([T, 13])
 
     def is_projection(module: torch.nn.Module, path: str) -> bool:
         return isinstance(module, torch.nn.Linear) and "attn" in path
@@ -269,7 +270,7 @@ def test_int8_weights_of_torchao():
 
 @pytest.mark.parametrize("name", ["full", "local-more_left"])
 def test_export(name):
-    encoder, inputs = patch_of(nemo.build(name)), nemo.features([T, T])
+    encoder, inputs = patch_of(encoders.build(name)), encoders.features([T, T])
     with torch.no_grad():
         expected = encoder(**inputs)[0]
         program = torch.export.export(encoder, (), inputs, strict=False)
