@@ -368,6 +368,12 @@ def models() -> Any:
     unpatch()
 
 
+@pytest.fixture(autouse=True)
+def _no_programs_of_other_tests():
+    """torch compiles one function at most eight times."""
+    torch.compiler.reset()
+
+
 @pytest.fixture(params=CASES)
 def name(request: pytest.FixtureRequest) -> Any:
     return request.param

@@ -164,7 +164,6 @@ def test_the_encoder_makes_no_mask_of_queries_and_keys():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_one_compiled_graph(name):
-    torch.compiler.reset()  # all encoders have the same code, which is compiled eight times at most
     encoder, inputs = encoders.build(name), encoders.features(LENGTHS)
     expected = encoders.results(encoder, inputs)
     patch(encoder)
