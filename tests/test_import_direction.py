@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 ROWS = (
     {"memory", "messages"},
     {"nn"},
-    {"config"},
+    {"config", "config_fields"},
     {"data"},
     {"checkpoint_files", "checkpoint_state"},
     {"model", "model_guard", "key_value_window", "window_file", "integrations"},

@@ -36,15 +36,8 @@ from transformer_xl.checkpoint_files import (
     written_beside,
 )
 from transformer_xl.checkpoint_state import FORMAT, FORMAT_VERSION, read_state
-from transformer_xl.config import (
-    ADJUSTABLE,
-    INITIAL,
-    ModelConfig,
-    RunConfig,
-    differences,
-    from_dict,
-    to_dict,
-)
+from transformer_xl.config import ADJUSTABLE, INITIAL, ModelConfig, RunConfig, from_dict
+from transformer_xl.config_fields import differences, to_dict
 from transformer_xl.data import Vocabulary
 from transformer_xl.data.files import expanded, linked, resolved, to_json
 from transformer_xl.messages import brief, shortened

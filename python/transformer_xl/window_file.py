@@ -25,14 +25,8 @@ from transformer_xl.checkpoint_files import (
     unfinished,
     write_tensors,
 )
-from transformer_xl.config import (
-    ADJUSTABLE,
-    INITIAL,
-    ModelConfig,
-    differences,
-    section_from_dict,
-    to_dict,
-)
+from transformer_xl.config import ADJUSTABLE, INITIAL, ModelConfig
+from transformer_xl.config_fields import differences, section_from_dict, to_dict
 from transformer_xl.data.files import expanded, linked, parse_json, to_json
 from transformer_xl.messages import shortened
 from transformer_xl.model_guard import ModelGuard

@@ -14,9 +14,8 @@ from transformer_xl.config import (
     load_preset,
     override,
     preset_names,
-    section_from_dict,
-    to_dict,
 )
+from transformer_xl.config_fields import section_from_dict, to_dict
 
 PUBLISHED = ("enwik8_base", "enwik8_large", "text8_base", "text8_large")
 PUBLISHED += ("wt103_base", "wt103_large", "lm1b_base", "lm1b_large")

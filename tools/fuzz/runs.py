@@ -11,7 +11,7 @@ import yaml
 
 from tools.fuzz.folder import Folder, tiny_run
 from transformer_xl import config as configuration
-from transformer_xl import generation
+from transformer_xl import config_fields, generation
 from transformer_xl.checkpoint import open_checkpoint
 from transformer_xl.cli.loading import LoadedModel
 from transformer_xl.data import open_corpus
@@ -73,8 +73,8 @@ class Configurations(Folder):
         preset = configuration.load_preset("wt103_base")
         self.base = preset
         self.files = {
-            "preset.json": json.dumps(configuration.to_dict(preset)).encode(),
-            "preset.yaml": yaml.safe_dump(configuration.to_dict(preset)).encode(),
+            "preset.json": json.dumps(config_fields.to_dict(preset)).encode(),
+            "preset.yaml": yaml.safe_dump(config_fields.to_dict(preset)).encode(),
             "arguments": b"train.lr=1e-3\nmodel.cutoffs=20000,40000,200000\ndata.path=none\n"
             b"model.tie_weight=true\ntrain.scheduler=constant\nevaluate.mem_len=64\n",
         }
@@ -90,8 +90,8 @@ class Configurations(Folder):
             except (yaml.YAMLError, ValueError, RecursionError):
                 return  # PyYAML's own errors: presets are files of this package
             found = configuration.from_dict(tree)
-        assert configuration.from_dict(configuration.to_dict(found)) == found
-        configuration.differences(found, self.base)
+        assert configuration.from_dict(config_fields.to_dict(found)) == found
+        config_fields.differences(found, self.base)
 
     def names(self, data: bytes, message: str) -> bool:
         return True  # fields are named instead of a file

@@ -19,7 +19,8 @@ from transformer_xl.checkpoint import CheckpointError
 from transformer_xl.cli.generate import written
 from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.cli.settings import only_overrides
-from transformer_xl.config import RunConfig, load_preset, override, to_dict
+from transformer_xl.config import RunConfig, load_preset, override
+from transformer_xl.config_fields import to_dict
 from transformer_xl.data import Corpus, open_corpus
 from transformer_xl.data.corpus import EVALUATE_FIELDS
 from transformer_xl.data.files import expanded, to_json

@@ -16,7 +16,8 @@ from transformer_xl import evaluation
 from transformer_xl.checkpoint import check_tokenizer
 from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.cli.settings import only_overrides
-from transformer_xl.config import EvaluateConfig, section_from_dict
+from transformer_xl.config import EvaluateConfig
+from transformer_xl.config_fields import section_from_dict
 from transformer_xl.data import open_corpus
 from transformer_xl.data.corpus import EVALUATE_FIELDS
 from transformer_xl.evaluation import Lengths, Score

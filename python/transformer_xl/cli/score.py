@@ -17,7 +17,8 @@ import typer
 from transformer_xl import scoring
 from transformer_xl.cli import score_views
 from transformer_xl.cli.loading import LoadedModel, default_device
-from transformer_xl.config import EvaluateConfig, section_from_dict
+from transformer_xl.config import EvaluateConfig
+from transformer_xl.config_fields import section_from_dict
 from transformer_xl.data.sources import Piece
 from transformer_xl.evaluation import Lengths
 from transformer_xl.scoring import Totals

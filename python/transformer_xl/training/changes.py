@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from transformer_xl.checkpoint import Checkpoint
-from transformer_xl.config import ADJUSTABLE, RunConfig, differences
+from transformer_xl.config import ADJUSTABLE, RunConfig
+from transformer_xl.config_fields import differences
 from transformer_xl.training.schedule import Schedule
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from transformer_xl.config import DataConfig, TrainConfig, from_dict, load_preset, override, to_dict
+from transformer_xl.config import DataConfig, TrainConfig, from_dict, load_preset, override
+from transformer_xl.config_fields import to_dict
 from transformer_xl.data import Corpus, Vocabulary, open_corpus
 from transformer_xl.data.archives import MOST_MEMBERS, members
 from transformer_xl.data.batches import OrderedBatches

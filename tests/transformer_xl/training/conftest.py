@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from transformer_xl.config import RunConfig, to_dict
+from transformer_xl.config import RunConfig
+from transformer_xl.config_fields import to_dict
 
 
 @pytest.fixture
