@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 NAMES = ("tokens", "checkpoint", "trainer", "vocabulary", "tokenizer")
-NAMES += ("config", "archive", "text", "log", "record")
+NAMES += ("config", "archive", "text", "log", "record", "window")
 SECONDS_PER_INPUT = 60  # of wall time, after which libFuzzer ends the process
 EXECUTED = re.compile(r"stat::number_of_executed_units:\s*(\d+)|#(\d+)\s")
 

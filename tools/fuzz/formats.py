@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tools.fuzz.oracle import Format
-from tools.fuzz.runs import Checkpoints, Configurations, Logs, Records, TrainerStates
+from tools.fuzz.runs import Checkpoints, Configurations, Logs, Records, TrainerStates, Windows
 from tools.fuzz.texts import Archives, Texts, TokenFiles, Tokenizers, Vocabularies
 
 FORMATS: dict[str, Callable[[Path], Format]] = {
@@ -22,5 +22,6 @@ FORMATS: dict[str, Callable[[Path], Format]] = {
         Texts,
         Logs,
         Records,
+        Windows,
     )
 }

@@ -15,6 +15,8 @@ from transformer_xl import config_fields, generation
 from transformer_xl.checkpoint import open_checkpoint
 from transformer_xl.cli.loading import LoadedModel
 from transformer_xl.data import open_corpus
+from transformer_xl.key_value_window import KeyValueWindow
+from transformer_xl.model import TransformerXL
 from transformer_xl.training import changes, report
 from transformer_xl.training.processes import join_processes
 from transformer_xl.training.trainer import Trainer
@@ -61,6 +63,28 @@ class TrainerStates(_Checkpoint):
         with contextlib.suppress(FloatingPointError):
             self.trainer.advance()
             self.trainer.mean_loss()
+
+
+class Windows(Folder):
+    """A `KeyValueWindow` in a file, and a segment that follows it."""
+
+    name = "window"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        torch.manual_seed(0)
+        self.model = TransformerXL(tiny_run(self.folder).model).eval().requires_grad_(False)
+        self.tokens = torch.zeros(2, 3, dtype=torch.int64)
+        window = KeyValueWindow.empty(self.model, 2)
+        with torch.no_grad():
+            self.model(self.tokens, window)
+        window.save(self.folder / "window")
+        self.files = {"window": (self.folder / "window").read_bytes()}
+
+    def read(self, data: bytes) -> None:
+        window = KeyValueWindow.load(self.write(data), self.model)
+        with torch.no_grad():
+            self.model(self.tokens, window)
 
 
 class Configurations(Folder):
