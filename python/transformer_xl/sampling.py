@@ -53,6 +53,15 @@ class Sampling:
         is_number = math.isfinite(penalty) and penalty > 0
         _require("repetition_penalty", penalty, is_number, "a finite number above 0")
 
+    def check(self, n_tokens: int) -> None:
+        """Raise ValueError for a banned token that is not among `n_tokens`, or if none is left."""
+        if not all(0 <= token < n_tokens for token in self.banned):
+            raise ValueError(
+                f"banned: expected tokens in [0, {n_tokens:,}), got {list(self.banned)}"
+            )
+        if len(set(self.banned)) == n_tokens:
+            raise ValueError(f"banned: expected at most {n_tokens - 1:,} tokens, got all")
+
     def scores(self, log_probs: Tensor, seen: Tensor | None = None) -> Tensor:
         """The log-probabilities after penalty and bans, before temperature and truncations.
 
@@ -69,13 +78,8 @@ class Sampling:
             if seen is None:
                 raise ValueError("seen: expected the tokens so far, for repetition_penalty")
             log_probs = torch.where(seen, log_probs * self.repetition_penalty, log_probs)
+        self.check(n_tokens)
         if self.banned:
-            if not all(0 <= token < n_tokens for token in self.banned):
-                raise ValueError(
-                    f"banned: expected tokens in [0, {n_tokens:,}), got {list(self.banned)}"
-                )
-            if len(set(self.banned)) == n_tokens:
-                raise ValueError(f"banned: expected at most {n_tokens - 1:,} tokens, got all")
             banned = torch.tensor(self.banned, device=log_probs.device)
             log_probs = log_probs.index_fill(1, banned, -math.inf)
         return log_probs
@@ -126,23 +130,29 @@ class RowGenerators:
     Args:
         seed: of all rows together; row i uses (seed, i). None draws one from the system.
         n_row: number of rows.
+        first_row: number of the first of them, where a batch is a part of all rows.
 
     Raises:
         ValueError: a seed outside [-2^63, 2^64).
     """
 
-    def __init__(self, seed: int | None, n_row: int) -> None:
+    def __init__(self, seed: int | None, n_row: int, first_row: int = 0) -> None:
         if seed is None:
-            seed = torch.Generator().seed()
+            seed = new_seed()
         _require("seed", seed, seed in SEEDS, "an integer in [-2^63, 2^64)")
         self.generators = [
-            torch.Generator().manual_seed(_row_seed(seed, row)) for row in range(n_row)
+            torch.Generator().manual_seed(_row_seed(seed, first_row + row)) for row in range(n_row)
         ]
 
     def uniform(self) -> Tensor:
         """float64 [n_row] in [0, 1), the next number of each row."""
-        drawn = [torch.rand((), dtype=torch.float64, generator=each) for each in self.generators]
-        return torch.stack(drawn)
+        options = {"dtype": torch.float64, "device": "cpu"}
+        return torch.stack([torch.rand((), generator=g, **options) for g in self.generators])
+
+
+def new_seed() -> int:
+    """A seed from the system."""
+    return torch.Generator().seed()
 
 
 def _row_seed(seed: int, row: int) -> int:
