@@ -146,8 +146,11 @@ class RowGenerators:
 
     def uniform(self) -> Tensor:
         """float64 [n_row] in [0, 1), the next number of each row."""
-        options = {"dtype": torch.float64, "device": "cpu"}
-        return torch.stack([torch.rand((), generator=g, **options) for g in self.generators])
+        drawn = [
+            torch.rand((), dtype=torch.float64, device="cpu", generator=each)
+            for each in self.generators
+        ]
+        return torch.stack(drawn)
 
 
 def new_seed() -> int:
