@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from transformer_xl.config import ModelConfig
 from transformer_xl.generation import generate
+from transformer_xl.key_value_window import unsupported_reason
 from transformer_xl.model import TransformerXL
 from transformer_xl.sampling import Sampling
 
@@ -83,6 +84,8 @@ def process(rank: int) -> None:
         torch.testing.assert_close(
             parameter.full_tensor(), expected[name], msg=lambda text, name=name: f"{name}: {text}"
         )
+    assert unsupported_reason(sharded) == "sharded parameters"
+    assert unsupported_reason(alone) is None
     torch.testing.assert_close(
         score_and_write(sharded, segments[0]), score_and_write(alone, segments[0])
     )
