@@ -160,6 +160,7 @@ def write(
     ]
     reader = Reader(loaded.model, len(prompts))
     ids = [torch.tensor(prompt.ids, device=loaded.device) for prompt in prompts]
+    view.update(texts)
     try:
         with stops.at_once():
             hidden = timed_read(reader, ids, settings.n_samples, stats)
@@ -203,7 +204,6 @@ def continue_texts(
     def finished(tokens: Tensor) -> Tensor:
         return torch.tensor([text.ending is not None for text in texts])
 
-    view.update(texts)
     started = time.perf_counter()
     drawn = draw(reader, hidden, settings.length, settings.sampling, random, seen, (), finished)
     for tokens, log_probs in drawn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from click.testing import Result
 
 from transformer_xl.cli import generate_run, generate_texts
 from transformer_xl.data.vocabularies import ByteVocabulary, CharVocabulary, WordVocabulary
-from transformer_xl.generation import draw
+from transformer_xl.generation import Drawn, draw
 
 Generate = Callable[..., Result]
 WORDS = WordVocabulary(["<eos>", "<unk>", "a", "b", ",", "@-@"])
@@ -115,6 +116,28 @@ def test_other_samples_continue_after_a_stop(generate: Generate) -> None:
     stopped = as_json(generate(LETTERS, *arguments, "--stop", "a"))["texts"]
     for ours, theirs in zip(stopped, free, strict=True):
         assert ours["text"] == theirs["text"].partition("a")[0]
+    shown = succeed(generate(LETTERS, *arguments[:-1], "--stop", "a"))
+    titles = [f"=== prompt, sample {i} ===\n" for i in (1, 2, 3)]
+    assert shown == "".join(
+        title + text["prompt"] + text["text"] + "\n"
+        for title, text in zip(titles, stopped, strict=True)
+    )
+
+
+def test_texts_are_shown_while_they_are_drawn(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginning of a stop string is held back, everything else is printed at once."""
+    shown = []
+
+    def watched(*args: Any) -> Any:
+        for token in LETTERS.encode("abgaha"):
+            yield Drawn(torch.tensor([token]), torch.zeros(1))
+            shown.append(sys.stdout.buffer.getvalue().decode())  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(generate_texts, "draw", watched)
+    generate(LETTERS, "--prompt", "c", "--stop", "ahb", "--length", 6)
+    assert shown == ["c", "cab", "cabg", "cabg", "cabg", "cabgah"]
 
 
 def test_a_text_ends_before_a_stop_token(generate: Generate) -> None:
