@@ -111,6 +111,8 @@ $(DROPINS_VENV)/.installed: $(VENV)/.installed-dev
 	  borzoi-pytorch==0.5.1 einops==0.8.2 ray==2.58.0
 	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps espnet==202511 funasr==1.4.16 \
 	  chatterbox-tts==0.1.7 cosyvoice2-eu==0.2.8 fireredasr==0.0.2
+	$(DROPINS_VENV)/bin/python $(PIP) install --no-deps nemo-toolkit==3.0.0 omegaconf==2.3.0 \
+	  antlr4-python3-runtime==4.9.3 hydra-core==1.3.2 wrapt==2.5.2
 	@touch $@
 
 bench-hf-env: ## an environment with Hugging Face's TransfoXL, a peer in the benchmarks

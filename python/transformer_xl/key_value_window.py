@@ -48,7 +48,7 @@ class KeyValueWindow:
 
     def __init__(self, model: TransformerXL, buffers: WindowBuffers) -> None:
         self._guard = ModelGuard(model)
-        self._buffers = buffers
+        self._buffered = buffers
         self._positions: RelativePositions | None = None
         self._r: list[Tensor] = []  # for each layer [1, n_head, R, d_head]
         self._n_queries = 0  # the longest segment that these rows of r serve
@@ -101,22 +101,22 @@ class KeyValueWindow:
     @property
     def batch_size(self) -> int:
         """B, the number of rows."""
-        return len(self._buffers.position)
+        return len(self._buffered.position)
 
     @property
     def capacity(self) -> int:
         """Tokens that a row of a buffer has space for."""
-        return self._buffers.capacity
+        return self._buffered.capacity
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of keys and values."""
-        return self._buffers.kv[0].dtype
+        return self._buffered.kv[0].dtype
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the buffers and of the projected positions."""
-        return sum(tensor.nbytes for tensor in (*self._buffers.kv, *self._r))
+        return sum(tensor.nbytes for tensor in (*self._buffered.kv, *self._r))
 
     def reset(self, rows: Tensor) -> KeyValueWindow:
         """Empty the rows marked in `rows` (bool [B]), which then are as before the first segment.
@@ -124,7 +124,7 @@ class KeyValueWindow:
         Returns the window itself, as `select` and `crop` do. Raises ValueError for another dtype or
         shape.
         """
-        self._buffers.reset(rows)
+        self._buffered.reset(rows)
         return self
 
     def select(self, rows: Tensor) -> KeyValueWindow:
@@ -134,7 +134,7 @@ class KeyValueWindow:
             ValueError: another dtype or shape.
             IndexError: an index outside [0, B); on the CPU (a device assert on CUDA).
         """
-        self._buffers.select(rows)
+        self._buffered.select(rows)
         return self
 
     def crop(self, n: int | Tensor) -> KeyValueWindow:
@@ -147,7 +147,7 @@ class KeyValueWindow:
                 since it was empty or since its last document started, or so many that tokens which
                 have been dropped would be needed again. The window stays as it was.
         """
-        self._buffers.crop(n)
+        self._buffered.crop(n)
         return self
 
     def save(self, path: str | Path) -> None:
@@ -161,7 +161,7 @@ class KeyValueWindow:
         from transformer_xl import window_file  # needs safetensors, which the model does not
 
         self._guard.check_weights()
-        window_file.write(Path(path), self._buffers, self._guard)
+        window_file.write(Path(path), self._buffered, self._guard)
 
     @classmethod
     def load(cls, path: str | Path, model: TransformerXL) -> KeyValueWindow:
@@ -177,7 +177,7 @@ class KeyValueWindow:
         B, end = kv[0].shape[0], kv[0].shape[2]
         slack = max(_default_slack(model), end - model.mem_len)
         window = cls.empty(model, B, dtype=kv[0].dtype, slack=slack)
-        window._buffers.load(kv, position, start)
+        window._buffered.load(kv, position, start)
         return window
 
     def begin(
@@ -191,15 +191,15 @@ class KeyValueWindow:
         self._guard.check(model)
         if self.batch_size != B:
             raise ValueError(f"memory: expected a window of {B} rows, got {self.batch_size}")
-        self._buffers.make_room(T)
+        self._buffered.make_room(T)
         positions = self._projected_positions(T, x.dtype)
-        placement = Placement(*self._buffers.place(T, document_start), positions)
-        layers = zip(self._buffers.kv, self._r, strict=True)
+        placement = Placement(*self._buffered.place(T, document_start), positions)
+        layers = zip(self._buffered.kv, self._r, strict=True)
         return [LayerWindow(kv, r, placement) for kv, r in layers]
 
     def advance(self, n_tokens: int, document_start: Tensor | None = None) -> KeyValueWindow:
         """Add the segment of `n_tokens` that the layers have written since `begin`."""
-        self._buffers.advance(n_tokens, document_start)
+        self._buffered.advance(n_tokens, document_start)
         return self
 
     def _projected_positions(self, n_queries: int, dtype: torch.dtype) -> RelativePositions:
@@ -207,9 +207,9 @@ class KeyValueWindow:
         if self._positions is None or n_queries > self._n_queries:
             positions = self._guard.model.pos_emb(
                 n_queries,
-                self._buffers.mem_len + n_queries,
+                self._buffered.mem_len + n_queries,
                 dtype=dtype,
-                device=self._buffers.position.device,
+                device=self._buffered.position.device,
             )
             self._r = [
                 layer.dec_attn.project_r(positions.embedding).to(self.dtype).contiguous()

@@ -228,7 +228,7 @@ def test_a_call_that_raises_adds_nothing() -> None:
 def test_nan_in_a_row_ends_with_its_reset() -> None:
     pair = Pair(built(), slack=20)
     pair.read(3)
-    for kv in pair.window._buffers.kv:
+    for kv in pair.window._buffered.kv:
         kv[1] = torch.nan
     rows = torch.tensor([False, True])
     pair.window.reset(rows)
@@ -281,8 +281,8 @@ def test_buffers_are_copied_only_when_they_are_full() -> None:
     with torch.no_grad():
         for length in (4, 12, 3, 4, 1, 1):
             model(tokens(model, 2, length), window)
-            addresses.append([kv.data_ptr() for kv in window._buffers.kv])
-            ends.append(window._buffers.end)
+            addresses.append([kv.data_ptr() for kv in window._buffered.kv])
+            ends.append(window._buffered.end)
     assert addresses == addresses[:1] * 6
     assert ends == [4, 16, 19, 23, 7 + 1, 9]
 

@@ -39,9 +39,10 @@ SPILLS = (
     Spill(_FLOAT32 + "head_256" + _DQDR, (80, 86, 89, 90, 100, 120), 2304, _SMALLEST),
     Spill(_16_BITS + "dropout_d256" + _DQDR, (80,), 2088, _SMALLEST),
     Spill(_16_BITS + _HEAD_256 + _DQDR, (80, 86, 89, 120), 824, _SMALLEST),
+    Spill(_16_BITS + "chunk" + _DQDR, (90,), 1128, _CHUNK + "; " + _HALF, ("3.9.0",)),
     Spill(_16_BITS + ".*" + _DQDR, (90,), 1000, _HALF),
     Spill(_16_BITS + "inkling_sliding" + _DQDR, (86, 89, 120), 632, _HALF),
-    Spill(_16_BITS + "chunk/rel_attention_fwd", (100, 120), 40, _CHUNK, ("3.9.0",)),
+    Spill(_16_BITS + "chunk/rel_attention_fwd", (100,), 64, _CHUNK, ("3.9.0",)),
     Spill(_16_BITS + "dropout_d128" + _DQDR, (86, 89), 520, _NUMBERS, ("3.6.0",)),
 )
 

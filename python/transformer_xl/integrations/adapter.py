@@ -59,6 +59,7 @@ class Adapter:
         lookalike: None where other classes cannot be recognised by their parameters.
         distribution: the name of the library on PyPI if it differs from that of its Python module.
         left_alone: why no module of this class is ever patched; empty for all other adapters.
+        method: the method that is replaced; what is said about `forward` holds for this one.
     """
 
     family: str
@@ -70,6 +71,7 @@ class Adapter:
     lookalike: Lookalike | None = None
     distribution: str = ""
     left_alone: str = ""
+    method: str = "forward"
 
     @property
     def library(self) -> str:
@@ -109,7 +111,7 @@ def left_alone(family: str, path: str, versions: Versions, why: str) -> Adapter:
 fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
 # Every module that was patched by its class, copies and unpickled ones included.
 patched_modules: WeakSet[nn.Module] = WeakSet()
-# The own `forward` of the classes that are patched for all their instances.
+# The own method of the classes that are patched for all their instances.
 own_forwards: dict[type[nn.Module], Forward] = {}
 
 _subclasses: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
@@ -135,11 +137,16 @@ def patched_forward(adapter: Adapter, original: Forward) -> Forward:
     return forward
 
 
-def adapter_of(module: nn.Module) -> Adapter | None:
-    """The adapter that computes this module now; None where its own code does."""
-    if "forward" in module.__dict__:
+def adapter_of(module: nn.Module, method: str = "") -> Adapter | None:
+    """The adapter that computes this module now; None where its own code does.
+
+    Args:
+        method: by default the one that is replaced in its class, or `forward`.
+    """
+    method = method or getattr(type(module), "patched_method", "forward")
+    if method in module.__dict__:
         return None
-    adapter: Adapter | None = getattr(type(module).forward, "adapter", None)
+    adapter: Adapter | None = getattr(getattr(type(module), method, None), "adapter", None)
     return adapter
 
 
@@ -151,7 +158,7 @@ def patched_class(original: type[nn.Module], adapter: Adapter) -> type[nn.Module
     """
     key = original, adapter.path  # modules of one class may agree with different adapters
     if key not in _subclasses:
-        forward = own_forwards.get(original, original.forward)
+        forward = own_forwards.get(original, getattr(original, adapter.method))
 
         def reduce(self: nn.Module, protocol: Any) -> Any:
             reduced: Any = super(made, self).__reduce_ex__(max(2, protocol))
@@ -164,8 +171,9 @@ def patched_class(original: type[nn.Module], adapter: Adapter) -> type[nn.Module
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "__reduce_ex__": reduce,
-            "forward": patched_forward(adapter, forward),
+            adapter.method: patched_forward(adapter, forward),
             "own_class": original,
+            "patched_method": adapter.method,
         }
         made: type[nn.Module] = type(original.__name__, (original,), members)
         _subclasses[key] = made

@@ -99,7 +99,7 @@ def _growing_layer(cache: Any, k: Tensor, v: Tensor, layer_idx: int) -> Any:
     library: Any = sys.modules["transformers.cache_utils"]
     if type(cache).update is not library.Cache.update or cache.offloading:
         return None
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     growing = (library.DynamicLayer.update, library.DynamicSlidingWindowLayer.update)
     if getattr(type(layer), "update", None) not in growing or not layer.is_initialized:
         return None

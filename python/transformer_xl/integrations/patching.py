@@ -46,8 +46,9 @@ def patch(target: nn.Module | str, *, force: bool = False) -> Report:
                 adapter.check_version()
             found = adapter.load()
             if found not in adapters.own_forwards:
-                adapters.own_forwards[found] = found.forward
-                found.forward = adapters.patched_forward(adapter, found.forward)
+                own = getattr(found, adapter.method)
+                adapters.own_forwards[found] = own
+                setattr(found, adapter.method, adapters.patched_forward(adapter, own))
         return report(target)
     _check_order("patch", target)
     entries, known = [], list(_known(target))
@@ -61,7 +62,7 @@ def patch(target: nn.Module | str, *, force: bool = False) -> Report:
             adapter.check_version()
     for name, module, adapter in known:
         reason = _refusal(module, adapter)
-        if reason is None and adapters.adapter_of(module) is None:
+        if reason is None and adapters.adapter_of(module, adapter.method) is None:
             module.__class__ = adapters.patched_class(type(module), adapter)
             adapters.patched_modules.add(module)
         entries.append(_entry(name, module, adapter, reason))
@@ -83,10 +84,11 @@ def unpatch(target: nn.Module | str | None = None) -> Report:
     else:
         modules = list(adapters.patched_modules) if target is None else ()
         names = FAMILIES if target is None else (target,)
-        families = {adapter.path for name in names for adapter in _family(name)}
+        methods = {adapter.path: adapter.method for name in names for adapter in _family(name)}
         for found, forward in list(adapters.own_forwards.items()):
-            if f"{found.__module__}.{found.__qualname__}" in families:
-                found.forward = forward
+            path = f"{found.__module__}.{found.__qualname__}"
+            if path in methods:
+                setattr(found, methods[path], forward)
                 del adapters.own_forwards[found]
                 for module in [m for m in adapters.fallbacks if isinstance(m, found)]:
                     del adapters.fallbacks[module]
@@ -166,14 +168,14 @@ def _is_named(module: nn.Module, adapter: Adapter) -> bool:
 
 def _refusal(module: nn.Module, adapter: Adapter) -> str | None:
     """Why a module of a known class is left alone; None where it can be patched, or is."""
-    if "forward" in module.__dict__:
-        return "another library has replaced its forward (accelerate's hooks do so)"
-    if adapters.adapter_of(module) is not None:
+    if adapter.method in module.__dict__:
+        return f"another library has replaced its {adapter.method} (accelerate's hooks do so)"
+    if adapters.adapter_of(module, adapter.method) is not None:
         return None
     if _is_named(module, adapter):
         known = next(b for b in type(module).__mro__ if adapter.path.endswith("." + b.__qualname__))
-        if type(module).forward is not vars(known)["forward"]:
-            return f"its class has another forward than {known.__qualname__}"
+        if getattr(type(module), adapter.method) is not vars(known)[adapter.method]:
+            return f"its class has another {adapter.method} than {known.__qualname__}"
         # A derived class may have other functions that its forward calls.
         if type(module) is known or adapter.lookalike is None:
             return adapter.left_alone or adapter.refuse(module)
@@ -205,7 +207,7 @@ def _check_order(function: str, model: nn.Module) -> None:
 
 def _entry(name: str, module: nn.Module, adapter: Adapter, reason: str | None) -> Entry:
     counted = dict(adapters.fallbacks.get(module, Counter()))
-    is_patched = adapters.adapter_of(module) is not None
+    is_patched = adapters.adapter_of(module, adapter.method) is not None
     if not is_patched and reason is None:
         reason = "not patched"
     class_name = type(module).__name__

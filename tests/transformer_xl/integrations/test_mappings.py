@@ -229,8 +229,10 @@ def test_decoding_from_a_paged_cache(mappings, R):
         k, v = (x.repeat_interleave(2, 0) for x in (k, v))  # [H, n, D]
         scores = torch.einsum("hd,hjd->hj", q[b], k) / D
         far = scores[:, : max(n - R, 0)]
+        has_far = far.shape[1] > 0  # otherwise engines return any out and an infinite lse
         far_out.append((far.softmax(-1)[:, None] @ v[:, : far.shape[1]])[:, 0])
-        far_lse.append(far.logsumexp(-1) if far.shape[1] else torch.full((2 * Hk,), math.inf))
+        far_out[-1] = far_out[-1] if has_far else torch.full((2 * Hk, D), math.nan)
+        far_lse.append(far.logsumexp(-1) if has_far else torch.full((2 * Hk,), math.inf))
         distance = n - 1 - torch.arange(n)
         bias = (rel[b] @ proj)[:, distance.clamp(max=R - 1)] * (distance < R)
         expected.append(((scores + bias).softmax(-1)[:, None] @ v)[:, 0])

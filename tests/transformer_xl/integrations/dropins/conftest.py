@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from transformer_xl.integrations import unpatch
+
+# Without the libraries one file is collected, which is skipped with the command that installs them.
+if importlib.util.find_spec("transformers") is None:
+    files = Path(__file__).parent.rglob("test_*.py")
+    collect_ignore = [str(path) for path in files if path.name != "test_parity.py"]
 
 WINDOW, N_VOCAB = 6, 50
 INKLING = {
@@ -359,6 +366,12 @@ class Models:
 def models() -> Any:
     yield Models
     unpatch()
+
+
+@pytest.fixture(autouse=True)
+def _no_programs_of_other_tests():
+    """torch compiles one function at most eight times."""
+    torch.compiler.reset()
 
 
 @pytest.fixture(params=CASES)

@@ -23,12 +23,6 @@ ENCODERS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_programs_of_other_tests():
-    """torch compiles one function at most eight times."""
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("name", ["inkling-sdpa", *ENCODERS])
 def test_one_compiled_graph(models, name):
     options = DENSE if name.startswith("inkling") else {}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from transformer_xl.integrations import patch, report
+
+pytest.importorskip(
+    "transformers", minversion="5.24", reason="make test-dropins installs it and runs these tests"
+)
 
 N_MEL, N_SYMBOL, N_STEPS = 16, 4, 80
 BLANK = 2 * N_SYMBOL

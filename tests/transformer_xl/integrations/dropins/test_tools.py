@@ -39,6 +39,7 @@ PROJECTIONS = {
     "wav2vec2_bert": ["linear_q", "distance_embedding"],
     "seamless_m4t": ["linear_v", "linear_pos"],
     "seamless_m4t_v2": ["linear_out", "distance_embedding"],
+    "xlnet": ["layer_1"],  # its attention has no linear layers
 }
 
 

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from transformer_xl.integrations import patch, patched, report
 
+pytest.importorskip(
+    "transformers", minversion="5.24", reason="make test-dropins installs it and runs these tests"
+)
+
 B, T, N_VOCAB = 3, 13, 50
 
 
