@@ -24,7 +24,8 @@ ROWS = (
     {"data"},
     {"checkpoint_files", "checkpoint_state"},
     {"model", "model_guard", "key_value_window", "window_file", "integrations"},
-    {"checkpoint", "convert", "evaluation", "generation", "sampling", "scoring", "training"},
+    {"checkpoint", "convert", "detokenization", "evaluation", "sampling", "scoring", "training"}
+    | {"generation", "reader", "streaming_text"},
     {"cli"},
 )
 # These rows use tensors and numbers only; they do not import the configuration.

@@ -1,107 +1,213 @@
-"""Writing text: draw the next token, feed it back, carry the memory along."""
+"""Writing text: draw the next token of each row, feed it back, carry the memory along."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from transformer_xl.key_value_window import empty_memory
 from transformer_xl.model import TransformerXL
-from transformer_xl.nn.inference import inference
+from transformer_xl.reader import Reader
+from transformer_xl.sampling import RowGenerators, Sampling
 
-SEEDS = range(-(1 << 63), 1 << 64)  # as torch.Generator accepts them
+FINISHED = -1  # the token of a row that has ended
+PLAIN = Sampling()
+
+
+class Drawn(NamedTuple):
+    """One step: `tokens` int64 [B], and their `log_probs` [B] in nats under the model, before
+    penalties, bans, temperature and truncations. A finished row has -1 and NaN."""
+
+    tokens: Tensor
+    log_probs: Tensor
+
+
+Finished = Callable[[Tensor], Tensor]
+
+
+@overload
+def generate(
+    model: TransformerXL,
+    prompts: Tensor | Sequence[Tensor],
+    n_tokens: int,
+    *,
+    lengths: Sequence[int] | None = ...,
+    n_samples: int = ...,
+    sampling: Sampling = ...,
+    seed: int | None = ...,
+    stop_tokens: Collection[int] = ...,
+    finished: Finished | None = ...,
+    segment_len: int = ...,
+    cached: bool = ...,
+    log_probs: Literal[False] = ...,
+) -> Iterator[Tensor]: ...
+
+
+@overload
+def generate(
+    model: TransformerXL,
+    prompts: Tensor | Sequence[Tensor],
+    n_tokens: int,
+    *,
+    lengths: Sequence[int] | None = ...,
+    n_samples: int = ...,
+    sampling: Sampling = ...,
+    seed: int | None = ...,
+    stop_tokens: Collection[int] = ...,
+    finished: Finished | None = ...,
+    segment_len: int = ...,
+    cached: bool = ...,
+    log_probs: Literal[True],
+) -> Iterator[Drawn]: ...
 
 
 def generate(
     model: TransformerXL,
-    prompt: Tensor,
+    prompts: Tensor | Sequence[Tensor],
     n_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    lengths: Sequence[int] | None = None,
+    n_samples: int = 1,
+    sampling: Sampling = PLAIN,
     seed: int | None = None,
-    generator: torch.Generator | None = None,
+    stop_tokens: Collection[int] = (),
+    finished: Finished | None = None,
     segment_len: int = 512,
     cached: bool = True,
-) -> Iterator[Tensor]:
-    """Continue `prompt` by `n_tokens`, each yielded as soon as it is drawn.
+    log_probs: bool = False,
+) -> Iterator[Tensor] | Iterator[Drawn]:
+    """Continue each prompt by `n_tokens`, each yielded as soon as it is drawn.
 
-    The prompt is read in segments, then every token alone with the memory of the tokens before it;
-    under `same_length` that gives the probabilities of one long pass. Every module is in evaluation
-    mode during a forward pass and in its own mode otherwise. The weights and the lengths of the
+    A prompt is read once, in segments, then every token alone with the memory of the tokens before
+    it; under `same_length` that gives the probabilities of one long pass. Row b of the result is
+    sample b % n_samples of prompt b // n_samples. It draws from a generator of its own, seeded from
+    (seed, b), so its text does not depend on the other rows. The weights and the lengths of the
     model must stay as they are until the last token.
 
     Args:
         model: the language model.
-        prompt: int64 [B, T] with T ≥ 1, on the model's device.
-        n_tokens: number of tokens to draw, 0 or more.
-        temperature: divides the log-probabilities; 0 takes the most probable token, as does a
-            temperature too small for the precision.
-        top_k: draw from the k most probable tokens only.
-        top_p: draw from the smallest set of tokens whose probabilities sum to at least p, in
-            (0, 1].
-        seed: seed of a new generator; the same seed writes the same text.
-        generator: generator to use instead, on the model's device.
-        segment_len: tokens of the prompt read at a time.
-        cached: keep keys and values in a `KeyValueWindow`; False: keep hidden states and project
-            them again for each token, as is done in any case where no window serves the model.
+        prompts: int64 [P, T], or P tensors int64 [T_p], T_p ≥ 1, on the model's device.
+        n_tokens: the most tokens to draw for each row, 0 or more.
+        lengths: how many tokens of each row of a tensor [P, T] belong to its prompt, from 1 to T;
+            the tokens after them are ignored. None: all.
+        n_samples: texts for each prompt.
+        sampling: how a token is drawn. The repetition penalty counts the tokens of the prompt.
+        seed: the same seed writes the same text; None: one from the system.
+        stop_tokens: a row is finished after one of these.
+        finished: called with the tokens [B] of each step; returns bool [B], True for the rows that
+            are finished after them.
+        segment_len: tokens of the prompts read at a time.
+        cached: keep keys and values, instead of hidden states (see `Reader`).
+        log_probs: yield the log-probabilities, too.
 
     Yields:
-        int64 [B], the next token of each row.
+        int64 [B], B = P · n_samples, the next token of each row, -1 in a finished row; with
+        `log_probs` a `Drawn`. Ends early when all rows are finished.
 
     Raises:
         ValueError: an empty prompt, or a number outside its range; before anything is drawn.
-        ValueError: logits that are not finite; from the iterator, at the token they belong to.
-        ValueError: the weights or the lengths of the model changed; from the iterator.
+        ValueError: log-probabilities that are not finite, or the weights or the lengths of the
+            model changed; from the iterator.
     """
-    if prompt.dim() != 2 or prompt.shape[1] == 0:
-        raise ValueError(f"prompt: expected [B, T] with T ≥ 1, got {list(prompt.shape)}")
-    _require("temperature", temperature, math.isfinite(temperature), "a finite number")
-    _require("temperature", temperature, temperature >= 0, "0 or more")
-    _require("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1")
-    _require("top_p", top_p, top_p is None or 0 < top_p <= 1, "None or a probability in (0, 1]")
+    texts = _checked_prompts(prompts, lengths)
     _require("n_tokens", n_tokens, n_tokens >= 0, "0 or more")
+    _require("n_samples", n_samples, n_samples >= 1, "1 or more")
     _require("segment_len", segment_len, segment_len >= 1, "at least 1 token")
-    _require("seed", seed, seed is None or generator is None, "None beside a generator")
-    _require("seed", seed, seed is None or seed in SEEDS, "an integer in [-2^63, 2^64)")
-    if generator is None:
-        generator = torch.Generator(prompt.device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-    draw = functools.partial(
-        model.sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-    )
-    return _write(model, prompt, segment_len, n_tokens, draw, cached)
+    sampling.check(model.config.vocab_size)
+    random = RowGenerators(seed, len(texts) * n_samples)
+
+    def drawn() -> Iterator[Drawn]:
+        if n_tokens == 0:
+            return
+        reader = Reader(model, len(texts), segment_len=segment_len, cached=cached)
+        hidden = read_prompts(reader, texts, n_samples)
+        seen = [text for text in texts for _ in range(n_samples)]
+        yield from draw(reader, hidden, n_tokens, sampling, random, seen, stop_tokens, finished)
+
+    return drawn() if log_probs else (step.tokens for step in drawn())
 
 
-def _write(
-    model: TransformerXL,
-    prompt: Tensor,
-    segment_len: int,
+def read_prompts(reader: Reader, texts: Sequence[Tensor], n_samples: int) -> Tensor:
+    """Read each prompt once, then keep `n_samples` rows of it: hidden states [B, d_model]."""
+    hidden = reader.read(texts)
+    if n_samples == 1:
+        return hidden
+    rows = torch.arange(len(texts), device=hidden.device).repeat_interleave(n_samples)
+    reader.select(rows)
+    return hidden[rows]
+
+
+def draw(
+    reader: Reader,
+    hidden: Tensor,
     n_tokens: int,
-    draw: Callable[[Tensor], Tensor],
-    cached: bool,
-) -> Iterator[Tensor]:
-    with inference(model):
-        memory = empty_memory(model, len(prompt), cached=cached)
-    for begin in range(0, prompt.shape[1], segment_len):
-        with inference(model):
-            output = model(prompt[:, begin : begin + segment_len], memory)
-        memory = output.memory
+    sampling: Sampling,
+    random: RowGenerators,
+    texts: Sequence[Tensor],
+    stop_tokens: Collection[int] = (),
+    finished: Finished | None = None,
+) -> Iterator[Drawn]:
+    """Draw the tokens after the `texts` that `reader` has read.
+
+    The last token that is drawn is not read. `hidden` [B, d_model] is of the last token of each
+    text; other arguments as for `generate`.
+    """
+    B, device = len(hidden), hidden.device
+    rows = torch.arange(B, device=device)  # of the texts that are not finished
+    seen = None
+    stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device)
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.zeros(B, reader.model.config.vocab_size, dtype=torch.bool, device=device)
+        for row, text in zip(seen, texts, strict=True):
+            row[text] = True
     for left in range(n_tokens, 0, -1):
         with torch.no_grad():
-            token = draw(output.hidden[:, -1])
-        yield token
-        if left > 1:
-            with inference(model):
-                output = model(token[:, None], output.memory)
+            log_probs = reader.model.log_probs(hidden)  # [n_rows, V]
+            tokens = sampling.draw(log_probs, random.uniform().to(device)[rows], seen)
+            scores = log_probs.gather(1, tokens[:, None])[:, 0]
+        every = torch.full((B,), FINISHED, device=device).index_copy_(0, rows, tokens)
+        every_score = scores.new_full((B,), math.nan).index_copy_(0, rows, scores)
+        yield Drawn(every, every_score)
+        ended = torch.isin(tokens, stops)
+        if finished is not None:
+            ended = ended | finished(every).to(device)[rows]
+        if left == 1 or bool(ended.all()):
+            return
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        if bool(ended.any()):
+            kept = (~ended).nonzero()[:, 0]
+            reader.select(kept)
+            rows, tokens = rows[kept], tokens[kept]
+            seen = None if seen is None else seen[kept]
+        hidden = reader.step(tokens)
+
+
+def _checked_prompts(
+    prompts: Tensor | Sequence[Tensor], lengths: Sequence[int] | None
+) -> list[Tensor]:
+    """The tokens of each prompt, int64 [T_p]."""
+    if isinstance(prompts, Tensor):
+        if prompts.dim() != 2 or prompts.shape[1] == 0:
+            raise ValueError(f"prompts: expected [P, T] with T ≥ 1, got {list(prompts.shape)}")
+        P, T = prompts.shape
+        given = [T] * P if lengths is None else list(lengths)
+        if len(given) != P or not all(1 <= n <= T for n in given):
+            raise ValueError(f"lengths: expected {P} numbers from 1 to {T}, got {given}")
+        texts = [row[:n] for row, n in zip(prompts, given, strict=True)]
+    else:
+        _require("lengths", lengths, lengths is None, "None beside a list of prompts")
+        texts = list(prompts)
+    if not texts:
+        raise ValueError("prompts: expected at least one, got none")
+    for text in texts:
+        if text.dim() != 1 or len(text) == 0 or text.dtype != torch.int64:
+            found = f"{text.dtype} {list(text.shape)}"
+            raise ValueError(f"prompts: expected int64 [T] with T ≥ 1, got {found}")
+    return texts
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

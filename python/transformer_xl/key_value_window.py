@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -223,7 +224,13 @@ class KeyValueWindow:
 def unsupported_reason(model: TransformerXL) -> str | None:
     """Why no `KeyValueWindow` serves a model; None if one does."""
     attn_type = model.config.attn_type
-    return None if attn_type == 0 else f"attn_type {attn_type}"
+    if attn_type != 0:
+        return f"attn_type {attn_type}"
+    # A window projects outside of the layers' forward passes, where `fully_shard` gathers weights.
+    library = sys.modules.get("torch.distributed.tensor")
+    if library and any(isinstance(each, library.DTensor) for each in model.parameters()):
+        return "sharded parameters"
+    return None
 
 
 def empty_memory(

@@ -140,24 +140,6 @@ class TransformerXL(nn.Module):
         """Natural logarithms of all V probabilities […, V], from `Output.hidden` […, d_model]."""
         return self.crit.log_prob(hidden)
 
-    def sample(
-        self,
-        hidden: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw the next token of each row of `Output.hidden` […, d_model]: int64 […].
-
-        Arguments as in `txl_kernels.adaptive_sample`, which stores only a part of the V
-        log-probabilities at a time.
-        """
-        return self.crit.sample(
-            hidden, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
-
     def init_memory(self, batch_size: int) -> Memory:
         """The memory before the first segment: of length 0 or, with the config's `first_memory`
         "zeros", `mem_len` zeros."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 SEEDS = range(-(1 << 63), 1 << 64)  # as torch.Generator accepts them
+FIRST_TOKENS = 512  # the most probable ones, among which the smallest set is first looked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,15 @@ class Sampling:
         is_number = math.isfinite(penalty) and penalty > 0
         _require("repetition_penalty", penalty, is_number, "a finite number above 0")
 
+    def check(self, n_tokens: int) -> None:
+        """Raise ValueError for a banned token that is not among `n_tokens`, or if none is left."""
+        if not all(0 <= token < n_tokens for token in self.banned):
+            raise ValueError(
+                f"banned: expected tokens in [0, {n_tokens:,}), got {list(self.banned)}"
+            )
+        if len(set(self.banned)) == n_tokens:
+            raise ValueError(f"banned: expected at most {n_tokens - 1:,} tokens, got all")
+
     def scores(self, log_probs: Tensor, seen: Tensor | None = None) -> Tensor:
         """The log-probabilities after penalty and bans, before temperature and truncations.
 
@@ -69,13 +79,8 @@ class Sampling:
             if seen is None:
                 raise ValueError("seen: expected the tokens so far, for repetition_penalty")
             log_probs = torch.where(seen, log_probs * self.repetition_penalty, log_probs)
+        self.check(n_tokens)
         if self.banned:
-            if not all(0 <= token < n_tokens for token in self.banned):
-                raise ValueError(
-                    f"banned: expected tokens in [0, {n_tokens:,}), got {list(self.banned)}"
-                )
-            if len(set(self.banned)) == n_tokens:
-                raise ValueError(f"banned: expected at most {n_tokens - 1:,} tokens, got all")
             banned = torch.tensor(self.banned, device=log_probs.device)
             log_probs = log_probs.index_fill(1, banned, -math.inf)
         return log_probs
@@ -114,10 +119,17 @@ class Sampling:
         best = log_probs.amax(1)  # NaN if the row has one
         if not bool(best.isfinite().all()):
             raise ValueError("log_probs: expected finite numbers, got NaN or no finite one")
-        cumulated = self.probabilities(self.scores(log_probs, seen)).cumsum(1)
+        scores = self.scores(log_probs, seen)
+        if self.temperature == 0.0:
+            return scores.argmax(1)
+        tokens = None
+        if self.top_k is not None and self.top_k < scores.shape[1]:
+            scores, tokens = _candidates(scores, self.top_k)
+        cumulated = self.probabilities(scores).cumsum(1)
         # The first token whose sum exceeds the number; its own probability is therefore not 0.
         threshold = uniform[:, None].to(cumulated) * cumulated[:, -1:]
-        return torch.searchsorted(cumulated, threshold, right=True)[:, 0]
+        found = torch.searchsorted(cumulated, threshold, right=True)
+        return (found if tokens is None else tokens.gather(1, found))[:, 0]
 
 
 class RowGenerators:
@@ -126,23 +138,32 @@ class RowGenerators:
     Args:
         seed: of all rows together; row i uses (seed, i). None draws one from the system.
         n_row: number of rows.
+        first_row: number of the first of them, where a batch is a part of all rows.
 
     Raises:
         ValueError: a seed outside [-2^63, 2^64).
     """
 
-    def __init__(self, seed: int | None, n_row: int) -> None:
+    def __init__(self, seed: int | None, n_row: int, first_row: int = 0) -> None:
         if seed is None:
-            seed = torch.Generator().seed()
+            seed = new_seed()
         _require("seed", seed, seed in SEEDS, "an integer in [-2^63, 2^64)")
         self.generators = [
-            torch.Generator().manual_seed(_row_seed(seed, row)) for row in range(n_row)
+            torch.Generator().manual_seed(_row_seed(seed, first_row + row)) for row in range(n_row)
         ]
 
     def uniform(self) -> Tensor:
         """float64 [n_row] in [0, 1), the next number of each row."""
-        drawn = [torch.rand((), dtype=torch.float64, generator=each) for each in self.generators]
+        drawn = [
+            torch.rand((), dtype=torch.float64, device="cpu", generator=each)
+            for each in self.generators
+        ]
         return torch.stack(drawn)
+
+
+def new_seed() -> int:
+    """A seed from the system."""
+    return torch.Generator().seed()
 
 
 def _row_seed(seed: int, row: int) -> int:
@@ -150,14 +171,31 @@ def _row_seed(seed: int, row: int) -> int:
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
+def _candidates(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The scores and numbers of at least all tokens that `top_k` = k keeps, of each row equally
+    many: without the others, everything that follows costs much less."""
+    least = scores.topk(k, dim=1).values[:, -1:]
+    values, tokens = scores.topk(int((scores >= least).sum(1).max()), dim=1)
+    return values, tokens
+
+
 def _nucleus(scores: Tensor, p: float) -> Tensor:
-    """The scores, -inf outside the smallest set whose probabilities sum to at least p."""
-    ordered, order = scores.sort(1, descending=True)
-    probs = ordered.softmax(1)
-    before = probs.cumsum(1) - probs  # mass of the more probable tokens
-    dropped = before >= p
-    dropped[:, 0] = False
-    return scores.masked_fill(dropped.gather(1, order.argsort(1)), -math.inf)
+    """The scores, -inf outside the smallest set whose probabilities sum to at least p.
+
+    Of tokens that are equally probable the first ones are in the set.
+    """
+    probs, k, V = scores.softmax(1), FIRST_TOKENS, scores.shape[1]
+    while True:  # few tokens have most of the mass, and sorting all of them is slow
+        ordered = probs.topk(min(k, V), dim=1).values
+        before = ordered.cumsum(1) - ordered  # mass of the more probable tokens
+        if k >= V or bool((before[:, -1] >= p).all()):
+            break
+        k *= 8
+    n_kept = (before < p).sum(1, keepdim=True).clamp(min=1)
+    least = ordered.gather(1, n_kept - 1)
+    above, equal = probs > least, probs == least
+    kept = above | (equal & (equal.cumsum(1) <= n_kept - above.sum(1, keepdim=True)))
+    return scores.masked_fill(~kept, -math.inf)
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from transformer_xl.config import ModelConfig
 from transformer_xl.generation import generate
+from transformer_xl.key_value_window import unsupported_reason
 from transformer_xl.model import TransformerXL
+from transformer_xl.sampling import Sampling
 
 CONFIG = ModelConfig(
     vocab_size=30,
@@ -59,7 +61,7 @@ def score_and_write(model: TransformerXL, tokens: Tensor) -> tuple[Tensor, Tenso
     model.eval()
     with torch.no_grad():
         log_probs = model.log_probs(model(tokens).hidden)
-    written = torch.stack(list(generate(model, tokens, 4, temperature=0)), dim=1)
+    written = torch.stack(list(generate(model, tokens, 4, sampling=Sampling(temperature=0))), dim=1)
     return log_probs, written
 
 
@@ -71,7 +73,6 @@ def process(rank: int) -> None:
         fully_shard(layer)
     fully_shard(sharded)
     register_fsdp_forward_method(sharded, "log_probs")
-    register_fsdp_forward_method(sharded, "sample")
 
     # Each process owns two of four streams; the mean of their losses is the loss of all four.
     segments = torch.randint(0, 30, (4, 24)).split(8, dim=1)
@@ -83,6 +84,8 @@ def process(rank: int) -> None:
         torch.testing.assert_close(
             parameter.full_tensor(), expected[name], msg=lambda text, name=name: f"{name}: {text}"
         )
+    assert unsupported_reason(sharded) == "sharded parameters"
+    assert unsupported_reason(alone) is None
     torch.testing.assert_close(
         score_and_write(sharded, segments[0]), score_and_write(alone, segments[0])
     )

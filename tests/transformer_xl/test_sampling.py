@@ -125,6 +125,31 @@ def test_draws_have_the_distribution() -> None:
     assert shares.tolist() == pytest.approx(PROBS, abs=1e-4)
 
 
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+def test_the_smallest_set_of_a_large_vocabulary(spread: float, p: float) -> None:
+    """Whether few or nearly all of the tokens belong to it, and other ones in each row."""
+    torch.manual_seed(0)
+    scores = (torch.randn(3, 5000, dtype=torch.float64) * spread).log_softmax(1)
+    found = Sampling(top_p=p).probabilities(scores) > 0
+    for row, kept in zip(scores.exp(), found, strict=True):
+        ordered = row.sort(descending=True).values
+        n = int((ordered.cumsum(0) < p).sum()) + 1
+        assert abs(int(kept.sum()) - n) <= 1  # by rounding of the sums
+        assert row[kept].min() >= row[~kept].max()
+
+
+def test_draws_of_top_k_have_the_distribution() -> None:
+    n = 6000
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    probs = log_probs([0.1, 0.3, 0.2, 0.2, 0.05, 0.15]).expand(n, -1)
+    options = Sampling(top_k=2)  # two tokens are as probable as the second
+    shares = options.draw(probs, uniform).bincount(minlength=6) / n
+    expected = options.probabilities(probs[:1])[0]
+    assert shares.tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    assert shares.tolist() == pytest.approx([0, 3 / 7, 2 / 7, 2 / 7, 0, 0], abs=1e-3)
+
+
 def test_the_ends_of_the_interval_draw_kept_tokens() -> None:
     rows = log_probs([0.0, 0.5, 0.0, 0.5, 0.0]).expand(2, -1)
     uniform = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)

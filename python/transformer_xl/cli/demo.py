@@ -16,7 +16,6 @@ from rich.table import Table
 
 from transformer_xl import evaluation, training
 from transformer_xl.checkpoint import CheckpointError
-from transformer_xl.cli.generate import written
 from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.cli.settings import only_overrides
 from transformer_xl.config import RunConfig, load_preset, override
@@ -25,6 +24,9 @@ from transformer_xl.data import Corpus, open_corpus
 from transformer_xl.data.corpus import EVALUATE_FIELDS
 from transformer_xl.data.files import expanded, to_json
 from transformer_xl.evaluation import Lengths, Score
+from transformer_xl.generation import generate
+from transformer_xl.sampling import Sampling
+from transformer_xl.streaming_text import TokenDecoder
 from transformer_xl.training import Finished, Trainer, join_processes
 from transformer_xl.training.curve import plot_curves
 from transformer_xl.training.precision import autocast, cpu_flags, processor, uses_bf16
@@ -214,23 +216,29 @@ def _write_sample(path: Path, loaded: LoadedModel, console: Console) -> dict[str
     """Print and save a sample; returns the tokens/s of both paths, from the first token on."""
     texts, speeds = {}, {}
     for name in (CACHED, PROJECTED):
-        pieces = written(
-            loaded,
-            None,
-            SAMPLE_CHARACTERS,
-            temperature=0.8,
-            top_k=None,
-            top_p=None,
-            seed=1,
-            cached=name == CACHED,
-        )
-        texts[name] = next(pieces, "")
-        started = time.perf_counter()
-        texts[name] += "".join(pieces)
-        speeds[name] = (SAMPLE_CHARACTERS - 1) / (time.perf_counter() - started)
+        texts[name], speeds[name] = _sample(loaded, cached=name == CACHED)
     console.out(texts[CACHED])
     path.write_text(texts[CACHED] + "\n", encoding="utf-8")
     return speeds
+
+
+def _sample(loaded: LoadedModel, *, cached: bool) -> tuple[str, float]:
+    """Write a text after the end of a line; returns it and the tokens/s."""
+    before = loaded.vocabulary.first_tokens()
+    tokens = generate(
+        loaded.model,
+        torch.tensor([before], device=loaded.device),
+        SAMPLE_CHARACTERS,
+        sampling=Sampling(temperature=0.8),
+        seed=1,
+        cached=cached,
+    )
+    decoder = TokenDecoder(loaded.vocabulary, before)
+    text = decoder.feed(int(next(tokens)))  # the first one includes the prompt
+    started = time.perf_counter()
+    text += "".join(decoder.feed(int(token)) for token in tokens)
+    seconds = time.perf_counter() - started
+    return text + decoder.end(), (SAMPLE_CHARACTERS - 1) / seconds
 
 
 def _machine(config: RunConfig, device: torch.device) -> dict[str, Any]:

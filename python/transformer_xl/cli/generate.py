@@ -2,32 +2,71 @@
 
 from __future__ import annotations
 
-import itertools
-import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import torch
 import typer
 
-from transformer_xl import generation
+from transformer_xl.cli.generate_interactive import converse
+from transformer_xl.cli.generate_prompts import read_prompts
+from transformer_xl.cli.generate_protocol import TEXT_TOKENS
+from transformer_xl.cli.generate_run import Output, check, run_paper, run_prompts, with_tokens
+from transformer_xl.cli.generate_texts import Settings
 from transformer_xl.cli.loading import LoadedModel, default_device
-from transformer_xl.data import Vocabulary
-from transformer_xl.data.vocabularies import UnknownSymbolError
+from transformer_xl.cli.settings import only_overrides
+from transformer_xl.generation import PLAIN
+from transformer_xl.sampling import Sampling, new_seed
 
-WINDOW = 64  # tokens that are decoded again with each new one, whose text depends on them
+LENGTH = 500
 
 
 def generate(
     checkpoint: Annotated[
         Path, typer.Argument(help="Folder of a checkpoint or of a run.", show_default=False)
     ],
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="Text to continue; by default the end of a line.", show_default=False),
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FIELD=VALUE]...",
+            help="Data of --protocol, such as `data.path=…`; by default the checkpoint's.",
+            show_default=False,
+        ),
     ] = None,
-    length: Annotated[int, typer.Option(help="Number of tokens to generate.")] = 500,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to continue; by default the end of a line. Repeatable.", show_default=False
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(help="File whose text is a prompt. Repeatable.", show_default=False),
+    ] = None,
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Each line of a prompt file is a prompt.")
+    ] = False,
+    interactive: Annotated[
+        bool,
+        typer.Option(
+            "--interactive", help="Read prompts from the terminal and keep the memory between them."
+        ),
+    ] = False,
+    protocol: Annotated[
+        Literal["paper"] | None,
+        typer.Option(
+            help="Samples of the paper's appendix E: context, generated text and reference.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Number of texts for each prompt.")] = 1,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Maximum number of tokens of a text; by default {LENGTH}, with --protocol "
+            f"{TEXT_TOKENS:,}.",
+            show_default=False,
+        ),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0 selects the most probable token.")
     ] = 1.0,
@@ -43,92 +82,106 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep tokens that are at least P times as probable as the most probable one.",
+            show_default=False,
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(help="Above 1, tokens of the prompt and the text so far are less probable."),
+    ] = 1.0,
+    ban: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Token that is never drawn: its text, or id:N. Repeatable.", show_default=False
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End a text before this string. Repeatable.", show_default=False),
+    ] = None,
+    stop_token: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="End a text before this token: its text, or id:N. Repeatable.", show_default=False
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Random seed; the same seed gives the same text.", show_default=False),
     ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts that are continued together.")] = 16,
     mem_len: Annotated[
         int | None,
         typer.Option(
             help="Memory length in tokens; by default as in training.", show_default=False
         ),
     ] = None,
+    clamp_len: Annotated[
+        int | None,
+        typer.Option(help="Distances above it share one position embedding.", show_default=False),
+    ] = None,
+    same_length: Annotated[
+        bool | None,
+        typer.Option(help="Every query attends to equally many keys.", show_default=False),
+    ] = None,
+    detokenize: Annotated[
+        bool,
+        typer.Option("--detokenize", help="Show ordinary text for WikiText's words."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON at the end.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print tokens/s and the size of the memory to stderr.")
+    ] = False,
 ) -> None:
-    """Generate text and print each token when it is drawn."""
+    """Generate text and print each token when it is drawn.
+
+    Ctrl-C ends with the text so far. A text of length 0 is not printed.
+    """
+    is_paper = protocol == "paper"
+    settings = Settings(
+        length=length if length is not None else TEXT_TOKENS if is_paper else LENGTH,
+        sampling=Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        ),
+        seed=new_seed() if seed is None else seed,
+        n_samples=samples,
+        stops=tuple(stop or ()),
+        detokenized=detokenize,
+    )
+    check(settings)
+    named = {"--ban": ban or [], "--stop-token": stop_token or []}
+    if is_paper:
+        given = [bool(prompt), bool(prompt_file), interactive, samples != 1, bool(stop)]
+        if any(given) or any(named.values()) or settings.sampling != PLAIN:
+            raise ValueError(
+                "--protocol paper: expected no prompts, no stops and no options of sampling, which "
+                "it defines"
+            )
+    elif arguments:
+        raise ValueError(f"expected FIELD=VALUE with --protocol only, got {arguments[0]!r}")
+    if interactive and (prompt or prompt_file or samples != 1 or as_json):
+        raise ValueError("--interactive: expected no prompts, one sample and no --json")
+    if lines and not prompt_file:
+        raise ValueError("--lines: expected a --prompt-file, got none")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size: expected 1 or more, got {batch_size}")
     loaded = LoadedModel.open(checkpoint, default_device())
-    loaded.model.set_lengths(mem_len=mem_len)
-    vocabulary = loaded.vocabulary
-    pieces = written(
-        loaded,
-        prompt,
-        length,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
-    if prompt is None:
-        prompt = vocabulary.decode(vocabulary.first_tokens())
-    elif unknown := vocabulary.unknown(prompt):
-        message = f"unknown {vocabulary.symbol}s of the prompt, read as <unk>: {', '.join(unknown)}"
-        print(message, file=sys.stderr)
-    for text in itertools.chain([prompt], pieces):
-        print(text, end="", flush=True)
-    print(flush=True)
-
-
-def written(
-    loaded: LoadedModel,
-    prompt: str | None,
-    length: int,
-    *,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    cached: bool = True,
-) -> Iterator[str]:
-    """Yields the text after `prompt` in pieces, each when later tokens cannot change it.
-
-    Without a prompt the text begins with the vocabulary's `first_tokens`. `cached` as for
-    `generation.generate`.
-
-    Raises ValueError for an invalid option or prompt before the first token is drawn.
-    """
-    vocabulary = loaded.vocabulary
-    try:
-        ids = vocabulary.first_tokens() if prompt is None else vocabulary.encode(prompt)
-    except UnknownSymbolError as error:
-        raise ValueError(f"prompt: {error}") from error
-    if not ids:
-        raise ValueError("prompt: expected at least one token, got none")
-    tokens = generation.generate(
-        loaded.model,
-        torch.tensor([ids], device=loaded.device),
-        length,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        cached=cached,
-    )
-    return decoded(vocabulary, ids, (int(token) for token in tokens))
-
-
-def decoded(vocabulary: Vocabulary, before: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """Yields the text that each token adds. A character of several tokens is yielded with the last.
-
-    An incomplete character at the end becomes U+FFFD.
-    """
-    ids = before[-WINDOW:]
-    text = shown = vocabulary.decode(ids)
-    for token in tokens:
-        ids.append(token)
-        text = vocabulary.decode(ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(ids) < 2 * WINDOW:
-            continue
-        yield text[len(shown) :]
-        ids = ids[-WINDOW:]
-        text = shown = vocabulary.decode(ids)
-    if text != shown:
-        yield text[len(shown) :]
+    loaded.model.set_lengths(mem_len=mem_len, clamp_len=clamp_len, same_length=same_length)
+    settings = with_tokens(settings, loaded.vocabulary, named["--ban"], named["--stop-token"])
+    output = Output(as_json=as_json, stats=stats)
+    if is_paper:
+        data = only_overrides(loaded.config, arguments or []).data
+        run_paper(loaded, data, settings, output)
+    elif interactive:
+        converse(loaded, settings, with_stats=stats)
+    else:
+        prompts = read_prompts(loaded.vocabulary, prompt or [], prompt_file or [], lines=lines)
+        run_prompts(loaded, prompts, settings, output, batch_size)

@@ -79,4 +79,6 @@ def test_demo_reads_a_vocabulary_without_a_newline(
     out = tmp_path / "demo"
     done = CliRunner().invoke(app, ["demo", *SMALL, *data, "--out", str(out), "--seconds", "0"])
     assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
-    assert (out / "sample.txt").read_text().startswith(" ")
+    sample = (out / "sample.txt").read_text().removesuffix("\n")
+    assert len(sample) == 500
+    assert set(sample) <= set(" abcdefghijklmnopqrstuvwxyz")

@@ -1,4 +1,4 @@
-"""What `generate` prints: prompts of every vocabulary, checks first, unfinished characters."""
+"""What `generate` prints: prompts of every vocabulary, checks first, ends of texts, pipes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
-from typer.testing import CliRunner
 
 from transformer_xl import training
-from transformer_xl.cli import generate as command
-from transformer_xl.cli.app import app
-from transformer_xl.cli.generate import decoded
-from transformer_xl.cli.loading import LoadedModel
+from transformer_xl.cli import generate_texts
+from transformer_xl.cli.generate_output import Stream
 from transformer_xl.config import RunConfig, override
 from transformer_xl.data.vocabularies import (
     ByteVocabulary,
@@ -25,29 +22,13 @@ from transformer_xl.data.vocabularies import (
     Vocabulary,
     WordVocabulary,
 )
-from transformer_xl.model import TransformerXL
+from transformer_xl.generation import Drawn
 
 Generate = Callable[..., Result]
 TEXT8 = CharVocabulary([" ", *string.ascii_lowercase])
 ENWIK8 = ByteVocabulary(bytes(set(range(256)) - {10}), b"\n")
 LM1B = WordVocabulary(["<S>", "<UNK>", "a"])
 WORDS = WordVocabulary(["<eos>", "<unk>", "a", "b"])
-
-
-@pytest.fixture
-def generate(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Generate:
-    """The command with an untrained model of a vocabulary; 5 tokens from one seed."""
-
-    def run(vocabulary: Vocabulary, *arguments: str) -> Result:
-        torch.manual_seed(0)
-        config = override(tiny_config, {"model.vocab_size": len(vocabulary)})
-        model = TransformerXL(config.model).eval()
-        loaded = LoadedModel(model, vocabulary, config, torch.device("cpu"))
-        monkeypatch.setattr(LoadedModel, "open", lambda path, device: loaded)
-        fixed = ["generate", "run", "--length", "5", "--seed", "1"]
-        return CliRunner().invoke(app, [*fixed, *arguments])
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -79,11 +60,26 @@ def test_every_vocabulary_has_a_default_prompt(
         (("--temperature", "-1"), "temperature: expected 0 or more"),
         (("--top-k", "0"), "top_k: expected None or at least 1"),
         (("--top-p", "nan"), "top_p: expected None or a probability"),
-        (("--length", "-1"), "n_tokens: expected 0 or more"),
+        (("--min-p", "1.5"), "min_p: expected None or a probability"),
+        (("--repetition-penalty", "0"), "repetition_penalty: expected a finite number above 0"),
+        (("--length", "-1"), "--length: expected 0 or more"),
+        (("--samples", "0"), "--samples: expected 1 or more"),
+        (("--batch-size", "0"), "--batch-size: expected 1 or more"),
+        (("--stop", ""), "--stop: expected a text, got an empty one"),
+        (("--stop-token", "Z"), "--stop-token: character 'Z' is not in the vocabulary"),
+        (("--stop-token", ""), "--stop-token: expected the text of one token, or id:N, got ''"),
+        (("--ban", "ab"), "--ban: expected the text of one token, or id:N, got 'ab' with 2 tokens"),
+        (("--ban", "id:27"), "--ban: expected a token from id:0 to id:26, got id:27"),
+        (tuple(f"--ban=id:{i}" for i in range(27)), "banned: expected at most 26 tokens, got all"),
+        (("--lines",), "--lines: expected a --prompt-file"),
+        (("--prompt-file", "nowhere.txt"), "nowhere.txt"),
+        (("--interactive",), "--interactive: expected no prompts"),
+        (("--protocol", "paper"), "--protocol paper: expected no prompts"),
+        (("data.path=x",), "expected FIELD=VALUE with --protocol only, got 'data.path=x'"),
         (("--mem-len", "-1"), "mem_len: expected 0 or more"),
-        (("--seed", str(1 << 64)), "seed: expected an integer in"),
-        (("--prompt", "a\nZebra"), "prompt: character 'Z' is not in the vocabulary of 27"),
-        (("--prompt", ""), "prompt: expected at least one token"),
+        (("--seed", str(1 << 64)), "--seed: expected an integer in"),
+        (("--prompt", "a\nZebra"), "prompt 2: character 'Z' is not in the vocabulary of 27"),
+        (("--prompt", ""), "prompt 2: expected at least one token"),
     ],
 )
 def test_nothing_is_printed_before_everything_is_checked(
@@ -112,29 +108,13 @@ def test_unknown_words_of_a_prompt_are_listed_once(generate: Generate) -> None:
     assert generate(WORDS, "--prompt", "a b <unk>").stderr == ""
 
 
-@pytest.mark.parametrize(
-    ("data", "shown"),
-    [
-        (b"abc\xe2\x98", "abc\ufffd"),
-        (b"abc\xff", "abc\ufffd"),
-        ("abc☃".encode(), "abc☃"),
-        ("abc\ufffd".encode(), "abc\ufffd"),
-        (b"\xe2", "\ufffd"),
-        (b"", ""),
-        ("é".encode() * 70 + b"\xf0\x9f\x99", "é" * 70 + "\ufffd"),
-    ],
-)
-def test_a_character_that_is_not_finished_at_the_end_is_shown(data: bytes, shown: str) -> None:
-    assert "".join(decoded(ByteVocabulary(), [10], list(data))) == shown
-
-
 def test_the_end_of_the_text_is_printed(
     generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fixed(*_: object, **__: object) -> Iterator[torch.Tensor]:
-        return iter(torch.tensor([[97], [0xE2], [0x98]]))
+    def fixed(*_: object) -> Iterator[Drawn]:
+        return (Drawn(torch.tensor([token]), torch.zeros(1)) for token in (97, 0xE2, 0x98))
 
-    monkeypatch.setattr(command.generation, "generate", fixed)
+    monkeypatch.setattr(generate_texts, "draw", fixed)
     assert generate(ByteVocabulary(), "--prompt", "☃").stdout == "☃a\ufffd\n"
 
 
@@ -156,10 +136,10 @@ def test_a_closed_pipe_ends_the_command_silently(tiny_config: RunConfig, tmp_pat
 
 
 def test_broken_pipes_are_no_error(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> Iterator[str]:
+    def broken(*_: object) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(command, "decoded", broken)
+    monkeypatch.setattr(Stream, "update", broken)
     result = generate(WORDS)
     assert result.exit_code == 0
     assert "pipe" not in result.stderr
