@@ -1,6 +1,7 @@
-"""Hugging Face's TransfoXL, its first layer or its adaptive softmax, as a worker: runs in an environment of
-its own, with transformers and torch alone, and answers one JSON object per line on stdout to one
-per line on stdin.
+"""Hugging Face's TransfoXL, its first layer or its adaptive softmax, as a worker.
+
+It runs in an environment of its own, with transformers and torch alone, and answers one JSON object
+per line on stdout to one per line on stdin.
 
     {"do": "build", "config": {…}, "tensors": path, "tokens": [[…]], "threads", "lr", "clip"}
     {"do": "check" | "train_step" | "evaluate", "bf16": false}

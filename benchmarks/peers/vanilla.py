@@ -119,7 +119,6 @@ def formula(layer: VanillaLayer, x: Tensor) -> Tensor:
     return normed
 
 
-
 def errors(layer: VanillaLayer, x: Tensor) -> dict[str, float]:
     """The relative error by Frobenius norm of each way of computing the layer on a full window
     `x` [B, T, d_model], with `formula` as the standard."""

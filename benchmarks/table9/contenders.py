@@ -49,7 +49,9 @@ def check(shape: LayerShape, notes: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def contenders(shape: LayerShape, n_layer: int, notes: dict[str, str]) -> Iterator[dict[str, Timed]]:
+def contenders(
+    shape: LayerShape, n_layer: int, notes: dict[str, str]
+) -> Iterator[dict[str, Timed]]:
     """Every contender by name; those that cannot run are absent and have a note.
 
     Args:

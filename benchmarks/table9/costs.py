@@ -106,8 +106,6 @@ def flop_per_token(shape: LayerShape, n_layer: int) -> dict[str, float]:
     keys_values, query_and_output = 4 * c.d_model * width, 4 * c.d_model * width
     last = length * keys_values + query_and_output + feed_forward + 4 * length * width
     recomputed = (n_layer - 1) * inner + last
-    costs = {
-        name: n_layer * shape.flop(name) / shape.tgt_len for name in (OURS, HIDDEN_STATES, HF)
-    }
+    costs = {name: n_layer * shape.flop(name) / shape.tgt_len for name in (OURS, HIDDEN_STATES, HF)}
     cached = n_layer * (token + 2 * length * width)  # of the mean length
     return costs | {VANILLA_SDPA: recomputed, VANILLA_EAGER: recomputed, VANILLA_CACHED: cached}
