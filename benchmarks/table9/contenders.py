@@ -65,7 +65,7 @@ def contenders(
             with _noting(notes, name):
                 timed[name] = stack.enter_context(case.contender(name))
         for name, attend in ATTENTION.items():
-            with _noting(notes, name):
+            with _noting(notes, f"vanilla-{name}"):
                 timed |= _recomputed(shape, name, attend)
         timed[CACHED] = _cached(shape)
         timed[WHOLE] = _whole(shape, n_layer)
