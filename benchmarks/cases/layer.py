@@ -53,14 +53,16 @@ class LayerShape:
         return dataclasses.replace(self, config=config, tgt_len=16)
 
     def flop(self, name: str) -> int:
-        """Floating-point operations of the products that a contender computes. Those of `OURS` are
-        the least for this layer: each new token projected once, each attended pair three times
-        2·d_head per head (keys, positions, values)."""
+        """Floating-point operations of the products that a contender computes.
+
+        `OURS` projects new tokens only; each attended pair costs 6·d_head per head (key, position
+        and value), beyond `clamp_len` too.
+        """
         c, T = self.config, self.tgt_len
         n_keys, width = c.mem_len + T, c.n_head * c.d_head
         weight = 2 * c.d_model * width  # for each row of a product with a weight of the attention
         feed_forward = 4 * T * c.d_model * c.d_inner
-        if name in (HF, HF_BF16):  # queries of the memory too, a row of r for each key, no clamp
+        if name in (HF, HF_BF16):  # queries of the memory too, a row of r for each key
             projections = 4 * n_keys * weight + T * weight
             return projections + feed_forward + 6 * T * n_keys * width
         attention = 6 * T * c.mem_len * width

@@ -6,17 +6,19 @@ import json
 import sys
 
 import pytest
+import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import registry, tables
 from benchmarks.cases import OURS, PeerUnavailableError, WrongResultError
-from benchmarks.cases.layer import HF, HIDDEN_STATES, LayerShape
+from benchmarks.cases.layer import HF, HIDDEN_STATES
 from benchmarks.measure import Round, Rounds
 from benchmarks.peers import hf, vanilla
 from benchmarks.table9 import command, contenders, costs, document
 from benchmarks.table9.contenders import CACHED, WHOLE
 from benchmarks.table9.costs import VANILLA_CACHED, VANILLA_EAGER, VANILLA_SDPA
 
+MACHINE = {"processor": "a processor", "threads": 1, "torch": "2.13.0"}
 LARGE = registry.evaluated_layer("enwik8_large", mem_len=800, clamp_len=1000)
 
 
@@ -62,23 +64,21 @@ def test_ratios_are_formed_within_rounds():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Layers of tiny width, without Hugging Face's environment; whole models of 2 layers."""
+    """Layers of tiny width, without Hugging Face's environment; restores the threads."""
 
     def without_environment():
         raise PeerUnavailableError("no environment")
 
-    def tiny_layer(preset, *, mem_len, clamp_len):
-        shape = real(preset, mem_len=mem_len, clamp_len=clamp_len).tiny()
-        return LayerShape(shape.name, shape.config, shape.tgt_len)
+    def tiny_layer(preset, **lengths):
+        return layer(preset, **lengths).tiny()
 
-    real = registry.evaluated_layer
+    layer, threads = registry.evaluated_layer, torch.get_num_threads()
     monkeypatch.setattr(registry, "evaluated_layer", tiny_layer)
     monkeypatch.setattr(hf, "interpreter", without_environment)
     monkeypatch.setattr(contenders, "CACHED_LAYERS", 2)
     monkeypatch.setattr(command.machine, "describe", lambda: MACHINE)
-
-
-MACHINE = {"processor": "a processor", "threads": 1, "torch": "2.13.0"}
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("tiny")
