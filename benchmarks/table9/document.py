@@ -148,7 +148,7 @@ def _caption(document: Record, source: str) -> str:
     machine = document["machine"]
     return (
         f"Measured on an {machine['processor']}, {machine['threads']} threads, float32, torch "
-        f"{machine['torch']}, batch 1. \"By operations\": the ratio of the "
+        f'{machine["torch"]}, batch 1. "By operations": the ratio of the '
         f"floating-point operations. `~`: the machine was not quiet. "
         f"From `benchmarks/results/{source}`."
     )

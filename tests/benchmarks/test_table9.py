@@ -116,7 +116,7 @@ def test_a_run_is_measured_written_and_drawn(monkeypatch, tmp_path, capsys):
 def test_nothing_is_timed_after_a_wrong_result(monkeypatch):
     monkeypatch.setattr(vanilla, "sdpa", lambda q, k, v: v[:, :, : q.shape[2]])
     monkeypatch.setattr(command, "take_rounds", lambda *_, **__: pytest.fail("timed"))
-    with pytest.raises(WrongResultError, match="vanilla .* is off by"):
+    with pytest.raises(WrongResultError, match=r"vanilla .* is off by"):
         command.main(["--lengths", "24", "--threads", "1"])
 
 
