@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: measure the cases, print one table, write JSON and a plot."""
+"""`python -m benchmarks`: measure the cases, print one table, write JSON and a plot.
+
+`python -m benchmarks table9` measures Table 9 of the paper instead.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from benchmarks.plot import plot
 from benchmarks.report import print_report, write_json
 from benchmarks.step_profile import profile_step
 from benchmarks.suite import Effort, Figures, take, take_memory, take_once
+from benchmarks.table9 import command as table9
 from txl_kernels.backends import cuda_device
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,6 +29,9 @@ WIDTH = 172  # columns, without a terminal
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["table9"]:
+        table9.main(sys.argv[2:])
+        return
     options = _parse()
     on_gpu = options.device == "cuda"
     timed = headline.device_cases() if on_gpu else registry.timed_cases()

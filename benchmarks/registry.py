@@ -15,6 +15,7 @@ from benchmarks.cases.adaptive_embedding import EmbeddingCase
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.costs import cost_cases
 from benchmarks.cases.inkling import inkling_cases
+from benchmarks.cases.layer import LayerCase, LayerShape
 from benchmarks.cases.model import ModelCase, ModelShape
 from benchmarks.cases.parakeet import EncoderCase, all_layers, parakeet_cases
 from benchmarks.cases.rel_attention import AttentionCase
@@ -49,6 +50,8 @@ INKLING_SLIDING = dataclasses.replace(
 # A book's chapter in one segment: tensors of Tq · Tk elements do not fit.
 LONG = AttentionShape(name="long_16k", B=1, H=8, Tq=16384, Tm=16384, D=64, causal=True)
 
+EVALUATED_TOKENS = 128  # of a segment in the evaluation of `enwik8_large`
+
 
 def attention_shapes() -> list[AttentionShape]:
     """The shapes that are timed; batches are small, so that two cores need less than a second."""
@@ -60,28 +63,20 @@ def attention_shapes() -> list[AttentionShape]:
     ]
 
 
-def evaluated_layer() -> ModelShape:
-    """A layer of `enwik8_large` in its evaluation, with tables of bytes, as Hugging Face has it."""
-    preset = load_preset("enwik8_large")
-    protocol = preset.evaluate
+def evaluated_layer(preset: str, *, mem_len: int, clamp_len: int) -> LayerShape:
+    """A layer of a published model in its evaluation, with the options that Hugging Face has."""
+    run = load_preset(preset)
     config = dataclasses.replace(
-        preset.model,
+        run.model,
         vocab_size=256,
         n_layer=1,
-        mem_len=protocol.mem_len,
-        clamp_len=protocol.clamp_len,
-        same_length=protocol.same_length,
+        mem_len=mem_len,
+        clamp_len=clamp_len,
+        same_length=True,
         untie_r=True,
         first_memory="zeros",
     )
-    return ModelShape(
-        name="enwik8_large_eval_1layer",
-        config=config,
-        batch_size=1,
-        tgt_len=protocol.tgt_len,
-        lr=preset.train.lr,
-        clip=preset.train.clip,
-    )
+    return LayerShape(name=f"{preset}_layer", config=config, tgt_len=EVALUATED_TOKENS)
 
 
 def model_shapes() -> list[ModelShape]:
@@ -137,7 +132,8 @@ def timed_cases() -> list[Case]:
         for dtype in DTYPES
         for work in ("train_step", "evaluate")
     ]
-    models += [ModelCase(evaluated_layer(), dtype, "evaluate") for dtype in DTYPES]
+    layer = evaluated_layer("enwik8_large", mem_len=3800, clamp_len=1000)
+    models += [LayerCase(layer, dtype) for dtype in DTYPES]
     softmaxes = [
         SoftmaxCase(shape, dtype, work)
         for shape in softmax_shapes()

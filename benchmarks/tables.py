@@ -21,6 +21,7 @@ PASSES = {
     "forward+backward": "forward + backward",
     "train_step": "training step",
     "evaluate": "evaluation of a segment",
+    "evaluate_layer": "evaluation of a segment by one layer",
 }
 
 README_HEAD = """\

@@ -144,3 +144,26 @@ class HuggingFaceWorker(Worker):
             lr=lr,
             clip=clip,
         )
+
+
+class HuggingFaceLayer(Worker):
+    """The first layer of the model, on a segment after a memory of hidden states."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_config: ModelConfig,
+        memory: Tensor,  # [B, M, d_model]
+        x: Tensor,  # [B, T, d_model]
+    ) -> None:
+        super().__init__()
+        tensors = {"weights": state_dict(model.state_dict()), "memory": memory, "x": x}
+        self._build("build_layer", tensors, config=config(model_config))
+
+    def output(self, *, bf16: bool) -> Tensor:
+        """The layer's output [B, T, d_model]."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "output.pt"
+            self.ask("save_layer", bf16=bf16, path=str(path))
+            saved: Tensor = torch.load(path, weights_only=True)
+        return saved

@@ -1,9 +1,13 @@
-"""Hugging Face's TransfoXL, or its adaptive softmax alone, as a worker: runs in an environment of
-its own, with transformers and torch alone, and answers one JSON object per line on stdout to one
-per line on stdin.
+"""Hugging Face's TransfoXL, its first layer or its adaptive softmax, as a worker.
+
+It runs in an environment of its own, with transformers and torch alone, and answers one JSON object
+per line on stdout to one per line on stdin.
 
     {"do": "build", "config": {…}, "tensors": path, "tokens": [[…]], "threads", "lr", "clip"}
     {"do": "check" | "train_step" | "evaluate", "bf16": false}
+
+    {"do": "build_layer", "config": {…}, "tensors": path, "threads"}
+    {"do": "evaluate_layer", "bf16": false} | {"do": "save_layer", "bf16": false, "path": path}
 
     {"do": "build_softmax", "config": {…}, "tensors": path, "threads"}
     {"do": "run", "per_token": false} | {"do": "save", "path": path}
@@ -35,11 +39,8 @@ class Worker:
     def __init__(self, request: dict) -> None:
         torch.set_num_threads(request["threads"])
         torch.manual_seed(0)
-        self.model = TransfoXLLMHeadModel(TransfoXLConfig(**request["config"]))
         weights = torch.load(request["tensors"], weights_only=True)
-        absent, unknown = self.model.load_state_dict(weights, strict=False)
-        if unknown or set(absent) - {"transformer.pos_emb.inv_freq"}:
-            raise ValueError(f"weights: absent {absent}, unknown {unknown}")
+        self.model = language_model(request["config"], weights)
         tokens = torch.tensor(request["tokens"])
         self.first, self.second = tokens.chunk(2, dim=1)
         self.clip = request["clip"]
@@ -83,6 +84,45 @@ class Worker:
         return self.model.crit(hidden.float(), tokens).mean()
 
 
+class LayerWorker:
+    """The first layer of the model, on a segment after a memory; without gradients.
+
+    The model itself makes the arguments of the layer (positions and mask), which are equal for all
+    layers of a model and so are not timed. A run includes the copy of the layer's memory.
+    """
+
+    def __init__(self, request: dict) -> None:
+        torch.set_num_threads(request["threads"])
+        tensors = torch.load(request["tensors"], weights_only=True)
+        self.model = language_model(request["config"], tensors["weights"]).transformer.eval()
+        self.memory = tensors["memory"].transpose(0, 1).contiguous()  # [M, B, d_model]
+        layer = self.model.layers[0]
+        kept = layer.register_forward_pre_hook(self._keep, with_kwargs=True)
+        with torch.no_grad():
+            self.model(inputs_embeds=tensors["x"], mems=[self.memory])
+        kept.remove()
+
+    def _keep(self, layer: torch.nn.Module, arguments: tuple, options: dict) -> None:
+        self.layer, self.arguments, self.options = layer, arguments, options
+
+    def evaluate_layer(self, bf16: bool) -> dict:
+        """The output of the segment, and the memory after it."""
+        self._output(bf16)
+        return {}
+
+    def save_layer(self, bf16: bool, path: str) -> dict:
+        """The output of the segment [B, T, d_model], into a file."""
+        torch.save(self._output(bf16).transpose(0, 1).contiguous(), path)
+        return {}
+
+    def _output(self, bf16: bool) -> torch.Tensor:
+        x, memory = self.arguments[0], self.memory
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = self.layer(*self.arguments, **self.options)[0]
+            self.model._update_mems([x], [memory], len(memory), len(x))
+        return out
+
+
 class SoftmaxWorker:
     """ProjectedAdaptiveLogSoftmax with the weights, the hidden states and the targets of a file."""
 
@@ -124,7 +164,16 @@ class SoftmaxWorker:
         return nll.detach()
 
 
-BUILDERS = {"build": Worker, "build_softmax": SoftmaxWorker}
+BUILDERS = {"build": Worker, "build_layer": LayerWorker, "build_softmax": SoftmaxWorker}
+
+
+def language_model(config: dict, weights: dict) -> TransfoXLLMHeadModel:
+    """The model with these weights."""
+    model = TransfoXLLMHeadModel(TransfoXLConfig(**config))
+    absent, unknown = model.load_state_dict(weights, strict=False)
+    if unknown or set(absent) - {"transformer.pos_emb.inv_freq"}:
+        raise ValueError(f"weights: absent {absent}, unknown {unknown}")
+    return model
 
 
 def main() -> None:
