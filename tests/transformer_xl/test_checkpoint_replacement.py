@@ -153,7 +153,7 @@ def test_opening_meets_a_replacement_at_any_moment(
 
         return wrapped
 
-    for name in ("_found", "_read_state", "open_tensors"):
+    for name in ("_found", "read_state", "open_tensors"):
         save(run / "last", 1)
         with monkeypatch.context() as patched:
             patched.setattr(checkpoint, name, then_save(getattr(checkpoint, name)))
