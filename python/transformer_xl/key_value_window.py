@@ -28,8 +28,8 @@ class KeyValueWindow:
     but projects only the segment: it writes the segment's keys and values into the buffers, updates
     the window in place and returns it as `Output.memory`. Projected positions are kept too. A
     buffer has space for `mem_len` tokens and a slack. When it is full, the newest `mem_len` keys
-    and values of each row are copied to its start; no other forward pass copies them. One that
-    raises adds no token, and the next one attends to the same tokens as it would have.
+    and values of each row are copied to its start; no other forward pass copies them. If one
+    raises, it adds no token, and the next one attends to the same tokens as without it.
 
     A window belongs to one model with the weights, `mem_len`, `clamp_len` and `same_length` of the
     window's creation. A call raises ValueError after these have changed (`ModelGuard`), with
@@ -43,7 +43,7 @@ class KeyValueWindow:
 
     Size: 2 · n_layer · B · n_head · d_head · (mem_len + slack) numbers for keys and values, and
     n_layer · n_head · d_head for each distance, of which there are mem_len + T or, if fewer,
-    clamp_len + 1.
+    clamp_len + 1. While kept keys and values are copied, they exist twice.
     """
 
     def __init__(self, model: TransformerXL, buffers: WindowBuffers) -> None:

@@ -152,7 +152,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], config: ModelConfi
     position, start = tensors["position"], tensors["start"]
     first = tensors["layer.0"]
     B, n = (first.shape[0], first.shape[2]) if first.dim() == 4 else (0, 0)
-    expected = dict.fromkeys(names, (B, 2 * config.n_head, n, config.d_head))
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(names, (B, 2 * config.n_head, n, config.d_head))
     expected |= {"position": (B,), "start": (B,)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected:
