@@ -152,8 +152,8 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], config: ModelConfi
     position, start = tensors["position"], tensors["start"]
     first = tensors["layer.0"]
     B, n = (first.shape[0], first.shape[2]) if first.dim() == 4 else (0, 0)
-    expected: dict[str, tuple[int, ...]] = dict.fromkeys(names, (B, 2 * config.n_head, n, config.d_head))
-    expected |= {"position": (B,), "start": (B,)}
+    expected: dict[str, tuple[int, ...]] = {"position": (B,), "start": (B,)}
+    expected |= dict.fromkeys(names, (B, 2 * config.n_head, n, config.d_head))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected:
         raise CheckpointError(f"{path} is damaged: its tensors have the shapes {shortened(shapes)}")
