@@ -45,6 +45,10 @@ def main() -> None:
     if not chosen:
         raise SystemExit(f"no case matches {' '.join(options.cases)}; --list shows all")
     timed, long = registry.runnable(timed), registry.runnable(long)
+    n_absent = len(chosen) - len(timed) - len(memory) - len(long)
+    absent = f"left out: {n_absent} drop-ins, which need `make bench-dropins-env`"
+    if n_absent == len(chosen):
+        raise SystemExit(absent)
     if on_gpu and (reason := cuda_device.unavailable_reason()):
         raise SystemExit(f"--device cuda: {reason}")
     torch.set_num_threads(options.threads)
@@ -70,8 +74,8 @@ def main() -> None:
         profile = profile_step(registry.model_shapes()[0], torch.float32)
 
     print_report(console, described, results, profile)
-    if n_absent := len(chosen) - len(timed) - len(memory) - len(long):
-        console.print(f"left out: {n_absent} drop-ins, which need `make bench-dropins-env`")
+    if n_absent:
+        console.print(absent)
     everything = write_json(written, described, results, profile)
     plot(options.out / f"{stem}.png", everything, str(described["processor"]))
     console.print(f"written: {options.out / stem}.json and .png", highlight=False)

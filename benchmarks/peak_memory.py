@@ -1,4 +1,4 @@
-"""How much memory a contender of a case takes at its peak, taken in a process of its own.
+"""The peak memory of a contender, measured in its own process.
 
     python -m benchmarks.peak_memory CASE CONTENDER
 

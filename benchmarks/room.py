@@ -21,7 +21,12 @@ class TooLargeError(PeerUnavailableError):
 
 def free() -> int:
     """Bytes that programs can allocate before the system swaps or ends one of them."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.M)
+    return meminfo("MemAvailable")
+
+
+def meminfo(field: str) -> int:
+    """A field of /proc/meminfo in bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.M)
     assert found is not None
     return int(found[1]) * 1024
 

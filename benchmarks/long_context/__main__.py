@@ -63,7 +63,7 @@ def line(done: Measurement | Stop, workload: Workload) -> str:
     """One line of progress."""
     where = f"{length_name(done.length, workload.unit)} {workload.unit}, {NAMES[done.side]}"
     if isinstance(done, Stop):
-        return f"{where}: not run, {done.reason}"
+        return f"{where}: {'' if done.started else 'not run, '}{done.reason}"
     return f"{where}: {done.seconds:.1f} s, {gibibytes(done.peak_gib)} beyond the weights"
 
 

@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
+from benchmarks import room
+from benchmarks.cases import WrongResultError
 from benchmarks.long_context.limits import (
+    GIB,
     Limits,
     Measurement,
     Stop,
     forecast,
-    meminfo_gib,
     stop_before,
 )
 from benchmarks.long_context.worker import SIDES, Answer, OverLimitError
@@ -44,10 +46,6 @@ class Results:
 
     def of(self, side: str) -> list[Measurement]:
         return [run for run in self.measurements if run.side == side]
-
-
-class WrongResultError(Exception):
-    """The patched model computes something else than the original."""
 
 
 def climb(
@@ -94,14 +92,14 @@ def _attempt(
     measure: Measure,
 ) -> Answer | Stop:
     """The run of one length, unless it is predicted or found to exceed the limits."""
-    room = meminfo_gib("MemAvailable") - limits.reserve_gib
-    if stop := stop_before(length, earlier, limits, room):
+    room_gib = room.free() / GIB - limits.reserve_gib
+    if stop := stop_before(length, earlier, limits, room_gib):
         return stop
     try:
-        return measure(workload, length, side, room)
+        return measure(workload, length, side, room_gib)
     except OverLimitError as error:
         seconds, peak = forecast(earlier, length) if earlier else (None, None)
-        return Stop(side, length, seconds, peak, str(error))
+        return Stop(side, length, seconds, peak, str(error), started=True)
 
 
 def compare(numbers: Sequence[Sequence[float]], length: float) -> float:
@@ -131,7 +129,7 @@ def write_json(
     """Writes the results with the machine."""
     document = {
         "date": date.today().isoformat(),
-        "machine": {**machine, "memory_gib": meminfo_gib("MemTotal")},
+        "machine": {**machine, "memory_gib": room.meminfo("MemTotal") / GIB},
         "transformers": importlib.metadata.version("transformers"),
         "workload": {"name": workload.name, "unit": workload.unit, "title": workload.title}
         | {"details": workload.details, **dataclasses.asdict(workload)},
@@ -142,4 +140,6 @@ def write_json(
         "total_seconds": results.total_seconds,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-MEMINFO = Path("/proc/meminfo")
 GIB = 2**30
 
 
@@ -35,13 +32,18 @@ class Measurement(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """A length that was not run or not finished, with the reason and the prediction, if any."""
+    """A length that was not run or not finished, with the reason and the prediction, if any.
+
+    Attributes:
+        started: whether it was run, and ended for its time or memory.
+    """
 
     side: str
     length: float
     seconds: float | None
     peak_gib: float | None
     reason: str
+    started: bool = False
 
 
 def predicted(lengths: Sequence[float], values: Sequence[float], length: float) -> float:
@@ -87,10 +89,3 @@ def stop_before(
     if not reasons:
         return None
     return Stop(earlier[-1].side, length, seconds, peak, "would " + " and ".join(reasons))
-
-
-def meminfo_gib(field: str) -> float:
-    """A field of /proc/meminfo, such as MemAvailable: what new processes can use."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.M)
-    assert found is not None
-    return int(found[1]) * 1024 / GIB

@@ -15,8 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import PeerUnavailableError
 from benchmarks.peers.eager import per_query_head
-
-VERSION = "5.24.0"  # of transformers, the first one with Inkling 2
+from benchmarks.peers.hugging_face import VERSION
 
 
 def position_bias(

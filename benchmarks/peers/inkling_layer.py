@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import PeerUnavailableError
 from benchmarks.inputs import AttentionShape
 from benchmarks.peers.given import Given, Unchanged
-from benchmarks.peers.inkling import VERSION
+from benchmarks.peers.hugging_face import modeling
 
 LOG_SCALING_FLOOR = 128_000  # of the published models: queries beyond it grow
 # Normalised queries and keys of trained models have weights; with these the scores are about 1.
@@ -54,25 +53,10 @@ class FixedCache:
         return self.states
 
 
-def library() -> Any:
-    """The module of the classes.
-
-    Raises:
-        PeerUnavailableError: this environment has no such transformers.
-    """
-    try:
-        from transformers.models.inkling import modeling_inkling
-    except ImportError:
-        raise PeerUnavailableError(
-            f"this environment has no transformers {VERSION}: make bench-dropins-env"
-        ) from None
-    return modeling_inkling
-
-
 def attention(shape: AttentionShape) -> Any:
     """A float32 attention with its projections; sliding if the shape has a window."""
     torch.manual_seed(0)
-    module = library().InklingAttention(_config(shape), 0)
+    module = modeling("inkling").InklingAttention(_config(shape), 0)
     nn.init.normal_(module.rel_logits_proj.proj, std=_PROFILE_STD)
     for norm in (module.q_norm, module.k_norm):
         nn.init.constant_(norm.weight, _SCALE_OF_Q_AND_K)
@@ -85,7 +69,7 @@ def core(shape: AttentionShape, inputs: CoreInputs) -> Any:
     Its forward needs any tensor [B, Tq, …] and returns ([B, Tq, H * D], …).
     """
     with torch.device("meta"):
-        module = library().InklingAttention(_config(shape), 0)
+        module = modeling("inkling").InklingAttention(_config(shape), 0)
     for name, tensor in zip("qkvr", inputs.leaves(), strict=False):
         setattr(module, f"{name}_proj", Given(tensor))
     for name in ("q_norm", "k_norm", "k_sconv", "v_sconv"):

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import room
-from benchmarks.cases import PeerUnavailableError
 from benchmarks.peers.given import Given, with_shared_tensors
-from benchmarks.peers.inkling import VERSION
+from benchmarks.peers.hugging_face import modeling
 
 MEL_FRAMES_PER_SECOND, SUBSAMPLING = 100, 8
 N_MEL, N_CHANNEL = 80, 256
@@ -68,21 +67,6 @@ class EncoderShape:
     def tiny(self) -> EncoderShape:
         sizes = {"n_layer": 1, "d_model": 32, "n_head": 2, "d_inner": 64}
         return dataclasses.replace(self, seconds=2, **sizes)
-
-
-def library() -> Any:
-    """The module of the classes.
-
-    Raises:
-        PeerUnavailableError: this environment has no such transformers.
-    """
-    try:
-        from transformers.models.parakeet import modeling_parakeet
-    except ImportError:
-        raise PeerUnavailableError(
-            f"this environment has no transformers {VERSION}: make bench-dropins-env"
-        ) from None
-    return modeling_parakeet
 
 
 def encoder(shape: EncoderShape) -> Any:
@@ -140,7 +124,7 @@ def core(shape: EncoderShape, inputs: CoreInputs) -> tuple[Any, Tensor]:
     """
     config = _config(dataclasses.replace(shape, n_layer=1))
     with torch.device("meta"):
-        attention = library().ParakeetEncoderAttention(config, 0)
+        attention = modeling("parakeet").ParakeetEncoderAttention(config, 0)
     for name in ("q", "k", "v"):
         setattr(attention, f"{name}_proj", Given(getattr(inputs, name)))
     attention.relative_k_proj = Given(inputs.r)
@@ -165,10 +149,9 @@ def core_rows(inputs: CoreInputs, rows: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _encoder(shape: EncoderShape) -> Any:
-    modeling = library()
     room.require(2 * 4 * shape.n_weight)
     torch.manual_seed(0)
-    model = modeling.ParakeetEncoder(_config(shape)).eval()
+    model = modeling("parakeet").ParakeetEncoder(_config(shape)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("bias_u", "bias_v")):
             nn.init.normal_(parameter, std=_BIAS_STD)

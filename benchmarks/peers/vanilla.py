@@ -1,7 +1,7 @@
 """The Transformer of Al-Rfou et al. with absolute positions, as one layer of its evaluation.
 
-A layer's learned positions belong to places in the window. When the window moves by a token, all
-its hidden states change, so that every token costs the window's computation in all layers. The last
+A layer's learned positions are counted within the window. When the window moves by a token, all its
+hidden states change, so that every token costs the window's computation in all layers. The last
 layer computes its output at the last position only. Keys and values can be cached exactly while a
 text fills its first window.
 
@@ -58,16 +58,16 @@ class VanillaLayer(nn.Module):
         q = self._heads(nn.functional.linear(newest, w_q))
         return self._after_attention(newest, attend(q, k, v))
 
-    def step(self, x: Tensor, cache: Tensor, place: int) -> Tensor:
-        """The output of the token `x` [B, 1, d_model] at `place`, 0 <= place < T.
+    def step(self, x: Tensor, cache: Tensor, position: int) -> Tensor:
+        """The output of the token `x` [B, 1, d_model] at `position`, 0 <= position < T.
 
         `cache` [2, B, H, T, D] has the keys and values of the tokens before it; those of this one
         are written into it.
         """
-        h = x + self.position[place]
+        h = x + self.position[position]
         q, k, v = (self._heads(y) for y in self.qkv_net(h).chunk(3, dim=-1))
-        cache[0, :, :, place], cache[1, :, :, place] = k[:, :, 0], v[:, :, 0]
-        return self._after_attention(h, sdpa(q, *cache[:, :, :, : place + 1]))
+        cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
+        return self._after_attention(h, sdpa(q, *cache[:, :, :, : position + 1]))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, H, T, D] of [B, T, H · D]."""

@@ -22,8 +22,8 @@ ATTENTION = {"sdpa": vanilla.sdpa, "eager": vanilla.eager}
 
 # With fewer layers the processor's cache could keep their weights from one token to the next.
 CACHED_LAYERS = 12
-# A token's cost grows linearly with its place, so that the middles of equal parts have the mean.
-CACHED_PLACES = 8
+# A token's cost grows linearly with its position, so that the middles of equal parts have the mean.
+CACHED_POSITIONS = 8
 EAGER_SCORES = 4  # tensors [H, T, T] that exist at the same time
 
 
@@ -74,7 +74,7 @@ def contenders(
 
 def cached_steps() -> int:
     """Steps of single layers in one run of `CACHED`."""
-    return CACHED_LAYERS * CACHED_PLACES
+    return CACHED_LAYERS * CACHED_POSITIONS
 
 
 def _recomputed(shape: LayerShape, name: str, attend: vanilla.Attend) -> dict[str, Timed]:
@@ -95,14 +95,14 @@ def _cached(shape: LayerShape) -> Timed:
     length = shape.config.mem_len
     layers = [_vanilla_layer(shape) for _ in range(CACHED_LAYERS)]
     caches = [vanilla.empty_cache(layer, 1).normal_() for layer in layers]
-    places = [length * (2 * n + 1) // (2 * CACHED_PLACES) for n in range(CACHED_PLACES)]
+    positions = [length * (2 * n + 1) // (2 * CACHED_POSITIONS) for n in range(CACHED_POSITIONS)]
     token = torch.randn(1, 1, shape.config.d_model)
 
     def run() -> None:
-        for place in places:
+        for position in positions:
             x = token
             for layer, cache in zip(layers, caches, strict=True):
-                x = layer.step(x, cache, place)
+                x = layer.step(x, cache, position)
 
     return _without_gradients(run)
 

@@ -96,7 +96,7 @@ def per_token(seconds: Mapping[str, float], n_layer: int, tgt_len: int) -> dict[
 def flop_per_token(shape: LayerShape, n_layer: int) -> dict[str, float]:
     """Floating-point operations of the products of each model's layers, for one token.
 
-    The vanilla model's masked scores are not counted, as causal attention does not compute them.
+    The vanilla model's masked scores are not counted, although its eager attention computes them.
     """
     c = shape.config
     length, width = c.mem_len, c.n_head * c.d_head

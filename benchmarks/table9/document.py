@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def readme_table(document: Record, source: str) -> str:
-    """Ours and the vanilla Transformer with SDPA."""
+    """Ours and the vanilla Transformer with SDPA, and the picture of all models."""
     rows = [
         _line(
             *_first_cells(row),
@@ -71,7 +71,9 @@ def readme_table(document: Record, source: str) -> str:
         for row in document["rows"]
         if README_LAYERS[row["preset"]] == row["n_layer"]
     ]
-    return "\n".join([*_head(README_COLUMNS), *rows, "", _caption(document, source)])
+    picture = f"benchmarks/results/{Path(source).with_suffix('.png')}"
+    image = f"![Milliseconds per token against the attention length]({picture})"
+    return "\n".join([*_head(README_COLUMNS), *rows, "", _caption(document, source), "", image])
 
 
 def markdown(document: Record, source: str) -> str:

@@ -136,7 +136,7 @@ def score(
         *([f"the first {max_steps} segments of each stream"] if max_steps > 0 else []),
         f"{n_tokens - int(scored):,} of {n_tokens:,} tokens not scored",
         precision(model),
-        *_hidden_states(model, cached),
+        *hidden_states(model, cached=cached),
     ]
     return Score(
         loss=loss / scored,
@@ -184,8 +184,8 @@ def _sum_of_losses(
     return sums
 
 
-def _hidden_states(model: TransformerXL, cached: bool) -> list[str]:
-    """The entry of the protocol where hidden states are kept instead of keys and values."""
+def hidden_states(model: TransformerXL, *, cached: bool = True) -> list[str]:
+    """The part of a protocol where hidden states are kept instead of keys and values, else none."""
     reason = unsupported_reason(model)
     if cached and reason is None:
         return []

@@ -28,8 +28,8 @@ class KeyValueWindow:
     but projects only the segment: it writes the segment's keys and values into the buffers, updates
     the window in place and returns it as `Output.memory`. Projected positions are kept too. A
     buffer has space for `mem_len` tokens and a slack. When it is full, the newest `mem_len` keys
-    and values of each row are copied to its start; no other call copies them. A call that raises
-    forgets no token and adds none.
+    and values of each row are copied to its start; no other forward pass copies them. If one
+    raises, it adds no token, and the next one attends to the same tokens as without it.
 
     A window belongs to one model with the weights, `mem_len`, `clamp_len` and `same_length` of the
     window's creation. A call raises ValueError after these have changed (`ModelGuard`), with
@@ -43,7 +43,7 @@ class KeyValueWindow:
 
     Size: 2 · n_layer · B · n_head · d_head · (mem_len + slack) numbers for keys and values, and
     n_layer · n_head · d_head for each distance, of which there are mem_len + T or, if fewer,
-    clamp_len + 1.
+    clamp_len + 1. While kept keys and values are copied, they exist twice.
     """
 
     def __init__(self, model: TransformerXL, buffers: WindowBuffers) -> None:
@@ -140,7 +140,8 @@ class KeyValueWindow:
     def crop(self, n: int | Tensor) -> KeyValueWindow:
         """Forget the newest `n` tokens (int64 [B]: of each row), as if they had not been read.
 
-        The tokens of the latest segment can always be forgotten, older ones until a buffer is full.
+        The tokens of the latest segment can be forgotten until the next forward pass begins, older
+        ones until a buffer is full.
 
         Raises:
             ValueError: another dtype or shape, a negative number, more tokens than a row has read

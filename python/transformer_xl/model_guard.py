@@ -1,4 +1,4 @@
-"""A check that a model still computes what results that are kept were computed with."""
+"""Raises an error if a model has changed since its results were cached."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ModelGuard:
     its `.data`, nor, inside a program of `torch.compile`, any change of weights.
 
     Fused optimizers do not count their changes in the tensors, as other operators do. Therefore a
-    hook on all optimizers notices the steps of those that have a weight of the model.
+    hook on all optimizers sets `_was_trained` after a step of one that has a weight of the model.
     """
 
     def __init__(self, model: TransformerXL) -> None:
@@ -62,7 +62,7 @@ class ModelGuard:
             )
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Notices whether an optimizer that made a step has a weight of the model."""
+        """Sets `_was_trained` if an optimizer that made a step has a weight of the model."""
         own = {id(parameter) for parameter in parameters_of(self.model)}
         trained = (id(p) for group in optimizer.param_groups for p in group["params"])
         self._was_trained = self._was_trained or not own.isdisjoint(trained)

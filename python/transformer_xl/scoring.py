@@ -153,8 +153,14 @@ def protocol(
 ) -> str:
     """One sentence with everything that the scores depend on beside the model and the text."""
     first = "is not scored" if vocabulary.eos_id is None else "is scored after <eos>"
-    parts = ["every document starts with an empty memory", f"its first token {first}"]
-    return ", ".join([*parts, *lengths.described(tgt_len), evaluation.precision(model)])
+    parts = [
+        "every document starts with an empty memory",
+        f"its first token {first}",
+        *lengths.described(tgt_len),
+        evaluation.precision(model),
+        *evaluation.hidden_states(model),
+    ]
+    return ", ".join(parts)
 
 
 def log_probs(

@@ -87,7 +87,9 @@ def read(path: Path, guard: ModelGuard) -> Saved:
     config = guard.model.config
     _check_tensors(path, tensors, config)
     kv = [tensors[f"layer.{n}"] for n in range(config.n_layer)]
-    return Saved(kv, tensors["position"], tensors["start"])
+    saved = Saved(kv, tensors["position"], tensors["start"])
+    _check_rows(path, saved, guard)
+    return saved
 
 
 def weights_checksum(model: nn.Module) -> str:
@@ -143,20 +145,29 @@ def _check_heading(path: Path, heading: Mapping[str, Any], guard: ModelGuard) ->
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
-    """Raises CheckpointError unless names, shapes, types and places are those of a window."""
+    """Raises CheckpointError unless names, shapes and types are those of a window."""
     names = {f"layer.{n}" for n in range(config.n_layer)}
     if tensors.keys() != names | {"position", "start"}:
         raise CheckpointError(f"{path} is damaged: its tensors are {shortened(sorted(tensors))}")
     position, start = tensors["position"], tensors["start"]
     first = tensors["layer.0"]
-    B, n = len(position) if position.dim() else 0, first.shape[2] if first.dim() == 4 else 0
-    shape = torch.Size([B, 2 * config.n_head, n, config.d_head])
-    if any(tensors[name].shape != shape for name in names) or position.shape != start.shape:
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    B, n = (first.shape[0], first.shape[2]) if first.dim() == 4 else (0, 0)
+    expected: dict[str, tuple[int, ...]] = {"position": (B,), "start": (B,)}
+    expected |= dict.fromkeys(names, (B, 2 * config.n_head, n, config.d_head))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
         raise CheckpointError(f"{path} is damaged: its tensors have the shapes {shortened(shapes)}")
     kinds = {tensors[name].dtype for name in names}
-    if len(kinds) > 1 or not first.is_floating_point() or position.dtype != torch.int64:
+    integers = position.dtype == start.dtype == torch.int64
+    if len(kinds) > 1 or not first.is_floating_point() or not integers:
         raise CheckpointError(f"{path} is damaged: its tensors have the wrong dtypes")
-    in_order = (start <= position) & (position >= 0) & (position <= n)
-    if start.dtype != torch.int64 or not bool(in_order.all()):
+
+
+def _check_rows(path: Path, saved: Saved, guard: ModelGuard) -> None:
+    """Raises CheckpointError unless each row has all keys that its next token attends to."""
+    position, start, mem_len = saved.position, saved.start, guard.lengths["mem_len"]
+    least = mem_len if guard.model.config.first_memory == "zeros" else 0
+    first_key = torch.maximum(start, position - mem_len)
+    within = (position >= 0) & (position <= saved.kv[0].shape[2])
+    if not bool((within & (position - start >= least) & (first_key >= 0)).all()):
         raise CheckpointError(f"{path} is damaged: its rows end outside of its keys")

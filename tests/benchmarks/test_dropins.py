@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks import __main__ as benchmarks
 from benchmarks import machine, peak_memory, registry, room, suite
 from benchmarks.cases import OURS, WrongResultError, dropins
 from benchmarks.cases.dropins import HF
@@ -23,7 +24,7 @@ from benchmarks.cases.parakeet import (
 from benchmarks.inputs import AttentionShape
 from benchmarks.measure import Probe
 from benchmarks.peers import inkling_layer, parakeet
-from benchmarks.peers.inkling import VERSION
+from benchmarks.peers.hugging_face import VERSION
 from benchmarks.peers.parakeet import EncoderShape
 from txl_kernels import rel_attention
 
@@ -153,6 +154,14 @@ def test_without_the_library_dropins_are_left_out(monkeypatch):
     monkeypatch.setattr(dropins, "is_available", lambda: False)
     left_out = set(cases) - set(registry.runnable(cases))
     assert left_out == set(registry.dropin_cases())
+
+
+def test_a_run_of_dropins_alone_without_the_library_writes_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(dropins, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "dropin/", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"left out: \d+ drop-ins, .*make bench-dropins-env"):
+        benchmarks.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_with_a_larger_error_or_nan_are_wrong():

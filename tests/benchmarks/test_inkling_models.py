@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers.inkling import VERSION
+from benchmarks.peers.hugging_face import VERSION
 from txl_kernels import rel_attention_with_lse, with_sink
 
 pytest.importorskip("transformers", minversion=VERSION)

@@ -11,6 +11,8 @@ import pytest
 from matplotlib.text import Text
 from rich.console import Console
 
+from benchmarks import room
+from benchmarks.cases import WrongResultError
 from benchmarks.long_context import __main__ as program
 from benchmarks.long_context import ladder, limits, picture, worker
 from benchmarks.long_context.ladder import Results, climb, compare
@@ -33,8 +35,8 @@ def fake(workload, length, side, room_gib):
 @pytest.fixture(autouse=True)
 def free_memory(monkeypatch):
     """24 GiB, of which 20 are free."""
-    sizes = {"MemTotal": 24.0, "MemAvailable": 20.0}
-    monkeypatch.setattr(ladder, "meminfo_gib", sizes.__getitem__)
+    sizes = {"MemTotal": 24 * 2**30, "MemAvailable": 20 * 2**30}
+    monkeypatch.setattr(room, "meminfo", sizes.__getitem__)
 
 
 @pytest.fixture
@@ -115,7 +117,8 @@ def test_a_run_beyond_its_limits_is_a_stop_with_the_reason():
     failing = 2048
     (stop,) = climb(InklingStep(), LIMITS, measure).stops
     assert (stop.length, stop.seconds, stop.peak_gib) == (2048, None, None)
-    assert stop.reason == "needed more than 18 GiB"
+    shown = program.line(stop, InklingStep())
+    assert shown == "2k tokens, Hugging Face, sdpa: needed more than 18 GiB"
     failing = 4096
     (stop,) = climb(InklingStep(), LIMITS, measure).stops
     assert (stop.length, stop.seconds) == (4096, 24.0)
@@ -136,7 +139,7 @@ def test_every_run_and_stop_is_reported_with_all_results_until_then():
 def test_different_results_are_an_error():
     assert compare([[4.0, 1e-4, 0.0], [4.002, 1e-4, 1e-13]], 2) == pytest.approx(5e-4)
     for wrong in ([4.01, 1e-4, 0.0], [4.0, 1.01e-4, 0.0], [float("nan"), 1e-4, 0.0]):
-        with pytest.raises(ladder.WrongResultError, match="at 2048 the results"):
+        with pytest.raises(WrongResultError, match="at 2048 the results"):
             compare([[4.0, 1e-4, 0.0], wrong], 2048)
 
 
@@ -148,6 +151,18 @@ def test_the_json_has_all_runs_the_machine_and_the_limits(document):
     assert len(document["measurements"]) == 8
     assert document["measurements"][0]["peak_gib"] == pytest.approx(0.9)
     assert document["stops"][0]["reason"].startswith("would take 384 s")
+
+
+def test_a_program_that_ends_while_it_writes_leaves_the_earlier_json(path, monkeypatch):
+    def end(path, *_, **__):
+        path.write_bytes(b"{")
+        raise KeyboardInterrupt
+
+    before = path.read_bytes()
+    monkeypatch.setattr(ladder.Path, "write_text", end)
+    with pytest.raises(KeyboardInterrupt):
+        ladder.write_json(path, MACHINE, InklingStep(), LIMITS, Results())
+    assert path.read_bytes() == before
 
 
 def texts(figure):

@@ -110,6 +110,7 @@ def test_a_run_is_measured_written_and_drawn(monkeypatch, tmp_path, capsys):
     assert shown["docs"].count("| `enwik8_base` |") == 2
     assert "Not measured: hf: no environment." in shown["docs"]
     assert path.name in shown["README.md"]
+    assert f"](benchmarks/results/{path.stem}.png)" in shown["README.md"]
 
 
 @pytest.mark.usefixtures("tiny")

@@ -157,6 +157,33 @@ def test_selected_rows_continue(chosen: list[int], first_memory: str) -> None:
         pair.read(length)
 
 
+class Allocated(TorchDispatchMode):
+    """Bytes of the results of a region's operators that are not views of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
+        storages = {x.untyped_storage().data_ptr() for x in given}
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in storages:
+            self.n_bytes += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("chosen", [[2, 0, 1], [2, 2, 0, 1]])
+def test_selecting_rows_needs_their_size_once(chosen: list[int]) -> None:
+    window = KeyValueWindow.empty(built(mem_len=200), 3, slack=50)
+    size = window.n_bytes * len(chosen) / 3
+    with torch.no_grad():
+        window._guard.model(tokens(window._guard.model, 3, 250), window)
+    with Allocated() as allocated:
+        window.select(torch.tensor(chosen))
+    assert allocated.n_bytes <= 1.05 * size
+
+
 @pytest.mark.parametrize("first_memory", ["empty", "zeros"])
 def test_cropped_tokens_are_forgotten(first_memory: str) -> None:
     """Also those of a segment that was so long that older tokens had to be dropped for it."""
@@ -216,13 +243,49 @@ def test_crop_raises_where_tokens_are_missing_and_changes_nothing() -> None:
 
 
 def test_a_call_that_raises_adds_nothing() -> None:
-    pair = Pair(built(), slack=5)
-    pair.read(4)
+    pair = Pair(built(), slack=3)
+    pair.read(6)
     for bad, targets in ((40, 0), (0, 40)):
         arguments = [torch.full((2, 3), value) for value in (bad, targets)]
         with torch.no_grad(), pytest.raises(IndexError):
             pair.model(arguments[0], pair.window, arguments[1])
         pair.read(3)
+    assert pair.window._buffered.end == 7 + 3, "the last call that raised copied the keys before"
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Raises MemoryError in the second selection of rows: that of layer 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_selections = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.index_select:
+            self.n_selections += 1
+            if self.n_selections == 2:
+                raise MemoryError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pair: pair.model(tokens(pair.model, 2, 3), pair.window),
+        lambda pair: pair.model(tokens(pair.model, 2, 20), pair.window),
+        lambda pair: pair.window.select(torch.tensor([1, 0])),
+        lambda pair: pair.window.select(torch.tensor([1, 0, 1])),
+    ],
+    ids=["full", "too-small", "same-number-of-rows", "more-rows"],
+)
+def test_copies_that_fail_leave_the_window_as_it_was(call: Callable[[Pair], object]) -> None:
+    pair = Pair(built(), slack=5)
+    for length in (6, 5):
+        pair.read(length)
+    with torch.no_grad(), OutOfMemory(), pytest.raises(MemoryError):
+        call(pair)
+    for length in (4, 1):
+        pair.read(length)
 
 
 def test_nan_in_a_row_ends_with_its_reset() -> None:

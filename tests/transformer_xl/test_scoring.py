@@ -79,6 +79,13 @@ def test_with_eos_the_first_token_is_scored_after_it(model: TransformerXL) -> No
     assert "is scored after <eos>" in protocol(model, vocabulary, LENGTHS, tgt_len=8)
 
 
+def test_the_protocol_mentions_hidden_states(model: TransformerXL) -> None:
+    note = ", hidden states projected again for each segment (attn_type 2)"
+    found = protocol(model, ByteVocabulary(), LENGTHS, tgt_len=8)
+    object.__setattr__(model.config, "attn_type", 2)  # no config accepts it yet
+    assert protocol(model, ByteVocabulary(), LENGTHS, tgt_len=8) == found + note
+
+
 def test_unknown_words_are_counted_and_keep_their_text(model: TransformerXL) -> None:
     vocabulary = WordVocabulary(["<eos>", "<unk>", "two"])
     (found,) = scored(model, vocabulary, "two naïve ☃".encode())

@@ -139,12 +139,27 @@ def flatten_positions(tensors: Tensors, heading: dict[str, Any]) -> None:
     tensors["position"] = tensors["position"][0]
 
 
+def add_a_dimension(tensors: Tensors, heading: dict[str, Any]) -> None:
+    tensors |= {name: tensors[name][:, None] for name in ("position", "start")}
+
+
+def drop_a_row(tensors: Tensors, heading: dict[str, Any]) -> None:
+    tensors |= {name: tensors[name][1:] for name in ("position", "start")}
+
+
+def need_dropped_keys(tensors: Tensors, heading: dict[str, Any]) -> None:
+    tensors["position"][0], tensors["start"][0] = 3, -4
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (drop_a_layer, "is damaged: its tensors are"),
         (shorten_a_layer, "is damaged: its tensors have the shapes"),
         (flatten_positions, "is damaged: its tensors have the shapes"),
+        (add_a_dimension, "is damaged: its tensors have the shapes"),
+        (drop_a_row, "is damaged: its tensors have the shapes"),
+        (need_dropped_keys, "is damaged: its rows end outside of its keys"),
         (change_a_dtype, "is damaged: its tensors have the wrong dtypes"),
         (make_integers, "is damaged: its tensors have the wrong dtypes"),
         (end_outside, "is damaged: its rows end outside of its keys"),
@@ -163,6 +178,18 @@ def test_a_damaged_file_is_refused(
     saved(tmp_path / "w", model)
     edited(tmp_path / "w", edit)
     with pytest.raises(CheckpointError, match=message):
+        KeyValueWindow.load(tmp_path / "w", model)
+
+
+def test_a_row_without_its_memory_of_zeros_is_refused(tmp_path: Path) -> None:
+    model = built(first_memory="zeros")
+    saved(tmp_path / "w", model)
+
+    def start_late(tensors: Tensors, heading: dict[str, Any]) -> None:
+        tensors["start"][1] = tensors["position"][1] - 6
+
+    edited(tmp_path / "w", start_late)
+    with pytest.raises(CheckpointError, match="is damaged: its rows end outside of its keys"):
         KeyValueWindow.load(tmp_path / "w", model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import platform
 import shutil
 import time
@@ -168,7 +169,7 @@ def _evaluations(
     longer = Lengths(protocol.mem_len, protocol.clamp_len, protocol.same_length)
     cases = {
         "trained without memory": (without, Lengths(0)),
-        "its memory taken away": (with_memory, Lengths(0)),
+        "without its memory": (with_memory, Lengths(0)),
         "memory as trained": (with_memory, as_trained),
         "memory longer than trained": (with_memory, longer),
     }
@@ -192,11 +193,13 @@ def _evaluations(
 def _show(
     console: Console, scores: dict[str, Score], projected: dict[str, Score], metric: str
 ) -> None:
-    """Print both speeds of each case; both paths have the same score."""
-    table = Table("model", metric, "tokens/s, cached keys and values", "tokens/s, hidden states")
-    for name, score in scores.items():
-        speeds = [f"{each[name].tokens_per_second:,.0f}" for each in (scores, projected)]
-        table.add_row(name, f"{getattr(score, metric):.3f}", *speeds)
+    """Print score and speed of each case on both paths."""
+    paths = {"cached": scores, "hidden states": projected}
+    table = Table("model", *(f"{unit}, {path}" for path in paths for unit in (metric, "tokens/s")))
+    for name in scores:
+        found = [path[name] for path in paths.values()]
+        cells = [(f"{getattr(s, metric):.4f}", f"{s.tokens_per_second:,.0f}") for s in found]
+        table.add_row(name, *itertools.chain(*cells))
     console.print(table)
     for name, score in scores.items():
         console.print(f"{name}: {score.protocol}", style="dim")
@@ -214,12 +217,11 @@ def _draw(out: Path, config: RunConfig, metric: str) -> str | None:
 
 def _write_sample(path: Path, loaded: LoadedModel, console: Console) -> dict[str, float]:
     """Print and save a sample; returns the tokens/s of both paths, from the first token on."""
-    texts, speeds = {}, {}
-    for name in (CACHED, PROJECTED):
-        texts[name], speeds[name] = _sample(loaded, cached=name == CACHED)
-    console.out(texts[CACHED])
-    path.write_text(texts[CACHED] + "\n", encoding="utf-8")
-    return speeds
+    text, cached = _sample(loaded, cached=True)
+    _, projected = _sample(loaded, cached=False)
+    console.out(text)
+    path.write_text(text + "\n", encoding="utf-8")
+    return {CACHED: cached, PROJECTED: projected}
 
 
 def _sample(loaded: LoadedModel, *, cached: bool) -> tuple[str, float]:

@@ -89,5 +89,6 @@ def _described(loaded: LoadedModel, source: str, settings: Settings) -> str:
         "no selection",
         *described,
         evaluation.precision(model),
+        *evaluation.hidden_states(model),
     ]
     return ", ".join(parts)

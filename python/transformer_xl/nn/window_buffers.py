@@ -72,17 +72,19 @@ class WindowBuffers:
         B = len(self.position)
         if rows.device.type == "cpu" and bool(((rows < 0) | (rows >= B)).any()):
             raise IndexError(f"rows: expected indices in [0, {B}), got {rows.tolist()}")
-        kept = [kv[:, :, : self.end].index_select(0, rows) for kv in self.kv]
         position, start = self.position[rows], self.start[rows]
         if len(rows) == B:  # a CUDA graph continues to use the same tensors
+            kept = [kv[:, :, : self.end].index_select(0, rows) for kv in self.kv]
+            self._keep(self.kv, kept)
             self.position.copy_(position)
             self.start.copy_(start)
-        else:
-            self.kv = [_zeros_like(kv, len(rows), self.capacity) for kv in self.kv]
-            with torch.inference_mode(False):
-                self.position, self.start = position.clone(), start.clone()
-        for kv, part in zip(self.kv, kept, strict=True):
-            kv[:, :, : self.end] = part
+            return
+        selected = [_zeros_like(kv, len(rows), self.capacity) for kv in self.kv]
+        for own, other in zip(self.kv, selected, strict=True):
+            torch.index_select(own[:, :, : self.end], 0, rows, out=other[:, :, : self.end])
+        with torch.inference_mode(False):
+            position, start = position.clone(), start.clone()
+        self.kv, self.position, self.start = selected, position, start
 
     def crop(self, n: int | Tensor) -> None:
         """Forget the newest `n` tokens; int64 [B]: of each row."""
@@ -121,15 +123,22 @@ class WindowBuffers:
         dropped = (self.position - self.mem_len).clamp(min=0)
         rows = self._rows(dropped, keep)
         capacity = max(self.capacity, self.mem_len + n_tokens)
-        for n, kv in enumerate(self.kv):
-            B, n_heads, old_capacity, d_head = kv.shape
-            kept = kv.view(-1, d_head).index_select(0, rows).view(B, n_heads, keep, d_head)
-            if capacity > old_capacity:
-                kv = self.kv[n] = _zeros_like(kv, B, capacity)
-            kv[:, :, :keep] = kept
+        kept = [_rows_of(kv, rows, keep) for kv in self.kv]
+        enlarged = capacity > self.capacity
+        kv = [_zeros_like(kv, len(kv), capacity) for kv in self.kv] if enlarged else self.kv
+        self._keep(kv, kept)
         self.position -= dropped
         self.start -= dropped
         self.end = keep
+
+    def _keep(self, kv: list[Tensor], kept: Sequence[Tensor]) -> None:
+        """Make `kv` the buffers, with `kept` as their first tokens.
+
+        This allocates no memory: what can fail has happened before the first buffer changes.
+        """
+        for own, part in zip(kv, kept, strict=True):
+            own[:, :, : part.shape[2]] = part
+        self.kv = kv
 
     def place(self, n_tokens: int, document_start: Tensor | None) -> tuple[Tensor, Options]:
         """The rows of the next `n_tokens` in `kv` (`Placement`), and the keys they attend to."""
@@ -161,6 +170,12 @@ class WindowBuffers:
         t = torch.arange(n_tokens, device=first.device)
         heads = torch.arange(B * n_heads, device=first.device).view(B, n_heads, 1)
         return (heads * capacity + first[:, None, None] + t).flatten()
+
+
+def _rows_of(kv: Tensor, rows: Tensor, n_tokens: int) -> Tensor:
+    """[B, n_heads, n_tokens, d_head]: the rows of kv.view(-1, d_head) with these indices."""
+    B, n_heads, _, d_head = kv.shape
+    return kv.view(-1, d_head).index_select(0, rows).view(B, n_heads, n_tokens, d_head)
 
 
 def _zeros_like(kv: Tensor, batch_size: int, capacity: int) -> Tensor:

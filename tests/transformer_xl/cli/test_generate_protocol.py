@@ -11,6 +11,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+from transformer_xl import evaluation
 from transformer_xl.checkpoint import open_checkpoint
 from transformer_xl.cli.app import app
 from transformer_xl.config import RunConfig, override
@@ -91,6 +92,13 @@ def test_everything_is_printed_with_the_protocol(saved: Path) -> None:
         assert shown.count(name) == 3
     assert 'cat-like dog, which (it said) was "small".' in result.stdout
     assert "texts: 90 tokens in" in result.stderr
+
+
+def test_the_protocol_mentions_hidden_states(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = ", hidden states projected again for each segment (a reason)"
+    protocol = found(saved, "--length", 1, "--seed", 7)["protocol"]
+    monkeypatch.setattr(evaluation, "unsupported_reason", lambda model: "a reason")
+    assert found(saved, "--length", 1, "--seed", 7)["protocol"] == protocol + note
 
 
 def test_the_default_length_needs_a_longer_split(saved: Path) -> None:
