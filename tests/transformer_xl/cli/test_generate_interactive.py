@@ -83,6 +83,12 @@ def test_lines_are_read_until_the_end_of_the_input(generate: Callable[..., Resul
     assert generate(LETTERS, "--interactive", typed="").stdout == ""
 
 
+def test_the_size_of_a_batch_is_refused(generate: Callable[..., Result]) -> None:
+    result = generate(LETTERS, "--interactive", "--batch-size", 16, typed="abc\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no --json and no --batch-size" in " ".join(result.stderr.split())
+
+
 def test_unknown_words_are_reported_and_statistics_printed(
     generate: Callable[..., Result],
 ) -> None:
