@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformer_xl.cli.score import read_documents
+from transformer_xl.cli.documents import read_documents
 from transformer_xl.data import Vocabulary
 from transformer_xl.data.vocabularies import UnknownSymbolError
 
