@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from transformer_xl.messages import require
 from transformer_xl.model import TransformerXL
 from transformer_xl.reader import Reader
 from transformer_xl.sampling import RowGenerators, Sampling
@@ -113,9 +114,9 @@ def generate(
             model changed; from the iterator.
     """
     texts = _checked_prompts(prompts, lengths)
-    _require("n_tokens", n_tokens, n_tokens >= 0, "0 or more")
-    _require("n_samples", n_samples, n_samples >= 1, "1 or more")
-    _require("segment_len", segment_len, segment_len >= 1, "at least 1 token")
+    require("n_tokens", n_tokens, n_tokens >= 0, "0 or more")
+    require("n_samples", n_samples, n_samples >= 1, "1 or more")
+    require("segment_len", segment_len, segment_len >= 1, "at least 1 token")
     sampling.check(model.config.vocab_size)
     random = RowGenerators(seed, len(texts) * n_samples)
 
@@ -199,7 +200,7 @@ def _checked_prompts(
             raise ValueError(f"lengths: expected {P} numbers from 1 to {T}, got {given}")
         texts = [row[:n] for row, n in zip(prompts, given, strict=True)]
     else:
-        _require("lengths", lengths, lengths is None, "None beside a list of prompts")
+        require("lengths", lengths, lengths is None, "None beside a list of prompts")
         texts = list(prompts)
     if not texts:
         raise ValueError("prompts: expected at least one, got none")
@@ -208,8 +209,3 @@ def _checked_prompts(
             found = f"{text.dtype} {list(text.shape)}"
             raise ValueError(f"prompts: expected int64 [T] with T ≥ 1, got {found}")
     return texts
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {value}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transformer_xl import evaluation
 from transformer_xl.data import Vocabulary
+from transformer_xl.data.text import decode_whole
 from transformer_xl.data.vocabularies import UnknownSymbolError
 from transformer_xl.evaluation import Lengths, reading
 from transformer_xl.key_value_window import empty_memory
@@ -130,7 +131,8 @@ def score_documents(
             `<unk>` for; the message has the document's name.
     """
     before = [] if vocabulary.eos_id is None else [vocabulary.eos_id]
-    texts = [_text(vocabulary, *document) for document in documents]
+    is_text = vocabulary.kind != "byte"
+    texts = [decode_whole(name, data, is_text=is_text) for name, data in documents]
     encoded = [
         _encoded(vocabulary, name, text) for (name, _), text in zip(documents, texts, strict=True)
     ]
@@ -191,19 +193,6 @@ def _finite(scores: Tensor, targets: Tensor) -> Tensor:
     if not bool((scores.isfinite() | (targets < 0)).all()):
         raise FloatingPointError("the model computes log-probabilities that are not finite")
     return scores
-
-
-def _text(vocabulary: Vocabulary, name: str, data: bytes) -> str:
-    """The text of a document; a vocabulary of bytes reads bytes that are not UTF-8, too."""
-    if vocabulary.kind == "byte":
-        return data.decode("utf-8", "surrogateescape")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: expected UTF-8 text, found byte {data[error.start]:#04x} at offset "
-            f"{error.start:,} ({error.reason})"
-        ) from error
 
 
 def _encoded(vocabulary: Vocabulary, name: str, text: str) -> tuple[list[int], int]:
