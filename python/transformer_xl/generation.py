@@ -85,8 +85,8 @@ def generate(
     A prompt is read once, in segments, then every token alone with the memory of the tokens before
     it; under `same_length` that gives the probabilities of one long pass. Row b of the result is
     sample b % n_samples of prompt b // n_samples. It draws from a generator of its own, seeded from
-    (seed, b), so its text does not depend on the other rows. The weights and the lengths of the
-    model must stay as they are until the last token.
+    (seed, b), so its text does not depend on the other rows, up to rounding. The weights and the
+    lengths of the model must stay as they are until the last token.
 
     Args:
         model: the language model.

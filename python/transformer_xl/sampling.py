@@ -116,12 +116,18 @@ class Sampling:
             seen: as for `scores`.
 
         Raises:
-            ValueError: log-probabilities with NaN, or without a finite one.
+            ValueError: log-probabilities with NaN, or without a finite one, also after penalty and
+                bans.
         """
         best = log_probs.amax(1)  # NaN if the row has one
         if not bool(best.isfinite().all()):
             raise ValueError("log_probs: expected finite numbers, got NaN or no finite one")
         scores = self.scores(log_probs, seen)
+        if scores is not log_probs and not bool(scores.amax(1).isfinite().all()):
+            raise ValueError(
+                "banned, repetition_penalty: expected a finite log-probability of a token that is "
+                "left, got none"
+            )
         if self.temperature == 0.0:
             return scores.argmax(1)
         tokens = None
@@ -135,7 +141,7 @@ class Sampling:
 
 
 class RowGenerators:
-    """A random-number generator for each row, so that a row's text does not depend on the others.
+    """A random-number generator for each row: its numbers do not depend on the other rows.
 
     Args:
         seed: of all rows together; row i uses (seed, i). None draws one from the system.
@@ -175,10 +181,14 @@ def _row_seed(seed: int, row: int) -> int:
 
 def _candidates(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The scores and numbers of at least all tokens that `top_k` = k keeps, of each row equally
-    many: without the others, everything that follows costs much less."""
+    many: without the others, everything that follows costs much less.
+
+    They are in the order of their numbers, so equal scores of a row are in the same order whatever
+    the other rows are.
+    """
     least = scores.topk(k, dim=1).values[:, -1:]
-    values, tokens = scores.topk(int((scores >= least).sum(1).max()), dim=1)
-    return values, tokens
+    tokens = scores.topk(int((scores >= least).sum(1).max()), dim=1).indices.sort(1).values
+    return scores.gather(1, tokens), tokens
 
 
 def _nucleus(scores: Tensor, p: float) -> Tensor:
