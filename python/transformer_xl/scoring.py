@@ -21,7 +21,7 @@ from transformer_xl.model import TransformerXL
 NOT_SCORED = -100
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ScoredToken:
     """A token of a document.
 
@@ -49,12 +49,14 @@ class ScoredDocument:
         data: its bytes, as read.
         n_unknown: symbols that the vocabulary does not have; each is scored as `<unk>`, which is
             more probable than the symbol itself.
+        n_dropped: bytes without a token, which a vocabulary of bytes leaves out.
     """
 
     name: str
     data: bytes
     tokens: tuple[ScoredToken, ...]
     n_unknown: int
+    n_dropped: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -72,8 +74,7 @@ class ScoredDocument:
             {"text": token.text, "id": token.id, "start": token.start, "logprob": token.logprob}
             for token in self.tokens
         ]
-        totals = Totals(1, len(self.data), self.n_tokens, self.n_unknown, self.nats)
-        return {"name": self.name, **totals.as_dict(), "tokens": tokens}
+        return {"name": self.name, **Totals().plus(self).as_dict(), "tokens": tokens}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Totals:
     n_bytes: int = 0
     n_tokens: int = 0
     n_unknown: int = 0
+    n_dropped: int = 0
     nats: float = 0.0
 
     def plus(self, document: ScoredDocument) -> Totals:
@@ -93,13 +95,19 @@ class Totals:
             self.n_bytes + len(document.data),
             self.n_tokens + document.n_tokens,
             self.n_unknown + document.n_unknown,
+            self.n_dropped + document.n_dropped,
             self.nats + document.nats,
         )
 
     @property
     def bits_per_byte(self) -> float:
-        """nats / ln 2 / n_bytes; with unknown symbols a lower bound."""
+        """nats / ln 2 / n_bytes; a lower bound if `is_bound`."""
         return self.nats / math.log(2) / self.n_bytes
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the bits per byte are a lower bound: not every symbol was scored as it is."""
+        return self.n_unknown > 0 or self.n_dropped > 0
 
     @property
     def ppl(self) -> float | None:
@@ -147,7 +155,8 @@ def score_documents(
             ScoredToken(data[start:stop].decode("utf-8", "replace"), token, start, stop, logprob)
             for (start, stop), token, logprob in zip(spans, ids, padded, strict=True)
         )
-        yield ScoredDocument(name, data, tuple(tokens), n_unknown)
+        n_dropped = 0 if is_text else len(data) - len(ids)
+        yield ScoredDocument(name, data, tuple(tokens), n_unknown, n_dropped)
 
 
 def protocol(

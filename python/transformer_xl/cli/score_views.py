@@ -146,11 +146,12 @@ class Html:
 
 def described(totals: Totals) -> list[tuple[str, str]]:
     """The names and values of the totals, for people."""
-    bound = ">= " if totals.n_unknown else ""
+    bound = ">= " if totals.is_bound else ""
+    dropped = f", {totals.n_dropped:,} without a token" if totals.n_dropped else ""
     unknown = f", {totals.n_unknown:,} unknown" if totals.n_unknown else ""
     return [
         ("documents", f"{totals.n_documents:,}"),
-        ("bytes", f"{totals.n_bytes:,}"),
+        ("bytes", f"{totals.n_bytes:,}{dropped}"),
         ("tokens scored", f"{totals.n_tokens:,}{unknown}"),
         ("nats", f"{totals.nats:.4f}"),
         ("bits per byte", f"{bound}{totals.bits_per_byte:.4f}"),
