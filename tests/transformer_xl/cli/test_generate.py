@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from torch import Tensor
 
 from transformer_xl.cli import generate_run, generate_texts
 from transformer_xl.data.vocabularies import ByteVocabulary, CharVocabulary, WordVocabulary
 from transformer_xl.generation import Drawn, draw
-from transformer_xl.reader import Reader
 
 Generate = Callable[..., Result]
 WORDS = WordVocabulary(["<eos>", "<unk>", "a", "b", ",", "@-@"])
@@ -185,29 +183,6 @@ def test_statistics_are_printed_on_request(
     assert generate(WORDS).stderr == ""
     monkeypatch.setattr(generate_run, "LARGE_BYTES", 1000)
     assert generate(WORDS).stderr.startswith("memory: ")
-
-
-def test_the_largest_memory_is_reported(
-    generate: Generate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Reader, "n_bytes", property(lambda reader: 7 * reader.n_steps))
-    monkeypatch.setattr(Reader, "n_steps", 1, raising=False)
-    step = Reader.step
-
-    def counted(reader: Any, tokens: Tensor) -> Tensor:
-        reader.n_steps += 1
-        return step(reader, tokens)
-
-    monkeypatch.setattr(Reader, "step", counted)
-    assert as_json(generate(WORDS, "--stats", "--json"))["stats"]["n_bytes"] == 7 * 5
-
-
-def test_nothing_is_read_or_printed_for_length_0(generate: Generate) -> None:
-    shown = generate(WORDS, "--prompt", "a b", "--length", 0, "--stats")
-    assert succeed(shown) == ""
-    assert "prompts: 0 tokens in" in shown.stderr
-    (text,) = as_json(generate(WORDS, "--length", 0, "--json"))["texts"]
-    assert (text["text"], text["tokens"], text["ending"]) == ("", [], "length")
 
 
 def test_detokenized_text(generate: Generate) -> None:
