@@ -172,7 +172,8 @@ class Terminal:
 
 
 @pytest.mark.slow
-def test_a_terminal(tiny_config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_terminated", [False, True])
+def test_a_terminal(tiny_config: RunConfig, tmp_path: Path, is_terminated: bool) -> None:
     Trainer(tiny_config, open_corpus(tiny_config.data), join_processes()).save(tmp_path / "saved")
     words = [sys.executable, "-m", "transformer_xl.cli", "generate", str(tmp_path / "saved")]
     terminal = Terminal([*words, "--interactive", "--length", "1000000", "--ban", "id:62"])
@@ -183,8 +184,13 @@ def test_a_terminal(tiny_config: RunConfig, tmp_path: Path) -> None:
         os.kill(terminal.process.pid, signal.SIGINT)
         terminal.read_until(lambda shown: shown.endswith("\n> "))
         assert terminal.process.poll() is None
-        terminal.type("\x04")
-        assert terminal.process.wait(60) == 0
+        if is_terminated:
+            terminal.type("the \n")
+            terminal.read_until(lambda shown: len(shown) - shown.rfind("> ") > 200)
+            os.kill(terminal.process.pid, signal.SIGTERM)
+        else:
+            terminal.type("\x04")
+        assert terminal.process.wait(60) == (143 if is_terminated else 0)
     finally:
         terminal.process.kill()
         terminal.process.wait()
