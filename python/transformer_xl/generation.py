@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from transformer_xl.messages import require
 from transformer_xl.model import TransformerXL
 from transformer_xl.reader import Reader
 from transformer_xl.sampling import RowGenerators, Sampling
@@ -84,8 +85,8 @@ def generate(
     A prompt is read once, in segments, then every token alone with the memory of the tokens before
     it; under `same_length` that gives the probabilities of one long pass. Row b of the result is
     sample b % n_samples of prompt b // n_samples. It draws from a generator of its own, seeded from
-    (seed, b), so its text does not depend on the other rows. The weights and the lengths of the
-    model must stay as they are until the last token.
+    (seed, b), so its text does not depend on the other rows, up to rounding. The weights and the
+    lengths of the model must stay as they are until the last token.
 
     Args:
         model: the language model.
@@ -113,9 +114,9 @@ def generate(
             model changed; from the iterator.
     """
     texts = _checked_prompts(prompts, lengths)
-    _require("n_tokens", n_tokens, n_tokens >= 0, "0 or more")
-    _require("n_samples", n_samples, n_samples >= 1, "1 or more")
-    _require("segment_len", segment_len, segment_len >= 1, "at least 1 token")
+    require("n_tokens", n_tokens, n_tokens >= 0, "0 or more")
+    require("n_samples", n_samples, n_samples >= 1, "1 or more")
+    require("segment_len", segment_len, segment_len >= 1, "at least 1 token")
     sampling.check(model.config.vocab_size)
     random = RowGenerators(seed, len(texts) * n_samples)
 
@@ -199,7 +200,7 @@ def _checked_prompts(
             raise ValueError(f"lengths: expected {P} numbers from 1 to {T}, got {given}")
         texts = [row[:n] for row, n in zip(prompts, given, strict=True)]
     else:
-        _require("lengths", lengths, lengths is None, "None beside a list of prompts")
+        require("lengths", lengths, lengths is None, "None beside a list of prompts")
         texts = list(prompts)
     if not texts:
         raise ValueError("prompts: expected at least one, got none")
@@ -208,8 +209,3 @@ def _checked_prompts(
             found = f"{text.dtype} {list(text.shape)}"
             raise ValueError(f"prompts: expected int64 [T] with T ≥ 1, got {found}")
     return texts
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {value}")

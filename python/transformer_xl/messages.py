@@ -21,3 +21,9 @@ def brief(error: BaseException) -> str:
     """The message of an error, cut if it is long; the name of its class if it has none."""
     text = str(error) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:400]}…"
+
+
+def require(name: str, value: object, holds: bool, expected: str) -> None:
+    """Raise ValueError for a value of an argument unless the condition holds."""
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {value}")

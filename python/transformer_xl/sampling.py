@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transformer_xl.messages import require
+
 SEEDS = range(-(1 << 63), 1 << 64)  # as torch.Generator accepts them
 FIRST_TOKENS = 512  # the most probable ones, among which the smallest set is first looked for
 
@@ -22,7 +24,7 @@ class Sampling:
     """How the next token is drawn from the log-probabilities of all tokens.
 
     Args:
-        temperature: divides the log-probabilities; 0 takes the most probable token.
+        temperature: divides the log-probabilities; 0 selects the most probable token.
         top_k: keep the k most probable tokens, and those that are as probable as the last of them.
         top_p: keep the smallest set of tokens whose probabilities sum to at least p, in (0, 1].
         min_p: keep the tokens that are at least p times as probable as the most probable one, in
@@ -44,15 +46,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         temperature, penalty = self.temperature, self.repetition_penalty
-        _require("temperature", temperature, math.isfinite(temperature), "a finite number")
-        _require("temperature", temperature, temperature >= 0, "0 or more")
-        _require("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "None or at least 1")
+        require("temperature", temperature, math.isfinite(temperature), "a finite number")
+        require("temperature", temperature, temperature >= 0, "0 or more")
+        require("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "None or at least 1")
         p, expected = self.top_p, "None or a probability in (0, 1]"
-        _require("top_p", p, p is None or 0 < p <= 1, expected)
+        require("top_p", p, p is None or 0 < p <= 1, expected)
         p, expected = self.min_p, "None or a probability in [0, 1]"
-        _require("min_p", p, p is None or 0 <= p <= 1, expected)
+        require("min_p", p, p is None or 0 <= p <= 1, expected)
         is_number = math.isfinite(penalty) and penalty > 0
-        _require("repetition_penalty", penalty, is_number, "a finite number above 0")
+        require("repetition_penalty", penalty, is_number, "a finite number above 0")
 
     def check(self, n_tokens: int) -> None:
         """Raise ValueError for a banned token that is not among `n_tokens`, or if none is left."""
@@ -114,12 +116,18 @@ class Sampling:
             seen: as for `scores`.
 
         Raises:
-            ValueError: log-probabilities with NaN, or without a finite one.
+            ValueError: log-probabilities with NaN, or without a finite one, also after penalty and
+                bans.
         """
         best = log_probs.amax(1)  # NaN if the row has one
         if not bool(best.isfinite().all()):
             raise ValueError("log_probs: expected finite numbers, got NaN or no finite one")
         scores = self.scores(log_probs, seen)
+        if scores is not log_probs and not bool(scores.amax(1).isfinite().all()):
+            raise ValueError(
+                "banned, repetition_penalty: expected a finite log-probability of a token that is "
+                "left, got none"
+            )
         if self.temperature == 0.0:
             return scores.argmax(1)
         tokens = None
@@ -133,7 +141,7 @@ class Sampling:
 
 
 class RowGenerators:
-    """A random-number generator for each row, so that a row's text does not depend on the others.
+    """A random-number generator for each row: its numbers do not depend on the other rows.
 
     Args:
         seed: of all rows together; row i uses (seed, i). None draws one from the system.
@@ -147,7 +155,7 @@ class RowGenerators:
     def __init__(self, seed: int | None, n_row: int, first_row: int = 0) -> None:
         if seed is None:
             seed = new_seed()
-        _require("seed", seed, seed in SEEDS, "an integer in [-2^63, 2^64)")
+        require("seed", seed, seed in SEEDS, "an integer in [-2^63, 2^64)")
         self.generators = [
             torch.Generator().manual_seed(_row_seed(seed, first_row + row)) for row in range(n_row)
         ]
@@ -173,10 +181,14 @@ def _row_seed(seed: int, row: int) -> int:
 
 def _candidates(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The scores and numbers of at least all tokens that `top_k` = k keeps, of each row equally
-    many: without the others, everything that follows costs much less."""
+    many: without the others, everything that follows costs much less.
+
+    They are in the order of their numbers, so equal scores of a row are in the same order whatever
+    the other rows are.
+    """
     least = scores.topk(k, dim=1).values[:, -1:]
-    values, tokens = scores.topk(int((scores >= least).sum(1).max()), dim=1)
-    return values, tokens
+    tokens = scores.topk(int((scores >= least).sum(1).max()), dim=1).indices.sort(1).values
+    return scores.gather(1, tokens), tokens
 
 
 def _nucleus(scores: Tensor, p: float) -> Tensor:
@@ -196,8 +208,3 @@ def _nucleus(scores: Tensor, p: float) -> Tensor:
     above, equal = probs > least, probs == least
     kept = above | (equal & (equal.cumsum(1) <= n_kept - above.sum(1, keepdim=True)))
     return scores.masked_fill(~kept, -math.inf)
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {value}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transformer_xl import evaluation
 from transformer_xl.data import Vocabulary
+from transformer_xl.data.text import decode_whole
 from transformer_xl.data.vocabularies import UnknownSymbolError
 from transformer_xl.evaluation import Lengths, reading
 from transformer_xl.key_value_window import empty_memory
@@ -20,7 +21,7 @@ from transformer_xl.model import TransformerXL
 NOT_SCORED = -100
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ScoredToken:
     """A token of a document.
 
@@ -48,12 +49,14 @@ class ScoredDocument:
         data: its bytes, as read.
         n_unknown: symbols that the vocabulary does not have; each is scored as `<unk>`, which is
             more probable than the symbol itself.
+        n_dropped: bytes without a token, which a vocabulary of bytes leaves out.
     """
 
     name: str
     data: bytes
     tokens: tuple[ScoredToken, ...]
     n_unknown: int
+    n_dropped: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -71,8 +74,7 @@ class ScoredDocument:
             {"text": token.text, "id": token.id, "start": token.start, "logprob": token.logprob}
             for token in self.tokens
         ]
-        totals = Totals(1, len(self.data), self.n_tokens, self.n_unknown, self.nats)
-        return {"name": self.name, **totals.as_dict(), "tokens": tokens}
+        return {"name": self.name, **Totals().plus(self).as_dict(), "tokens": tokens}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Totals:
     n_bytes: int = 0
     n_tokens: int = 0
     n_unknown: int = 0
+    n_dropped: int = 0
     nats: float = 0.0
 
     def plus(self, document: ScoredDocument) -> Totals:
@@ -92,13 +95,19 @@ class Totals:
             self.n_bytes + len(document.data),
             self.n_tokens + document.n_tokens,
             self.n_unknown + document.n_unknown,
+            self.n_dropped + document.n_dropped,
             self.nats + document.nats,
         )
 
     @property
     def bits_per_byte(self) -> float:
-        """nats / ln 2 / n_bytes; with unknown symbols a lower bound."""
+        """nats / ln 2 / n_bytes; a lower bound if `is_bound`."""
         return self.nats / math.log(2) / self.n_bytes
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the bits per byte are a lower bound: not every symbol was scored as it is."""
+        return self.n_unknown > 0 or self.n_dropped > 0
 
     @property
     def ppl(self) -> float | None:
@@ -130,7 +139,8 @@ def score_documents(
             `<unk>` for; the message has the document's name.
     """
     before = [] if vocabulary.eos_id is None else [vocabulary.eos_id]
-    texts = [_text(vocabulary, *document) for document in documents]
+    is_text = vocabulary.kind != "byte"
+    texts = [decode_whole(name, data, is_text=is_text) for name, data in documents]
     encoded = [
         _encoded(vocabulary, name, text) for (name, _), text in zip(documents, texts, strict=True)
     ]
@@ -145,7 +155,8 @@ def score_documents(
             ScoredToken(data[start:stop].decode("utf-8", "replace"), token, start, stop, logprob)
             for (start, stop), token, logprob in zip(spans, ids, padded, strict=True)
         )
-        yield ScoredDocument(name, data, tuple(tokens), n_unknown)
+        n_dropped = 0 if is_text else len(data) - len(ids)
+        yield ScoredDocument(name, data, tuple(tokens), n_unknown, n_dropped)
 
 
 def protocol(
@@ -197,19 +208,6 @@ def _finite(scores: Tensor, targets: Tensor) -> Tensor:
     if not bool((scores.isfinite() | (targets < 0)).all()):
         raise FloatingPointError("the model computes log-probabilities that are not finite")
     return scores
-
-
-def _text(vocabulary: Vocabulary, name: str, data: bytes) -> str:
-    """The text of a document; a vocabulary of bytes reads bytes that are not UTF-8, too."""
-    if vocabulary.kind == "byte":
-        return data.decode("utf-8", "surrogateescape")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: expected UTF-8 text, found byte {data[error.start]:#04x} at offset "
-            f"{error.start:,} ({error.reason})"
-        ) from error
 
 
 def _encoded(vocabulary: Vocabulary, name: str, text: str) -> tuple[list[int], int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transformer_xl.sampling import RowGenerators, Sampling
 
+EDGE = 1e-9  # distance to a threshold at which rounding decides whether a token is kept
 PROBS = [0.4, 0.3, 0.2, 0.06, 0.04]
 
 
@@ -89,22 +90,31 @@ def test_the_order_is_that_of_transformers(
         for s, flag in zip(scores.tolist(), seen, strict=True)
     ]
     expected = [-math.inf if i in options.banned else s for i, s in enumerate(expected)]
+    raw = expected
     expected = [s / options.temperature for s in expected]
+    edges = set()  # tokens that rounding may keep or drop
     if options.top_k is not None:
         least = sorted(expected, reverse=True)[: options.top_k][-1]
+        edges |= near_ties(raw, raw[expected.index(least)])
         expected = [s if s >= least else -math.inf for s in expected]
     if options.top_p is not None:
         probs, mass = softmax(expected), 0.0
         for rank, i in enumerate(sorted(range(len(probs)), key=lambda i: -probs[i])):
+            if math.isclose(mass, options.top_p, rel_tol=0, abs_tol=EDGE):
+                edges.add(i)
             if rank > 0 and mass >= options.top_p:
                 expected[i] = -math.inf
+            else:
+                last = i
             mass += probs[i]
+        edges |= near_ties(raw, raw[last])
     probs = softmax(expected)
     low = (options.min_p or 0.0) * max(probs)
+    edges |= {i for i, q in enumerate(probs) if math.isclose(q, low, rel_tol=EDGE)}
     expected = [s if q >= low else -math.inf for s, q in zip(expected, probs, strict=True)]
     near = torch.tensor(softmax(expected), dtype=torch.float64)
     # By rounding, a token at the edge of a truncation may be kept by one computation alone.
-    assert torch.allclose(found, near, atol=1e-9) or is_at_an_edge(found, near)
+    assert torch.allclose(found, near, atol=1e-9) or differ_at(found, near, edges)
 
 
 def softmax(scores: list[float]) -> list[float]:
@@ -113,8 +123,18 @@ def softmax(scores: list[float]) -> list[float]:
     return [w / math.fsum(weights) for w in weights]
 
 
-def is_at_an_edge(found: Tensor, expected: Tensor) -> bool:
-    return int(((found > 0) != (expected > 0)).sum()) == 1
+def near_ties(values: list[float], threshold: float) -> set[int]:
+    """The values at the threshold, if they are not all equal."""
+    near = {i for i, value in enumerate(values) if math.isclose(value, threshold, rel_tol=EDGE)}
+    return near if len({values[i] for i in near}) > 1 else set()
+
+
+def differ_at(found: Tensor, expected: Tensor, edges: set[int]) -> bool:
+    """Whether some tokens at an edge, and no others, are kept by one alone."""
+    different = {int(i) for i in ((found > 0) != (expected > 0)).nonzero()}
+    both = (found > 0) & (expected > 0)
+    ours, theirs = (probs[both] / probs[both].sum() for probs in (found, expected))
+    return bool(different) and different <= edges and torch.allclose(ours, theirs, atol=1e-9)
 
 
 def test_draws_have_the_distribution() -> None:
@@ -134,8 +154,9 @@ def test_the_smallest_set_of_a_large_vocabulary(spread: float, p: float) -> None
     found = Sampling(top_p=p).probabilities(scores) > 0
     for row, kept in zip(scores.exp(), found, strict=True):
         ordered = row.sort(descending=True).values
-        n = int((ordered.cumsum(0) < p).sum()) + 1
-        assert abs(int(kept.sum()) - n) <= 1  # by rounding of the sums
+        sums = ordered.cumsum(0)
+        least, most = (int((sums < p + edge).sum()) + 1 for edge in (-EDGE, EDGE))
+        assert least <= int(kept.sum()) <= most
         assert row[kept].min() >= row[~kept].max()
 
 
@@ -148,6 +169,19 @@ def test_draws_of_top_k_have_the_distribution() -> None:
     expected = options.probabilities(probs[:1])[0]
     assert shares.tolist() == pytest.approx(expected.tolist(), abs=1e-3)
     assert shares.tolist() == pytest.approx([0, 3 / 7, 2 / 7, 2 / 7, 0, 0], abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [Sampling(top_k=4), Sampling(top_k=4, top_p=0.7)])
+def test_the_draw_of_equal_scores_does_not_depend_on_the_other_rows(options: Sampling) -> None:
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(0, 3, (1, 300), generator=generator).float()  # a hundred maxima
+    others = torch.randn(2, 300, generator=generator)
+    others[1, :200] = 9.0
+    for value in torch.linspace(0, 0.99, 40, dtype=torch.float64):
+        alone = options.draw(row.log_softmax(1), value[None])
+        for other in others:
+            batch = torch.stack([other, row[0]]).log_softmax(1)
+            assert options.draw(batch, value.expand(2))[1] == alone[0]
 
 
 def test_the_ends_of_the_interval_draw_kept_tokens() -> None:
@@ -190,5 +224,9 @@ def test_impossible_requests_are_refused() -> None:
         Sampling(banned=(0, 1, 2, 3, 4)).draw(log_probs(), uniform)
     with pytest.raises(ValueError, match="log_probs: expected finite numbers"):
         Sampling().draw(torch.full((1, 3), math.nan), uniform)
+    certain = torch.tensor([[0.0, -math.inf, -math.inf]])
+    for banned in (Sampling(banned=(0,)), Sampling(banned=(0,), temperature=0.0, top_k=1)):
+        with pytest.raises(ValueError, match="banned, repetition_penalty: expected a finite"):
+            banned.draw(certain, uniform)
     with pytest.raises(ValueError, match="seed: expected an integer"):
         RowGenerators(1 << 64, 1)

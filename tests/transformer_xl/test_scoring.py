@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from transformer_xl.cli.score_views import described
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Vocabulary
 from transformer_xl.data.vocabularies import ByteVocabulary, CharVocabulary, WordVocabulary
@@ -106,6 +107,19 @@ def test_bits_per_byte_count_every_byte_that_was_read(model: TransformerXL) -> N
     total = Totals().plus(found).plus(found)
     assert (total.n_documents, total.n_bytes, total.nats) == (2, 2 * len(TEXT), 2 * found.nats)
     assert total.bits_per_byte == pytest.approx(figures["bits_per_byte"])
+
+
+def test_dropped_bytes_make_a_lower_bound(model: TransformerXL) -> None:
+    without_ends = ByteVocabulary(bytes(set(range(256)) - {10}), b"\n")
+    (found,) = scored(model, without_ends, b"two\nlines\n")
+    assert (found.n_dropped, len(found.tokens), found.as_dict()["n_bytes"]) == (2, 8, 10)
+    total = Totals().plus(found)
+    assert total.is_bound
+    assert dict(described(total))["bits per byte"].startswith(">= ")
+    assert dict(described(total))["bytes"] == "10, 2 without a token"
+    (whole,) = scored(model, ByteVocabulary(), b"two\nlines\n")
+    assert not Totals().plus(whole).is_bound
+    assert not dict(described(Totals().plus(whole)))["bits per byte"].startswith(">")
 
 
 @pytest.mark.parametrize(

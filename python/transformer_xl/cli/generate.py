@@ -18,6 +18,7 @@ from transformer_xl.generation import PLAIN
 from transformer_xl.sampling import Sampling, new_seed
 
 LENGTH = 500
+BATCH_SIZE = 16
 
 
 def generate(
@@ -113,7 +114,13 @@ def generate(
         int | None,
         typer.Option(help="Random seed; the same seed gives the same text.", show_default=False),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts that are continued together.")] = 16,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Prompts that are continued together; by default {BATCH_SIZE}.",
+            show_default=False,
+        ),
+    ] = None,
     mem_len: Annotated[
         int | None,
         typer.Option(
@@ -159,18 +166,24 @@ def generate(
     check(settings)
     named = {"--ban": ban or [], "--stop-token": stop_token or []}
     if is_paper:
-        given = [bool(prompt), bool(prompt_file), interactive, samples != 1, bool(stop)]
-        if any(given) or any(named.values()) or settings.sampling != PLAIN:
+        given = [bool(prompt), bool(prompt_file), interactive, samples != 1, bool(stop), detokenize]
+        given += [batch_size is not None, *map(bool, named.values())]
+        if any(given) or settings.sampling != PLAIN:
             raise ValueError(
-                "--protocol paper: expected no prompts, no stops and no options of sampling, which "
-                "it defines"
+                "--protocol paper: expected no prompts, no stops, no --batch-size, no --detokenize "
+                "and no options of sampling, which it defines"
             )
+        if length == 0:
+            raise ValueError("--length: expected 1 or more with --protocol paper, got 0")
     elif arguments:
         raise ValueError(f"expected FIELD=VALUE with --protocol only, got {arguments[0]!r}")
-    if interactive and (prompt or prompt_file or samples != 1 or as_json):
-        raise ValueError("--interactive: expected no prompts, one sample and no --json")
+    if interactive and (prompt or prompt_file or samples != 1 or as_json or batch_size is not None):
+        raise ValueError(
+            "--interactive: expected no prompts, one sample, no --json and no --batch-size"
+        )
     if lines and not prompt_file:
         raise ValueError("--lines: expected a --prompt-file, got none")
+    batch_size = BATCH_SIZE if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"--batch-size: expected 1 or more, got {batch_size}")
     loaded = LoadedModel.open(checkpoint, default_device())

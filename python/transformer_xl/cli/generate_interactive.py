@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 
 import torch
@@ -14,7 +15,7 @@ from transformer_xl.cli.generate_texts import Settings, Stats, Text, continue_te
 from transformer_xl.cli.loading import LoadedModel
 from transformer_xl.data import Vocabulary
 from transformer_xl.reader import Reader
-from transformer_xl.training.stopping import StopRequests
+from transformer_xl.training.stopping import Stopped, StopRequests
 
 MARK = "> "
 
@@ -54,14 +55,17 @@ class Conversation:
         """Read a line and print its continuation.
 
         The line begins after the end of a line, or after a space if the vocabulary has no ends of
-        lines. An empty one continues the text as it is.
+        lines. An empty one continues the text as it is. With length 0 nothing is read or printed.
 
         Raises:
             ValueError: unknown symbols that the vocabulary has no `<unk>` for; nothing is read.
+            Stopped: SIGTERM or SIGHUP arrived; the text so far is printed first.
         """
         prompt = _prompt(self._loaded.vocabulary, line, is_first=not self.tokens)
         self.tokens += prompt.ids
         stats, settings = Stats(), self._settings
+        if settings.length == 0:
+            return stats
         hidden = self._read(stats)
         shown = dataclasses.replace(prompt, text="", ids=self.tokens)
         text = Text(self._loaded.vocabulary, shown, settings)
@@ -76,6 +80,8 @@ class Conversation:
         self._n_turns += 1
         self.tokens += text.tokens
         self._n_read = len(self.tokens) - bool(text.tokens)  # the last one has not been read
+        if stops.received not in (None, signal.SIGINT):
+            raise Stopped(stops.received)
         return stats
 
     def _read(self, stats: Stats) -> Tensor:

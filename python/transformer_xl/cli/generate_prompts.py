@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformer_xl.cli.score import read_documents
+from transformer_xl.cli.documents import read_documents
 from transformer_xl.data import Vocabulary
+from transformer_xl.data.text import decode_whole
 from transformer_xl.data.vocabularies import UnknownSymbolError
 
 ID = "id:"  # begins a token that is given by its number
@@ -42,7 +43,9 @@ def read_prompts(
     if files:
         is_text = vocabulary.kind != "byte"
         documents = read_documents(files, lines, is_text)
-        named += [(name, _decoded(name, data, is_text, lines)) for name, data in documents]
+        for name, data in documents:
+            text = decode_whole(name, data, is_text=is_text)
+            named.append((name, text.rstrip("\r\n") if lines else text))
         if len(named) == len(texts):
             raise ValueError("expected a prompt in the files, got none")
     prompts = [encoded(vocabulary, name, text) for name, text in named]
@@ -99,15 +102,3 @@ def _token_id(vocabulary: Vocabulary, option: str, value: str) -> int:
             "tokens"
         )
     return ids[0]
-
-
-def _decoded(name: str, data: bytes, is_text: bool, is_line: bool) -> str:
-    """The text of a prompt; bytes that are not UTF-8 are kept for a vocabulary of bytes."""
-    try:
-        text = data.decode("utf-8", "strict" if is_text else "surrogateescape")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: expected UTF-8 text, found byte {data[error.start]:#04x} at offset "
-            f"{error.start:,} ({error.reason})"
-        ) from error
-    return text.rstrip("\r\n") if is_line else text

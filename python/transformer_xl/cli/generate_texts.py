@@ -23,7 +23,7 @@ from transformer_xl.training.stopping import Stopped, StopRequests
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is written for each prompt, and where a text ends.
+    """The options of a text: how its tokens are drawn, and where it ends.
 
     Args:
         length: the most tokens of a text.
@@ -71,7 +71,7 @@ class Text:
     """One text: its tokens, and the part that can be shown.
 
     Attributes:
-        prompt: what it continues. sample: its number among the texts of that prompt, from 0.
+        prompt: the text before it. sample: its number among the texts of that prompt, from 0.
         pieces: the prompt, if it is shown, and the text so far, piece by piece.
         tokens, log_probs: all that were drawn, those of a stop string too.
         ending: "length", "stop", "stop_token" or "interrupted"; None: it is not at its end.
@@ -162,9 +162,10 @@ def write(
     ids = [torch.tensor(prompt.ids, device=loaded.device) for prompt in prompts]
     view.update(texts)
     try:
-        with stops.at_once():
-            hidden = timed_read(reader, ids, settings.n_samples, stats)
-        continue_texts(reader, hidden, ids, texts, settings, view, stats, stops, first)
+        if settings.length > 0:
+            with stops.at_once():
+                hidden = timed_read(reader, ids, settings.n_samples, stats)
+            continue_texts(reader, hidden, ids, texts, settings, view, stats, stops, first)
     except Stopped:
         pass  # the caller ends the command when it has shown the texts
     for text in texts:
@@ -216,3 +217,4 @@ def continue_texts(
         if stops.poll():
             break
         started = time.perf_counter()
+    stats.n_bytes = max(stats.n_bytes, reader.n_bytes)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import dataclasses
-import io
 import sys
-from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -16,15 +13,13 @@ import typer
 
 from transformer_xl import scoring
 from transformer_xl.cli import score_views
+from transformer_xl.cli.documents import read_documents
 from transformer_xl.cli.loading import LoadedModel, default_device
 from transformer_xl.config import EvaluateConfig
 from transformer_xl.config_fields import section_from_dict
-from transformer_xl.data.sources import Piece
 from transformer_xl.evaluation import Lengths
 from transformer_xl.scoring import Totals
 from transformer_xl.training.precision import Autocast, autocast
-
-STDIN = "stdin"
 
 
 def score(
@@ -106,20 +101,3 @@ def _view(protocol: str, *, as_json: bool, color: bool) -> score_views.View:
     if as_json:
         return score_views.Json(sys.stdout, protocol)
     return score_views.Colored(protocol) if color else score_views.Lines(sys.stdout, protocol)
-
-
-def read_documents(
-    files: Sequence[Path], lines: bool, is_text: bool
-) -> Iterator[tuple[str, bytes]]:
-    """Yield names and bytes of the documents: of each file or each of its lines, or of stdin.
-
-    A line has its end, as in the file. The byte-order mark before a text is left out.
-    """
-    named = ((str(path), b"".join(Piece(path).chunks())) for path in files)
-    for name, read in named if files else [(STDIN, sys.stdin.buffer.read())]:
-        data = read.removeprefix(codecs.BOM_UTF8) if is_text else read
-        if lines:
-            split = io.BytesIO(data).readlines()
-            yield from ((f"{name}:{i}", line) for i, line in enumerate(split, start=1))
-        else:
-            yield name, data

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
+import tempfile
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -20,10 +22,13 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from transformer_xl.data.files import check_regular, expanded, linked
 from transformer_xl.scoring import ScoredDocument, ScoredToken, Totals
 
 MOST_BITS = 16.0
 FULL = (232, 93, 4)  # orange
+# Unicode's category Cc except tabs and ends of lines, and the characters of Bidi_Control.
+CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -101,9 +106,11 @@ class Colored:
 
     def add(self, document: ScoredDocument) -> None:
         shown = Text()
-        for text, token in pieces(document):
-            shown.append(_printable(text), None if token is None else _style(token))
-        self.console.print(Text(document.name, "bold"))
+        found = list(pieces(document))
+        after = [*(text for text, _ in found[1:]), ""]
+        for (text, token), following in zip(found, after, strict=True):
+            shown.append(_printable(text, following), None if token is None else _style(token))
+        self.console.print(Text(_printable(document.name), "bold"))
         self.console.print(shown)
 
     def end(self, totals: Totals) -> None:
@@ -139,11 +146,12 @@ class Html:
 
 def described(totals: Totals) -> list[tuple[str, str]]:
     """The names and values of the totals, for people."""
-    bound = ">= " if totals.n_unknown else ""
+    bound = ">= " if totals.is_bound else ""
+    dropped = f", {totals.n_dropped:,} without a token" if totals.n_dropped else ""
     unknown = f", {totals.n_unknown:,} unknown" if totals.n_unknown else ""
     return [
         ("documents", f"{totals.n_documents:,}"),
-        ("bytes", f"{totals.n_bytes:,}"),
+        ("bytes", f"{totals.n_bytes:,}{dropped}"),
         ("tokens scored", f"{totals.n_tokens:,}{unknown}"),
         ("nats", f"{totals.nats:.4f}"),
         ("bits per byte", f"{bound}{totals.bits_per_byte:.4f}"),
@@ -202,9 +210,12 @@ def _background(share: float) -> Style:
     return Style.parse(f"black on rgb({mixed[0]},{mixed[1]},{mixed[2]})")
 
 
-def _printable(text: str) -> str:
-    """Text without the control characters that a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+def _printable(text: str, following: str = "") -> str:
+    """Text without the control characters that a terminal would obey: U+FFFD for each, and the end
+    of a line without its "\\r". The "\\n" may begin the `following` text."""
+    if following.startswith("\n"):
+        text = text.removesuffix("\r")
+    return CONTROLS.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 def _element(text: str, token: ScoredToken) -> str:
@@ -220,11 +231,18 @@ def _json(value: Any) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A new text file that becomes `path` at the end; after an error `path` is as before."""
-    new = path.with_name(f".{path.name}.new")
-    try:
+    """A new text file that becomes `path` at the end; after an error `path` is as before.
+
+    A leading `~` is expanded, and a symbolic link is kept: the file that it names is replaced.
+
+    Raises:
+        ValueError: `path` is a folder or a device; nothing is written.
+    """
+    path = linked(expanded(path))
+    if path.exists():
+        check_regular(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        new = Path(folder) / path.name
         with new.open("w", encoding="utf-8") as file:
             yield file
         new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)

@@ -52,10 +52,7 @@ def decode_stream(piece: Piece) -> Iterator[str]:
         try:
             text = decoder.decode(data, final)
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{piece}: expected UTF-8 text, found byte {error.object[error.start]:#04x} at "
-                f"offset {at - kept + error.start:,} ({error.reason})"
-            ) from error
+            raise not_utf8(piece, error, at - kept + error.start) from error
         at += len(data)
         if text:
             yield text
@@ -70,6 +67,25 @@ def read_text(piece: Piece) -> str:
         if length > MAX_TEXT:  # a small compressed file may hold that much
             raise ValueError(f"{piece}: expected at most {MAX_TEXT:,} characters, found more")
     return "".join(parts)
+
+
+def decode_whole(name: str, data: bytes, *, is_text: bool) -> str:
+    """The text of these bytes; if they need not be text, other bytes become surrogates.
+
+    Raises ValueError with the name and the byte offset if a byte of a text is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8", "strict" if is_text else "surrogateescape")
+    except UnicodeDecodeError as error:
+        raise not_utf8(name, error, error.start) from error
+
+
+def not_utf8(name: object, error: UnicodeDecodeError, offset: int) -> ValueError:
+    """The error for the byte at this offset of a file or document."""
+    return ValueError(
+        f"{name}: expected UTF-8 text, found byte {error.object[error.start]:#04x} at offset "
+        f"{offset:,} ({error.reason})"
+    )
 
 
 def whole_lines(texts: Iterable[str]) -> Iterator[str]:

@@ -67,6 +67,11 @@ class StopRequests:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def received(self) -> signal.Signals | None:
+        """The signal that requested a stop of this process; None if there was none."""
+        return self._received
+
     def poll(self) -> bool:
         """Whether a stop was requested of any process."""
         return self._agree(self._received is not None)

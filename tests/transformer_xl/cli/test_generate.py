@@ -185,12 +185,6 @@ def test_statistics_are_printed_on_request(
     assert generate(WORDS).stderr.startswith("memory: ")
 
 
-def test_nothing_is_printed_for_length_0(generate: Generate) -> None:
-    assert succeed(generate(WORDS, "--prompt", "a b", "--length", 0)) == ""
-    (text,) = as_json(generate(WORDS, "--length", 0, "--json"))["texts"]
-    assert (text["text"], text["tokens"]) == ("", [])
-
-
 def test_detokenized_text(generate: Generate) -> None:
     arguments = ("--prompt", "a @-@ b , a", "--length", 30)
     (plain,) = as_json(generate(WORDS, *arguments, "--json"))["texts"]

@@ -18,7 +18,7 @@ import torch
 from click.testing import Result
 
 from transformer_xl.cli import generate_texts
-from transformer_xl.cli.generate_interactive import Conversation
+from transformer_xl.cli.generate_interactive import Conversation, converse
 from transformer_xl.cli.generate_texts import Settings
 from transformer_xl.cli.loading import LoadedModel
 from transformer_xl.config import RunConfig
@@ -27,6 +27,7 @@ from transformer_xl.data.vocabularies import CharVocabulary, Vocabulary, WordVoc
 from transformer_xl.generation import draw, generate
 from transformer_xl.sampling import Sampling
 from transformer_xl.training import Trainer, join_processes
+from transformer_xl.training.stopping import Stopped
 
 Load = Callable[[Vocabulary], LoadedModel]
 LETTERS = CharVocabulary([*"abcdefgh \n"])
@@ -61,13 +62,16 @@ def test_an_empty_first_line_begins_a_text(load: Load, vocabulary: Vocabulary, r
     assert conversation.tokens[:-6] == vocabulary.encode(read)
 
 
-def test_turns_without_tokens_can_be_continued(load: Load) -> None:
+def test_turns_without_tokens_print_nothing_and_can_be_continued(
+    load: Load, capsys: pytest.CaptureFixture[str]
+) -> None:
     loaded = load(LETTERS)
     nothing = Settings(length=0, sampling=GREEDY.sampling, seed=1)
     conversation = Conversation(loaded, nothing)
     conversation.turn("abc")
     conversation.turn("")
     assert conversation.tokens == LETTERS.encode("abc")
+    assert capsys.readouterr().out == ""
 
 
 def test_lines_are_read_until_the_end_of_the_input(generate: Callable[..., Result]) -> None:
@@ -77,6 +81,12 @@ def test_lines_are_read_until_the_end_of_the_input(generate: Callable[..., Resul
     assert (len(first), len(second), rest) == (5, 5, "")
     assert "prompt: character 'Z' is not in the vocabulary" in result.stderr
     assert generate(LETTERS, "--interactive", typed="").stdout == ""
+
+
+def test_the_size_of_a_batch_is_refused(generate: Callable[..., Result]) -> None:
+    result = generate(LETTERS, "--interactive", "--batch-size", 16, typed="abc\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no --json and no --batch-size" in " ".join(result.stderr.split())
 
 
 def test_unknown_words_are_reported_and_statistics_printed(
@@ -90,6 +100,18 @@ def test_unknown_words_are_reported_and_statistics_printed(
     assert "prompts: 3 tokens in" in result.stderr
 
 
+def interrupted(number: signal.Signals) -> Callable[..., Iterator[Any]]:
+    """`draw`, with this signal before the third token."""
+
+    def drawn(*args: Any) -> Iterator[Any]:
+        for i, step in enumerate(draw(*args)):
+            if i == 2:
+                signal.raise_signal(number)
+            yield step
+
+    return drawn
+
+
 @pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGINT])
 def test_ctrl_c_ends_the_text_and_the_next_turn_continues_it(
@@ -97,21 +119,33 @@ def test_ctrl_c_ends_the_text_and_the_next_turn_continues_it(
 ) -> None:
     loaded = load(LETTERS)
     conversation = Conversation(loaded, GREEDY)
-
-    def interrupted(*args: Any) -> Iterator[Any]:
-        for i, step in enumerate(draw(*args)):
-            if i == 2:
-                signal.raise_signal(number)
-            yield step
-
     with monkeypatch.context() as patch:
-        patch.setattr(generate_texts, "draw", interrupted)
+        patch.setattr(generate_texts, "draw", interrupted(number))
         conversation.turn("abc")
     text = LETTERS.encode("abc")
     text += continued(loaded, text, 3)
     assert conversation.tokens == text
     conversation.turn("")
     assert conversation.tokens == text + continued(loaded, text)
+
+
+@pytest.mark.usefixtures("heeded")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_end_the_command_after_the_text_so_far(
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    loaded = load(LETTERS)
+    lines = iter(["abc"])  # a second line would not be found
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(generate_texts, "draw", interrupted(number))
+    with pytest.raises(Stopped) as stopped:
+        converse(loaded, GREEDY, with_stats=False)
+    assert stopped.value.number == number
+    written = continued(loaded, LETTERS.encode("abc"), 3)
+    assert capsys.readouterr().out == LETTERS.decode(written) + "\n"
 
 
 class Terminal:
@@ -138,7 +172,8 @@ class Terminal:
 
 
 @pytest.mark.slow
-def test_a_terminal(tiny_config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_terminated", [False, True])
+def test_a_terminal(tiny_config: RunConfig, tmp_path: Path, is_terminated: bool) -> None:
     Trainer(tiny_config, open_corpus(tiny_config.data), join_processes()).save(tmp_path / "saved")
     words = [sys.executable, "-m", "transformer_xl.cli", "generate", str(tmp_path / "saved")]
     terminal = Terminal([*words, "--interactive", "--length", "1000000", "--ban", "id:62"])
@@ -149,8 +184,13 @@ def test_a_terminal(tiny_config: RunConfig, tmp_path: Path) -> None:
         os.kill(terminal.process.pid, signal.SIGINT)
         terminal.read_until(lambda shown: shown.endswith("\n> "))
         assert terminal.process.poll() is None
-        terminal.type("\x04")
-        assert terminal.process.wait(60) == 0
+        if is_terminated:
+            terminal.type("the \n")
+            terminal.read_until(lambda shown: len(shown) - shown.rfind("> ") > 200)
+            os.kill(terminal.process.pid, signal.SIGTERM)
+        else:
+            terminal.type("\x04")
+        assert terminal.process.wait(60) == (143 if is_terminated else 0)
     finally:
         terminal.process.kill()
         terminal.process.wait()

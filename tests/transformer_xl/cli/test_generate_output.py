@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import string
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
+from torch import Tensor
 
 from transformer_xl import training
 from transformer_xl.cli import generate_texts
@@ -23,6 +26,7 @@ from transformer_xl.data.vocabularies import (
     WordVocabulary,
 )
 from transformer_xl.generation import Drawn
+from transformer_xl.reader import Reader
 
 Generate = Callable[..., Result]
 TEXT8 = CharVocabulary([" ", *string.ascii_lowercase])
@@ -116,6 +120,37 @@ def test_the_end_of_the_text_is_printed(
 
     monkeypatch.setattr(generate_texts, "draw", fixed)
     assert generate(ByteVocabulary(), "--prompt", "☃").stdout == "☃a\ufffd\n"
+
+
+def test_names_of_files_that_are_not_utf_8_are_shown(generate: Generate, tmp_path: Path) -> None:
+    strange = tmp_path / "na\udcffme.txt"
+    strange.write_text("a b", encoding="utf-8")
+    found = json.loads(generate(WORDS, "--prompt-file", strange, "--json").stdout)
+    assert found["texts"][0]["name"].endswith("na\ufffdme.txt")
+
+
+def test_the_largest_memory_is_reported(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reader, "n_bytes", property(lambda reader: 7 * reader.n_steps))
+    monkeypatch.setattr(Reader, "n_steps", 1, raising=False)
+    step = Reader.step
+
+    def counted(reader: Any, tokens: Tensor) -> Tensor:
+        reader.n_steps += 1
+        return step(reader, tokens)
+
+    monkeypatch.setattr(Reader, "step", counted)
+    found = json.loads(generate(WORDS, "--stats", "--json").stdout)
+    assert found["stats"]["n_bytes"] == 7 * 5
+
+
+def test_nothing_is_read_or_printed_for_length_0(generate: Generate) -> None:
+    shown = generate(WORDS, "--prompt", "a b", "--length", 0, "--stats")
+    assert (shown.exit_code, shown.stdout) == (0, "")
+    assert "prompts: 0 tokens in" in shown.stderr
+    (text,) = json.loads(generate(WORDS, "--length", 0, "--json").stdout)["texts"]
+    assert (text["text"], text["tokens"], text["ending"]) == ("", [], "length")
 
 
 def piped(arguments: list[str], reader: str) -> tuple[int, str]:

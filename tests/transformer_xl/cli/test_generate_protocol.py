@@ -117,12 +117,20 @@ def test_the_default_length_needs_a_longer_split(saved: Path) -> None:
         ("--stop", "the"),
         ("--samples", "2"),
         ("--interactive",),
+        ("--batch-size", "16"),
+        ("--detokenize",),
     ],
 )
 def test_the_protocol_defines_prompts_and_sampling(saved: Path, option: tuple[str, ...]) -> None:
     result = run(saved, *option)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--protocol paper: expected no prompts" in " ".join(result.stderr.split())
+
+
+def test_a_protocol_without_texts_is_refused(saved: Path) -> None:
+    result = run(saved, "--length", 0)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--length: expected 1 or more with --protocol paper" in " ".join(result.stderr.split())
 
 
 def test_other_data_can_be_named(saved: Path, config: RunConfig, tmp_path: Path) -> None:

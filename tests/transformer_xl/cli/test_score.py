@@ -6,6 +6,7 @@ import html.parser
 import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,43 @@ def test_after_an_error_the_page_is_as_before(checkpoint: Path, text: Path, tmp_
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_page_may_be_a_link_or_in_the_home_directory(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    succeed(checkpoint, text, "--html", "~/page.html")
+    link, page = tmp_path / "link.html", tmp_path / "page.html"
+    assert "<title>" in page.read_text(encoding="utf-8")
+    page.write_text("before", encoding="utf-8")
+    link.symlink_to(page)
+    succeed(checkpoint, text, "--html", link)
+    assert link.is_symlink()
+    assert "<title>" in page.read_text(encoding="utf-8")
+
+
+def test_a_page_replaces_no_folder_and_no_other_file(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    result = run(checkpoint, text, "--html", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "expected a file, found a folder" in " ".join(result.stderr.split())
+    other = tmp_path / ".page.html.new"
+    other.write_text("another", encoding="utf-8")
+    succeed(checkpoint, text, "--html", tmp_path / "page.html")
+    assert other.read_text(encoding="utf-8") == "another"
+
+
+@pytest.mark.parametrize("form", [(), ("--json",), ("--color",)])
+def test_names_that_are_not_utf_8_are_shown(
+    checkpoint: Path, text: Path, tmp_path: Path, form: tuple[str, ...]
+) -> None:
+    strange = tmp_path / "na\udcffme.txt"
+    strange.write_text(TEXT, encoding="utf-8")
+    page = tmp_path / "page.html"
+    assert "na\ufffdme.txt" in succeed(checkpoint, strange, "--html", page, *form)
+    assert "na\ufffdme.txt" in page.read_text(encoding="utf-8")
+
+
 def test_the_terminal_shows_the_text(checkpoint: Path, text: Path) -> None:
     assert TEXT in succeed(checkpoint, text, "--color")
 
@@ -126,6 +164,31 @@ def test_more_surprise_has_more_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "48;2;232;93;4mb" in shown
     assert "ma" not in shown.splitlines()[1]
     assert "\N{REPLACEMENT CHARACTER}" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\u00a0b\u3000c\u00ad\u200d\n", "a\u00a0b\u3000c\u00ad\u200d\n"),
+        ("a\tb", "a       b"),
+        ("\U0001f469\u200d\U0001f680", "\U0001f469\u200d\U0001f680"),
+        ("a\r\nb\rc", "a\nb\ufffdc"),
+        ("\0\x1b[2J\x7f\x9b", "\ufffd\ufffd[2J\ufffd\ufffd"),
+        ("\u202eab\u2066\u200f", "\ufffdab\ufffd\ufffd"),
+    ],
+)
+@pytest.mark.parametrize("is_one_token", [True, False])
+def test_only_controls_are_replaced_in_the_terminal(
+    text: str, shown: str, is_one_token: bool
+) -> None:
+    view = score_views.Colored("protocol")
+    view.console = Console(soft_wrap=True, width=80)
+    data = text.encode()
+    ends = [0, len(data)] if is_one_token else range(len(data) + 1)
+    tokens = tuple(ScoredToken("", 0, start, stop, None) for start, stop in pairwise(ends))
+    with view.console.capture() as capture:
+        view.add(ScoredDocument("\x1bname", data, tokens, 0))
+    assert capture.get() == f"\ufffdname\n{shown}\n"
 
 
 def test_parts_of_a_character_are_shown_together() -> None:
