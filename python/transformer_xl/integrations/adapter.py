@@ -102,6 +102,11 @@ class Adapter:
         return loaded
 
 
+def path_of(found: type) -> str:
+    """The importable name of a class."""
+    return f"{found.__module__}.{found.__qualname__}"
+
+
 def left_alone(family: str, path: str, versions: Versions, why: str) -> Adapter:
     """An adapter that only recognises a class: `report` returns the reason, nothing is patched."""
     return Adapter(family, path, versions, lambda own: own, lambda *_, **__: why, left_alone=why)

@@ -86,7 +86,7 @@ def unpatch(target: nn.Module | str | None = None) -> Report:
         names = FAMILIES if target is None else (target,)
         methods = {adapter.path: adapter.method for name in names for adapter in _family(name)}
         for found, forward in list(adapters.own_forwards.items()):
-            path = f"{found.__module__}.{found.__qualname__}"
+            path = adapters.path_of(found)
             if path in methods:
                 setattr(found, methods[path], forward)
                 del adapters.own_forwards[found]
@@ -143,7 +143,7 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
     """The modules whose class, or a base of it, has an adapter, or that have its parameters."""
     by_path = {adapter.path: adapter for family in FAMILIES.values() for adapter in family}
     for name, module in model.named_modules():
-        bases = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
+        bases = map(adapters.path_of, type(module).__mro__)
         adapter = next((by_path[path] for path in bases if path in by_path), None)
         adapter = adapter or _alike(module, by_path.values())
         if adapter is not None:
@@ -163,7 +163,7 @@ def _alike(module: nn.Module, known: Iterable[Adapter]) -> Adapter | None:
 
 def _is_named(module: nn.Module, adapter: Adapter) -> bool:
     """True for a class that the adapter was written for, not one found by its parameters."""
-    return any(f"{b.__module__}.{b.__qualname__}" == adapter.path for b in type(module).__mro__)
+    return any(adapters.path_of(base) == adapter.path for base in type(module).__mro__)
 
 
 def _refusal(module: nn.Module, adapter: Adapter) -> str | None:
@@ -173,7 +173,7 @@ def _refusal(module: nn.Module, adapter: Adapter) -> str | None:
     if adapters.adapter_of(module, adapter.method) is not None:
         return None
     if _is_named(module, adapter):
-        known = next(b for b in type(module).__mro__ if adapter.path.endswith("." + b.__qualname__))
+        known = next(b for b in type(module).__mro__ if adapters.path_of(b) == adapter.path)
         if getattr(type(module), adapter.method) is not vars(known)[adapter.method]:
             return f"its class has another {adapter.method} than {known.__qualname__}"
         # A derived class may have other functions that its forward calls.
@@ -216,7 +216,7 @@ def _entry(name: str, module: nn.Module, adapter: Adapter, reason: str | None) -
 
 def _class_entry(adapter: Adapter) -> Entry:
     name = re.sub(r".*\.", "", adapter.path)
-    found = [c for c in adapters.own_forwards if f"{c.__module__}.{c.__qualname__}" == adapter.path]
+    found = [c for c in adapters.own_forwards if adapters.path_of(c) == adapter.path]
     counted: Counter[str] = Counter()
     for module, calls in adapters.fallbacks.items():
         if found and isinstance(module, found[0]):

@@ -318,6 +318,20 @@ def test_a_family_is_patched_for_all_its_instances(family, monkeypatch, model, x
     assert adapter_of(model.layers[0]) is None
 
 
+@pytest.mark.parametrize("has_own_forward", [False, True], ids=["", "own_forward"])
+def test_a_derived_class_may_have_the_name_of_the_library_s(family, x, has_own_forward):
+    def forward(self, *args: object, **options: object) -> tuple[Tensor, None]:
+        return 2 * Attention.forward(self, *args, **options)[0], None
+
+    members = {"__module__": "elsewhere", **({"forward": forward} if has_own_forward else {})}
+    model = Model(type("Attention", (Attention,), members))
+    expected = outcome(model, x)
+    found = patch(model, force=True)
+    assert len(found.patched) == (0 if has_own_forward else 2)
+    assert has_own_forward == ("another forward than Attention" in str(found))
+    check_equal(outcome(model, x), expected)
+
+
 def test_the_documents_name_every_family():
     root = Path(__file__).resolve().parents[3]
     readme = (root / "README.md").read_text(encoding="utf-8")
