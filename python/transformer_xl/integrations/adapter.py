@@ -98,7 +98,12 @@ class Adapter:
     def load(self) -> type[nn.Module]:
         """The class, imported."""
         module, _, name = self.path.rpartition(".")
-        loaded: type[nn.Module] = getattr(importlib.import_module(module), name)
+        try:
+            loaded: type[nn.Module] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"patch: the family {self.family} could not be imported: {error}."
+            ) from error
         return loaded
 
 
@@ -112,8 +117,8 @@ def left_alone(family: str, path: str, versions: Versions, why: str) -> Adapter:
     return Adapter(family, path, versions, lambda own: own, lambda *_, **__: why, left_alone=why)
 
 
-# The calls that ran the original code, by reason, of every patched module that had any.
-fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
+# The calls of each module that ran the original code, by the adapter's path and the reason.
+fallbacks: WeakKeyDictionary[nn.Module, Counter[tuple[str, str]]] = WeakKeyDictionary()
 # Every module that was patched by its class, copies and unpickled ones included.
 patched_modules: WeakSet[nn.Module] = WeakSet()
 # The own method of the classes that are patched for all their instances.
@@ -122,24 +127,36 @@ own_forwards: dict[type[nn.Module], Forward] = {}
 _subclasses: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
-def patched_forward(adapter: Adapter, original: Forward) -> Forward:
-    """A forward with the signature of `original`, which it calls where a call is not served."""
-    served = adapter.build(original)
-    unserved = adapter.unserved
+def patched_forward(
+    adapter: Adapter, original: Forward, refuse: Callable[[Any], str | None] | None = None
+) -> Forward:
+    """A forward with the signature of `original`, which it calls where a call is not served.
+
+    Args:
+        refuse: replaces that of the adapter.
+    """
+    served, unserved = adapter.build(original), adapter.unserved
+    refuse = refuse or adapter.refuse
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        reason = adapter.refuse(self)  # a class is patched for modules of every configuration
+        reason = refuse(self)  # a class is patched for modules of every configuration
         if reason is None:
             reason = unserved(self, *args, **kwargs)
         if reason is None:
             return served(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            fallbacks.setdefault(self, Counter())[reason] += 1
+            fallbacks.setdefault(self, Counter())[adapter.path, reason] += 1
         return original(self, *args, **kwargs)
 
-    forward.adapter = adapter  # type: ignore[attr-defined]
+    forward.adapter, forward.refuse = adapter, refuse  # type: ignore[attr-defined]
     return forward
+
+
+def counted(module: nn.Module, adapter: Adapter) -> Counter[str]:
+    """The calls of a module that ran the original code instead of this adapter, by reason."""
+    calls = fallbacks.get(module, Counter())
+    return Counter({why: n for (path, why), n in calls.items() if path == adapter.path})
 
 
 def adapter_of(module: nn.Module, method: str = "") -> Adapter | None:
