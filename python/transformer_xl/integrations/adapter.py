@@ -20,8 +20,12 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
+from txl_kernels.transforms import is_exporting_onnx, is_jit_tracing
+
 Forward = Callable[..., Any]
 Versions = tuple[tuple[int, ...], tuple[int, ...]]
+
+_TRACED = "it is traced for TorchScript or ONNX"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Lookalike:
 
     parameters: frozenset[str]
     example: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def always(forward: Forward) -> Callable[[Forward], Forward]:
+    """The `build` of an adapter whose forward does not depend on the class's own."""
+    return lambda original: forward
 
 
 def nothing_to_refuse(module: Any) -> str | None:
@@ -59,7 +68,7 @@ class Adapter:
         lookalike: None where other classes cannot be recognised by their parameters.
         distribution: the name of the library on PyPI if it differs from that of its Python module.
         left_alone: why no module of this class is ever patched; empty for all other adapters.
-        method: the method that is replaced; what is said about `forward` holds for this one.
+        method: the method that is replaced; the other fields describe this method.
     """
 
     family: str
@@ -107,6 +116,14 @@ class Adapter:
         return loaded
 
 
+def is_traced() -> bool:
+    """Whether operators are recorded for TorchScript or ONNX.
+
+    Adapters look at values of masks, and a trace would keep what they found for all later calls.
+    """
+    return is_jit_tracing() or is_exporting_onnx()
+
+
 def path_of(found: type) -> str:
     """The importable name of a class."""
     return f"{found.__module__}.{found.__qualname__}"
@@ -140,7 +157,8 @@ def patched_forward(
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        reason = refuse(self)  # a class is patched for modules of every configuration
+        # A class is patched for modules of every configuration.
+        reason = _TRACED if is_traced() else refuse(self)
         if reason is None:
             reason = unserved(self, *args, **kwargs)
         if reason is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transformer_xl.integrations import espnet
-from transformer_xl.integrations.adapter import Adapter, Forward, Lookalike
+from transformer_xl.integrations.adapter import Adapter, Lookalike, always
 
 # The defaults of the classes.
 _NO_MASK, _NO_CACHE = torch.ones((0, 0, 0), dtype=torch.bool), torch.zeros((0, 0, 0, 0))
@@ -75,16 +75,12 @@ def _example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, x, x, mask, torch.randn(1, 2 * Tk - 1, H * d_k), cache), {}
 
 
-def _build(original: Forward) -> Forward:
-    return attention
-
-
 ADAPTERS = (
     Adapter(
         "chatterbox",
         "chatterbox.models.s3gen.transformer.attention.RelPositionMultiHeadedAttention",
         ((0, 1), (0, 1)),
-        _build,
+        always(attention),
         _unserved,
         lookalike=Lookalike(espnet.PARAMETERS, _example),
         distribution="chatterbox-tts",

@@ -17,13 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from transformer_xl.integrations.adapter import (
-    Adapter,
-    Forward,
-    Lookalike,
-    Versions,
-    left_alone,
-)
+from transformer_xl.integrations.adapter import Adapter, Lookalike, Versions, always, left_alone
 from transformer_xl.integrations.hugging_face import ranges_of_padding
 from transformer_xl.integrations.position_tables import project
 from txl_kernels import rel_attention
@@ -170,10 +164,6 @@ def example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, x, x, torch.randn(1, 2 * T - 1, d_model), mask), {}
 
 
-def _build(original: Forward) -> Forward:
-    return attention
-
-
 # Some have the same parameters with other arguments or masks: the classes of espnet_transducer.py,
 # cosyvoice.py and fairseq.py, NeMo's, Hugging Face's Wav2Vec2-Conformer, WeNet's without a shift.
 PARAMETERS = frozenset(
@@ -190,7 +180,10 @@ def _adapters(family: str, versions: Versions, module: str, *others: str) -> tup
     """Those of the latest class in all Python modules, and of the legacy class in the first."""
     latest = (f"{path}.RelPositionMultiHeadedAttention" for path in (module, *others))
     return (
-        *(Adapter(family, x, versions, _build, _unserved, lookalike=_LOOKALIKE) for x in latest),
+        *(
+            Adapter(family, x, versions, always(attention), _unserved, lookalike=_LOOKALIKE)
+            for x in latest
+        ),
         left_alone(family, f"{module}.LegacyRelPositionMultiHeadedAttention", versions, _LEGACY),
     )
 

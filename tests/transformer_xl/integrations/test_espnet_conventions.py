@@ -188,6 +188,28 @@ def test_classes_with_another_formula_or_mask_are_left_alone(kind, args):
         assert "another result (difference" in entry.reason
 
 
+def test_a_trace_keeps_the_original_code():
+    """Its mask may have padding in later calls."""
+    module, whole = EspnetAttention(), torch.ones(B, 1, T, dtype=torch.bool)
+    args = (X, X, X, TABLE)
+    expected = module(*args, VALID[:, None])
+    patch(module)
+    traced = torch.jit.trace(module, (*args, whole), check_trace=False)
+    assert "txl" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(*args, VALID[:, None]), expected)
+    assert "traced for TorchScript" in str(report(module))
+
+
+def test_an_exported_program_has_the_kernels():
+    module, whole = EspnetAttention(), torch.ones(B, 1, T, dtype=torch.bool)
+    args = (X, X, X, TABLE)
+    expected = module(*args, VALID[:, None])
+    patch(module)
+    program = torch.export.export(module, (*args, whole))
+    assert "txl" in str(program.graph)
+    torch.testing.assert_close(program.module()(*args, VALID[:, None]), expected)
+
+
 def test_the_comparison_does_not_need_leaves():
     """After a call, these classes keep the probabilities, which cannot be copied."""
     module = EspnetAttention()

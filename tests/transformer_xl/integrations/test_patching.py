@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from transformer_xl.integrations import families, parakeet, patch, patched, report, unpatch
-from transformer_xl.integrations.adapter import Adapter, adapter_of
+from transformer_xl.integrations.adapter import Adapter, adapter_of, always
 
 D, H = 12, 3
 LOAD = Adapter.load
@@ -289,7 +289,7 @@ def family(monkeypatch) -> str:
     """A family with a class of this file."""
     path = f"{Attention.__module__}.Attention"
     monkeypatch.setattr(Adapter, "load", lambda self: Attention)
-    adapter = Adapter("test", path, ((2, 0), (2, 3)), parakeet.build_attention, parakeet.unserved)
+    adapter = Adapter("test", path, ((2, 0), (2, 3)), always(parakeet.attention), parakeet.unserved)
     monkeypatch.setitem(families.FAMILIES, "test", (adapter,))
     yield "test"
     unpatch("test")
