@@ -32,7 +32,7 @@ def attention(
     key: Tensor,  # [B, Tk, d_model]
     value: Tensor,  # [B, Tk, d_model]
     pos_emb: Tensor,  # [1 or B, 2Tk - 1, d_model]
-    mask: Tensor | None,  # [1 or B, 1 or Tq, Tk], nonzero = attend
+    mask: Tensor | None = None,  # [1 or B, 1 or Tq, Tk], nonzero = attend
 ) -> Tensor:
     """`forward` of the attention of ESPnet and FunASR."""
     q, k, v = module.forward_qkv(query, key, value)  # each [B, H, T, d_k]
@@ -150,7 +150,7 @@ def unserved_table(Tq: int, Tk: int, R: int) -> str | None:
 
 
 def _unserved(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Any = None
 ) -> str | None:
     Tq, Tk, R = query.shape[1], key.shape[1], pos_emb.shape[1]
     return unserved_table(Tq, Tk, R) or unserved_mask(mask)

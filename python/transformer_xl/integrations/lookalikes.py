@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -51,24 +52,50 @@ def candidates(module: nn.Module, known: Iterable[Adapter]) -> list[Adapter]:
 
 def compare(module: nn.Module, with_adapters: list[Adapter], own: Forward) -> Comparison:
     """The comparison of `own` with the first adapter that agrees, else the closest."""
-    names, found = _arguments(own), []
+    found = []
     for adapter in with_adapters:
-        # Every call of the module's own forward must mean the same to the adapter.
-        if _arguments(adapter.build(own))[: len(names)] == names:
+        if _accepts(adapter.build(own), own):
             found.append(_compare_once(module, adapter, own))
             if found[-1].reason is None:
                 break
     if not found:
-        why = f"{_alike(with_adapters[0])} has other arguments ({', '.join(names)})"
+        arguments = (str(x.replace(annotation=x.empty)) for x in _arguments(own).values())
+        why = f"{_alike(with_adapters[0])} has other arguments ({', '.join(arguments)})"
         return Comparison(with_adapters[0], float("inf"), why)
     return min(found, key=lambda comparison: comparison.difference)
 
 
-def _arguments(forward: Forward) -> list[str]:
-    """The names of those that may be given by position, without the module itself."""
-    parameters = inspect.signature(forward).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [parameter.name for parameter in parameters if parameter.kind in kinds][1:]
+def _accepts(forward: Forward, own: Forward) -> bool:
+    """Whether every call of the module's own forward means the same to this one."""
+    ours, theirs = _arguments(forward), _arguments(own)
+    positional = [name for name, x in theirs.items() if x.kind in _POSITIONAL]
+    if [name for name, x in ours.items() if x.kind in _POSITIONAL][: len(positional)] != positional:
+        return False
+    kinds = {x.kind for x in ours.values()}
+    for name, argument in theirs.items():
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+            accepted = argument.kind in kinds
+        elif argument.default is argument.empty:
+            accepted = name in ours or argument.VAR_KEYWORD in kinds
+        else:
+            accepted = name in ours and _are_equal(ours[name].default, argument.default)
+        if not accepted:
+            return False
+    return True
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _are_equal(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.dtype == y.dtype and torch.equal(x, y)
+    return type(x) is type(y) and bool(x == y)
+
+
+def _arguments(forward: Forward) -> dict[str, inspect.Parameter]:
+    """All of them, without the module itself."""
+    return dict(list(inspect.signature(forward).parameters.items())[1:])
 
 
 def _alike(adapter: Adapter) -> str:
@@ -112,7 +139,7 @@ def _compare_once(module: nn.Module, adapter: Adapter, own: Forward) -> Comparis
 
 def _compare(module: nn.Module, adapter: Adapter, forward: Forward) -> Comparison:
     """Calls `forward` with a copy of the module, in float32 on the CPU, and the adapter's."""
-    state, difference = torch.random.get_rng_state(), float("inf")
+    difference = float("inf")
     try:
         own = _copied(module).to("cpu", torch.float32).eval()
         why = adapter.refuse(own)
@@ -122,8 +149,6 @@ def _compare(module: nn.Module, adapter: Adapter, forward: Forward) -> Compariso
                 why = f"another result (difference {difference:.1e})"
     except Exception as error:  # other attributes, other shapes, …
         why = f"a call failed: {error}"
-    finally:
-        torch.random.set_rng_state(state)
     return Comparison(adapter, difference, None if why is None else f"{_alike(adapter)} {why}")
 
 
@@ -133,11 +158,24 @@ def _copied(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(x): x.detach() for x in kept if not x.is_leaf})
 
 
-@torch.no_grad()
+@contextmanager
+def _plain_state() -> Iterator[None]:
+    """The CPU, float32, neither gradients nor autocast; all is as before afterwards."""
+    dtype, numbers = torch.get_default_dtype(), torch.get_rng_state()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            torch.default_generator.manual_seed(0)  # torch.manual_seed changes GPUs' numbers, too
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(numbers)
+
+
+@_plain_state()
 def _difference(own: nn.Module, adapter: Adapter, forward: Forward) -> float:
     """|adapter's - own| / |own|; every parameter of `own` gets random values."""
     assert adapter.lookalike is not None
-    torch.manual_seed(0)
     for parameter in own.parameters():
         parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
     args, kwargs = adapter.lookalike.example(own)

@@ -66,8 +66,9 @@ class CachedAttention(Attention):
     """CosyVoice's and Chatterbox's."""
 
     no_mask, no_cache = torch.ones(0, 0, 0).bool(), torch.zeros(0, 0, 0, 0)
+    no_table = torch.empty(0)
 
-    def forward(self, query, key, value, mask=no_mask, pos_emb=None, cache=no_cache):
+    def forward(self, query, key, value, mask=no_mask, pos_emb=no_table, cache=no_cache):
         q, k, v = self.forward_qkv(query, key, value)
         if len(cache) > 0:
             k, v = torch.cat([cache[..., :D], k], 2), torch.cat([cache[..., D:], v], 2)
@@ -78,7 +79,11 @@ class CachedAttention(Attention):
 class InvertedCachedAttention(CachedAttention):
     """The arguments of CosyVoice's class with a mask that is True for padding, as NeMo's is."""
 
-    def forward(self, query, key, value, mask=None, pos_emb=None, cache=CachedAttention.no_cache):
+    no_mask, no_table, no_cache = (
+        getattr(CachedAttention, name) for name in ("no_mask", "no_table", "no_cache")
+    )
+
+    def forward(self, query, key, value, mask=no_mask, pos_emb=no_table, cache=no_cache):
         return super().forward(query, key, value, ~mask, pos_emb, cache)
 
 
