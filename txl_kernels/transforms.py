@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from txl_kernels.torch_private import constant_in_traces, in_forward_mode, open_transforms
@@ -28,6 +30,13 @@ def is_exporting() -> bool:
     True; the tracer calls this function instead and receives the right value.
     """
     return bool(torch.compiler.is_exporting())
+
+
+@constant_in_traces
+def is_exporting_onnx() -> bool:
+    """Whether torch exports to ONNX at the moment; imports nothing of torch.onnx."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 def is_jit_tracing() -> bool:

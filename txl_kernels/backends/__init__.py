@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from txl_kernels.backends.fallback import MANY_BYTES, warn_of_fallback
 from txl_kernels.backends.head_size import MAX_HEAD_SIZE
 from txl_kernels.errors import BackendUnavailableError
 from txl_kernels.torch_private import constant_in_traces, has_kernel
-from txl_kernels.transforms import is_jit_tracing, kernel_refusal
+from txl_kernels.transforms import is_exporting_onnx, is_jit_tracing, kernel_refusal
 
 BACKENDS = ("reference", "native", "triton")
 OPS = (
@@ -160,7 +159,7 @@ def _resolve(
         reason = failures.get(name) or _refusal(
             name, op, device_type, dtype, Tq, head_size, needs_grad, uses
         )
-        if reason is None and name != "reference" and _exports_onnx():
+        if reason is None and name != "reference" and is_exporting_onnx():
             reason = f'ONNX has no {name} kernel: export with backend="reference"'
             return Resolution(None, reason)
         if reason is None:
@@ -271,13 +270,6 @@ def _refusal(
         if argument in uses:
             return f"{name} does not support {argument} yet"
     return None
-
-
-@constant_in_traces
-def _exports_onnx() -> bool:
-    """Whether torch exports to ONNX at the moment; imports nothing of torch.onnx."""
-    onnx = sys.modules.get("torch.onnx")
-    return onnx is not None and onnx.is_in_onnx_export()
 
 
 @constant_in_traces

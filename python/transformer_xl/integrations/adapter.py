@@ -20,8 +20,12 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
+from txl_kernels.transforms import is_exporting_onnx, is_jit_tracing
+
 Forward = Callable[..., Any]
 Versions = tuple[tuple[int, ...], tuple[int, ...]]
+
+_TRACED = "it is traced for TorchScript or ONNX"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Lookalike:
 
     parameters: frozenset[str]
     example: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def always(forward: Forward) -> Callable[[Forward], Forward]:
+    """The `build` of an adapter whose forward does not depend on the class's own."""
+    return lambda original: forward
 
 
 def nothing_to_refuse(module: Any) -> str | None:
@@ -59,7 +68,7 @@ class Adapter:
         lookalike: None where other classes cannot be recognised by their parameters.
         distribution: the name of the library on PyPI if it differs from that of its Python module.
         left_alone: why no module of this class is ever patched; empty for all other adapters.
-        method: the method that is replaced; what is said about `forward` holds for this one.
+        method: the method that is replaced; the other fields describe this method.
     """
 
     family: str
@@ -98,8 +107,26 @@ class Adapter:
     def load(self) -> type[nn.Module]:
         """The class, imported."""
         module, _, name = self.path.rpartition(".")
-        loaded: type[nn.Module] = getattr(importlib.import_module(module), name)
+        try:
+            loaded: type[nn.Module] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"patch: the family {self.family} could not be imported: {error}."
+            ) from error
         return loaded
+
+
+def is_traced() -> bool:
+    """Whether operators are recorded for TorchScript or ONNX.
+
+    Adapters look at values of masks, and a trace would keep what they found for all later calls.
+    """
+    return is_jit_tracing() or is_exporting_onnx()
+
+
+def path_of(found: type) -> str:
+    """The importable name of a class."""
+    return f"{found.__module__}.{found.__qualname__}"
 
 
 def left_alone(family: str, path: str, versions: Versions, why: str) -> Adapter:
@@ -107,8 +134,8 @@ def left_alone(family: str, path: str, versions: Versions, why: str) -> Adapter:
     return Adapter(family, path, versions, lambda own: own, lambda *_, **__: why, left_alone=why)
 
 
-# The calls that ran the original code, by reason, of every patched module that had any.
-fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
+# The calls of each module that ran the original code, by the adapter's path and the reason.
+fallbacks: WeakKeyDictionary[nn.Module, Counter[tuple[str, str]]] = WeakKeyDictionary()
 # Every module that was patched by its class, copies and unpickled ones included.
 patched_modules: WeakSet[nn.Module] = WeakSet()
 # The own method of the classes that are patched for all their instances.
@@ -117,24 +144,37 @@ own_forwards: dict[type[nn.Module], Forward] = {}
 _subclasses: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
-def patched_forward(adapter: Adapter, original: Forward) -> Forward:
-    """A forward with the signature of `original`, which it calls where a call is not served."""
-    served = adapter.build(original)
-    unserved = adapter.unserved
+def patched_forward(
+    adapter: Adapter, original: Forward, refuse: Callable[[Any], str | None] | None = None
+) -> Forward:
+    """A forward with the signature of `original`, which it calls where a call is not served.
+
+    Args:
+        refuse: replaces that of the adapter.
+    """
+    served, unserved = adapter.build(original), adapter.unserved
+    refuse = refuse or adapter.refuse
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        reason = adapter.refuse(self)  # a class is patched for modules of every configuration
+        # A class is patched for modules of every configuration.
+        reason = _TRACED if is_traced() else refuse(self)
         if reason is None:
             reason = unserved(self, *args, **kwargs)
         if reason is None:
             return served(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            fallbacks.setdefault(self, Counter())[reason] += 1
+            fallbacks.setdefault(self, Counter())[adapter.path, reason] += 1
         return original(self, *args, **kwargs)
 
-    forward.adapter = adapter  # type: ignore[attr-defined]
+    forward.adapter, forward.refuse = adapter, refuse  # type: ignore[attr-defined]
     return forward
+
+
+def counted(module: nn.Module, adapter: Adapter) -> Counter[str]:
+    """The calls of a module that ran the original code instead of this adapter, by reason."""
+    calls = fallbacks.get(module, Counter())
+    return Counter({why: n for (path, why), n in calls.items() if path == adapter.path})
 
 
 def adapter_of(module: nn.Module, method: str = "") -> Adapter | None:

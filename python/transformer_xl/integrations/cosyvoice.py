@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from transformer_xl.integrations import espnet
-from transformer_xl.integrations.adapter import Adapter, Forward, Lookalike
+from transformer_xl.integrations.adapter import Adapter, Lookalike, always
 
 # The defaults of the classes.
 _NO_MASK, _NO_CACHE = torch.ones((0, 0, 0), dtype=torch.bool), torch.zeros((0, 0, 0, 0))
+_NO_TABLE = torch.empty(0)
 
 
 def attention(
@@ -27,11 +28,10 @@ def attention(
     key: Tensor,  # [B, Tq, d_model]
     value: Tensor,  # [B, Tq, d_model]
     mask: Tensor = _NO_MASK,  # [1 or B, 1 or Tq, at least Tk], nonzero = attend
-    pos_emb: Tensor | None = None,  # [1 or B, 2Tk - 1, d_model]
+    pos_emb: Tensor = _NO_TABLE,  # [1 or B, 2Tk - 1, d_model]
     cache: Tensor = _NO_CACHE,  # [B, H, C, 2 d_k]
 ) -> tuple[Tensor, Tensor]:
     """`forward`: the output and the cache with C = Tk."""
-    assert pos_emb is not None  # otherwise the call is not served
     q, k, v = module.forward_qkv(query, key, value)  # each [B, H, Tq, d_k]
     new_cache = torch.cat([k, v], -1)
     if len(cache) > 0:
@@ -54,10 +54,10 @@ def _unserved(
     key: Tensor,
     value: Tensor,
     mask: Any = _NO_MASK,
-    pos_emb: Tensor | None = None,
+    pos_emb: Tensor | None = _NO_TABLE,
     cache: Any = _NO_CACHE,
 ) -> str | None:
-    if pos_emb is None:
+    if pos_emb is None or pos_emb.dim() == 1:
         return "no position embeddings are given"
     if not isinstance(cache, Tensor):
         return "the cache is no tensor"
@@ -75,16 +75,12 @@ def _example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, x, x, mask, torch.randn(1, 2 * Tk - 1, H * d_k), cache), {}
 
 
-def _build(original: Forward) -> Forward:
-    return attention
-
-
 ADAPTERS = (
     Adapter(
         "chatterbox",
         "chatterbox.models.s3gen.transformer.attention.RelPositionMultiHeadedAttention",
         ((0, 1), (0, 1)),
-        _build,
+        always(attention),
         _unserved,
         lookalike=Lookalike(espnet.PARAMETERS, _example),
         distribution="chatterbox-tts",

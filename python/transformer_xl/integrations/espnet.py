@@ -17,13 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from transformer_xl.integrations.adapter import (
-    Adapter,
-    Forward,
-    Lookalike,
-    Versions,
-    left_alone,
-)
+from transformer_xl.integrations.adapter import Adapter, Lookalike, Versions, always, left_alone
 from transformer_xl.integrations.hugging_face import ranges_of_padding
 from transformer_xl.integrations.position_tables import project
 from txl_kernels import rel_attention
@@ -38,7 +32,7 @@ def attention(
     key: Tensor,  # [B, Tk, d_model]
     value: Tensor,  # [B, Tk, d_model]
     pos_emb: Tensor,  # [1 or B, 2Tk - 1, d_model]
-    mask: Tensor | None,  # [1 or B, 1 or Tq, Tk], nonzero = attend
+    mask: Tensor | None = None,  # [1 or B, 1 or Tq, Tk], nonzero = attend
 ) -> Tensor:
     """`forward` of the attention of ESPnet and FunASR."""
     q, k, v = module.forward_qkv(query, key, value)  # each [B, H, T, d_k]
@@ -156,7 +150,7 @@ def unserved_table(Tq: int, Tk: int, R: int) -> str | None:
 
 
 def _unserved(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Any = None
 ) -> str | None:
     Tq, Tk, R = query.shape[1], key.shape[1], pos_emb.shape[1]
     return unserved_table(Tq, Tk, R) or unserved_mask(mask)
@@ -168,10 +162,6 @@ def example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = torch.randn(2, T, d_model)
     mask = torch.arange(T) < torch.tensor([[[T]], [[5]]])
     return (x, x, x, torch.randn(1, 2 * T - 1, d_model), mask), {}
-
-
-def _build(original: Forward) -> Forward:
-    return attention
 
 
 # Some have the same parameters with other arguments or masks: the classes of espnet_transducer.py,
@@ -190,7 +180,10 @@ def _adapters(family: str, versions: Versions, module: str, *others: str) -> tup
     """Those of the latest class in all Python modules, and of the legacy class in the first."""
     latest = (f"{path}.RelPositionMultiHeadedAttention" for path in (module, *others))
     return (
-        *(Adapter(family, x, versions, _build, _unserved, lookalike=_LOOKALIKE) for x in latest),
+        *(
+            Adapter(family, x, versions, always(attention), _unserved, lookalike=_LOOKALIKE)
+            for x in latest
+        ),
         left_alone(family, f"{module}.LegacyRelPositionMultiHeadedAttention", versions, _LEGACY),
     )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from transformer_xl.integrations import espnet
-from transformer_xl.integrations.adapter import Adapter, Forward, Lookalike
+from transformer_xl.integrations.adapter import Adapter, Lookalike, always
 
 
 def attention(
@@ -66,10 +66,6 @@ def _example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x[:, left:], x, x, table, mask, chunk_mask, left), {}
 
 
-def _build(original: Forward) -> Forward:
-    return attention
-
-
 _LOOKALIKE = Lookalike(espnet.PARAMETERS, _example)
 
 ADAPTERS = (
@@ -77,7 +73,7 @@ ADAPTERS = (
         "espnet",
         "espnet2.asr_transducer.encoder.modules.attention.RelPositionMultiHeadedAttention",
         espnet.VERSIONS,
-        _build,
+        always(attention),
         _unserved,
         lookalike=_LOOKALIKE,
         distribution="espnet",
@@ -88,7 +84,7 @@ FUNASR_ADAPTERS = (
         "funasr",
         "funasr.models.transformer.attention.RelPositionMultiHeadedAttentionChunk",
         espnet.FUNASR_VERSIONS,
-        _build,
+        always(attention),
         _unserved,
         lookalike=_LOOKALIKE,
     ),

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from transformer_xl.integrations import espnet
-from transformer_xl.integrations.adapter import Adapter, Forward, Lookalike
+from transformer_xl.integrations.adapter import Adapter, Lookalike, always
 
 
 def attention(
@@ -51,16 +51,12 @@ def _example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (*(x.transpose(0, 1) for x in tensors), ~keep[:, 0]), {}
 
 
-def _build(original: Forward) -> Forward:
-    return attention
-
-
 ADAPTERS = (
     Adapter(
         "fairseq",
         "fairseq.modules.espnet_multihead_attention.RelPositionMultiHeadedAttention",
         ((0, 12), (0, 12)),
-        _build,
+        always(attention),
         _unserved,
         lookalike=Lookalike(espnet.PARAMETERS, _example),
     ),

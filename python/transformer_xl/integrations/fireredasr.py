@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transformer_xl.integrations import espnet
-from transformer_xl.integrations.adapter import Adapter, Forward, Lookalike
+from transformer_xl.integrations.adapter import Adapter, Lookalike, always
 
 
 def attention(
@@ -45,10 +45,6 @@ def _example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, x, x, torch.randn(1, 2 * T - 1, d_model), mask), {}
 
 
-def _build(original: Forward) -> Forward:
-    return attention
-
-
 PARAMETERS = frozenset(
     ["pos_bias_u", "pos_bias_v"]
     + [f"layer_norm_{name}.weight" for name in "qkv"]
@@ -60,7 +56,7 @@ ADAPTERS = (
         "fireredasr",
         "fireredasr.models.module.conformer_encoder.RelPosMultiHeadAttention",
         ((0, 0), (0, 0)),
-        _build,
+        always(attention),
         _unserved,
         lookalike=Lookalike(PARAMETERS, _example),
     ),

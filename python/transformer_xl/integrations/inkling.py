@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from transformer_xl.integrations import growing_cache, hugging_face
-from transformer_xl.integrations.adapter import Adapter, Forward
+from transformer_xl.integrations.adapter import Adapter, Forward, always
 from transformer_xl.integrations.hugging_face import (
     causal_ranges,
     which_keys,
@@ -135,10 +135,6 @@ def _unserved_model(module: Any, *args: Any, **options: Any) -> str | None:
     return late or hugging_face.unserved_model(attentions, module, *args, **options)
 
 
-def _build_attention(original: Forward) -> Forward:
-    return attention
-
-
 def _build_model(original: Forward) -> Forward:
     names = ("create_causal_mask", "create_sliding_window_causal_mask")
     return with_bool_masks(with_helpers(original, dict.fromkeys(names, causal_ranges)))
@@ -149,7 +145,7 @@ ADAPTERS = (
         "inkling",
         f"{_MODULE}.InklingAttention",
         hugging_face.VERSIONS,
-        _build_attention,
+        always(attention),
         _unserved,
     ),
     Adapter(

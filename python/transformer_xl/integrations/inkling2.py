@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from transformer_xl.integrations import growing_cache, hugging_face
-from transformer_xl.integrations.adapter import Adapter, Forward
+from transformer_xl.integrations.adapter import Adapter, Forward, always
 from transformer_xl.integrations.hugging_face import (
     causal_ranges,
     which_keys,
@@ -146,14 +146,6 @@ def _unserved_model(module: Any, *args: Any, **options: Any) -> str | None:
     return late or hugging_face.unserved_model(attentions, module, *args, **options)
 
 
-def _build_sliding(original: Forward) -> Forward:
-    return sliding_attention
-
-
-def _build_full(original: Forward) -> Forward:
-    return attention
-
-
 def _build_model(original: Forward) -> Forward:
     names = ("create_causal_mask", "create_sliding_window_causal_mask")
     masks = dict.fromkeys(names, causal_ranges)
@@ -164,8 +156,10 @@ def _build_model(original: Forward) -> Forward:
 def _adapters(prefix: str) -> tuple[Adapter, ...]:
     versions = hugging_face.VERSIONS
     return (
-        Adapter("inkling2", f"{prefix}SlidingAttention", versions, _build_sliding, _unserved),
-        Adapter("inkling2", f"{prefix}FullAttention", versions, _build_full, _unserved),
+        Adapter(
+            "inkling2", f"{prefix}SlidingAttention", versions, always(sliding_attention), _unserved
+        ),
+        Adapter("inkling2", f"{prefix}FullAttention", versions, always(attention), _unserved),
         Adapter("inkling2", f"{prefix}TextModel", versions, _build_model, _unserved_model),
     )
 

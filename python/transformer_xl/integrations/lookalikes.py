@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,8 +39,8 @@ class Comparison(NamedTuple):
     reason: str | None
 
 
-# The comparisons so far, one for each module.
-_compared: WeakKeyDictionary[nn.Module, Comparison] = WeakKeyDictionary()
+# The comparisons of each module that gave numbers, by its class and the adapter's path.
+_compared: WeakKeyDictionary[nn.Module, dict[tuple[type, str], Comparison]] = WeakKeyDictionary()
 
 
 def candidates(module: nn.Module, known: Iterable[Adapter]) -> list[Adapter]:
@@ -48,53 +50,105 @@ def candidates(module: nn.Module, known: Iterable[Adapter]) -> list[Adapter]:
     return [a for a in known if a.lookalike is not None and a.lookalike.parameters == names]
 
 
-def compare(module: nn.Module, with_adapters: list[Adapter]) -> Comparison:
-    """The comparison with the first adapter that agrees, else the closest; made once."""
-    if module not in _compared:
-        _compared[module] = _closest(module, with_adapters)
-    return _compared[module]
-
-
-def _closest(module: nn.Module, with_adapters: list[Adapter]) -> Comparison:
-    own = type(module).forward
-    names, found = _arguments(own), []
+def compare(module: nn.Module, with_adapters: list[Adapter], own: Forward) -> Comparison:
+    """The comparison of `own` with the first adapter that agrees, else the closest."""
+    found = []
     for adapter in with_adapters:
-        # Every call of the module's own forward must mean the same to the adapter.
-        if _arguments(adapter.build(own))[: len(names)] == names:
-            found.append(_compare(module, adapter))
+        if _accepts(adapter.build(own), own):
+            found.append(_compare_once(module, adapter, own))
             if found[-1].reason is None:
                 break
     if not found:
-        why = f"{_alike(with_adapters[0])} has other arguments ({', '.join(names)})"
+        arguments = (str(x.replace(annotation=x.empty)) for x in _arguments(own).values())
+        why = f"{_alike(with_adapters[0])} has other arguments ({', '.join(arguments)})"
         return Comparison(with_adapters[0], float("inf"), why)
     return min(found, key=lambda comparison: comparison.difference)
 
 
-def _arguments(forward: Forward) -> list[str]:
-    """The names of those that may be given by position, without the module itself."""
-    parameters = inspect.signature(forward).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [parameter.name for parameter in parameters if parameter.kind in kinds][1:]
+def _accepts(forward: Forward, own: Forward) -> bool:
+    """Whether every call of the module's own forward means the same to this one."""
+    ours, theirs = _arguments(forward), _arguments(own)
+    positional = [name for name, x in theirs.items() if x.kind in _POSITIONAL]
+    if [name for name, x in ours.items() if x.kind in _POSITIONAL][: len(positional)] != positional:
+        return False
+    kinds = {x.kind for x in ours.values()}
+    for name, argument in theirs.items():
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+            accepted = argument.kind in kinds
+        elif argument.default is argument.empty:
+            accepted = name in ours or argument.VAR_KEYWORD in kinds
+        else:
+            accepted = name in ours and _are_equal(ours[name].default, argument.default)
+        if not accepted:
+            return False
+    return True
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _are_equal(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.dtype == y.dtype and torch.equal(x, y)
+    return type(x) is type(y) and bool(x == y)
+
+
+def _arguments(forward: Forward) -> dict[str, inspect.Parameter]:
+    """All of them, without the module itself."""
+    return dict(list(inspect.signature(forward).parameters.items())[1:])
 
 
 def _alike(adapter: Adapter) -> str:
     return f"it has the parameters of {adapter.path}, but"
 
 
-def _compare(module: nn.Module, adapter: Adapter) -> Comparison:
-    """Calls the forward of a copy of the module, in float32 on the CPU, and the adapter's."""
-    state, difference = torch.random.get_rng_state(), float("inf")
+def refuse_of_class(
+    adapter: Adapter, known: type[nn.Module], own: Forward
+) -> Callable[[Any], str | None]:
+    """The adapter's `refuse`, and for modules of derived classes the comparison, made once.
+
+    A derived class inherits the forward and may have other functions that it calls.
+    """
+    reasons: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+    def refuse(module: Any) -> str | None:
+        if adapter.lookalike is None or _is_as_written(type(module), known):
+            return adapter.refuse(module)
+        if torch.compiler.is_compiling():
+            return "its class is a derived one, which is not compared while compiling"
+        if module not in reasons:
+            reasons[module] = compare(module, [adapter], own).reason
+        return reasons[module]
+
+    return refuse
+
+
+def _is_as_written(found: type[nn.Module], known: type[nn.Module]) -> bool:
+    """True for the class itself and the one that `fully_shard` makes of it."""
+    bases = found.__bases__
+    return found is known or (bases[0].__name__ == "FSDPModule" and bases[1:] == (known,))
+
+
+def _compare_once(module: nn.Module, adapter: Adapter, own: Forward) -> Comparison:
+    known, key = _compared.setdefault(module, {}), (type(module), adapter.path)
+    comparison = known.get(key) or _compare(module, adapter, own)
+    if math.isfinite(comparison.difference):  # else no results were compared
+        known[key] = comparison
+    return comparison
+
+
+def _compare(module: nn.Module, adapter: Adapter, forward: Forward) -> Comparison:
+    """Calls `forward` with a copy of the module, in float32 on the CPU, and the adapter's."""
+    difference = float("inf")
     try:
         own = _copied(module).to("cpu", torch.float32).eval()
         why = adapter.refuse(own)
         if why is None:
-            difference = _difference(own, adapter)
+            difference = _difference(own, adapter, forward)
             if not difference <= _TOLERANCE:
                 why = f"another result (difference {difference:.1e})"
     except Exception as error:  # other attributes, other shapes, …
         why = f"a call failed: {error}"
-    finally:
-        torch.random.set_rng_state(state)
     return Comparison(adapter, difference, None if why is None else f"{_alike(adapter)} {why}")
 
 
@@ -104,20 +158,32 @@ def _copied(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(x): x.detach() for x in kept if not x.is_leaf})
 
 
-@torch.no_grad()
-def _difference(own: nn.Module, adapter: Adapter) -> float:
+@contextmanager
+def _plain_state() -> Iterator[None]:
+    """The CPU, float32, neither gradients nor autocast; all is as before afterwards."""
+    dtype, numbers = torch.get_default_dtype(), torch.get_rng_state()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            torch.default_generator.manual_seed(0)  # torch.manual_seed changes GPUs' numbers, too
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(numbers)
+
+
+@_plain_state()
+def _difference(own: nn.Module, adapter: Adapter, forward: Forward) -> float:
     """|adapter's - own| / |own|; every parameter of `own` gets random values."""
     assert adapter.lookalike is not None
-    torch.manual_seed(0)
     for parameter in own.parameters():
         parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
     args, kwargs = adapter.lookalike.example(own)
-    forward = type(own).forward
     expected = forward(own, *args, **kwargs)
     actual = adapters.patched_forward(adapter, forward)(own, *args, **kwargs)
     reasons = adapters.fallbacks.pop(own, None)
     if reasons:
-        raise ValueError(f"the call is not served ({', '.join(reasons)})")
+        raise ValueError(f"the call is not served ({', '.join(why for _, why in reasons)})")
     actual, expected = ((x if isinstance(x, tuple) else (x,)) for x in (actual, expected))
     if len(actual) != len(expected):
         raise ValueError(f"{len(expected)} results instead of {len(actual)}")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from transformer_xl.integrations import nemo_masks
-from transformer_xl.integrations.adapter import Adapter, Forward, nothing_to_refuse
-from transformer_xl.integrations.nemo_masks import ASR, ATTENTIONS, TRACED, is_traced
+from transformer_xl.integrations.adapter import Adapter, Forward, always, nothing_to_refuse
+from transformer_xl.integrations.nemo_masks import ASR, ATTENTIONS
 from transformer_xl.integrations.position_tables import project
 from txl_kernels import rel_attention
 
@@ -159,8 +159,6 @@ def _unserved(
     pos_emb: Tensor,
     cache: Tensor | None = None,
 ) -> str | None:
-    if is_traced():
-        return TRACED
     Tk = key.shape[1] + (0 if cache is None else cache.shape[1])
     is_library_mask = mask is None or mask.dtype == torch.bool
     if is_library_mask and pos_emb.shape[1] < query.shape[1] + Tk - 1:
@@ -177,8 +175,6 @@ def _unserved_local(
     pos_emb: Tensor,
     cache: Tensor | None = None,
 ) -> str | None:
-    if is_traced():
-        return TRACED
     if cache is not None:
         return "a cache is given to the local attention"
     if pos_emb.shape[1] != sum(module.att_context_size) + 1:
@@ -188,14 +184,6 @@ def _unserved_local(
 
 def _refuse_local(module: Any) -> str | None:
     return "it has global tokens" if module.global_tokens > 0 else None
-
-
-def _build_attention(original: Forward) -> Forward:
-    return attention
-
-
-def _build_local_attention(original: Forward) -> Forward:
-    return local_attention
 
 
 def _build_adapter(original: Forward) -> Forward:
@@ -210,7 +198,13 @@ def _build_adapter(original: Forward) -> Forward:
     return forward
 
 
-def _adapter(path: str, build: Any, unserved: Any, refuse: Any, method: str = "forward") -> Adapter:
+def _adapter(
+    path: str,
+    build: Any,
+    unserved: Any,
+    refuse: Any = nothing_to_refuse,
+    method: str = "forward",
+) -> Adapter:
     return Adapter(
         "nemo", path, _VERSIONS, build, unserved, refuse, distribution="nemo_toolkit", method=method
     )
@@ -219,13 +213,12 @@ def _adapter(path: str, build: Any, unserved: Any, refuse: Any, method: str = "f
 ADAPTERS = (
     _adapter(
         f"{ATTENTIONS}.RelPositionMultiHeadAttention",
-        _build_attention,
+        always(attention),
         _unserved,
-        nothing_to_refuse,
     ),
     _adapter(
         f"{ATTENTIONS}.RelPositionMultiHeadAttentionLongformer",
-        _build_local_attention,
+        always(local_attention),
         _unserved_local,
         _refuse_local,
     ),
@@ -233,7 +226,6 @@ ADAPTERS = (
         f"{_ADAPTER}.RelPositionMultiHeadAttentionAdapter",
         _build_adapter,
         _unserved,
-        nothing_to_refuse,
     ),
     _adapter(
         ".".join(nemo_masks.ENCODERS[0]),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from transformer_xl.integrations.adapter import Forward, adapter_of
-from txl_kernels.transforms import is_jit_tracing
 
 ASR = "nemo.collections.asr"
 ATTENTIONS = f"{ASR}.parts.submodules.multi_head_attention"
@@ -25,7 +24,6 @@ ENCODERS = (
     (f"{ASR}.modules.conformer_encoder", "ConformerEncoder"),
     ("nemo.collections.audio.parts.submodules.conformer_unet", "ConformerEncoderUNet"),
 )
-TRACED = "it is traced for TorchScript or ONNX"
 _STYLES = ("regular", "chunked_limited", "chunked_limited_with_rc")
 
 
@@ -103,9 +101,4 @@ def unserved(
     attentions = [m for m in module.layers.modules() if isinstance(m, library.MultiHeadAttention)]
     if any(adapter_of(attention) is None for attention in attentions):
         return "not all of its attention layers are patched"
-    return TRACED if is_traced() else None
-
-
-def is_traced() -> bool:
-    """Whether operators are recorded for TorchScript or ONNX, to which NeMo exports."""
-    return is_jit_tracing() or torch.onnx.is_in_onnx_export()
+    return None

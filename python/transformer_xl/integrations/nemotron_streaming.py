@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_xl.integrations import hugging_face, subsampling
-from transformer_xl.integrations.adapter import Adapter, Forward
+from transformer_xl.integrations.adapter import Adapter, Forward, always
 from transformer_xl.integrations.parakeet import attention, position_table
 
 _MODULE = "transformers.models.nemotron_asr_streaming.modeling_nemotron_asr_streaming"
@@ -114,10 +114,6 @@ def _unserved_encoder(module: Any, *args: Any, **options: Any) -> str | None:
     return hugging_face.unserved_model(attentions, module, *args, **options)
 
 
-def _build_attention(original: Forward) -> Forward:
-    return attention
-
-
 def _build_encoder(original: Forward) -> Forward:
     return hugging_face.with_body(original, encoder)
 
@@ -127,7 +123,7 @@ ADAPTERS = (
         "nemotron_streaming",
         f"{_MODULE}.NemotronAsrStreamingEncoderAttention",
         hugging_face.VERSIONS,
-        _build_attention,
+        always(attention),
         _unserved,
     ),
     Adapter(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_xl.integrations import hugging_face, subsampling
-from transformer_xl.integrations.adapter import Adapter, Forward, Lookalike
+from transformer_xl.integrations.adapter import Adapter, Forward, Lookalike, always
 from transformer_xl.integrations.position_tables import kept, project
 from txl_kernels import rel_attention
 
@@ -142,10 +142,6 @@ def example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tensors, {"attention_mask": torch.ones(2, 1, T, T, dtype=torch.bool)}
 
 
-def build_attention(original: Forward) -> Forward:
-    return attention
-
-
 def _build_encoder(original: Forward) -> Forward:
     return hugging_face.with_body(original, encoder)
 
@@ -160,7 +156,7 @@ ADAPTERS = (
         "parakeet",
         f"{_MODULE}.ParakeetEncoderAttention",
         hugging_face.VERSIONS,
-        build_attention,
+        always(attention),
         unserved,
         lookalike=Lookalike(PARAMETERS, example),
     ),

@@ -39,16 +39,7 @@ def patch(target: nn.Module | str, *, force: bool = False) -> Report:
             of the library was not checked, or the model was wrapped or compiled before.
     """
     if isinstance(target, str):
-        for adapter in _family(target):
-            if adapter.left_alone:
-                continue
-            if not force:
-                adapter.check_version()
-            found = adapter.load()
-            if found not in adapters.own_forwards:
-                own = getattr(found, adapter.method)
-                adapters.own_forwards[found] = own
-                setattr(found, adapter.method, adapters.patched_forward(adapter, own))
+        _patch_classes([adapter for adapter in _family(target) if not adapter.left_alone], force)
         return report(target)
     _check_order("patch", target)
     entries, known = [], list(_known(target))
@@ -69,6 +60,18 @@ def patch(target: nn.Module | str, *, force: bool = False) -> Report:
     return Report(tuple(entries))
 
 
+def _patch_classes(family: Iterable[Adapter], force: bool) -> None:
+    """All classes of the family, or none where one was not checked or cannot be imported."""
+    for adapter in family:
+        if not force:
+            adapter.check_version()
+    for adapter, found in [(adapter, adapter.load()) for adapter in family]:
+        if found not in adapters.own_forwards:
+            own = adapters.own_forwards[found] = getattr(found, adapter.method)
+            refuse = lookalikes.refuse_of_class(adapter, found, own)
+            setattr(found, adapter.method, adapters.patched_forward(adapter, own, refuse))
+
+
 def unpatch(target: nn.Module | str | None = None) -> Report:
     """Gives a model, a family, or with None everything, its own code again.
 
@@ -86,12 +89,13 @@ def unpatch(target: nn.Module | str | None = None) -> Report:
         names = FAMILIES if target is None else (target,)
         methods = {adapter.path: adapter.method for name in names for adapter in _family(name)}
         for found, forward in list(adapters.own_forwards.items()):
-            path = f"{found.__module__}.{found.__qualname__}"
+            path = adapters.path_of(found)
             if path in methods:
                 setattr(found, methods[path], forward)
                 del adapters.own_forwards[found]
-                for module in [m for m in adapters.fallbacks if isinstance(m, found)]:
-                    del adapters.fallbacks[module]
+        for calls in list(adapters.fallbacks.values()):
+            for key in [key for key in calls if key[0] in methods]:
+                del calls[key]
     for module in modules:
         _unpatch_module(module)
     return report(target)
@@ -143,7 +147,7 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
     """The modules whose class, or a base of it, has an adapter, or that have its parameters."""
     by_path = {adapter.path: adapter for family in FAMILIES.values() for adapter in family}
     for name, module in model.named_modules():
-        bases = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
+        bases = map(adapters.path_of, type(module).__mro__)
         adapter = next((by_path[path] for path in bases if path in by_path), None)
         adapter = adapter or _alike(module, by_path.values())
         if adapter is not None:
@@ -158,28 +162,30 @@ def _alike(module: nn.Module, known: Iterable[Adapter]) -> Adapter | None:
     candidates = lookalikes.candidates(module, known)
     if not candidates or "forward" in module.__dict__:
         return next(iter(candidates), None)
-    return lookalikes.compare(module, candidates).adapter
+    return lookalikes.compare(module, candidates, type(module).forward).adapter
 
 
 def _is_named(module: nn.Module, adapter: Adapter) -> bool:
     """True for a class that the adapter was written for, not one found by its parameters."""
-    return any(f"{b.__module__}.{b.__qualname__}" == adapter.path for b in type(module).__mro__)
+    return any(adapters.path_of(base) == adapter.path for base in type(module).__mro__)
 
 
 def _refusal(module: nn.Module, adapter: Adapter) -> str | None:
     """Why a module of a known class is left alone; None where it can be patched, or is."""
     if adapter.method in module.__dict__:
         return f"another library has replaced its {adapter.method} (accelerate's hooks do so)"
+    own = getattr(type(module), adapter.method)
     if adapters.adapter_of(module, adapter.method) is not None:
-        return None
+        reason: str | None = own.refuse(module)
+        return reason
     if _is_named(module, adapter):
-        known = next(b for b in type(module).__mro__ if adapter.path.endswith("." + b.__qualname__))
-        if getattr(type(module), adapter.method) is not vars(known)[adapter.method]:
+        known = next(b for b in type(module).__mro__ if adapters.path_of(b) == adapter.path)
+        if own is not vars(known)[adapter.method]:
             return f"its class has another {adapter.method} than {known.__qualname__}"
         # A derived class may have other functions that its forward calls.
         if type(module) is known or adapter.lookalike is None:
             return adapter.left_alone or adapter.refuse(module)
-    return lookalikes.compare(module, [adapter]).reason
+    return lookalikes.compare(module, [adapter], own).reason
 
 
 # torch's classes that keep the code or the parameters that they find, and how users make them.
@@ -206,8 +212,8 @@ def _check_order(function: str, model: nn.Module) -> None:
 
 
 def _entry(name: str, module: nn.Module, adapter: Adapter, reason: str | None) -> Entry:
-    counted = dict(adapters.fallbacks.get(module, Counter()))
-    is_patched = adapters.adapter_of(module, adapter.method) is not None
+    counted = dict(adapters.counted(module, adapter))
+    is_patched = reason is None and adapters.adapter_of(module, adapter.method) is not None
     if not is_patched and reason is None:
         reason = "not patched"
     class_name = type(module).__name__
@@ -216,10 +222,9 @@ def _entry(name: str, module: nn.Module, adapter: Adapter, reason: str | None) -
 
 def _class_entry(adapter: Adapter) -> Entry:
     name = re.sub(r".*\.", "", adapter.path)
-    found = [c for c in adapters.own_forwards if f"{c.__module__}.{c.__qualname__}" == adapter.path]
+    found = [c for c in adapters.own_forwards if adapters.path_of(c) == adapter.path]
     counted: Counter[str] = Counter()
-    for module, calls in adapters.fallbacks.items():
-        if found and isinstance(module, found[0]):
-            counted += calls
+    for module in list(adapters.fallbacks) if found else ():
+        counted += adapters.counted(module, adapter)
     reason = "" if found else adapter.left_alone or "not patched"
     return Entry(adapter.path, name, adapter.family, bool(found), reason, dict(counted))

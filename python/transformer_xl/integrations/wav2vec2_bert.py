@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transformer_xl.integrations import hugging_face, wav2vec2_conformer
-from transformer_xl.integrations.adapter import Adapter, Forward
+from transformer_xl.integrations.adapter import Adapter, always
 from transformer_xl.integrations.hugging_face import which_keys
 from transformer_xl.integrations.wav2vec2_conformer import project_qkv
 from txl_kernels import rel_attention
@@ -60,15 +60,11 @@ def _refuse_encoder(module: Any) -> str | None:
     return next((why for layer in module.layers if (why := _refuse(layer.self_attn))), None)
 
 
-def _build_attention(original: Forward) -> Forward:
-    return attention
-
-
 def _adapters(family: str, prefix: str) -> tuple[Adapter, ...]:
     versions = hugging_face.VERSIONS
     build, unserved = wav2vec2_conformer.build_encoder, wav2vec2_conformer.unserved_encoder
     return (
-        Adapter(family, f"{prefix}SelfAttention", versions, _build_attention, _unserved, _refuse),
+        Adapter(family, f"{prefix}SelfAttention", versions, always(attention), _unserved, _refuse),
         Adapter(family, f"{prefix}Encoder", versions, build, unserved, _refuse_encoder),
     )
 

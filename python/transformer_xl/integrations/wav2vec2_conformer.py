@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from transformer_xl.integrations import hugging_face
-from transformer_xl.integrations.adapter import Adapter, Forward
+from transformer_xl.integrations.adapter import Adapter, Forward, always
 from transformer_xl.integrations.hugging_face import (
     bidirectional_ranges,
     which_keys,
@@ -80,10 +80,6 @@ def unserved_encoder(
     return hugging_face.unserved_model(attentions, module, **options)
 
 
-def _build_attention(original: Forward) -> Forward:
-    return attention
-
-
 def build_encoder(original: Forward) -> Forward:
     return with_helpers(original, {"create_bidirectional_mask": bidirectional_ranges})
 
@@ -91,7 +87,7 @@ def build_encoder(original: Forward) -> Forward:
 def _adapters(family: str, prefix: str) -> tuple[Adapter, ...]:
     versions = hugging_face.VERSIONS
     return (
-        Adapter(family, f"{prefix}SelfAttention", versions, _build_attention, unserved, refuse),
+        Adapter(family, f"{prefix}SelfAttention", versions, always(attention), unserved, refuse),
         Adapter(
             family, f"{prefix}Encoder", versions, build_encoder, unserved_encoder, refuse_encoder
         ),

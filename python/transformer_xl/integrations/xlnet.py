@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_xl.integrations import hugging_face, xlnet_model
-from transformer_xl.integrations.adapter import Adapter, Forward
+from transformer_xl.integrations.adapter import Adapter, Forward, always
 from transformer_xl.integrations.hugging_face import which_keys
 from transformer_xl.integrations.position_tables import kept
 from txl_kernels import merge_attention, rel_attention_with_lse
@@ -198,10 +198,6 @@ def _unserved(
     return None
 
 
-def _build_attention(original: Forward) -> Forward:
-    return attention
-
-
 def _build_model(original: Forward) -> Forward:
     return hugging_face.with_body(original, xlnet_model.model)
 
@@ -211,7 +207,7 @@ ADAPTERS = (
         "xlnet",
         f"{xlnet_model.MODULE}.XLNetRelativeAttention",
         hugging_face.VERSIONS,
-        _build_attention,
+        always(attention),
         _unserved,
     ),
     Adapter(

@@ -66,8 +66,9 @@ class CachedAttention(Attention):
     """CosyVoice's and Chatterbox's."""
 
     no_mask, no_cache = torch.ones(0, 0, 0).bool(), torch.zeros(0, 0, 0, 0)
+    no_table = torch.empty(0)
 
-    def forward(self, query, key, value, mask=no_mask, pos_emb=None, cache=no_cache):
+    def forward(self, query, key, value, mask=no_mask, pos_emb=no_table, cache=no_cache):
         q, k, v = self.forward_qkv(query, key, value)
         if len(cache) > 0:
             k, v = torch.cat([cache[..., :D], k], 2), torch.cat([cache[..., D:], v], 2)
@@ -78,7 +79,11 @@ class CachedAttention(Attention):
 class InvertedCachedAttention(CachedAttention):
     """The arguments of CosyVoice's class with a mask that is True for padding, as NeMo's is."""
 
-    def forward(self, query, key, value, mask=None, pos_emb=None, cache=CachedAttention.no_cache):
+    no_mask, no_table, no_cache = (
+        getattr(CachedAttention, name) for name in ("no_mask", "no_table", "no_cache")
+    )
+
+    def forward(self, query, key, value, mask=no_mask, pos_emb=no_table, cache=no_cache):
         return super().forward(query, key, value, ~mask, pos_emb, cache)
 
 
@@ -186,6 +191,28 @@ def test_classes_with_another_formula_or_mask_are_left_alone(kind, args):
     torch.testing.assert_close(outcome(module, args), expected, rtol=1e-4, atol=1e-4)
     if not entry.patched:
         assert "another result (difference" in entry.reason
+
+
+def test_a_trace_keeps_the_original_code():
+    """Its mask may have padding in later calls."""
+    module, whole = EspnetAttention(), torch.ones(B, 1, T, dtype=torch.bool)
+    args = (X, X, X, TABLE)
+    expected = module(*args, VALID[:, None])
+    patch(module)
+    traced = torch.jit.trace(module, (*args, whole), check_trace=False)
+    assert "txl" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(*args, VALID[:, None]), expected)
+    assert "traced for TorchScript" in str(report(module))
+
+
+def test_an_exported_program_has_the_kernels():
+    module, whole = EspnetAttention(), torch.ones(B, 1, T, dtype=torch.bool)
+    args = (X, X, X, TABLE)
+    expected = module(*args, VALID[:, None])
+    patch(module)
+    program = torch.export.export(module, (*args, whole))
+    assert "txl" in str(program.graph)
+    torch.testing.assert_close(program.module()(*args, VALID[:, None]), expected)
 
 
 def test_the_comparison_does_not_need_leaves():

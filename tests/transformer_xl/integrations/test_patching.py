@@ -4,13 +4,16 @@ attention, which needs no other library."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import io
 import pickle
 import re
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +22,11 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from transformer_xl.integrations import families, parakeet, patch, patched, report, unpatch
-from transformer_xl.integrations.adapter import Adapter, adapter_of
+from transformer_xl.integrations.adapter import Adapter, adapter_of, always
 
 D, H = 12, 3
+LOAD = Adapter.load
+LOOKALIKE = parakeet.Lookalike(parakeet.PARAMETERS, parakeet.example)
 
 
 class Attention(nn.Module):
@@ -284,7 +289,7 @@ def family(monkeypatch) -> str:
     """A family with a class of this file."""
     path = f"{Attention.__module__}.Attention"
     monkeypatch.setattr(Adapter, "load", lambda self: Attention)
-    adapter = Adapter("test", path, ((2, 0), (2, 3)), parakeet.build_attention, parakeet.unserved)
+    adapter = Adapter("test", path, ((2, 0), (2, 3)), always(parakeet.attention), parakeet.unserved)
     monkeypatch.setitem(families.FAMILIES, "test", (adapter,))
     yield "test"
     unpatch("test")
@@ -316,6 +321,104 @@ def test_a_family_is_patched_for_all_its_instances(family, monkeypatch, model, x
     assert not unpatch(family).patched
     assert Attention.forward is forward
     assert adapter_of(model.layers[0]) is None
+
+
+@pytest.mark.parametrize("has_own_forward", [False, True], ids=["", "own_forward"])
+def test_a_derived_class_may_have_the_name_of_the_library_s(family, x, has_own_forward):
+    def forward(self, *args: object, **options: object) -> tuple[Tensor, None]:
+        return 2 * Attention.forward(self, *args, **options)[0], None
+
+    members = {"__module__": "elsewhere", **({"forward": forward} if has_own_forward else {})}
+    model = Model(type("Attention", (Attention,), members))
+    expected = outcome(model, x)
+    found = patch(model, force=True)
+    assert len(found.patched) == (0 if has_own_forward else 2)
+    assert has_own_forward == ("another forward than Attention" in str(found))
+    check_equal(outcome(model, x), expected)
+
+
+class Derived(Attention):
+    """Inherits the forward, which reads other attributes."""
+
+    is_shifted = False
+
+
+class Scaled(Attention):
+    """Calls the forward of its base."""
+
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, Any]:
+        out, probs = super().forward(*args, **options)
+        return 2 * out, probs
+
+
+@pytest.fixture
+def lookalike_family(family, monkeypatch) -> str:
+    adapter = dataclasses.replace(families.FAMILIES[family][0], lookalike=LOOKALIKE)
+    monkeypatch.setitem(families.FAMILIES, family, (adapter,))
+    return family
+
+
+@pytest.mark.parametrize("kind", [Derived, Scaled])
+def test_a_family_s_derived_classes_are_compared_once(lookalike_family, monkeypatch, x, kind):
+    compared = []
+    example = LOOKALIKE.example
+    counting = parakeet.Lookalike(
+        parakeet.PARAMETERS, lambda module: compared.append(1) or example(module)
+    )
+    adapter = dataclasses.replace(families.FAMILIES[lookalike_family][0], lookalike=counting)
+    monkeypatch.setitem(families.FAMILIES, lookalike_family, (adapter,))
+    model = Model(kind)
+    expected = outcome(model, x)
+    patch(lookalike_family, force=True)
+    for _ in range(3):
+        check_equal(outcome(model, x), expected)
+    assert len(compared) == 2  # modules
+    calls = report(lookalike_family).entries[0].fallbacks
+    assert sum(calls.values()) == (6 if kind is Derived else 0)
+    assert all("another result" in why for why in calls)
+    assert not report(model).patched
+
+
+def test_the_class_that_fully_shard_makes_is_not_compared(lookalike_family, x):
+    model = Model()
+    expected = model(x)
+    patch(lookalike_family, force=True)
+    torch.testing.assert_close(sharded(model)(x), expected)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    assert report(lookalike_family).fallbacks == 0
+
+
+@pytest.mark.parametrize("error", [ImportError("no libcudart"), AttributeError("no attribute")])
+def test_a_family_is_patched_as_a_whole_or_not_at_all(family, monkeypatch, error):
+    other = dataclasses.replace(families.FAMILIES[family][0], path="elsewhere.Attention")
+    monkeypatch.setitem(families.FAMILIES, family, (*families.FAMILIES[family], other))
+
+    def load(name: str) -> Any:
+        if name == "elsewhere":
+            raise error
+        return sys.modules[name]
+
+    monkeypatch.setattr(Adapter, "load", LOAD)
+    monkeypatch.setattr("importlib.import_module", load)
+    forward = Attention.forward
+    with pytest.raises(ValueError, match=f"the family test could not be imported: {error}"):
+        patch(family, force=True)
+    assert Attention.forward is forward
+
+
+def test_a_call_is_counted_for_its_own_adapter(family, monkeypatch, x):
+    """A class that is derived from another one may have an adapter of its own."""
+    base = families.FAMILIES[family][0]
+    derived = dataclasses.replace(base, path=f"{Scaled.__module__}.Scaled")
+    monkeypatch.setitem(families.FAMILIES, family, (base, derived))
+    found = {base.path: Attention, derived.path: Scaled}
+    monkeypatch.setattr(Adapter, "load", lambda self: found[self.path])
+    patch(family, force=True)
+    module = Scaled()
+    module(x, torch.randn(2, 17, D), output_attentions=True)
+    own, other = (sum(entry.fallbacks.values()) for entry in report(family).entries)
+    assert (own, other) == (1, 1)
 
 
 def test_the_documents_name_every_family():

@@ -1,0 +1,134 @@
+"""Which classes found by their parameters are compared, and what a comparison depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from transformer_xl.integrations import patch, unpatch
+
+H, D = 2, 4
+
+
+class Attention(nn.Module):
+    """ESPnet's, with an attribute that its formula depends on."""
+
+    sign, is_broken = 1.0, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q", "k", "v", "out", "pos"):
+            setattr(self, f"linear_{name}", nn.Linear(H * D, H * D, bias=name != "pos"))
+        self.pos_bias_u, self.pos_bias_v = (nn.Parameter(torch.randn(H, D)) for _ in range(2))
+        self.dropout = nn.Dropout(0.0)
+
+    def forward_qkv(self, *x: Tensor) -> list[Tensor]:
+        layers = (self.linear_q, self.linear_k, self.linear_v)
+        return [heads(layer(y)) for layer, y in zip(layers, x, strict=True)]
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        if self.is_broken:
+            raise RuntimeError("not loaded yet")
+        q, k, v = self.forward_qkv(query, key, value)
+        T = q.shape[2]
+        row = torch.arange(T) - torch.arange(T)[:, None] + T - 1
+        positions = (q + self.pos_bias_v[:, None]) @ heads(self.linear_pos(pos_emb)).mT
+        positions = positions.gather(3, row.expand(*positions.shape[:2], T, T))
+        scores = ((q + self.pos_bias_u[:, None]) @ k.mT + self.sign * positions) * D**-0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -1e9)
+        return self.linear_out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    def forward(self, query, key, value, pos_emb, mask):
+        return self.attend(query, key, value, pos_emb, mask)
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(2, (H, D)).transpose(1, 2)
+
+
+@pytest.fixture(autouse=True)
+def own_code_afterwards():
+    yield
+    unpatch()
+
+
+class Optional(Attention):
+    def forward(self, query, key, value, pos_emb, mask=None):
+        return self.attend(query, key, value, pos_emb, mask)
+
+
+class OtherDefault(Attention):
+    def forward(self, query, key, value, pos_emb, mask=False):
+        return self.attend(query, key, value, pos_emb, None if mask is False else mask)
+
+
+class KeywordOnly(Attention):
+    def forward(self, query, key, value, pos_emb, mask, *, scale=1.0):
+        return scale * self.attend(query, key, value, pos_emb, mask)
+
+
+class Options(Attention):
+    def forward(self, query, key, value, pos_emb, mask=None, **options: Any):
+        return options.get("scale", 1.0) * self.attend(query, key, value, pos_emb, mask)
+
+
+class More(Attention):
+    def forward(self, query, key, value, pos_emb, mask=None, *more: Any):
+        return self.attend(query, key, value, pos_emb, mask)
+
+
+def test_a_class_must_have_arguments_and_defaults_of_the_adapter():
+    for kind in (Attention, Optional):
+        assert patch(kind()).patched
+    for kind in (OtherDefault, KeywordOnly, Options, More):
+        reason = patch(kind()).left_alone[0].reason
+        assert "other arguments (query, key, value, pos_emb, " in reason, kind
+
+
+def test_a_comparison_belongs_to_the_class_that_the_module_has():
+    class Negative(Attention):
+        sign = -1.0
+
+    module = Attention()
+    assert patch(module).patched
+    unpatch(module)
+    module.__class__ = Negative
+    assert "another result" in patch(module).left_alone[0].reason
+
+
+def test_a_failed_call_is_compared_again():
+    module = Attention()
+    module.is_broken = True
+    assert "a call failed: not loaded yet" in patch(module).left_alone[0].reason
+    module.is_broken = False
+    assert patch(module).patched
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("kind", ["device", "dtype", "autocast"])
+def test_a_comparison_depends_on_no_global_state(kind):
+    module = Attention()
+    contexts = {
+        "device": torch.device("meta"),
+        "dtype": default_dtype(torch.float16),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+    }
+    with contexts[kind]:
+        found = patch(module)
+        assert torch.get_default_dtype() == (torch.float16 if kind == "dtype" else torch.float32)
+    assert found.patched, str(found)
