@@ -25,7 +25,7 @@ from transformer_xl.integrations.adapter import (
     left_alone,
 )
 from transformer_xl.integrations.hugging_face import ranges_of_padding
-from transformer_xl.integrations.position_tables import project
+from transformer_xl.integrations.position_tables import is_recorded, project
 from txl_kernels import rel_attention
 from txl_kernels.torch_private import changes
 
@@ -59,7 +59,7 @@ def attend(
     """[B, Tq, d_model]: the results of all heads, before the last linear layer.
 
     Args:
-        keys: what `which_keys` returns.
+        keys: arguments from `which_keys`.
         dropout: of the probabilities; default `module.dropout`.
     """
     if getattr(module, "zero_triu", False):
@@ -101,20 +101,13 @@ def which_keys(mask: Tensor | None, n_rows: int, *, marks_padding: bool = False)
     if mask is None:
         return {}
     ranges = None
-    if (mask.dim() == 2 or mask.shape[1] == 1) and _may_be_read(mask):
+    if (mask.dim() == 2 or mask.shape[1] == 1) and not is_recorded(mask):
         ranges = _ranges(mask, marks_padding)
     if ranges is not None:
         start, end = ranges.expand(2, n_rows)
         return {"key_start": start, "key_lens": end}
     keep = mask == 0 if marks_padding else mask != 0
     return {"mask": keep.view(len(mask), 1, -1, mask.shape[-1])}
-
-
-def _may_be_read(mask: Tensor) -> bool:
-    """Whether the host can read values of the mask now."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # The ranges of each mask that is in use. A model gives the same one to all its layers, and on a GPU

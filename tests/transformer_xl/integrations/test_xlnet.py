@@ -159,3 +159,21 @@ def test_masks_without_all_pairs():
     assert masks(None, PADDING["left"], None, 0)[0].tolist() == [[0, 3], [T, T]]
     # Memory, padding, tokens: two ranges of keys.
     assert masks(None, PADDING["left"], None, 4)[1].shape == (B, 1, 1, T + 4)
+
+
+def test_no_value_is_read_while_a_cuda_graph_is_captured(monkeypatch):
+    padding, module = torch.ones(B, T), types.SimpleNamespace(layer=(), attn_type="bi")
+    ids = torch.zeros(B, T, dtype=torch.int64)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+
+    def reason() -> str | None:
+        return xlnet_model.unserved(module, ids, token_type_ids=ids, output_attentions=False)
+
+    assert xlnet_model.masks(padding, None, None, 0) == (None, None)
+    assert reason() is None
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "__bool__", None)
+    h, g = xlnet_model.masks(padding, None, None, 0)
+    assert (h.shape, g.shape) == ((B, 1, T, T), (B, 1, 1, T))
+    assert "segments cannot be counted" in reason()
