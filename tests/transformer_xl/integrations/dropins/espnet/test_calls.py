@@ -151,3 +151,14 @@ def test_a_row_of_the_readme_patches_its_models(theirs, family):
     unpatch(family)
     assert eval("patch(model)", {"patch": patch, "model": model}).patched
     theirs.check_equal(theirs.results(model, kind, LENGTHS), expected)
+
+
+def test_the_row_of_cosyvoice_in_the_readme(theirs):
+    """Its class is in no package that a family names."""
+    row = next(line for line in README.open(encoding="utf-8") if line.startswith("| CosyVoice |"))
+    assert "`patch(model)`" in row
+    assert 'patch("' not in row
+    model = theirs.build("cosyvoice")
+    expected = theirs.results(model, "cosyvoice", LENGTHS)
+    assert eval("patch(model)", {"patch": patch, "model": model}).patched
+    theirs.check_equal(theirs.results(model, "cosyvoice", LENGTHS), expected)
