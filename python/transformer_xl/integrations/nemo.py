@@ -111,8 +111,8 @@ def _attend(
 def local_table(r: Tensor, left: int, right: int) -> Tensor:
     """The rows that the local attention reads at the distances left, …, -right.
 
-    Distance d reads one row of `r` [1 or B, H, left + right + 1, d_k]; "none" means that the library
-    adds no position score. With gap = |left - right|:
+    Distance d reads one row of `r` [1 or B, H, left + right + 1, d_k]; "none" means that no
+    position score is added. With gap = |left - right|:
 
         left = right    left - d
         left > right    left - d if d > 0;     none if 0 >= d > -gap;   left - gap - d if d <= -gap
