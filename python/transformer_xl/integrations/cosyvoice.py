@@ -63,7 +63,7 @@ def _unserved(
         return "the cache is no tensor"
     Tk = key.shape[1] + (cache.shape[2] if len(cache) > 0 else 0)
     why = espnet.unserved_table(query.shape[1], Tk, pos_emb.shape[1])
-    return why or espnet.unserved_mask(mask)
+    return why or espnet.unserved_mask(mask) or espnet.unserved_hook(module)
 
 
 def _example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

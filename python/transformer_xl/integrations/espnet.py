@@ -6,7 +6,8 @@ The table has 2Tk - 1 rows, from distance Tk - 1 (keys to the left) down to -(Tk
 `zero_triu` the position term is 0 for keys to the right, so their rows are left out. A mask
 [B, 1, Tk] or [B, Tq, Tk] is nonzero for keys that a query attends to.
 
-A served call sets `self.attn`, the probabilities that the classes keep for plots, to None.
+A served call sets `self.attn`, the probabilities that the classes keep for plots, to None. With a
+forward hook, which may read them, a call runs the original code.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from transformer_xl.integrations.adapter import Adapter, Lookalike, Versions, always, left_alone
 from transformer_xl.integrations.hugging_face import ranges_of_padding
-from transformer_xl.integrations.position_tables import project
+from transformer_xl.integrations.position_tables import is_recorded, project
 from txl_kernels import rel_attention
-from txl_kernels.torch_private import changes
+from txl_kernels.torch_private import changes, forward_hooks
 
 _LEGACY = "its relative shift wraps around (rel_pos_type legacy), which the kernels do not compute"
 
@@ -53,7 +54,7 @@ def attend(
     """[B, Tq, d_model]: the results of all heads, before the last linear layer.
 
     Args:
-        keys: what `which_keys` returns.
+        keys: arguments from `which_keys`.
         dropout: of the probabilities; default `module.dropout`.
     """
     if getattr(module, "zero_triu", False):
@@ -95,20 +96,13 @@ def which_keys(mask: Tensor | None, n_rows: int, *, marks_padding: bool = False)
     if mask is None:
         return {}
     ranges = None
-    if (mask.dim() == 2 or mask.shape[1] == 1) and _may_be_read(mask):
+    if (mask.dim() == 2 or mask.shape[1] == 1) and not is_recorded(mask):
         ranges = _ranges(mask, marks_padding)
     if ranges is not None:
         start, end = ranges.expand(2, n_rows)
         return {"key_start": start, "key_lens": end}
     keep = mask == 0 if marks_padding else mask != 0
     return {"mask": keep.view(len(mask), 1, -1, mask.shape[-1])}
-
-
-def _may_be_read(mask: Tensor) -> bool:
-    """Whether the host can read values of the mask now."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # The ranges of each mask that is in use. A model gives the same one to all its layers, and on a GPU
@@ -140,6 +134,13 @@ def unserved_mask(mask: Any) -> str | None:
     return "the mask is no tensor of three dimensions"
 
 
+def unserved_hook(module: Any) -> str | None:
+    """Why a call of a module with forward hooks must run the original code, or None."""
+    if hasattr(module, "attn") and forward_hooks(module):
+        return "a hook may read the attention weights"
+    return None
+
+
 def unserved_table(Tq: int, Tk: int, R: int) -> str | None:
     """Why a call with a table of R rows must run the original code, or None."""
     if Tq > Tk:
@@ -153,12 +154,12 @@ def _unserved(
     module: Any, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Any = None
 ) -> str | None:
     Tq, Tk, R = query.shape[1], key.shape[1], pos_emb.shape[1]
-    return unserved_table(Tq, Tk, R) or unserved_mask(mask)
+    return unserved_hook(module) or unserved_table(Tq, Tk, R) or unserved_mask(mask)
 
 
 def example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a small call, to compare a class with this adapter."""
-    T, d_model = 7, module.linear_q.in_features
+    T, d_model = 7, module.linear_pos.in_features
     x = torch.randn(2, T, d_model)
     mask = torch.arange(T) < torch.tensor([[[T]], [[5]]])
     return (x, x, x, torch.randn(1, 2 * T - 1, d_model), mask), {}

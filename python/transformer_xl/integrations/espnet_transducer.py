@@ -54,7 +54,7 @@ def _unserved(
         return "the position table has fewer than Tk + Tq - 1 rows"
     if any(x is not None and (x.dim() != 2 or x.dtype != torch.bool) for x in (mask, chunk_mask)):
         return "a mask is no bool tensor of two dimensions"
-    return None
+    return espnet.unserved_hook(module)
 
 
 def _example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -42,7 +42,8 @@ def _unserved(
 ) -> str | None:
     if key_padding_mask is not None and key_padding_mask.dim() != 2:
         return "the mask has not two dimensions"
-    return espnet.unserved_table(len(query), len(key), len(pos_emb))
+    why = espnet.unserved_table(len(query), len(key), len(pos_emb))
+    return why or espnet.unserved_hook(module)
 
 
 def _example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

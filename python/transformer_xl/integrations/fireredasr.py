@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from transformer_xl.integrations import espnet
@@ -38,13 +37,6 @@ def _unserved(
     return why or espnet.unserved_mask(mask)
 
 
-def _example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    T, d_model = 7, module.w_qs.in_features
-    x = torch.randn(2, T, d_model)
-    mask = torch.arange(T) < torch.tensor([[[T]], [[5]]])
-    return (x, x, x, torch.randn(1, 2 * T - 1, d_model), mask), {}
-
-
 PARAMETERS = frozenset(
     ["pos_bias_u", "pos_bias_v"]
     + [f"layer_norm_{name}.weight" for name in "qkv"]
@@ -58,6 +50,6 @@ ADAPTERS = (
         ((0, 0), (0, 0)),
         always(attention),
         _unserved,
-        lookalike=Lookalike(PARAMETERS, _example),
+        lookalike=Lookalike(PARAMETERS, espnet.example),
     ),
 )

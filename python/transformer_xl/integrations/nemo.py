@@ -88,6 +88,8 @@ def _attend(
     context: tuple[int, int] | None = None,
     **options: Any,
 ) -> Tensor:
+    # Only torch's sdpa, which some modules call, ignores the mode of the dropout layer.
+    in_training = module.training if module.use_pytorch_sdpa else module.dropout.training
     r = project(module.linear_pos, pos_emb, module.h)
     if context is not None:
         r = local_table(r, *context)
@@ -99,7 +101,7 @@ def _attend(
         r_w_bias=module.pos_bias_u,
         r_r_bias=module.pos_bias_v,
         scale=1.0 / module.s_d_k,
-        dropout_p=module.dropout.p if module.training else 0.0,
+        dropout_p=module.dropout.p if in_training else 0.0,
         **options,
     )
     projected: Tensor = module.linear_out(out.transpose(1, 2).flatten(2))
@@ -109,9 +111,12 @@ def _attend(
 def local_table(r: Tensor, left: int, right: int) -> Tensor:
     """The rows that the local attention reads at the distances left, …, -right.
 
-    They are those of `r` [1 or B, H, left + right + 1, d_k] if left = right. Otherwise the library
-    adds the position scores of the shorter side to columns that are `gap` farther out, so that
-    `gap` distances next to the longer side have no position score.
+    Distance d reads one row of `r` [1 or B, H, left + right + 1, d_k]; "none" means that no
+    position score is added. With gap = |left - right|:
+
+        left = right    left - d
+        left > right    left - d if d > 0;     none if 0 >= d > -gap;   left - gap - d if d <= -gap
+        left < right    right - d if d > gap;  none if gap >= d > 0;    left - d if d <= 0
     """
     gap = abs(left - right)
     if gap == 0:

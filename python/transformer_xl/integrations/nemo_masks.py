@@ -2,8 +2,8 @@
 
 Whatever the `att_context_style`, a frame attends to one range of frames. The patched encoder
 therefore makes int64 [B, Tk, 2], the first frame and the end of the range of each frame, where the
-library makes a mask [B, Tk, Tk]. Its forward slices the queries of either, with a cache, and passes
-it to the layers, whose attention reads it (nemo.py).
+library makes a mask [B, Tk, Tk]. With a cache, the encoder slices the mask or the ranges along the
+queries, then passes the slice to its layers. Their attention is in nemo.py.
 """
 
 from __future__ import annotations

@@ -32,20 +32,21 @@ def kept(
 ) -> Tensor:
     """`make()`, or its last result if neither `key` nor one of the tensors has changed since.
 
-    Nothing is kept with gradients, while compiling, for a module with hooks or adapters, or for
-    quantised and other special tensors.
+    Nothing is kept with gradients, while operators are recorded, in a process group (FSDP replaces
+    the values of a weight), for a module with hooks or adapters, or for quantised and other special
+    tensors.
 
     Args:
         module: the layer that computes the result.
         key: the numbers and types on which the result depends.
         sources: the tensors on which it depends, compared by identity, version and address.
     """
-    if torch.compiler.is_compiling() or not _may_keep(module, sources):
+    if is_recorded(sources[0]) or not _may_keep(module, sources):
         return make()
     versions = tuple((changes(x), x.data_ptr(), x.dtype, x.device) for x in sources)
     device = sources[0].device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    full_key = (*key, versions, autocast)
+    full_key = (*key, versions, autocast, _stream(sources[0]))
     last = _kept.get(module)
     if last is not None and last.key == full_key:
         pairs = zip(last.sources, sources, strict=True)
@@ -69,11 +70,26 @@ def project(projection: Any, table: Tensor, n_head: int) -> Tensor:
         return make()
     # A slice of the model's own table is a new tensor at each call.
     key = (table.storage_offset(), table.shape, table.stride())
-    return kept(projection, key, (whole(table), *projection.parameters()), make)
+    # Not `parameters()`, which is empty where a weight is a plain attribute.
+    sources = [whole(table), projection.weight, projection.bias]
+    return kept(projection, key, tuple(x for x in sources if x is not None), make)
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether the call is compiled, or captured in a CUDA graph: values of x cannot be read now."""
+    if torch.compiler.is_compiling():
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(x: Tensor) -> torch.cuda.Stream | None:
+    """The stream in which a result is computed; another one must not read it without waiting."""
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None
 
 
 def _may_keep(module: nn.Module, sources: tuple[Tensor, ...]) -> bool:
-    if torch.is_grad_enabled() or has_hooks(module):
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if torch.is_grad_enabled() or in_group or has_hooks(module):
         return False
     plain = (Tensor, nn.Parameter)  # a buffer is a Tensor
     return all(type(x) in plain and not x.is_inference() for x in sources)

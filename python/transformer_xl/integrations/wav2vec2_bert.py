@@ -39,7 +39,7 @@ def attention(
         scale=module.scaling,
         offset=left,
         clamp=True,
-        dropout_p=module.dropout.p if module.training else 0.0,
+        dropout_p=module.dropout.p if module.dropout.training else 0.0,
         **which_keys(attention_mask, 0, {}),
     )
     return module.linear_out(out.transpose(1, 2).flatten(2)), None

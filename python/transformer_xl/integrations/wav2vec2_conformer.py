@@ -38,7 +38,7 @@ def attention(
         r_w_bias=module.pos_bias_u,
         r_r_bias=module.pos_bias_v,
         scale=module.scaling,
-        dropout_p=module.dropout.p if module.training else 0.0,
+        dropout_p=module.dropout.p if module.dropout.training else 0.0,
         **which_keys(attention_mask, 0, {}),
     )
     return module.linear_out(out.transpose(1, 2).flatten(2)), None

@@ -25,7 +25,7 @@ from txl_kernels import merge_attention, rel_attention_with_lse
 
 
 class Keys(NamedTuple):
-    """What the queries of both streams attend to; with segments, k and mem_k have their columns."""
+    """The keys and values of both streams; with segments, k and mem_k have their columns."""
 
     k: Tensor  # [B, H, T, d_head + S]
     v: Tensor  # [B, H, T, d_head]
@@ -120,7 +120,7 @@ def _attend(
         q_pos=None if keys.segments is None else q,
         offset=q.shape[2],
         scale=module.scale,
-        dropout_p=module.dropout.p if module.training else 0.0,
+        dropout_p=module.dropout.p if module.dropout.training else 0.0,
         **which_keys(mask, 0, {}),
     )
     if is_content and mask is not None and mask.dim() == 2:
@@ -128,7 +128,7 @@ def _attend(
         terms = ((content, r_w_bias, keys.k), (q, module.r_r_bias, own))
         scores = sum(_product(x, bias, y, lse.dtype) for x, bias, y in terms) * module.scale
         out = _with_own_key(module, out, lse, scores, keys, mask)
-    if not is_content and mask is not None and mask.dim() == 4:
+    if not is_content and mask is not None and mask.dim() != 3:  # "uni" includes the own key
         out = _mean_without_keys(out, keys, mask)
     return out.permute(2, 0, 1, 3)
 
@@ -168,10 +168,13 @@ def _with_own_key(
 
 
 def _mean_without_keys(out: Tensor, keys: Keys, mask: Tensor) -> Tensor:
-    """A query of a permutation that sees no key gets the mean of all values, as in the original:
-    it is the first one of its order, and its token is predicted."""
+    """A query that sees no key gets the mean of all values, as in the original: the first one of a
+    permutation, whose token is predicted, or one in a row of padding alone."""
     v = keys.v if keys.mem_v is None else torch.cat([keys.mem_v, keys.v], dim=2)
-    return torch.where(mask.any(-1, keepdim=True), out, v.mean(2, keepdim=True).to(out.dtype))
+    sees = (
+        mask.any(-1, keepdim=True) if mask.dim() == 4 else (mask[1] > mask[0])[:, None, None, None]
+    )
+    return torch.where(sees, out, v.mean(2, keepdim=True).to(out.dtype))
 
 
 def _length(memory: Tensor | None) -> int:

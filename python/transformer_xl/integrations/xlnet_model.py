@@ -8,6 +8,7 @@ Each layer gets two masks, of the content stream h and of the query stream g:
                           token of h also attends to itself
     bool [B, 1, 1 or Tq, Tk]    True = attend: with perm_mask, where padding leaves no single range
                           of keys, and where it cannot be examined, while compiling
+                          or capturing a CUDA graph
 
 A token of h always attends to itself, a token of g only where no mask excludes it. Keys of the
 memory are never excluded, except by `same_length`.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from transformer_xl.integrations.adapter import adapter_of
 from transformer_xl.integrations.hugging_face import ranges_of_padding
-from transformer_xl.integrations.position_tables import kept
+from transformer_xl.integrations.position_tables import is_recorded, kept
 
 MODULE = "transformers.models.xlnet.modeling_xlnet"
 
@@ -150,7 +151,7 @@ def masks(
     if excluded is None:
         return None, None
     attends = nn.functional.pad(excluded <= 0, (n_memory, 0), value=True)  # [B, 1 or T, Tk]
-    if perm_mask is None and not torch.compiler.is_compiling():
+    if perm_mask is None and not is_recorded(attends):
         if bool(attends.all()):
             return None, None
         ranges = ranges_of_padding(attends[:, 0])
@@ -209,6 +210,6 @@ def unserved(
     has_mask = any(mask is not None for mask in (attention_mask, input_mask, perm_mask))
     if module.attn_type == "uni" and has_mask:
         return "attn_type is 'uni' and a mask is given"
-    if token_type_ids is not None and torch.compiler.is_compiling():
-        return "the number of segments cannot be counted while compiling"
+    if token_type_ids is not None and is_recorded(token_type_ids):
+        return "the segments cannot be counted while compiling or capturing a CUDA graph"
     return None

@@ -202,6 +202,52 @@ def test_a_projected_table_is_kept_until_something_changes():
     assert position_tables.project(layer, table, 2).requires_grad
 
 
+def test_a_weight_that_is_no_parameter_is_noticed():
+    """FSDP with use_orig_params=False makes weights plain attributes during the forward."""
+    layer, table = nn.Linear(4, 4), torch.randn(1, 7, 4)
+    for name in ("weight", "bias"):
+        value = getattr(layer, name).detach()
+        delattr(layer, name)
+        setattr(layer, name, value)
+    with torch.no_grad():
+        first = position_tables.project(layer, table, 2)
+        assert position_tables.project(layer, table, 2) is first
+        for value in (layer.weight, layer.bias):
+            value.mul_(2.0)
+            expected = layer(table).view(1, 7, 2, 2).transpose(1, 2)
+            assert torch.equal(position_tables.project(layer, table, 2), expected)
+
+
+def test_nothing_is_kept_in_a_process_group(tmp_path):
+    """FSDP may put new values at the address of the old ones, with the same version."""
+    layer, table = nn.Linear(4, 4), torch.randn(1, 7, 4)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    try:
+        with torch.no_grad():
+            first = position_tables.project(layer, table, 2)
+            assert position_tables.project(layer, table, 2) is not first
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_nothing_is_kept_in_a_cuda_graph_nor_for_another_stream(monkeypatch):
+    layer, table = nn.Linear(4, 4), torch.randn(1, 7, 4)
+    is_capturing, stream = False, "first"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: is_capturing)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: stream)
+    with torch.no_grad():
+        first = position_tables.project(layer, table, 2)
+        is_capturing = True
+        assert position_tables.project(layer, table, 2) is not first
+        is_capturing = False
+        assert position_tables.project(layer, table, 2) is first
+        stream = "second"
+        assert position_tables.project(layer, table, 2) is not first
+
+
 def test_the_position_table_of_inkling_is_kept_until_its_parameter_changes():
     owner = nn.Module()
     owner.proj = nn.Parameter(torch.randn(3, 5))

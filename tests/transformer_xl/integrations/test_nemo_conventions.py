@@ -50,6 +50,7 @@ class RelPositionMultiHeadAttention(nn.Module):
             setattr(self, name, nn.Linear(H * D, H * D))
         self.pos_bias_u, self.pos_bias_v = nn.Parameter(torch.randn(2, H, D)).unbind()
         self.h, self.s_d_k, self.dropout = H, D**0.5, nn.Dropout(0.0)
+        self.use_pytorch_sdpa = False
         self.att_context_size = context
 
     def forward_qkv(self, *x: Tensor) -> list[Tensor]:
@@ -177,6 +178,19 @@ def test_ranges_for_another_cache_are_an_error():
     ranges, table = torch.zeros(B, T, 2, dtype=torch.int64), torch.randn(1, 2 * T + 3, H * D)
     with pytest.raises(ValueError, match=f"expected {T + 2} frames in the cache and the block"):
         nemo.attention(module, x, x, x, ranges, table)
+
+
+@pytest.mark.parametrize("uses_sdpa", [False, True])
+def test_dropout_follows_the_mode_of_its_layer_or_of_the_module(uses_sdpa):
+    """torch's sdpa gets the rate in training; otherwise the library calls its dropout layer."""
+    module, x = RelPositionMultiHeadAttention().eval(), torch.randn(B, T, H * D)
+    module.use_pytorch_sdpa, module.dropout.p = uses_sdpa, 0.5
+    args = (x, x, x, None, torch.randn(1, 2 * T - 1, H * D))
+    expected = nemo.attention(module, *args)
+    module.train().dropout.eval()
+    assert torch.equal(nemo.attention(module, *args), expected) != uses_sdpa
+    module.eval().dropout.train()
+    assert torch.equal(nemo.attention(module, *args), expected) == uses_sdpa
 
 
 @pytest.mark.parametrize(

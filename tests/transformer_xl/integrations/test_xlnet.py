@@ -84,6 +84,7 @@ PADDING = {
     "left": rows_with_padding(0, 3),
     "right": rows_with_padding(6, T),
     "hole": rows_with_padding(2, 4),
+    "row": rows_with_padding(0, T),
 }
 
 
@@ -159,3 +160,32 @@ def test_masks_without_all_pairs():
     assert masks(None, PADDING["left"], None, 0)[0].tolist() == [[0, 3], [T, T]]
     # Memory, padding, tokens: two ranges of keys.
     assert masks(None, PADDING["left"], None, 4)[1].shape == (B, 1, 1, T + 4)
+
+
+def test_dropout_follows_the_mode_of_its_layer():
+    """As in the original, which calls the layer."""
+    module, (h, _, table, _) = Attention(p=0.5).eval(), example(0)
+    expected, _ = xlnet.attention(module, h, None, None, None, table, None)
+    module.train().dropout.eval()
+    actual, _ = xlnet.attention(module, h, None, None, None, table, None)
+    assert torch.equal(actual, expected)
+    module.eval().dropout.train()
+    assert not torch.equal(xlnet.attention(module, h, None, None, None, table, None)[0], expected)
+
+
+def test_no_value_is_read_while_a_cuda_graph_is_captured(monkeypatch):
+    padding, module = torch.ones(B, T), types.SimpleNamespace(layer=(), attn_type="bi")
+    ids = torch.zeros(B, T, dtype=torch.int64)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+
+    def reason() -> str | None:
+        return xlnet_model.unserved(module, ids, token_type_ids=ids, output_attentions=False)
+
+    assert xlnet_model.masks(padding, None, None, 0) == (None, None)
+    assert reason() is None
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "__bool__", None)
+    h, g = xlnet_model.masks(padding, None, None, 0)
+    assert (h.shape, g.shape) == ((B, 1, T, T), (B, 1, 1, T))
+    assert "segments cannot be counted" in reason()

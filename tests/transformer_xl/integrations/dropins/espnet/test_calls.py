@@ -4,6 +4,8 @@ alone; the rows of README.md."""
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,39 @@ def test_a_table_that_is_not_shifted_runs_the_original_code(theirs):
     assert "does not have 2 Tk - 1 rows" in str(report(module))
 
 
+def test_the_trainer_of_espnet_plots_attention_weights(theirs, monkeypatch):
+    """A patched module runs its original code while a hook may read the weights."""
+    for name, unused in (
+        ("espnet2.gan_tts.jets.alignments", "AlignmentModule"),
+        ("espnet2.train.abs_espnet_model", "AbsESPnetModel"),
+    ):  # they import packages that are not installed
+        empty = types.SimpleNamespace(**{unused: type(unused, (), {})})
+        monkeypatch.setitem(sys.modules, name, empty)
+    calculate_all_attentions = theirs.load(
+        "espnet2.main_funcs.calculate_all_attentions.calculate_all_attentions"
+    )
+    model = Speech(theirs.build("espnet"))
+    x, _, _ = theirs.inputs(LENGTHS)
+    batch = {"speech": x, "speech_lengths": torch.tensor(LENGTHS)}
+    expected = calculate_all_attentions(model, batch)["attention"]
+    patch(model)
+    actual = calculate_all_attentions(model, batch)["attention"]
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+    assert report(model).entries[0].fallbacks == {"a hook may read the attention weights": 3}
+
+
+class Speech(torch.nn.Module):
+    """A model with the arguments of ESPnet's."""
+
+    def __init__(self, attention: torch.nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, speech: torch.Tensor, speech_lengths: torch.Tensor) -> torch.Tensor:
+        table = torch.ones(1, 2 * speech.shape[1] - 1, speech.shape[2])
+        return self.attention(speech, speech, speech, table, None)
+
+
 @pytest.mark.parametrize("name", ["espnet", "funasr", "transducer", "chatterbox"])
 def test_a_derived_class_is_compared(theirs, name):
     module = theirs.build(name)
@@ -116,3 +151,14 @@ def test_a_row_of_the_readme_patches_its_models(theirs, family):
     unpatch(family)
     assert eval("patch(model)", {"patch": patch, "model": model}).patched
     theirs.check_equal(theirs.results(model, kind, LENGTHS), expected)
+
+
+def test_the_row_of_cosyvoice_in_the_readme(theirs):
+    """Its class is in no package that a family names."""
+    row = next(line for line in README.open(encoding="utf-8") if line.startswith("| CosyVoice |"))
+    assert "`patch(model)`" in row
+    assert 'patch("' not in row
+    model = theirs.build("cosyvoice")
+    expected = theirs.results(model, "cosyvoice", LENGTHS)
+    assert eval("patch(model)", {"patch": patch, "model": model}).patched
+    theirs.check_equal(theirs.results(model, "cosyvoice", LENGTHS), expected)

@@ -9,7 +9,7 @@ from pathlib import Path
 import encoders
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transformer_xl.integrations import patch, patched, report, unpatch
 from transformer_xl.integrations.adapter import adapter_of
@@ -49,17 +49,30 @@ def test_training_with_dropout_of_positions(name):
     encoders.check_equal(results[1], results[0], 1e-5)
 
 
-def test_dropout_of_the_attention():
-    encoder, inputs = (
-        encoders.build("full", dropout_att=0.5, dropout=0.0).train(),
-        encoders.features([21]),
-    )
-    patch(encoder)
+@pytest.mark.parametrize("name", ["full", "full-sdpa"])
+def test_dropout_of_the_attention(name):
+    """With values of 1 and no last layer, the output is the sum of the kept probabilities."""
+    module = encoders.build(name, dropout_att=0.5).layers[0].self_attn
+    nn.init.zeros_(module.linear_v.weight)
+    nn.init.ones_(module.linear_v.bias)
+    nn.init.eye_(module.linear_out.weight)
+    nn.init.zeros_(module.linear_out.bias)
+    patch(module)
+    x, table = torch.randn(2, 200, 24), torch.randn(1, 399, 24)
+
+    def sums() -> Tensor:
+        with torch.no_grad():
+            return module(x, x, x, None, table)
+
+    assert torch.allclose(sums(), torch.ones(1))
+    module.train()
     torch.manual_seed(0)
-    first = encoders.results(encoder, inputs)["out"]
+    first = sums()
+    assert 0.9 <= float(first.mean()) <= 1.1
+    assert float(first.std()) >= 0.1
+    assert not torch.equal(sums(), first)
     torch.manual_seed(0)
-    assert torch.equal(encoders.results(encoder, inputs)["out"], first)
-    assert not torch.equal(encoders.results(encoder, inputs)["out"], first)
+    assert torch.equal(sums(), first)
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
@@ -190,7 +203,9 @@ def test_the_row_of_the_readme(name, call):
     assert f"`{call}`" in next(line for line in readme.open(encoding="utf-8") if '"nemo"' in line)
     encoder, inputs = encoders.build(name), encoders.features(LENGTHS)
     expected = encoders.results(encoder, inputs)
-    assert len(eval(call, {"patch": patch, "model": encoder}).patched) in (3, 4)
+    # The two attentions and the masks of the model, or the four classes of the family.
+    n_patched = 3 if "model" in call else 4
+    assert len(eval(call, {"patch": patch, "model": encoder}).patched) == n_patched
     actual = encoders.results(encoder, inputs)
     assert report(encoder).fallbacks == 0
     encoders.check_equal(actual, expected, 1e-5)
