@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -15,19 +14,18 @@ from rich.table import Table
 from transformer_xl import evaluation
 from transformer_xl.checkpoint import check_tokenizer
 from transformer_xl.cli.loading import LoadedModel, default_device
+from transformer_xl.cli.options import Checkpoint, ClampLen, MemLen, Precision, SameLength, TgtLen
 from transformer_xl.cli.settings import only_overrides
 from transformer_xl.config import EvaluateConfig
 from transformer_xl.config_fields import section_from_dict
 from transformer_xl.data import open_corpus
 from transformer_xl.data.corpus import EVALUATE_FIELDS
 from transformer_xl.evaluation import Lengths, Score
-from transformer_xl.training.precision import Autocast, autocast
+from transformer_xl.training.precision import autocast
 
 
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of a checkpoint or of a run.", show_default=False)
-    ],
+    checkpoint: Checkpoint,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -42,23 +40,11 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(help="Number of sequences per batch.", show_default=False)
     ] = None,
-    tgt_len: Annotated[
-        int | None, typer.Option(help="Tokens per segment.", show_default=False)
-    ] = None,
-    mem_len: Annotated[
-        int | None, typer.Option(help="Memory length in tokens.", show_default=False)
-    ] = None,
-    clamp_len: Annotated[
-        int | None,
-        typer.Option(help="Distances above it share one position embedding.", show_default=False),
-    ] = None,
-    same_length: Annotated[
-        bool | None,
-        typer.Option(help="Every query attends to equally many keys.", show_default=False),
-    ] = None,
-    precision: Annotated[
-        Autocast | None, typer.Option(help="Whether to compute in bfloat16.", show_default=False)
-    ] = None,
+    tgt_len: TgtLen = None,
+    mem_len: MemLen = None,
+    clamp_len: ClampLen = None,
+    same_length: SameLength = None,
+    precision: Precision = None,
 ) -> None:
     """Compute bits per character or perplexity. The run's configuration has the defaults."""
     given = {

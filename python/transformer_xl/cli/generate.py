@@ -13,6 +13,7 @@ from transformer_xl.cli.generate_protocol import TEXT_TOKENS
 from transformer_xl.cli.generate_run import Output, check, run_paper, run_prompts, with_tokens
 from transformer_xl.cli.generate_texts import Settings
 from transformer_xl.cli.loading import LoadedModel, default_device
+from transformer_xl.cli.options import Checkpoint, ClampLen, SameLength
 from transformer_xl.cli.settings import only_overrides
 from transformer_xl.generation import PLAIN
 from transformer_xl.sampling import Sampling, new_seed
@@ -22,9 +23,7 @@ BATCH_SIZE = 16
 
 
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of a checkpoint or of a run.", show_default=False)
-    ],
+    checkpoint: Checkpoint,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -127,14 +126,8 @@ def generate(
             help="Memory length in tokens; by default as in training.", show_default=False
         ),
     ] = None,
-    clamp_len: Annotated[
-        int | None,
-        typer.Option(help="Distances above it share one position embedding.", show_default=False),
-    ] = None,
-    same_length: Annotated[
-        bool | None,
-        typer.Option(help="Every query attends to equally many keys.", show_default=False),
-    ] = None,
+    clamp_len: ClampLen = None,
+    same_length: SameLength = None,
     detokenize: Annotated[
         bool,
         typer.Option("--detokenize", help="Show ordinary text for WikiText's words."),

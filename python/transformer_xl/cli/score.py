@@ -15,17 +15,16 @@ from transformer_xl import scoring
 from transformer_xl.cli import score_views
 from transformer_xl.cli.documents import read_documents
 from transformer_xl.cli.loading import LoadedModel, default_device
+from transformer_xl.cli.options import Checkpoint, ClampLen, MemLen, Precision, SameLength, TgtLen
 from transformer_xl.config import EvaluateConfig
 from transformer_xl.config_fields import section_from_dict
 from transformer_xl.evaluation import Lengths
 from transformer_xl.scoring import Totals
-from transformer_xl.training.precision import Autocast, autocast
+from transformer_xl.training.precision import autocast
 
 
 def score(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of a checkpoint or of a run.", show_default=False)
-    ],
+    checkpoint: Checkpoint,
     files: Annotated[
         list[Path] | None,
         typer.Argument(help="Texts, each a document; by default stdin.", show_default=False),
@@ -40,28 +39,16 @@ def score(
         typer.Option(help="Write the coloured text to this file, too.", show_default=False),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Lines that are scored side by side.")] = 16,
-    tgt_len: Annotated[
-        int | None, typer.Option(help="Tokens per segment.", show_default=False)
-    ] = None,
-    mem_len: Annotated[
-        int | None, typer.Option(help="Memory length in tokens.", show_default=False)
-    ] = None,
-    clamp_len: Annotated[
-        int | None,
-        typer.Option(help="Distances above it share one position embedding.", show_default=False),
-    ] = None,
-    same_length: Annotated[
-        bool | None,
-        typer.Option(help="Every query attends to equally many keys.", show_default=False),
-    ] = None,
-    precision: Annotated[
-        Autocast | None, typer.Option(help="Whether to compute in bfloat16.", show_default=False)
-    ] = None,
+    tgt_len: TgtLen = None,
+    mem_len: MemLen = None,
+    clamp_len: ClampLen = None,
+    same_length: SameLength = None,
+    precision: Precision = None,
 ) -> None:
     """Print the log-probability of every token of a text, in nats.
 
-    The model reads each document from its start, with an empty memory. Lengths are by default
-    those of the run's evaluation.
+    The model reads each document from its start, with an empty memory.
+    By default the lengths are those of the run's evaluation.
     """
     if as_json and color:
         raise ValueError("expected one of --json and --color, got both")
