@@ -14,6 +14,7 @@ from benchmarks.cases import Case, dropins
 from benchmarks.cases.adaptive_embedding import EmbeddingCase
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.costs import cost_cases
+from benchmarks.cases.decode import DecodeCase, DecodeShape, Weights
 from benchmarks.cases.inkling import inkling_cases
 from benchmarks.cases.layer import LayerCase, LayerShape
 from benchmarks.cases.model import ModelCase, ModelShape
@@ -97,6 +98,29 @@ def model_shapes() -> list[ModelShape]:
     return [shape]
 
 
+def decode_shapes() -> dict[DecodeShape, tuple[Weights, ...]]:
+    """The models that write one token after another, each with the dtypes of its weights."""
+
+    def shape(preset: str, batch_size: int, mem_len: int) -> DecodeShape:
+        """With the lengths of the published evaluation, or `mem_len` tokens without clamp."""
+        run = load_preset(preset)
+        lengths = run.evaluate
+        is_published = mem_len == lengths.mem_len
+        config = dataclasses.replace(
+            run.model,
+            mem_len=mem_len,
+            clamp_len=lengths.clamp_len if is_published else -1,
+            same_length=lengths.same_length and is_published,
+            untie_r=True,
+            first_memory="zeros",
+        )
+        return DecodeShape(f"{preset}_b{batch_size}_mem{mem_len}", config, batch_size)
+
+    base = [shape("enwik8_base", B, mem_len) for mem_len in (0, 512, 2100) for B in (1, 8)]
+    large: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
+    return {shape("wt103_large", 1, 1600): large} | dict.fromkeys(base, ("float32",))
+
+
 def softmax_shapes() -> list[SoftmaxShape]:
     """The adaptive softmaxes of word-level models."""
     return [
@@ -134,6 +158,7 @@ def timed_cases() -> list[Case]:
     ]
     layer = evaluated_layer("enwik8_large", mem_len=3800, clamp_len=1000)
     models += [LayerCase(layer, dtype) for dtype in DTYPES]
+    models += [DecodeCase(s, weights) for s, kinds in decode_shapes().items() for weights in kinds]
     softmaxes = [
         SoftmaxCase(shape, dtype, work)
         for shape in softmax_shapes()

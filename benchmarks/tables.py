@@ -1,6 +1,6 @@
 """Figures as Markdown: `python -m benchmarks.tables FILE.json …` updates the marked tables of
-docs/benchmarks.md, a section for each file; README.md's from the first; and the drop-ins' of
-docs/integrations.md from the first file that has them."""
+docs/benchmarks.md, a section for each file; README.md's from the first; and those of decoding
+there, and of the drop-ins in docs/integrations.md, from the first file that has them."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ CLASSES = {
     "inkling_": "`InklingAttention` without projections",
 }
 
+DECODING_HEAD = (
+    "| model, rows and memory | weights | tokens/s | ms per step | MB read per step | limit, ms "
+    "| of the limit | Hugging Face ÷ ours |\n|---|---|---|---|---|---|---|---|"
+)
+
 PARTS_HEAD = """\
 | part of the float32 training step | ms | share |
 |---|---|---|"""
@@ -61,9 +66,13 @@ def main() -> None:
     runs = [(json.loads(path.read_text(encoding="utf-8")), path.name) for path in paths]
     renew(ROOT / "README.md", "speed", readme_table(*runs[0]))
     renew(ROOT / "docs" / "benchmarks.md", "bench", "\n\n".join(docs_tables(*run) for run in runs))
-    with_dropins = (run for run in runs if any(map(_is_dropin, run[0]["cases"])))
-    if first := next(with_dropins, None):
-        renew(ROOT / "docs" / "integrations.md", "speed", dropins_table(*first))
+    for kind, document, mark, table in (
+        ("dropin", "integrations.md", "speed", dropins_table),
+        ("decode", "benchmarks.md", "decode", decoding_table),
+    ):
+        having = (run for run in runs if any(_is(kind, case) for case in run[0]["cases"]))
+        if first := next(having, None):
+            renew(ROOT / "docs" / document, mark, table(*first))
 
 
 def renew(document: Path, mark: str, text: str) -> None:
@@ -88,7 +97,7 @@ def readme_table(run: Record, source: str) -> str:
         [
             case
             for case in run["cases"]
-            if _pass(case) in PASSES and case["peers"] and not _is_dropin(case)
+            if _pass(case) in PASSES and case["peers"] and not _is("dropin", case)
         ],
         lambda case: (_ms(case), _fastest(case), _plain_sdpa(case), _share(case)),
     )
@@ -100,7 +109,7 @@ def dropins_table(run: Record, source: str) -> str:
     rows = []
     for case in run["cases"]:
         _, shape, dtype, direction = case["case"].split("/")
-        if not _is_dropin(case) or UNPATCHED not in case["peers"]:
+        if not _is("dropin", case) or UNPATCHED not in case["peers"]:
             continue
         class_name = next(CLASSES[start] for start in CLASSES if shape.startswith(start))
         peaks = [case["peak_mib"].get(name) for name in (OURS, UNPATCHED)]
@@ -110,10 +119,32 @@ def dropins_table(run: Record, source: str) -> str:
     return "\n".join([DROPINS_HEAD, *rows, "", _caption(run, source)])
 
 
+def decoding_table(run: Record, source: str) -> str:
+    """Decoding steps, with the time that reading their bytes at the bandwidth takes."""
+    rows = []
+    for case in run["cases"]:
+        if not _is("decode", case) or case["seconds"] is None:
+            continue
+        _, shape, weights, _ = case["case"].split("/")
+        n_bytes = case["gigabytes_per_second"] * case["seconds"]["median"]  # in GB
+        cells = (
+            f"`{shape}`",
+            weights,
+            _figure(case["tokens_per_second"]),
+            _ms(case),
+            f"{n_bytes * 1e3:.0f}",
+            _figure(n_bytes / case["limit"]["rate"] * 1e3),
+            _share(case),
+            _ratio(case, "hf"),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([DECODING_HEAD, *rows, "", _caption(run, source)])
+
+
 def docs_tables(run: Record, source: str) -> str:
     """All cases of one run, under its processor and date, and the parts of a training step."""
     rows = _rows(
-        run["cases"],
+        [case for case in run["cases"] if not _is("decode", case)],
         lambda case: (_ms(case), _rate(case), _share(case), _everyone(case), _memory(case)),
     )
     parts = [
@@ -163,8 +194,9 @@ def _pass(case: Record) -> str:
     return str(case["case"].rpartition("/")[2])
 
 
-def _is_dropin(case: Record) -> bool:
-    return str(case["case"]).startswith("dropin/")
+def _is(kind: str, case: Record) -> bool:
+    """Whether the name of the case begins with this part."""
+    return str(case["case"]).startswith(f"{kind}/")
 
 
 def _ms(case: Record) -> str:

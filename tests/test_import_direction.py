@@ -24,6 +24,7 @@ ROWS = (
     {"data"},
     {"checkpoint_files", "checkpoint_state"},
     {"model", "model_guard", "key_value_window", "window_file", "integrations"},
+    {"quantization"},
     {"checkpoint", "convert", "detokenization", "evaluation", "sampling", "scoring", "training"}
     | {"generation", "reader", "streaming_text"},
     {"cli"},

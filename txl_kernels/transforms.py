@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch import Tensor
 
 from txl_kernels.torch_private import constant_in_traces, in_forward_mode, open_transforms
 
@@ -37,6 +38,14 @@ def is_exporting_onnx() -> bool:
     """Whether torch exports to ONNX at the moment; imports nothing of torch.onnx."""
     onnx = sys.modules.get("torch.onnx")
     return onnx is not None and onnx.is_in_onnx_export()
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether this call is compiled, or captured in a CUDA graph: values of `x` cannot be read, and
+    later runs repeat no decision of the host."""
+    if torch.compiler.is_compiling():
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_jit_tracing() -> bool:

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,13 +41,15 @@ def interpreter() -> Path:
 
 
 def config(ours: ModelConfig) -> dict[str, Any]:
-    """Arguments of TransfoXLConfig for the same model; plain softmax and own biases per layer."""
-    if ours.cutoffs or not ours.untie_r or ours.first_memory != "zeros":
-        raise ValueError("expected a config without cutoffs, with untie_r and a memory of zeros")
+    """Arguments of TransfoXLConfig for the same model, with own biases in each layer."""
+    tied = (False, *(True for _ in ours.cutoffs)) if ours.cutoffs else ()
+    if not ours.untie_r or ours.first_memory != "zeros" or ours.tie_projs != tied:
+        raise ValueError(f"expected a config with untie_r, a memory of zeros and tie_projs {tied}")
     names = ("vocab_size", "div_val", "n_layer", "d_model", "n_head", "d_head", "d_inner")
     options = ("mem_len", "clamp_len", "same_length", "dropout", "dropatt", "pre_lnorm", "untie_r")
     same = {name: getattr(ours, name) for name in (*names, *options)}
-    return same | {"d_embed": ours.embed_width(0), "cutoffs": [], "tie_word_embeddings": True}
+    cutoffs = list(ours.cutoffs)
+    return same | {"d_embed": ours.embed_width(0), "cutoffs": cutoffs, "tie_word_embeddings": True}
 
 
 def state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -110,6 +112,14 @@ class Worker:
             self._process.kill()
             self._process.wait()
 
+    def _saved(self, action: str, **arguments: Any) -> Tensor:
+        """The tensor that the worker writes into a file."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "output.pt"
+            self.ask(action, path=str(path), **arguments)
+            saved: Tensor = torch.load(path, weights_only=True)
+        return saved
+
     def _build(self, action: str, tensors: Mapping[str, Any], **request: Any) -> None:
         """Let the worker build from `tensors`, handed over as a file, and the request."""
         try:
@@ -162,8 +172,28 @@ class HuggingFaceLayer(Worker):
 
     def output(self, *, bf16: bool) -> Tensor:
         """The layer's output [B, T, d_model]."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "output.pt"
-            self.ask("save_layer", bf16=bf16, path=str(path))
-            saved: Tensor = torch.load(path, weights_only=True)
-        return saved
+        return self._saved("save_layer", bf16=bf16)
+
+
+class HuggingFaceDecoder(Worker):
+    """The model that writes one token after another, after a prompt."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_config: ModelConfig,
+        segments: Sequence[Tensor],  # int64 [B, T], the prompt in the parts in which it is read
+        last: Tensor,  # int64 [B, 1]
+    ) -> None:
+        super().__init__()
+        self._build(
+            "build_decoder",
+            state_dict(model.state_dict()),
+            config=config(model_config),
+            segments=[segment.tolist() for segment in segments],
+            last=last.tolist(),
+        )
+
+    def log_probs(self) -> Tensor:
+        """Log-probabilities [B, V] after the prompt; the next step continues after it."""
+        return self._saved("save_step")

@@ -1,4 +1,4 @@
-"""Hugging Face's TransfoXL, its first layer or its adaptive softmax, as a worker.
+"""Hugging Face's TransfoXL, its decoding, its first layer or its adaptive softmax, as a worker.
 
 It runs in an environment of its own, with transformers and torch alone, and answers one JSON object
 per line on stdout to one per line on stdin.
@@ -8,6 +8,9 @@ per line on stdout to one per line on stdin.
 
     {"do": "build_layer", "config": {…}, "tensors": path, "threads"}
     {"do": "evaluate_layer", "bf16": false} | {"do": "save_layer", "bf16": false, "path": path}
+
+    {"do": "build_decoder", "config": {…}, "tensors": path, "segments": [[[…]]], "last", "threads"}
+    {"do": "step"} | {"do": "save_step", "path": path}
 
     {"do": "build_softmax", "config": {…}, "tensors": path, "threads"}
     {"do": "run", "per_token": false} | {"do": "save", "path": path}
@@ -123,6 +126,39 @@ class LayerWorker:
         return out
 
 
+class DecoderWorker:
+    """The model that reads a prompt, then draws one token of each row after another."""
+
+    def __init__(self, request: dict) -> None:
+        torch.set_num_threads(request["threads"])
+        torch.manual_seed(0)
+        weights = torch.load(request["tensors"], weights_only=True)
+        self.model = language_model(request["config"], weights).eval()
+        self.mems, self.tokens = None, torch.tensor(request["last"])  # [B, 1]
+        with torch.no_grad():
+            for segment in request["segments"]:
+                tokens = torch.tensor(segment)
+                self.mems = self.model.transformer(tokens, mems=self.mems).mems
+
+    def step(self) -> dict:
+        """Read the last token of each row and draw the next one."""
+        self._log_probs()
+        return {}
+
+    def save_step(self, path: str) -> dict:
+        """The same; the log-probabilities [B, V] are written into a file."""
+        torch.save(self._log_probs(), path)
+        return {}
+
+    def _log_probs(self) -> torch.Tensor:
+        with torch.no_grad():
+            out = self.model(self.tokens, mems=self.mems)
+            log_probs = out.prediction_scores[:, -1]
+            self.mems = out.mems
+            self.tokens = torch.multinomial(log_probs.exp(), 1)
+        return log_probs
+
+
 class SoftmaxWorker:
     """ProjectedAdaptiveLogSoftmax with the weights, the hidden states and the targets of a file."""
 
@@ -164,7 +200,12 @@ class SoftmaxWorker:
         return nll.detach()
 
 
-BUILDERS = {"build": Worker, "build_layer": LayerWorker, "build_softmax": SoftmaxWorker}
+BUILDERS = {
+    "build": Worker,
+    "build_decoder": DecoderWorker,
+    "build_layer": LayerWorker,
+    "build_softmax": SoftmaxWorker,
+}
 
 
 def language_model(config: dict, weights: dict) -> TransfoXLLMHeadModel:

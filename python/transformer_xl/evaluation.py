@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -19,6 +20,7 @@ from transformer_xl.key_value_window import KeyValueWindow, empty_memory, unsupp
 from transformer_xl.memory import Memory
 from transformer_xl.model import TransformerXL
 from transformer_xl.nn.inference import inference
+from transformer_xl.quantization import quantized_kind
 from txl_kernels.ops.autocast import autocast_dtype
 
 Batches = OrderedBatches | ShuffledSentenceBatches
@@ -85,6 +87,7 @@ def evaluate(
     clamp_len: int = -1,
     same_length: bool = False,
     cached: bool = True,
+    cache_dtype: torch.dtype | None = None,
 ) -> Score:
     """Score one-dimensional `tokens` in `batch_size` contiguous streams, `tgt_len` at a time.
 
@@ -95,7 +98,7 @@ def evaluate(
     """
     lengths = Lengths(mem_len=mem_len, clamp_len=clamp_len, same_length=same_length)
     batches = OrderedBatches(tokens, batch_size, tgt_len)
-    return score(model, batches, lengths, len(tokens), cached=cached)
+    return score(model, batches, lengths, len(tokens), cached=cached, cache_dtype=cache_dtype)
 
 
 def score(
@@ -109,6 +112,7 @@ def score(
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
     before_batch: Callable[[], None] = lambda: None,
     cached: bool = True,
+    cache_dtype: torch.dtype | None = None,
 ) -> Score:
     """Score one pass of `batches`, every row beginning without memory.
 
@@ -125,9 +129,12 @@ def score(
         cached: keep keys and values in a `KeyValueWindow`; False: keep hidden states and project
             them again for each segment, which is slower and gives the same score up to rounding.
             It is done in any case where no window serves the model. The protocol mentions it.
+        cache_dtype: of these keys and values, and so of the attention; None: as
+            `KeyValueWindow.empty` chooses it. The protocol mentions another one.
     """
     started = time.perf_counter()
-    sums = _sum_of_losses(model, batches, lengths, max_steps, before_batch, cached)
+    empty = functools.partial(empty_memory, model, cached=cached, cache_dtype=cache_dtype)
+    sums = _sum_of_losses(model, batches, lengths, max_steps, before_batch, empty)
     loss, scored = total(sums).tolist()
     protocol = [
         f"batch {batches.batch_size}",
@@ -135,8 +142,7 @@ def score(
         "every stream starts without memory",
         *([f"the first {max_steps} segments of each stream"] if max_steps > 0 else []),
         f"{n_tokens - int(scored):,} of {n_tokens:,} tokens not scored",
-        precision(model),
-        *hidden_states(model, cached=cached),
+        *numerics(model, cached=cached, cache_dtype=cache_dtype),
     ]
     return Score(
         loss=loss / scored,
@@ -164,9 +170,12 @@ def _sum_of_losses(
     lengths: Lengths,
     max_steps: int,
     before_batch: Callable[[], None],
-    cached: bool,
+    empty: Callable[[int], Memory | KeyValueWindow],
 ) -> Tensor:
-    """Return the loss in nats summed over the scored tokens, and their number: float64 [2]."""
+    """Return the loss in nats summed over the scored tokens, and their number: float64 [2].
+
+    `empty` returns the memory before the first segment of a number of rows.
+    """
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     memory: Memory | KeyValueWindow | None = None
@@ -177,25 +186,30 @@ def _sum_of_losses(
         tokens, targets = batch.tokens.to(device), batch.targets.to(device)
         with reading(model, lengths):
             if memory is None:
-                memory = empty_memory(model, len(tokens), cached=cached)
+                memory = empty(len(tokens))
             output = model(tokens, memory, targets, reduction="sum")
         memory = output.memory
         sums += torch.stack([output.loss.double(), (targets >= 0).sum().double()])
     return sums
 
 
-def hidden_states(model: TransformerXL, *, cached: bool = True) -> list[str]:
-    """The part of a protocol where hidden states are kept instead of keys and values, else none."""
+def numerics(
+    model: TransformerXL, *, cached: bool = True, cache_dtype: torch.dtype | None = None
+) -> list[str]:
+    """Parts of a protocol: the dtypes in which a model computes now, and the form of its memory."""
+    weights = model.table()
+    lower = autocast_dtype(weights.device)
+    parts = [_name(weights.dtype) if lower is None else f"autocast to {_name(lower)}"]
+    if (kind := quantized_kind(model)) is not None:
+        parts.append(f"quantised linear layers ({kind})")
     reason = unsupported_reason(model)
-    if cached and reason is None:
-        return []
-    return ["hidden states projected again for each segment" + (f" ({reason})" if reason else "")]
+    if not cached or reason is not None:
+        because = f" ({reason})" if reason else ""
+        parts.append(f"hidden states projected again for each segment{because}")
+    elif cache_dtype not in (None, lower or weights.dtype):
+        parts.append(f"keys and values in {_name(cache_dtype)}")
+    return parts
 
 
-def precision(model: TransformerXL) -> str:
-    """The dtype in which a model computes now, for a protocol."""
-    weight = next(model.parameters())
-    dtype = autocast_dtype(weight.device)
-    if dtype is not None:
-        return f"autocast to {str(dtype).removeprefix('torch.')}"
-    return str(weight.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -43,6 +43,7 @@ def generate(
     finished: Finished | None = ...,
     segment_len: int = ...,
     cached: bool = ...,
+    cache_dtype: torch.dtype | None = ...,
     log_probs: Literal[False] = ...,
 ) -> Iterator[Tensor]: ...
 
@@ -61,6 +62,7 @@ def generate(
     finished: Finished | None = ...,
     segment_len: int = ...,
     cached: bool = ...,
+    cache_dtype: torch.dtype | None = ...,
     log_probs: Literal[True],
 ) -> Iterator[Drawn]: ...
 
@@ -78,6 +80,7 @@ def generate(
     finished: Finished | None = None,
     segment_len: int = 512,
     cached: bool = True,
+    cache_dtype: torch.dtype | None = None,
     log_probs: bool = False,
 ) -> Iterator[Tensor] | Iterator[Drawn]:
     """Continue each prompt by `n_tokens`, each yielded as soon as it is drawn.
@@ -101,7 +104,7 @@ def generate(
         finished: called with the tokens [B] of each step; returns bool [B], True for the rows that
             are finished after them.
         segment_len: tokens of the prompts read at a time.
-        cached: keep keys and values, instead of hidden states (see `Reader`).
+        cached, cache_dtype: keep keys and values, and their dtype (see `Reader`).
         log_probs: yield the log-probabilities, too.
 
     Yields:
@@ -123,7 +126,9 @@ def generate(
     def drawn() -> Iterator[Drawn]:
         if n_tokens == 0:
             return
-        reader = Reader(model, len(texts), segment_len=segment_len, cached=cached)
+        reader = Reader(
+            model, len(texts), segment_len=segment_len, cached=cached, cache_dtype=cache_dtype
+        )
         hidden = read_prompts(reader, texts, n_samples)
         seen = [text for text in texts for _ in range(n_samples)]
         yield from draw(reader, hidden, n_tokens, sampling, random, seen, stop_tokens, finished)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from transformer_xl.memory import Memory
+from transformer_xl.messages import require
 from transformer_xl.model_guard import ModelGuard
 from transformer_xl.nn import DecoderLayer
 from transformer_xl.nn.layer_window import LayerWindow, Placement
 from transformer_xl.nn.position import RelativePositions
 from transformer_xl.nn.window_buffers import WindowBuffers
 from txl_kernels.ops.autocast import autocast_dtype
+from txl_kernels.transforms import is_recorded
 
 if TYPE_CHECKING:
     from transformer_xl.model import TransformerXL
@@ -151,6 +153,32 @@ class KeyValueWindow:
         self._buffered.crop(n)
         return self
 
+    def make_room(self, n_tokens: int, *, segment_len: int = 1) -> KeyValueWindow:
+        """Prepare the buffers for calls that are compiled or captured in a CUDA graph.
+
+        The next `n_tokens` tokens of each row then need no decision of the host: such a call reads
+        and writes the same tensors at each run, and changes no number of the host. Call this again
+        before further tokens are read; the buffers stay the same tensors unless they are too small.
+        A call that is neither compiled nor captured makes room for its own tokens.
+
+        Args:
+            n_tokens: 1 or more, the tokens that all these calls together read.
+            segment_len: the most tokens of one of these calls.
+
+        Returns:
+            The window itself.
+
+        Raises:
+            ValueError: a number below 1, or weights of the model that have changed.
+        """
+        require("n_tokens", n_tokens, n_tokens >= 1, "1 or more")
+        require("segment_len", segment_len, segment_len >= 1, "1 or more")
+        self._guard.check_weights()
+        with torch.no_grad():
+            self._buffered.reserve(n_tokens)
+            self._projected_positions(segment_len)
+        return self
+
     def save(self, path: str | Path) -> None:
         """Write the window to a safetensors file, with the configuration of the model and a
         checksum of its weights, under another name that is then renamed.
@@ -192,24 +220,34 @@ class KeyValueWindow:
         self._guard.check(model)
         if self.batch_size != B:
             raise ValueError(f"memory: expected a window of {B} rows, got {self.batch_size}")
-        self._buffered.make_room(T)
-        positions = self._projected_positions(T, x.dtype)
+        if not self._has_room():
+            if is_recorded(x) and not torch.compiler.is_compiling():
+                raise ValueError(
+                    "memory: expected make_room(n_tokens) before a CUDA graph is captured, for the "
+                    "tokens that it will read"
+                )
+            self._buffered.make_room(T)
+        positions = self._projected_positions(T)
         placement = Placement(*self._buffered.place(T, document_start), positions)
         layers = zip(self._buffered.kv, self._r, strict=True)
         return [LayerWindow(kv, r, placement) for kv, r in layers]
 
     def advance(self, n_tokens: int, document_start: Tensor | None = None) -> KeyValueWindow:
         """Add the segment of `n_tokens` that the layers have written since `begin`."""
-        self._buffered.advance(n_tokens, document_start)
+        self._buffered.advance(n_tokens, document_start, is_counted=self._has_room())
         return self
 
-    def _projected_positions(self, n_queries: int, dtype: torch.dtype) -> RelativePositions:
+    def _has_room(self) -> bool:
+        """Whether `make_room` has prepared this call, which is recorded."""
+        return self._buffered.is_reserved and is_recorded(self._buffered.position)
+
+    def _projected_positions(self, n_queries: int) -> RelativePositions:
         """The positions of `n_queries` in the buffers; `_r` then has a row for each distance."""
         if self._positions is None or n_queries > self._n_queries:
             positions = self._guard.model.pos_emb(
                 n_queries,
                 self._buffered.mem_len + n_queries,
-                dtype=dtype,
+                dtype=self._guard.model.table().dtype,
                 device=self._buffered.position.device,
             )
             self._r = [
@@ -235,14 +273,28 @@ def unsupported_reason(model: TransformerXL) -> str | None:
 
 
 def empty_memory(
-    model: TransformerXL, batch_size: int, *, cached: bool = True
+    model: TransformerXL,
+    batch_size: int,
+    *,
+    cached: bool = True,
+    cache_dtype: torch.dtype | None = None,
 ) -> Memory | KeyValueWindow:
     """The memory before the first segment of `batch_size` rows, without gradients.
 
-    It is a `KeyValueWindow`, or a `Memory` if `cached` is False or no window serves the model.
+    It is a `KeyValueWindow`, of `cache_dtype` if given, or a `Memory` if `cached` is False or no
+    window serves the model.
+
+    Raises:
+        ValueError: a `cache_dtype` where hidden states are kept, or one that is not floating.
     """
-    if cached and unsupported_reason(model) is None:
-        return KeyValueWindow.empty(model, batch_size)
+    reason = unsupported_reason(model) if cached else "cached=False"
+    if reason is None:
+        return KeyValueWindow.empty(model, batch_size, dtype=cache_dtype)
+    if cache_dtype is not None:
+        raise ValueError(
+            f"cache_dtype: expected None, since no keys and values are kept ({reason}), "
+            f"got {cache_dtype}"
+        )
     return model.init_memory(batch_size)
 
 

@@ -27,6 +27,7 @@ class Reader:
         segment_len: the most tokens that are read at a time.
         cached: keep keys and values in a `KeyValueWindow`; False: keep hidden states and project
             them again at each call, as is done in any case where no window serves the model.
+        cache_dtype: of the keys and values; None: as `KeyValueWindow.empty` chooses it.
 
     Attributes:
         memory: of the tokens read so far.
@@ -39,10 +40,11 @@ class Reader:
         *,
         segment_len: int = 512,
         cached: bool = True,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.segment_len = model, segment_len
         with inference(model):
-            self.memory = empty_memory(model, batch_size, cached=cached)
+            self.memory = empty_memory(model, batch_size, cached=cached, cache_dtype=cache_dtype)
 
     @property
     def n_bytes(self) -> int:

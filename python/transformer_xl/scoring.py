@@ -128,11 +128,12 @@ def score_documents(
     lengths: Lengths,
     *,
     tgt_len: int,
+    cache_dtype: torch.dtype | None = None,
 ) -> Iterator[ScoredDocument]:
     """Score documents, given as names and bytes, side by side; each begins with an empty memory.
 
     The first token of a document is scored after `<eos>` if the vocabulary has it. Runs under the
-    caller's autocast.
+    caller's autocast. Other arguments are those of `log_probs`.
 
     Raises:
         ValueError: a document without tokens, or with unknown symbols that the vocabulary has no
@@ -145,7 +146,7 @@ def score_documents(
         _encoded(vocabulary, name, text) for (name, _), text in zip(documents, texts, strict=True)
     ]
     rows = [[*before, *ids] for ids, _ in encoded]
-    found = log_probs(model, rows, lengths, tgt_len=tgt_len)
+    found = log_probs(model, rows, lengths, tgt_len=tgt_len, cache_dtype=cache_dtype)
     for (name, data), text, (ids, n_unknown), scores in zip(
         documents, texts, encoded, found, strict=True
     ):
@@ -160,7 +161,12 @@ def score_documents(
 
 
 def protocol(
-    model: TransformerXL, vocabulary: Vocabulary, lengths: Lengths, *, tgt_len: int
+    model: TransformerXL,
+    vocabulary: Vocabulary,
+    lengths: Lengths,
+    *,
+    tgt_len: int,
+    cache_dtype: torch.dtype | None = None,
 ) -> str:
     """One sentence with everything that the scores depend on beside the model and the text."""
     first = "is not scored" if vocabulary.eos_id is None else "is scored after <eos>"
@@ -168,14 +174,18 @@ def protocol(
         "every document starts with an empty memory",
         f"its first token {first}",
         *lengths.described(tgt_len),
-        evaluation.precision(model),
-        *evaluation.hidden_states(model),
+        *evaluation.numerics(model, cache_dtype=cache_dtype),
     ]
     return ", ".join(parts)
 
 
 def log_probs(
-    model: TransformerXL, rows: Sequence[Sequence[int]], lengths: Lengths, *, tgt_len: int
+    model: TransformerXL,
+    rows: Sequence[Sequence[int]],
+    lengths: Lengths,
+    *,
+    tgt_len: int,
+    cache_dtype: torch.dtype | None = None,
 ) -> list[list[float]]:
     """The log-probability, in nats, of every token of each row but the first.
 
@@ -183,6 +193,7 @@ def log_probs(
         rows: token ids, one or more in each row; rows may have different lengths.
         lengths: of the model while it reads.
         tgt_len: tokens read at a time.
+        cache_dtype: of the cached keys and values; None: as `KeyValueWindow.empty` chooses it.
     """
     device = next(model.parameters()).device
     longest = max(map(len, rows))
@@ -195,7 +206,7 @@ def log_probs(
         segment = slice(begin, begin + tgt_len)
         with reading(model, lengths):
             if memory is None:
-                memory = empty_memory(model, len(rows))
+                memory = empty_memory(model, len(rows), cache_dtype=cache_dtype)
             output = model(tokens[:, segment], memory, targets[:, segment], reduction="none")
         memory = output.memory
         parts.append(_finite(-output.loss.float().cpu(), targets[:, segment].cpu()))

@@ -14,14 +14,22 @@ from rich.table import Table
 from transformer_xl import evaluation
 from transformer_xl.checkpoint import check_tokenizer
 from transformer_xl.cli.loading import LoadedModel, default_device
-from transformer_xl.cli.options import Checkpoint, ClampLen, MemLen, Precision, SameLength, TgtLen
+from transformer_xl.cli.options import (
+    CacheDtype,
+    Checkpoint,
+    ClampLen,
+    MemLen,
+    Precision,
+    SameLength,
+    TgtLen,
+    Weights,
+)
 from transformer_xl.cli.settings import only_overrides
 from transformer_xl.config import EvaluateConfig
 from transformer_xl.config_fields import section_from_dict
 from transformer_xl.data import open_corpus
 from transformer_xl.data.corpus import EVALUATE_FIELDS
 from transformer_xl.evaluation import Lengths, Score
-from transformer_xl.training.precision import autocast
 
 
 def evaluate(
@@ -45,6 +53,8 @@ def evaluate(
     clamp_len: ClampLen = None,
     same_length: SameLength = None,
     precision: Precision = None,
+    weights: Weights = None,
+    cache_dtype: CacheDtype = None,
 ) -> None:
     """Compute bits per character or perplexity. The run's configuration has the defaults."""
     given = {
@@ -55,8 +65,10 @@ def evaluate(
         "clamp_len": clamp_len,
         "same_length": same_length,
     }
-    _refuse_options(arguments or [], (*given, "precision"))
-    loaded = LoadedModel.open(checkpoint, default_device())
+    _refuse_options(arguments or [], (*given, "precision", "weights", "cache_dtype"))
+    loaded = LoadedModel.open(
+        checkpoint, default_device(), weights=weights, cache_dtype=cache_dtype
+    )
     config = only_overrides(loaded.config, arguments or [])
     changes = {name: value for name, value in given.items() if value is not None}
     protocol = section_from_dict(
@@ -64,7 +76,7 @@ def evaluate(
     )
     check_tokenizer(checkpoint, loaded.vocabulary, config.data.tokenizer)
     corpus = open_corpus(config.data, loaded.vocabulary)
-    with autocast(precision or config.train.autocast, loaded.device):
+    with loaded.autocast(precision, config.train.autocast):
         score = evaluation.score(
             loaded.model,
             corpus.batches(
@@ -74,6 +86,7 @@ def evaluate(
             len(corpus.split(protocol.split)),
             max_steps=protocol.max_eval_steps,
             source=corpus.source(protocol.split),
+            cache_dtype=loaded.cache_dtype,
         )
     show(Console(emoji=False), score, corpus.metric)
 

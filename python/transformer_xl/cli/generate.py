@@ -13,7 +13,7 @@ from transformer_xl.cli.generate_protocol import TEXT_TOKENS
 from transformer_xl.cli.generate_run import Output, check, run_paper, run_prompts, with_tokens
 from transformer_xl.cli.generate_texts import Settings
 from transformer_xl.cli.loading import LoadedModel, default_device
-from transformer_xl.cli.options import Checkpoint, ClampLen, SameLength
+from transformer_xl.cli.options import CacheDtype, Checkpoint, ClampLen, SameLength, Weights
 from transformer_xl.cli.settings import only_overrides
 from transformer_xl.generation import PLAIN
 from transformer_xl.sampling import Sampling, new_seed
@@ -128,6 +128,8 @@ def generate(
     ] = None,
     clamp_len: ClampLen = None,
     same_length: SameLength = None,
+    weights: Weights = None,
+    cache_dtype: CacheDtype = None,
     detokenize: Annotated[
         bool,
         typer.Option("--detokenize", help="Show ordinary text for WikiText's words."),
@@ -179,7 +181,9 @@ def generate(
     batch_size = BATCH_SIZE if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"--batch-size: expected 1 or more, got {batch_size}")
-    loaded = LoadedModel.open(checkpoint, default_device())
+    loaded = LoadedModel.open(
+        checkpoint, default_device(), weights=weights, cache_dtype=cache_dtype
+    )
     loaded.model.set_lengths(mem_len=mem_len, clamp_len=clamp_len, same_length=same_length)
     settings = with_tokens(settings, loaded.vocabulary, named["--ban"], named["--stop-token"])
     output = Output(as_json=as_json, stats=stats)

@@ -14,7 +14,6 @@ from transformer_xl.cli.generate_prompts import Prompt, encoded, report_unknown
 from transformer_xl.cli.generate_texts import Settings, Stats, Text, continue_texts, timed_read
 from transformer_xl.cli.loading import LoadedModel
 from transformer_xl.data import Vocabulary
-from transformer_xl.reader import Reader
 from transformer_xl.training.stopping import Stopped, StopRequests
 
 MARK = "> "
@@ -46,7 +45,7 @@ class Conversation:
 
     def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
         self._loaded, self._settings = loaded, settings
-        self._reader = Reader(loaded.model, 1)
+        self._reader = loaded.reader(1)
         self._hidden: Tensor | None = None  # [1, d_model], of the last token that was read
         self._n_read = self._n_turns = 0
         self.tokens: list[int] = []

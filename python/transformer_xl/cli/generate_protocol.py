@@ -88,7 +88,6 @@ def _described(loaded: LoadedModel, source: str, settings: Settings) -> str:
         f"top-{SAMPLING.top_k} renormalised",
         "no selection",
         *described,
-        evaluation.precision(model),
-        *evaluation.hidden_states(model),
+        *evaluation.numerics(model, cache_dtype=loaded.cache_dtype),
     ]
     return ", ".join(parts)

@@ -158,7 +158,7 @@ def write(
         for prompt in prompts
         for sample in range(settings.n_samples)
     ]
-    reader = Reader(loaded.model, len(prompts))
+    reader = loaded.reader(len(prompts))
     ids = [torch.tensor(prompt.ids, device=loaded.device) for prompt in prompts]
     view.update(texts)
     try:

@@ -1,4 +1,4 @@
-"""Loads the model and the vocabulary of a checkpoint."""
+"""Loads the model and the vocabulary of a checkpoint, to read or write text with them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,56 @@ from transformer_xl.checkpoint import open_checkpoint
 from transformer_xl.config import RunConfig
 from transformer_xl.data import Vocabulary
 from transformer_xl.model import TransformerXL
+from transformer_xl.quantization import Weights, convert_weights
+from transformer_xl.reader import Reader
+from transformer_xl.training.precision import Autocast, autocast
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A trained model on its device, with its vocabulary and configuration."""
+    """A trained model on its device, with its vocabulary and configuration.
+
+    `weights`: to what its weights were converted; None: they are as in the checkpoint.
+    `cache_dtype`: of cached keys and values; None: that of the computation.
+    """
 
     model: TransformerXL
     vocabulary: Vocabulary
     config: RunConfig
     device: torch.device
+    weights: Weights | None = None
+    cache_dtype: torch.dtype | None = None
 
     @classmethod
-    def open(cls, path: Path, device: torch.device) -> LoadedModel:
-        """Load a checkpoint, or the last one of a run. Raises the errors of `open_checkpoint`."""
+    def open(
+        cls,
+        path: Path,
+        device: torch.device,
+        *,
+        weights: Weights | None = None,
+        cache_dtype: str | None = None,
+    ) -> LoadedModel:
+        """Load a checkpoint, or the last one of a run, and convert its weights.
+
+        Raises the errors of `open_checkpoint` and `convert_weights`.
+        """
         saved = open_checkpoint(path)
         saved.check_sizes()
         model = TransformerXL(saved.config.model)
         saved.load_model(model)
-        return cls(model.to(device).eval(), saved.vocabulary, saved.config, device)
+        model.to(device).eval()
+        if weights is not None:
+            convert_weights(model, weights)
+        dtype = None if cache_dtype is None else getattr(torch, cache_dtype)
+        return cls(model, saved.vocabulary, saved.config, device, weights, dtype)
+
+    def reader(self, batch_size: int) -> Reader:
+        """The memory of texts that the model reads and writes."""
+        return Reader(self.model, batch_size, cache_dtype=self.cache_dtype)
+
+    def autocast(self, given: Autocast | None, trained: Autocast) -> torch.autocast:
+        """The context of a forward pass: `given`, else as in training, or off if converted."""
+        return autocast(given or ("off" if self.weights else trained), self.device)
 
 
 def default_device() -> torch.device:

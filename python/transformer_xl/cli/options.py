@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from transformer_xl.quantization import Weights as WeightsDtype
 from transformer_xl.training.precision import Autocast
 
 Checkpoint = Annotated[
@@ -24,4 +25,18 @@ SameLength = Annotated[
 ]
 Precision = Annotated[
     Autocast | None, typer.Option(help="Whether to compute in bfloat16.", show_default=False)
+]
+Weights = Annotated[
+    WeightsDtype | None,
+    typer.Option(
+        help="Round weights and activations to bfloat16; int8: linear layers' weights to int8.",
+        show_default=False,
+    ),
+]
+CacheDtype = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(
+        help="Dtype of the cached keys and values; by default that of the computation.",
+        show_default=False,
+    ),
 ]

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,12 +15,20 @@ from transformer_xl import scoring
 from transformer_xl.cli import score_views
 from transformer_xl.cli.documents import read_documents
 from transformer_xl.cli.loading import LoadedModel, default_device
-from transformer_xl.cli.options import Checkpoint, ClampLen, MemLen, Precision, SameLength, TgtLen
+from transformer_xl.cli.options import (
+    CacheDtype,
+    Checkpoint,
+    ClampLen,
+    MemLen,
+    Precision,
+    SameLength,
+    TgtLen,
+    Weights,
+)
 from transformer_xl.config import EvaluateConfig
 from transformer_xl.config_fields import section_from_dict
 from transformer_xl.evaluation import Lengths
 from transformer_xl.scoring import Totals
-from transformer_xl.training.precision import autocast
 
 
 def score(
@@ -44,6 +52,8 @@ def score(
     clamp_len: ClampLen = None,
     same_length: SameLength = None,
     precision: Precision = None,
+    weights: Weights = None,
+    cache_dtype: CacheDtype = None,
 ) -> None:
     """Print the log-probability of every token of a text, in nats.
 
@@ -54,7 +64,9 @@ def score(
         raise ValueError("expected one of --json and --color, got both")
     if batch_size < 1:
         raise ValueError(f"--batch-size: expected 1 or more, got {batch_size}")
-    loaded = LoadedModel.open(checkpoint, default_device())
+    loaded = LoadedModel.open(
+        checkpoint, default_device(), weights=weights, cache_dtype=cache_dtype
+    )
     given = {"tgt_len": tgt_len, "mem_len": mem_len, "clamp_len": clamp_len}
     changes = {k: v for k, v in {**given, "same_length": same_length}.items() if v is not None}
     run = section_from_dict(
@@ -64,17 +76,17 @@ def score(
     is_text = loaded.vocabulary.kind != "byte"
     documents = read_documents(files or [], lines, is_text)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(autocast(precision or loaded.config.train.autocast, loaded.device))
-        protocol = scoring.protocol(loaded.model, loaded.vocabulary, lengths, tgt_len=run.tgt_len)
+        stack.enter_context(loaded.autocast(precision, loaded.config.train.autocast))
+        language_model = (loaded.model, loaded.vocabulary)
+        options: dict[str, Any] = {"tgt_len": run.tgt_len, "cache_dtype": loaded.cache_dtype}
+        protocol = scoring.protocol(*language_model, lengths, **options)
         views = [_view(protocol, as_json=as_json, color=color)]
         if html is not None:
             file = stack.enter_context(score_views.replacing(html))
             views.append(score_views.Html(file, protocol))
         totals = Totals()
         while batch := list(islice(documents, batch_size if lines else 1)):
-            for document in scoring.score_documents(
-                loaded.model, loaded.vocabulary, batch, lengths, tgt_len=run.tgt_len
-            ):
+            for document in scoring.score_documents(*language_model, batch, lengths, **options):
                 totals = totals.plus(document)
                 for view in views:
                     view.add(document)

@@ -20,9 +20,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from transformer_xl.integrations.adapter import Adapter, Lookalike, Versions, always, left_alone
 from transformer_xl.integrations.hugging_face import ranges_of_padding
-from transformer_xl.integrations.position_tables import is_recorded, project
+from transformer_xl.integrations.position_tables import project
 from txl_kernels import rel_attention
 from txl_kernels.torch_private import changes, forward_hooks
+from txl_kernels.transforms import is_recorded
 
 _LEGACY = "its relative shift wraps around (rel_pos_type legacy), which the kernels do not compute"
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from txl_kernels.torch_private import changes, has_hooks, whole
+from txl_kernels.transforms import is_recorded
 
 # Larger tables are computed at each call: 16 MiB are 164 s of audio in a layer of 1,024 features.
 MAX_KEPT_BYTES = 2**24
@@ -73,13 +74,6 @@ def project(projection: Any, table: Tensor, n_head: int) -> Tensor:
     # Not `parameters()`, which is empty where a weight is a plain attribute.
     sources = [whole(table), projection.weight, projection.bias]
     return kept(projection, key, tuple(x for x in sources if x is not None), make)
-
-
-def is_recorded(x: Tensor) -> bool:
-    """Whether the call is compiled, or captured in a CUDA graph: values of x cannot be read now."""
-    if torch.compiler.is_compiling():
-        return True
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _stream(x: Tensor) -> torch.cuda.Stream | None:

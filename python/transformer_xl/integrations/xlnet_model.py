@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from transformer_xl.integrations.adapter import adapter_of
 from transformer_xl.integrations.hugging_face import ranges_of_padding
-from transformer_xl.integrations.position_tables import is_recorded, kept
+from transformer_xl.integrations.position_tables import kept
+from txl_kernels.transforms import is_recorded
 
 MODULE = "transformers.models.xlnet.modeling_xlnet"
 

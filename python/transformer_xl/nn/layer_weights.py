@@ -26,7 +26,7 @@ def is_plain(layer: nn.Module) -> bool:
     return (
         _runs(layer, nn.Linear)
         and not is_parametrized(layer)
-        and not _is_quantised(layer.weight)
+        and not is_quantised(layer.weight)
         and not has_hooks(layer)
     )
 
@@ -111,7 +111,7 @@ def dense(label: str, weight: Tensor, *, trained: bool = False) -> Tensor:
         ValueError: a quantised weight that would be trained: one that requires a gradient, or any
             if `trained`.
     """
-    if not _is_quantised(weight):
+    if not is_quantised(weight):
         return weight
     if torch.is_grad_enabled() and (trained or weight.requires_grad):
         raise ValueError(
@@ -136,7 +136,7 @@ def _runs(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return type(layer).forward is kind.forward and "forward" not in vars(layer)
 
 
-def _is_quantised(weight: Any) -> bool:
+def is_quantised(weight: Any) -> bool:
     """Whether the tensor's class has a `dequantize` of its own, as torchao's have."""
     if type(weight) in (Tensor, nn.Parameter):
         return False

@@ -16,7 +16,8 @@ class WindowBuffers:
 
     Row b has tokens at start[b] <= j < position[b]; next is position[b]. `start` is negative if
     the first tokens have been dropped. Both are int64 [B], and only `crop` reads them on the host,
-    which has a bound `end` of all positions instead.
+    which has a bound `end` of all positions instead. If `is_reserved`, `end` includes tokens that
+    later runs of recorded calls add (`reserve`).
 
     Args:
         shapes: of each layer, [B, 2 · n_kv_head, capacity, d_head].
@@ -42,6 +43,7 @@ class WindowBuffers:
             self.start = torch.zeros(B, dtype=torch.int64, device=device)
         self.mem_len = mem_len
         self.end = 0
+        self.is_reserved = False
         self._zeros = None if zeros is None else [zero.to(dtype) for zero in zeros]
         self.reset(torch.ones_like(self.position, dtype=torch.bool))
 
@@ -60,7 +62,7 @@ class WindowBuffers:
             return
         for kv, zero in zip(self.kv, self._zeros, strict=True):
             kept = kv[:, :, : self.mem_len]
-            kept.copy_(torch.where(rows[:, None, None, None], zero, kept))
+            torch.where(rows[:, None, None, None], zero, kept, out=kept)
         self.position.masked_fill_(rows, self.mem_len)
         self.start.masked_fill_(rows, 0)
         self.end = max(self.end, self.mem_len)
@@ -104,7 +106,8 @@ class WindowBuffers:
                 "with a larger slack they are dropped later"
             )
         self.position.copy_(position)
-        self.end = max(position.tolist(), default=0)
+        if not self.is_reserved:
+            self.end = max(position.tolist(), default=0)
 
     def load(self, kv: Sequence[Tensor], position: Tensor, start: Tensor) -> None:
         """Copy the first tokens of other buffers of the same layers and rows to these."""
@@ -117,6 +120,7 @@ class WindowBuffers:
     def make_room(self, n_tokens: int) -> None:
         """Where the next `n_tokens` do not fit, copy the newest `mem_len` tokens of each row to the
         start of the buffers, which are enlarged if necessary."""
+        self.is_reserved = False
         if self.end + n_tokens <= self.capacity:
             return
         keep = min(self.mem_len, self.end)
@@ -130,6 +134,12 @@ class WindowBuffers:
         self.position -= dropped
         self.start -= dropped
         self.end = keep
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for `n_tokens` and count them in `end` now, since `advance` will not."""
+        self.make_room(n_tokens)
+        self.end += n_tokens
+        self.is_reserved = True
 
     def _keep(self, kv: list[Tensor], kept: Sequence[Tensor]) -> None:
         """Make `kv` the buffers, with `kept` as their first tokens.
@@ -154,15 +164,18 @@ class WindowBuffers:
         }
         return self._rows(first, n_tokens), options
 
-    def advance(self, n_tokens: int, document_start: Tensor | None) -> None:
-        """Add the tokens that were written at the rows of `place`."""
+    def advance(
+        self, n_tokens: int, document_start: Tensor | None, *, is_counted: bool = False
+    ) -> None:
+        """Add the tokens that were written at the rows of `place`; `is_counted`: `end` has them."""
         if document_start is not None:
             t = torch.arange(n_tokens, device=self.start.device)
             start = self.start[:, None]
             starts = torch.where(document_start, self.position[:, None] + t, start)  # [B, T]
             self.start.copy_(torch.cat([start, starts], dim=1).amax(dim=1))  # T may be 0
         self.position += n_tokens
-        self.end += n_tokens
+        if not is_counted:
+            self.end += n_tokens
 
     def _rows(self, first: Tensor, n_tokens: int) -> Tensor:
         """The rows of first[b] <= j < first[b] + n_tokens in kv.view(-1, d_head): int64."""
