@@ -97,6 +97,19 @@ def test_protocol_names_the_precision(model: TransformerXL) -> None:
     assert found.protocol.endswith("autocast to bfloat16")
 
 
+def test_a_cache_of_another_dtype_is_named(model: TransformerXL) -> None:
+    options = {"batch_size": 2, "tgt_len": 8, "mem_len": 12}
+    expected = evaluate(model, TOKENS, **options)
+    found = evaluate(model, TOKENS, **options, cache_dtype=torch.bfloat16)
+    assert found.loss != expected.loss
+    assert found.loss == pytest.approx(expected.loss, rel=1e-3)
+    assert found.protocol == f"{expected.protocol}, keys and values in bfloat16"
+    same = evaluate(model, TOKENS, **options, cache_dtype=torch.float32)
+    assert (same.loss, same.protocol) == (expected.loss, expected.protocol)
+    with pytest.raises(ValueError, match=r"cache_dtype: expected None, .*\(cached=False\), got"):
+        evaluate(model, TOKENS, **options, cached=False, cache_dtype=torch.bfloat16)
+
+
 def test_metrics() -> None:
     found = Score(loss=math.log(8), n_tokens=100, seconds=4.0, protocol="")
     assert (found.bpc, found.ppl, found.tokens_per_second) == pytest.approx((3.0, 8.0, 25.0))

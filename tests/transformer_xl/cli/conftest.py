@@ -27,7 +27,7 @@ def load(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Load:
         config = override(tiny_config, {"model.vocab_size": len(vocabulary)})
         model = TransformerXL(config.model).eval()
         loaded = LoadedModel(model, vocabulary, config, torch.device("cpu"))
-        monkeypatch.setattr(LoadedModel, "open", lambda path, device: loaded)
+        monkeypatch.setattr(LoadedModel, "open", lambda path, device, **_: loaded)
         return loaded
 
     return made
