@@ -216,9 +216,9 @@ void widen(const void* x, void* wide, int64_t n) {
 }  // namespace
 
 const FewRowLinearKernels few_row_linear_kernels[4] = {
-    {widen<float>, {run<float, float>, run<float, int8_t>, run<float, BFloat16>}},
-    {widen<double>, {run<double, double>, run<double, int8_t>, nullptr}},
-    {widen<Half>, {run<Half, Half>, run<Half, int8_t>, nullptr}},
-    {widen<BFloat16>, {run<BFloat16, BFloat16>, run<BFloat16, int8_t>, nullptr}}};
+    {widen<float>, {run<float, float>, run<float, int8_t>, run<float, Half>, run<float, BFloat16>}},
+    {widen<double>, {run<double, double>, run<double, int8_t>}},
+    {widen<Half>, {run<Half, Half>, run<Half, int8_t>}},
+    {widen<BFloat16>, {run<BFloat16, BFloat16>, run<BFloat16, int8_t>}}};
 
 }  // namespace txl::TXL_ISA

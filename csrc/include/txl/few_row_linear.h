@@ -7,9 +7,9 @@
 
 namespace txl {
 
-// The kernels that a weight selects: it has the dtype of x, or one of these.
-enum class LinearWeight { same, int8, bf16 };
-constexpr int kLinearWeights = 3;
+// The dtype of a weight: that of x, or another one.
+enum class LinearWeight { same, int8, f16, bf16 };
+constexpr int kLinearWeights = 4;
 
 // One number for each row of the weight, contiguous; data null if absent.
 struct PerOutput {
