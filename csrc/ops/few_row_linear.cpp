@@ -17,12 +17,13 @@ using at::Tensor;
 constexpr const char* kOp = "few_row_linear";
 
 LinearWeight kind_of(const Tensor& x, const Tensor& weight) {
-  if (weight.scalar_type() == x.scalar_type()) return LinearWeight::same;
-  if (weight.scalar_type() == at::kChar) return LinearWeight::int8;
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && weight.scalar_type() == at::kBFloat16, kOp,
-                   ": weight must be ", x.scalar_type(),
-                   " or int8, or bfloat16 for float32 x, got ", weight.scalar_type());
-  return LinearWeight::bf16;
+  const at::ScalarType dtype = weight.scalar_type();
+  if (dtype == x.scalar_type()) return LinearWeight::same;
+  if (dtype == at::kChar) return LinearWeight::int8;
+  const bool is_16_bit = dtype == at::kHalf || dtype == at::kBFloat16;
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && is_16_bit, kOp, ": weight must be ",
+                   x.scalar_type(), " or int8, for float32 x also of 16 bits, got ", dtype);
+  return dtype == at::kHalf ? LinearWeight::f16 : LinearWeight::bf16;
 }
 
 // A bias or scale as the kernels read it; `kept` owns a copy if one is needed.

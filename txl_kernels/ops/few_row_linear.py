@@ -38,8 +38,8 @@ def few_row_linear(
 
     Args:
         x: [..., K]; float32, bfloat16, float16 or float64; any strides.
-        weight: [N, K] in x's dtype; or bfloat16 for float32 x; or int8 with `weight_scale`. A
-            weight whose columns are not adjacent in memory is copied.
+        weight: [N, K] in x's dtype, for float32 x also in bfloat16 or float16; or int8 with
+            `weight_scale`. A weight whose columns are not adjacent in memory is copied.
         bias: [N], float32 or x's dtype.
         weight_scale: [N], float32 or x's dtype; for int8 only.
         backend: "auto", "reference" or "native"; a named one runs or raises.
@@ -120,7 +120,7 @@ def _checked_arguments(
     if weight_scale is not None:
         dtypes: tuple[torch.dtype, ...] = (torch.int8,)
     elif x.dtype == torch.float32:
-        dtypes = (torch.float32, torch.bfloat16)
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
     else:
         dtypes = (x.dtype,)
     check_given(OP, {"weight": weight}, dtypes, x.device)
