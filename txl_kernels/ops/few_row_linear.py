@@ -18,7 +18,7 @@ from txl_kernels.torch_private import AutoDispatchBelowAutograd, is_changed
 OP = "few_row_linear"
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _MOST_KEYS = 1024
-_checked: set[tuple[Any, ...]] = set()  # keys of calls that the native kernels ran
+checked_calls: set[tuple[Any, ...]] = set()  # keys of calls that the native kernels ran
 
 
 def few_row_linear(
@@ -56,7 +56,7 @@ def few_row_linear(
     dtype, with int8 weights in float32.
     """
     key = _key(x, weight, bias, weight_scale, backend)
-    if key in _checked:
+    if key in checked_calls:
         # As torch.library's own autograd kernels do, but without their Python.
         with AutoDispatchBelowAutograd():
             return _operator(x, weight, bias, weight_scale)  # type: ignore[no-any-return]
@@ -73,9 +73,9 @@ def few_row_linear(
         if chosen == "reference":
             return reference.few_row_linear(x, weight, bias, weight_scale)
         if key is not None:
-            if len(_checked) >= _MOST_KEYS:
-                _checked.clear()
-            _checked.add(key)
+            if len(checked_calls) >= _MOST_KEYS:
+                checked_calls.clear()
+            checked_calls.add(key)
         out: Tensor = operators(chosen).few_row_linear_fwd(x, weight, bias, weight_scale)
         return out
 
