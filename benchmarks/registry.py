@@ -15,6 +15,7 @@ from benchmarks.cases.adaptive_embedding import EmbeddingCase
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.costs import cost_cases
 from benchmarks.cases.decode import DecodeCase, DecodeShape, Weights
+from benchmarks.cases.few_row_linear import LinearCase
 from benchmarks.cases.inkling import inkling_cases
 from benchmarks.cases.layer import LayerCase, LayerShape
 from benchmarks.cases.model import ModelCase, ModelShape
@@ -137,6 +138,17 @@ def embedding_shapes() -> list[SoftmaxShape]:
     ]
 
 
+def linear_cases() -> list[LinearCase]:
+    """The product with `qkv_net` of `enwik8_large` for the rows of a decoding step."""
+    model = load_preset("enwik8_large").model
+    N, K = 3 * model.n_head * model.d_head, model.d_model
+    return [
+        LinearCase(rows, N, K, dtype, quantised)
+        for dtype, quantised in ((torch.float32, False), (torch.bfloat16, True))
+        for rows in (1, 8, 16)
+    ]
+
+
 def timed_cases() -> list[Case]:
     """All cases that are timed, in the order of the table."""
     attention = [
@@ -171,7 +183,7 @@ def timed_cases() -> list[Case]:
         for dtype in DTYPES
         for gradients in ("dense", "sparse")
     ]
-    own = [*attention, *inkling, *cost_cases(), *softmaxes, *embeddings, *models]
+    own = [*attention, *inkling, *cost_cases(), *softmaxes, *embeddings, *linear_cases(), *models]
     return [*own, *dropin_cases()]
 
 

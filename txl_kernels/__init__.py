@@ -13,6 +13,7 @@ from txl_kernels.ops.adaptive_softmax import (
     adaptive_topk,
 )
 from txl_kernels.ops.banded_attention import banded_attention, banded_is_faster
+from txl_kernels.ops.few_row_linear import few_row_linear
 from txl_kernels.ops.merge_attention import merge_attention, with_sink
 from txl_kernels.ops.packed_ranges import packed_ranges
 from txl_kernels.ops.rel_attention import rel_attention, rel_attention_with_lse
@@ -30,6 +31,7 @@ __all__ = [
     "adaptive_topk",
     "banded_attention",
     "banded_is_faster",
+    "few_row_linear",
     "merge_attention",
     "packed_ranges",
     "rel_attention",

@@ -76,6 +76,7 @@ def _register(counter: ModuleType, namespaces: Sequence[Any]) -> None:
             (operators.adaptive_loss_bwd, _no_products),
             (operators.adaptive_embedding_fwd, _adaptive_embedding_fwd),
             (operators.adaptive_embedding_bwd, _adaptive_embedding_bwd),
+            (operators.few_row_linear_fwd, _few_row_linear_fwd),
         ):
             counter.register_flop_formula(operator)(formula)
 
@@ -182,6 +183,10 @@ def _projections(tokens: Shape, projections: Sequence[Shape], products: Sequence
     """Products of every token with the projection of a cluster of mean cost."""
     total = sum(_size(x) * n for x, n in zip(projections, products, strict=True) if x[0] > 0)
     return 2 * math.prod(tokens) * total // len(projections)
+
+
+def _few_row_linear_fwd(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * _size(weight)
 
 
 def _size(matrix: Shape) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ def register(operators: Any) -> None:
     _register_rel_attention(operators)
     _register_rel_shift(operators)
     _register_adaptive.register(operators)
+    _register_few_row_linear(operators)
 
 
 def _register_rel_attention(operators: Any) -> None:
@@ -89,3 +90,19 @@ def _register_rel_shift(operators: Any) -> None:
     refuse_second_derivative(bwd)
     register_vmap(fwd, operators.rel_shift_fwd)
     register_vmap(bwd, operators.rel_shift_bwd)
+
+
+def _register_few_row_linear(operators: Any) -> None:
+    fwd = f"{operators.name}::few_row_linear_fwd"
+
+    def fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    def backward(*_: Any) -> NoReturn:
+        raise RuntimeError(
+            'few_row_linear: this backend has no gradients; backend="reference" has them'
+        )
+
+    torch.library.register_fake(fwd, fake)
+    register_autograd(fwd, backward)
+    register_vmap(fwd, operators.few_row_linear_fwd)

@@ -35,4 +35,7 @@ SCHEMAS = {
         f"(Tensor dout, {EMBEDDING}, bool[] needs_grad) "
         "-> (Tensor rows, Tensor[] dtables, Tensor[] dprojections)"
     ),
+    "few_row_linear_fwd": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_scale) -> Tensor"
+    ),
 }

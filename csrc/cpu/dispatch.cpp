@@ -19,15 +19,17 @@ struct InstructionSet {
   const RelShiftKernels* rel_shift;
   const ClusterKernels* adaptive_softmax;
   const EmbeddingKernels* adaptive_embedding;
+  const FewRowLinearKernels* few_row_linear;
 };
 
-#define TXL_ROW(set)              \
-  {#set,                          \
-   set::fwd_kernels,              \
-   set::bwd_kernels,              \
-   set::rel_shift_kernels,        \
-   set::adaptive_softmax_kernels, \
-   set::adaptive_embedding_kernels},
+#define TXL_ROW(set)                \
+  {#set,                            \
+   set::fwd_kernels,                \
+   set::bwd_kernels,                \
+   set::rel_shift_kernels,          \
+   set::adaptive_softmax_kernels,   \
+   set::adaptive_embedding_kernels, \
+   set::few_row_linear_kernels},
 constexpr InstructionSet kSets[] = {TXL_INSTRUCTION_SETS(TXL_ROW)};
 #undef TXL_ROW
 static_assert(kSets[0].name == "DEFAULT", "every processor runs the first set");
@@ -68,6 +70,10 @@ const ClusterKernels& adaptive_softmax_kernels(Scalar dtype) {
 
 const EmbeddingKernels& adaptive_embedding_kernels(Scalar dtype) {
   return chosen().adaptive_embedding[static_cast<int>(dtype)];
+}
+
+const FewRowLinearKernels& few_row_linear_kernels(Scalar dtype) {
+  return chosen().few_row_linear[static_cast<int>(dtype)];
 }
 
 }  // namespace txl

@@ -4,6 +4,7 @@
 
 #include "txl/adaptive_embedding.h"
 #include "txl/adaptive_softmax.h"
+#include "txl/few_row_linear.h"
 #include "txl/rel_attention.h"
 #include "txl/rel_shift.h"
 
@@ -14,6 +15,7 @@
   extern const RelShiftKernels rel_shift_kernels[4];           \
   extern const ClusterKernels adaptive_softmax_kernels[4];     \
   extern const EmbeddingKernels adaptive_embedding_kernels[4]; \
+  extern const FewRowLinearKernels few_row_linear_kernels[4];  \
   }
 
 TXL_INSTRUCTION_SETS(TXL_DECLARE_KERNELS)

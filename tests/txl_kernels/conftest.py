@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from txl_kernels import resolve
-from txl_kernels.ops import rel_attention_plans
+from txl_kernels.ops import few_row_linear, rel_attention_plans
 from txl_kernels.testing.interpreter import faster_interpreter
 
 
@@ -18,6 +18,7 @@ from txl_kernels.testing.interpreter import faster_interpreter
 def _no_plans():
     """No test sees a choice of an earlier one, which may have replaced a backend."""
     rel_attention_plans.clear()
+    few_row_linear.checked_calls.clear()
 
 
 @pytest.fixture(autouse=True)

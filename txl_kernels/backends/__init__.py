@@ -29,6 +29,7 @@ OPS = (
     "adaptive_topk",
     "adaptive_sample",
     "adaptive_embedding",
+    "few_row_linear",
 )
 # Public functions without kernels of their own, and what computes them.
 COMPOSED = {
@@ -37,6 +38,7 @@ COMPOSED = {
     "packed_ranges": "plain PyTorch",
     "banded_attention": "rel_attention and torch's flash attention",
 }
+FEW_ROWS = 16  # the most rows of x in a call of `few_row_linear`'s kernels
 _AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}  # then the reference
 
 _FLOAT_TO_16_BIT = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +51,7 @@ class Serves(NamedTuple):
 
     dtypes: Collection[torch.dtype]
     head_size: int | None = None  # the largest
-    Tq: int | None = None  # the most queries
+    Tq: int | None = None  # the most queries or rows
     gradients: bool = True
     lacks: Collection[str] = ()  # unsupported arguments, in the words of `resolve`'s `uses`
 
@@ -69,6 +71,7 @@ _SERVES: dict[tuple[str, ...], Serves] = {
     ("native", "adaptive_loss"): Serves(_FLOAT),
     ("native", "adaptive_nll"): Serves(_FLOAT),
     ("native", "adaptive_embedding"): Serves(_FLOAT),
+    ("native", "few_row_linear"): Serves(_FLOAT, Tq=FEW_ROWS, gradients=False),
     ("triton", "rel_attention"): Serves(
         _FLOAT_TO_16_BIT, head_size=MAX_HEAD_SIZE, lacks=_DENSE_ARGUMENTS
     ),
@@ -117,7 +120,7 @@ def resolve(
         op: name of a public op, such as "rel_attention".
         backend: "auto", "reference", "native" or "triton".
         device, dtype: of the tensors.
-        Tq: queries (for the adaptive ops: tokens).
+        Tq: queries (for the adaptive ops: tokens; for `few_row_linear`: rows of x).
         D, Dv, Dp: head sizes of keys, of values and of positions (None: D); for `rel_attention`
             only.
         needs_grad: whether a backward pass will follow.
@@ -263,7 +266,8 @@ def _refusal(
     if op == "rel_attention" and head_size > (serves.head_size or head_size):
         return f"{name} supports head sizes up to {serves.head_size}, not {head_size}"
     if serves.Tq is not None and Tq > serves.Tq:
-        return f"{name} supports up to {serves.Tq} queries on {device_type}, not {Tq}"
+        kind = "queries" if op == "rel_attention" else "rows"
+        return f"{name} supports up to {serves.Tq} {kind} on {device_type}, not {Tq}"
     if needs_grad and not serves.gradients:
         return f"{name} has no gradients on {device_type}"
     for argument in serves.lacks:

@@ -87,6 +87,7 @@ def register_kernels() -> None:
             "adaptive_embedding",
             (operators.adaptive_embedding_fwd, operators.adaptive_embedding_bwd),
         ),
+        ("few_row_linear", (operators.few_row_linear_fwd,)),
     ):
         for operator in directions:
             name = str(operator.default.name())  # type: ignore[no-untyped-call]

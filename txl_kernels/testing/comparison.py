@@ -19,6 +19,7 @@ from txl_kernels._register_adaptive import is_present
 from txl_kernels._rel_attention_call import UNLIMITED, RelAttentionCall
 from txl_kernels.backends.reference import adaptive_embedding as embedding
 from txl_kernels.backends.reference import adaptive_softmax as softmax
+from txl_kernels.backends.reference import few_row_linear as linear
 from txl_kernels.backends.reference import rel_attention as attention
 from txl_kernels.backends.reference import rel_shift as shift
 from txl_kernels.ops.adaptive_embedding import adaptive_embedding
@@ -28,6 +29,7 @@ from txl_kernels.ops.adaptive_softmax import (
     adaptive_nll,
     adaptive_topk,
 )
+from txl_kernels.ops.few_row_linear import few_row_linear
 from txl_kernels.ops.rel_attention import rel_attention_with_lse
 from txl_kernels.ops.rel_shift import rel_shift
 from txl_kernels.testing.budget import check_budget
@@ -73,6 +75,8 @@ def call(op: str, backend: str, arguments: Sequence[Any]) -> Any:
     if op == "rel_shift":
         x, n_keys, offset = arguments
         return rel_shift(x, n_keys=n_keys, offset=offset, backend=backend)
+    if op == "few_row_linear":
+        return few_row_linear(*arguments[:3], weight_scale=arguments[3], backend=backend)
     if op == "adaptive_embedding":
         tokens, tables, projections, scale, sparse = arguments
         cutoffs = _cutoffs([len(table) for table in tables])
@@ -117,6 +121,8 @@ def reference(op: str, arguments: Sequence[Any], dtype: torch.dtype | None = Non
         return attention.rel_attention(attended, **own, compute_dtype=dtype)
     if op == "rel_shift":
         return shift.rel_shift(*arguments)
+    if op == "few_row_linear":
+        return linear.few_row_linear(*arguments, compute_dtype=dtype)
     if op == "adaptive_embedding":
         tokens, tables, projections, scale, _sparse = arguments
         given = [x if is_present(x) else None for x in projections]

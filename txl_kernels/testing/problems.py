@@ -66,6 +66,14 @@ def problems() -> tuple[Problem, ...]:
             "F.embedding and F.linear, table by table",
             Tq=1024,
         ),
+        Problem(
+            "few_row_linear",
+            _linear_arguments,
+            lambda x: F.linear(*x[:3]),
+            "F.linear",
+            has_gradients=False,
+            Tq=8,
+        ),
     )
 
 
@@ -104,6 +112,15 @@ def _shift_arguments(dtype: torch.dtype, device: str) -> list[Any]:
     generator = torch.Generator().manual_seed(11)
     x = torch.randn(2, 8, 128, 256, generator=generator, device="cpu").to(device, dtype)
     return [x.requires_grad_(), 256, 127]
+
+
+def _linear_arguments(dtype: torch.dtype, device: str) -> list[Any]:
+    generator = torch.Generator().manual_seed(11)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+        for shape in ((8, 512), (1536, 512), (1536,))
+    )
+    return [x, weight * 512**-0.5, bias, None]
 
 
 def _softmax(op: str, *, has_gradients: bool = True) -> Problem:

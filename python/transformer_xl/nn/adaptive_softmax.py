@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from transformer_xl.nn.embedding import checked_cutoffs, checked_sizes, has_projection
 from transformer_xl.nn.layer_weights import projections_of, update_weights, weight_and_bias
+from transformer_xl.nn.linear import is_few_rows
 from transformer_xl.nn.sampled_softmax import LogUniformSampler, sampled_nll
 from txl_kernels import (
     adaptive_log_prob,
@@ -19,6 +20,7 @@ from txl_kernels import (
     adaptive_nll,
     adaptive_sample,
     adaptive_topk,
+    few_row_linear,
 )
 from txl_kernels.ops.autocast import autocast_dtype, cast
 from txl_kernels.ops.checks import check_int
@@ -132,9 +134,33 @@ class AdaptiveSoftmax(nn.Module):
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """[…, d_proj] to the log-probabilities […, V] of all tokens, in token order."""
-        head, tails, options = self._clusters(hidden)
-        log_prob = adaptive_log_prob(hidden.flatten(0, -2), head, tails, **options)
+        rows = hidden.flatten(0, -2)
+        if self.backend == "auto" and is_few_rows(rows):
+            log_prob = self._few_row_log_prob(rows)
+        else:
+            head, tails, options = self._clusters(hidden)
+            log_prob = adaptive_log_prob(rows, head, tails, **options)
         return log_prob.view(*hidden.shape[:-1], self.ends[-1])
+
+    def _few_row_log_prob(self, rows: Tensor) -> Tensor:
+        """`adaptive_log_prob`, in which every weight is read once, in place."""
+        weights, biases, projections = self._layers_of_clusters(rows)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        projected = [rows if p is None else rows @ p.to(rows.dtype) for p in projections]
+        shortlist, *tails = map(few_row_linear, projected, weights, biases)
+        clusters = rows.new_empty(len(rows), 0)
+        if self.cutoffs:
+            clusters = few_row_linear(projected[0], self.cluster_weight, self.cluster_bias)
+        head = torch.cat([shortlist, clusters], dim=1).log_softmax(1)
+        if not tails:
+            return head
+        log_prob = rows.new_empty(len(rows), self.ends[-1])
+        log_prob[:, : self.cutoffs[0]] = head[:, : self.cutoffs[0]]
+        for k, logits in enumerate(tails):
+            part = log_prob[:, self.ends[k + 1] : self.ends[k + 2]]
+            entry = head[:, self.cutoffs[0] + k, None]
+            torch.add(logits.log_softmax(1), entry, out=part)
+        return log_prob
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """[…, d_proj] to the k most probable tokens in descending order: log p and int64 […, k]."""
@@ -180,10 +206,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def _clusters(self, hidden: Tensor) -> tuple[Tensor, list[Tail], Options]:
         """Head weight, tails and further arguments of the functions of `txl_kernels`."""
-        update_weights(self)
-        weights, biases, projections = self._layers(hidden)
-        if len(weights) <= len(self.cutoffs):
-            weights, biases = self._split(weights[0], biases[0])
+        weights, biases, projections = self._layers_of_clusters(hidden)
         projections = [None if p is None else p.t() for p in projections]  # [d_k, d_proj]
         head_weight, head_bias = weights[0], biases[0]
         if self.cutoffs:
@@ -198,6 +221,16 @@ class AdaptiveSoftmax(nn.Module):
             "backend": self.backend,
         }
         return head_weight, tails, options
+
+    def _layers_of_clusters(
+        self, hidden: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+        """Weight [V_k, d_k], bias and projection [d_proj, d_k] of each cluster's own tokens."""
+        update_weights(self)
+        weights, biases, projections = self._layers(hidden)
+        if len(weights) <= len(self.cutoffs):
+            weights, biases = self._split(weights[0], biases[0])
+        return weights, biases, projections
 
     def _layers(self, hidden: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
         """Weight and bias of each layer, projection [d_proj, d_k] of each cluster."""

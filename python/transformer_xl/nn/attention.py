@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from transformer_xl.nn.layer_weights import is_plain
 from transformer_xl.nn.layer_window import LayerWindow
+from transformer_xl.nn.linear import linear
 from transformer_xl.nn.position import RelativePositions, SinusoidalPositions, Window
 from transformer_xl.nn.streaming import (
     Options,
@@ -154,7 +155,7 @@ class RelativeMultiHeadAttention(StreamingAttention):
 
     def _project(self, x: Tensor) -> Projected:
         heads = (self.n_head, self.n_kv_head, self.n_kv_head)
-        return Projected(*split_heads(self.qkv_net(x), heads))
+        return Projected(*split_heads(linear(self.qkv_net, x), heads))
 
     def _attend(
         self,
@@ -179,8 +180,7 @@ class RelativeMultiHeadAttention(StreamingAttention):
         projected = projected._replace(r=r)
         biases = self._biases(r_w_bias, r_r_bias)
         out = self._rel_attention(projected, options, positions, *biases)
-        attended: Tensor = self.o_net(out.transpose(1, 2).flatten(2))
-        return attended
+        return linear(self.o_net, out.transpose(1, 2).flatten(2))
 
     def _attend_window(
         self, x: Tensor, window: LayerWindow, r_w_bias: Tensor | None, r_r_bias: Tensor | None
@@ -197,8 +197,7 @@ class RelativeMultiHeadAttention(StreamingAttention):
         )
         with outside_autocast(x.device):
             out = self._rel_attention(extended, options, positions, w, r)
-        attended: Tensor = self.o_net(out.transpose(1, 2).flatten(2).to(projected.q.dtype))
-        return attended
+        return linear(self.o_net, out.transpose(1, 2).flatten(2).to(projected.q.dtype))
 
     def _biases(
         self, r_w_bias: Tensor | None, r_r_bias: Tensor | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from transformer_xl.nn.dropout import Dropout
+from transformer_xl.nn.linear import Sequential
 from txl_kernels.ops.checks import check_int
 
 
@@ -23,7 +24,7 @@ class PositionwiseFeedForward(nn.Module):
         op = type(self).__name__
         d_model = check_int(op, "d_model", d_model, at_least=1)
         d_inner = check_int(op, "d_inner", d_inner, at_least=1)
-        self.CoreNet = nn.Sequential(
+        self.CoreNet = Sequential(
             nn.Linear(d_model, d_inner),
             nn.ReLU(),  # in place it would change the output that hooks of the first layer receive
             Dropout(dropout),

@@ -23,12 +23,32 @@ def is_plain(layer: nn.Module) -> bool:
     False for wrappers (LoRA), quantised layers, parametrisations and layers with a hook, global
     hooks of `torch.nn.modules.module` included.
     """
-    return (
-        _runs(layer, nn.Linear)
-        and not is_parametrized(layer)
-        and not is_quantised(layer.weight)
-        and not has_hooks(layer)
-    )
+    return is_linear(layer) and not is_quantised(layer.weight)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """As `is_plain`, but the weight may be quantised."""
+    return _runs(layer, nn.Linear) and not is_parametrized(layer) and not has_hooks(layer)
+
+
+def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The int8 values [N, K] and scales [N] of a weight of torchao that has one scale per row.
+
+    None for all other tensors, for zero points that are not 0 and where activations are scaled or
+    quantised as well.
+    """
+    kind = type(weight)
+    if kind.__name__ != "Int8Tensor" or not kind.__module__.startswith("torchao."):
+        return None
+    parts: Any = weight
+    values, scale, zero_point = parts.qdata, parts.scale, parts.zero_point
+    if parts.act_quant_kwargs is not None or parts.act_pre_scale is not None:
+        return None
+    if values.ndim != 2 or scale.shape != (len(values), 1):
+        return None
+    if zero_point is not None and zero_point.any():
+        return None
+    return values, scale[:, 0]
 
 
 def weight_and_bias(

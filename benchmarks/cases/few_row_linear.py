@@ -1,0 +1,111 @@
+"""A linear layer of a decoding step: the share of the memory's bandwidth, compared with torch's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.cases import OURS, WrongResultError
+from benchmarks.measure import Timed, stopwatch
+from txl_kernels import few_row_linear
+
+TORCH = "torch"
+# Relative error against float64, by Frobenius norm, above which a result is another one.
+GATE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+COLD_BYTES = 2**28  # of weights: more than the caches hold, as in a model
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearCase:
+    """Rows times the weights [N, K] of several layers, one after the other.
+
+    `quantised`: int8 weights with a scale per output; torch's contender multiplies them in `dtype`,
+    after it has widened them.
+    """
+
+    rows: int
+    N: int
+    K: int
+    dtype: torch.dtype
+    quantised: bool = False
+
+    device: ClassVar[str] = "cpu"
+    peers: ClassVar[tuple[str, ...]] = (TORCH,)
+    yardsticks: ClassVar[tuple[str, ...]] = ()
+    in_process: ClassVar[tuple[str, ...]] = (OURS, TORCH)
+    tokens: ClassVar[None] = None
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        weight = "int8" if self.quantised else dtype
+        return f"few_row_linear/{self.N}x{self.K}_{weight}/{dtype}/{self.rows}_rows"
+
+    @property
+    def layers(self) -> int:
+        return max(1, COLD_BYTES // self._weight_bytes)
+
+    @property
+    def bytes_read(self) -> int:
+        return self.layers * self._weight_bytes
+
+    @property
+    def flop(self) -> int:
+        return 2 * self.layers * self.rows * self.N * self.K
+
+    @property
+    def _weight_bytes(self) -> int:
+        return self.N * self.K * (1 if self.quantised else self.dtype.itemsize)
+
+    def tiny(self) -> LinearCase:
+        return dataclasses.replace(self, N=64, K=2**15)
+
+    @contextlib.contextmanager
+    def contender(self, name: str) -> Iterator[Timed]:
+        x, weights, scale = self._inputs(self.layers)
+        multiply = self._multiply(name)
+
+        def run() -> None:
+            with torch.no_grad():
+                for weight in weights:
+                    multiply(x, weight, scale)
+
+        yield stopwatch(run)
+
+    def check(self, name: str) -> None:
+        x, (weight,), scale = self._inputs(1)
+        out = self._multiply(name)(x, weight, scale).double()
+        right = F.linear(x.double(), weight.double())
+        if scale is not None:
+            right *= scale.double()
+        error = float((out - right).norm() / right.norm())
+        if not error <= GATE[self.dtype]:  # NaN is an error too
+            raise WrongResultError(
+                f"{self.name}: {name} is off by {error:.1e} of its norm; "
+                f"{GATE[self.dtype]:.0e} is allowed"
+            )
+
+    def _multiply(self, name: str) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        if name == OURS:
+            return lambda x, weight, scale: few_row_linear(x, weight, weight_scale=scale)
+
+        def by_torch(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+            out = F.linear(x, weight.to(x.dtype))
+            return out if scale is None else (out * scale).to(x.dtype)
+
+        return by_torch
+
+    def _inputs(self, layers: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.rows, self.K, generator=generator).to(self.dtype)
+        if not self.quantised:
+            weight = torch.randn(self.N, self.K, generator=generator).to(self.dtype)
+            return x, [weight.clone() for _ in range(layers)], None
+        values = torch.randint(-127, 128, (self.N, self.K), generator=generator).to(torch.int8)
+        return x, [values.clone() for _ in range(layers)], torch.rand(self.N, generator=generator)

@@ -1,0 +1,53 @@
+"""Linear layers of a decoding step: kernels that read each weight once multiply few rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from transformer_xl.nn.layer_weights import int8_rows, is_linear
+from txl_kernels import few_row_linear
+from txl_kernels.backends import FEW_ROWS
+from txl_kernels.torch_private import is_changed
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`; by `txl_kernels.few_row_linear` if that computes the same.
+
+    It does so for an `nn.Linear` without hooks, in eager mode on the CPU, without gradients and for
+    at most 16 rows of `x`. The weight may be torchao's, in int8 with one scale per row.
+
+    A function and no subclass of `nn.Linear`: tools such as `quantize_dynamic` look for that class.
+    """
+    if is_few_rows(x) and is_linear(layer):
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor)  # for the type checker
+        if type(weight) is nn.Parameter:
+            if weight.dtype == x.dtype and weight.device == x.device:
+                return few_row_linear(x, weight, bias)
+        elif (rows := int8_rows(weight)) is not None:
+            return few_row_linear(x, rows[0], bias, weight_scale=rows[1])
+    out: Tensor = layer(x)
+    return out
+
+
+def is_few_rows(x: Tensor) -> bool:
+    """Whether `x` [..., K] has at most 16 rows, in an eager call on the CPU without gradients."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.numel() <= FEW_ROWS * x.shape[-1]
+        and not is_changed()
+    )
+
+
+class Sequential(nn.Sequential):
+    """`nn.Sequential` whose linear layers are called by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The result of the last module."""
+        for module in self:
+            x = linear(module, x)
+        return x
