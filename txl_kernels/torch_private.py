@@ -86,6 +86,7 @@ __all__ = [
     "legacy_batched",
     "legacy_level",
     "legacy_unbatched",
+    "modules_of",
     "open_transforms",
     "parameters_of",
     "tree_leaves",
@@ -212,17 +213,23 @@ def whole(tensor: Tensor) -> Tensor:
 # ---- modules: torch can add hooks, but has no public way to read them
 
 
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and its submodules; one that has several names is repeated.
+
+    `module.modules()` takes several times as long, since it makes names.
+    """
+    found = [module]
+    for each in found:  # the list grows
+        found += [child for child in each._modules.values() if child is not None]
+    return found
+
+
 def parameters_of(module: nn.Module) -> list[Tensor]:
     """The parameters of a module and its submodules; one that has several names is repeated.
 
     `module.parameters()` takes four times as long: 0.3 ms for 200 parameters.
     """
-    found: list[Tensor | None] = []
-    modules: list[nn.Module | None] = [module]
-    while modules:
-        if (module_or_none := modules.pop()) is not None:
-            found += module_or_none._parameters.values()
-            modules += module_or_none._modules.values()
+    found = [p for each in modules_of(module) for p in each._parameters.values()]
     return [parameter for parameter in found if parameter is not None]
 
 

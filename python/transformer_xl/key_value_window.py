@@ -157,13 +157,17 @@ class KeyValueWindow:
         """Prepare the buffers for calls that are compiled or captured in a CUDA graph.
 
         The next `n_tokens` tokens of each row then need no decision of the host: such a call reads
-        and writes the same tensors at each run, and changes no number of the host. Call this again
-        before further tokens are read; the buffers stay the same tensors unless they are too small.
-        A call that is neither compiled nor captured makes room for its own tokens.
+        and writes the same tensors at each run, and changes no number of the host. Before they
+        read further tokens, this must be called again. Any other call makes room for its own
+        tokens.
+
+        A CUDA graph must be captured again where its tensors have been replaced: after more than
+        slack tokens at a time, a call of more than `segment_len` tokens, or `select` of another
+        number of rows.
 
         Args:
             n_tokens: 1 or more, the tokens that all these calls together read.
-            segment_len: the most tokens of one of these calls.
+            segment_len: the most tokens of one call.
 
         Returns:
             The window itself.

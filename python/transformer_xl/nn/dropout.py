@@ -25,10 +25,12 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape and floating dtype, to the same."""
+        if not self.training:
+            return x
         dropped = round(self.p * 2**16)
         is_fast = x.device.type == "cpu" and not inside_transform("vmap")
-        if not self.training or not is_fast or dropped in (0, 2**16):
-            return F.dropout(x, self.p, self.training)
+        if not is_fast or dropped in (0, 2**16):
+            return F.dropout(x, self.p)
         n_draws = (x.numel() + 3) // 4
         draws = torch.empty(n_draws, dtype=torch.int64, device=x.device).random_(-(2**63), None)
         fields = draws.view(torch.int16)[: x.numel()].view(x.shape)

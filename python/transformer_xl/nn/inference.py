@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from txl_kernels.torch_private import modules_of
+
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
@@ -17,7 +19,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     mode (frozen layers) stay so. Flags are set directly, since `nn.Module.train` sets all
     submodules alike.
     """
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules_of(model) if module.training]
     for module in training:
         module.training = False
     try:

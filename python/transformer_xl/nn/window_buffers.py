@@ -16,8 +16,8 @@ class WindowBuffers:
 
     Row b has tokens at start[b] <= j < position[b]; next is position[b]. `start` is negative if
     the first tokens have been dropped. Both are int64 [B], and only `crop` reads them on the host,
-    which has a bound `end` of all positions instead. If `is_reserved`, `end` includes tokens that
-    later runs of recorded calls add (`reserve`).
+    which has a bound `end` of all positions instead. If `is_reserved`, `end` includes the tokens
+    that recorded calls add when they run, without the host (`reserve`).
 
     Args:
         shapes: of each layer, [B, 2 · n_kv_head, capacity, d_head].
@@ -44,6 +44,7 @@ class WindowBuffers:
         self.mem_len = mem_len
         self.end = 0
         self.is_reserved = False
+        self._n_reserved = 0
         self._zeros = None if zeros is None else [zero.to(dtype) for zero in zeros]
         self.reset(torch.ones_like(self.position, dtype=torch.bool))
 
@@ -65,7 +66,7 @@ class WindowBuffers:
             torch.where(rows[:, None, None, None], zero, kept, out=kept)
         self.position.masked_fill_(rows, self.mem_len)
         self.start.masked_fill_(rows, 0)
-        self.end = max(self.end, self.mem_len)
+        self.end = max(self.end, self.mem_len + self._n_reserved)
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows with these indices, int64 [B']."""
@@ -106,8 +107,7 @@ class WindowBuffers:
                 "with a larger slack they are dropped later"
             )
         self.position.copy_(position)
-        if not self.is_reserved:
-            self.end = max(position.tolist(), default=0)
+        self.end = max(position.tolist(), default=0) + self._n_reserved
 
     def load(self, kv: Sequence[Tensor], position: Tensor, start: Tensor) -> None:
         """Copy the first tokens of other buffers of the same layers and rows to these."""
@@ -120,26 +120,29 @@ class WindowBuffers:
     def make_room(self, n_tokens: int) -> None:
         """Where the next `n_tokens` do not fit, copy the newest `mem_len` tokens of each row to the
         start of the buffers, which are enlarged if necessary."""
-        self.is_reserved = False
         if self.end + n_tokens <= self.capacity:
             return
         keep = min(self.mem_len, self.end)
         dropped = (self.position - self.mem_len).clamp(min=0)
         rows = self._rows(dropped, keep)
-        capacity = max(self.capacity, self.mem_len + n_tokens)
+        capacity = max(self.capacity, self.mem_len + self._n_reserved + n_tokens)
         kept = [_rows_of(kv, rows, keep) for kv in self.kv]
         enlarged = capacity > self.capacity
         kv = [_zeros_like(kv, len(kv), capacity) for kv in self.kv] if enlarged else self.kv
         self._keep(kv, kept)
         self.position -= dropped
         self.start -= dropped
-        self.end = keep
+        self.end = keep + self._n_reserved
 
     def reserve(self, n_tokens: int) -> None:
-        """Make room for `n_tokens` and count them in `end` now, since `advance` will not."""
+        """Make room for `n_tokens` and count them in `end` now, since `advance` will not.
+
+        They replace those of an earlier call.
+        """
+        self._n_reserved = 0
         self.make_room(n_tokens)
         self.end += n_tokens
-        self.is_reserved = True
+        self.is_reserved, self._n_reserved = True, n_tokens
 
     def _keep(self, kv: list[Tensor], kept: Sequence[Tensor]) -> None:
         """Make `kv` the buffers, with `kept` as their first tokens.
