@@ -166,11 +166,12 @@ A element(const PerOutput& values, int64_t n) {
   }
 }
 
-// The outputs of rows n … n + N - 1 of the weight for rows `first` … `first + M - 1` of x.
+// The outputs of rows n … n + N - 1 of the weight for rows `first` … `first + M - 1` of x. `sums`
+// is scratch memory.
 template <int64_t N, typename T, typename W>
-void block(const FewRowLinearArgs& args, int64_t n, int64_t first, int64_t M) {
+void block(const FewRowLinearArgs& args, int64_t n, int64_t first, int64_t M,
+           Vectorized<Acc<T>>* sums) {
   using A = Acc<T>;
-  Vectorized<A> sums[kRowBlock * C];
   const A* x = static_cast<const A*>(args.x) + first * args.K;
   const W* weight = static_cast<const W*>(args.weight) + n * args.ld_weight;
   const int64_t n_groups = (M + kGroup - 1) / kGroup;
@@ -200,11 +201,12 @@ void block(const FewRowLinearArgs& args, int64_t n, int64_t first, int64_t M) {
 
 template <typename T, typename W>
 void run(const FewRowLinearArgs& args, int64_t begin, int64_t end) {
+  Vectorized<Acc<T>> sums[kRowBlock * C];
   for (int64_t first = 0; first < args.M; first += kRowBlock) {
     const int64_t M = std::min(kRowBlock, args.M - first);
     int64_t n = begin;
-    for (; n + C <= end; n += C) block<C, T, W>(args, n, first, M);
-    for (; n < end; ++n) block<1, T, W>(args, n, first, M);
+    for (; n + C <= end; n += C) block<C, T, W>(args, n, first, M, sums);
+    for (; n < end; ++n) block<1, T, W>(args, n, first, M, sums);
   }
 }
 
