@@ -49,6 +49,12 @@ INKLING_GLOBAL = AttentionShape(
 INKLING_SLIDING = dataclasses.replace(
     INKLING_GLOBAL, name="inkling_small_sliding", rel_extent=512, window=511
 )
+# One token, or one for each of eight texts, after the memory of a published evaluation.
+DECODED = (
+    AttentionShape(name="decode_h16_d64_1600", B=1, H=16, Tq=1, Tm=1599, D=64, causal=True),
+    AttentionShape(name="decode_h16_d64_1600_b8", B=8, H=16, Tq=1, Tm=1599, D=64, causal=True),
+    AttentionShape(name="decode_h8_d128_3800", B=1, H=8, Tq=1, Tm=3799, D=128, causal=True),
+)
 # A book's chapter in one segment: tensors of Tq · Tk elements do not fit.
 LONG = AttentionShape(name="long_16k", B=1, H=8, Tq=16384, Tm=16384, D=64, causal=True)
 
@@ -157,6 +163,7 @@ def timed_cases() -> list[Case]:
         for dtype in DTYPES
         for direction in ("forward", "backward", "forward+backward")
     ]
+    decoded = [AttentionCase(shape, dtype, "forward") for shape in DECODED for dtype in DTYPES]
     inkling = [
         AttentionCase(shape, torch.float32, direction)
         for shape in (INKLING_GLOBAL, INKLING_SLIDING)
@@ -183,8 +190,8 @@ def timed_cases() -> list[Case]:
         for dtype in DTYPES
         for gradients in ("dense", "sparse")
     ]
-    own = [*attention, *inkling, *cost_cases(), *softmaxes, *embeddings, *linear_cases(), *models]
-    return [*own, *dropin_cases()]
+    own = [*attention, *decoded, *inkling, *cost_cases(), *softmaxes, *embeddings]
+    return [*own, *linear_cases(), *models, *dropin_cases()]
 
 
 def dropin_cases() -> list[Case]:

@@ -8,7 +8,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ COMPILED_PEERS = (COMPILED, FLEX)  # their compilation takes many seconds
 CONTENT_FLOP: dict[Pass, int] = {"forward": 4, "backward": 10, "forward+backward": 14}
 POSITION_FLOP: dict[Pass, int] = {"forward": 2, "backward": 6, "forward+backward": 8}
 
+# Calls with at most so many queries take the time of reading keys, values and positions. On a CPU
+# they use several sets of inputs in turn, so that these do not stay in the processor's caches.
+FEW_QUERIES, N_SETS = 16, 8
 CHECKED_QUERIES = 256  # on a GPU: the last ones of the first head
 # The largest allowed relative error against float64, by Frobenius norm.
 GATE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -53,8 +56,6 @@ class AttentionCase:
     dtype: torch.dtype
     direction: Pass
     device: str = "cpu"
-
-    bytes_read: ClassVar[None] = None
 
     @property
     def name(self) -> str:
@@ -88,8 +89,24 @@ class AttentionCase:
         return OURS, EAGER, SDPA_BIAS, SDPA_PLAIN
 
     @property
-    def flop(self) -> int:
-        return self.flop_of(OURS)
+    def flop(self) -> int | None:
+        return None if self._is_limited_by_reading else self.flop_of(OURS)
+
+    @property
+    def bytes_read(self) -> int | None:
+        """Keys, values and rows of r once."""
+        if not self._is_limited_by_reading:
+            return None
+        shape = self.shape
+        rows = 2 * shape.B * shape.n_key_heads * shape.n_keys * shape.D
+        r_heads = 1 if shape.rel_extent else shape.H
+        rows += r_heads * shape.n_rows * (shape.d_rel or shape.D)
+        return rows * self.dtype.itemsize
+
+    @property
+    def _is_limited_by_reading(self) -> bool:
+        is_forward = self.direction == "forward"
+        return self.device == "cpu" and is_forward and self.shape.Tq <= FEW_QUERIES
 
     @property
     def tokens(self) -> None:
@@ -113,6 +130,8 @@ class AttentionCase:
     @contextlib.contextmanager
     def contender(self, name: str) -> Iterator[Timed]:
         n_sets = 1 if self.device == "cpu" else INPUT_SETS
+        if self._is_limited_by_reading:
+            n_sets = N_SETS
         bound = [self._bound(name, seed) for seed in range(n_sets)]
         yield timer([self._run(*each) for each in bound], torch.device(self.device))
 

@@ -15,6 +15,7 @@ namespace {
 struct InstructionSet {
   std::string_view name;
   const FwdKernels* rel_attention_fwd;
+  const FewQueryKernels* rel_attention_few_queries;
   const BwdKernels* rel_attention_bwd;
   const RelShiftKernels* rel_shift;
   const ClusterKernels* adaptive_softmax;
@@ -25,6 +26,7 @@ struct InstructionSet {
 #define TXL_ROW(set)                \
   {#set,                            \
    set::fwd_kernels,                \
+   set::few_query_kernels,          \
    set::bwd_kernels,                \
    set::rel_shift_kernels,          \
    set::adaptive_softmax_kernels,   \
@@ -54,6 +56,10 @@ const InstructionSet& chosen() {
 
 const FwdKernels& rel_attention_fwd_kernels(Scalar dtype) {
   return chosen().rel_attention_fwd[static_cast<int>(dtype)];
+}
+
+const FewQueryKernels& rel_attention_few_query_kernels(Scalar dtype) {
+  return chosen().rel_attention_few_queries[static_cast<int>(dtype)];
 }
 
 const BwdKernels& rel_attention_bwd_kernels(Scalar dtype) {

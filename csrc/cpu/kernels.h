@@ -11,6 +11,7 @@
 #define TXL_DECLARE_KERNELS(isa)                               \
   namespace txl::isa {                                         \
   extern const FwdKernels fwd_kernels[4];                      \
+  extern const FewQueryKernels few_query_kernels[4];           \
   extern const BwdKernels bwd_kernels[4];                      \
   extern const RelShiftKernels rel_shift_kernels[4];           \
   extern const ClusterKernels adaptive_softmax_kernels[4];     \

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "rel_attention_softmax.h"
 #include "rel_attention_tile.h"
 
 namespace txl::TXL_ISA {
@@ -59,33 +60,6 @@ struct FwdWorkspace {
   }
 };
 
-// probs[j] = e^(scores[j] · factor - shift) for n scores; returns their sum. May work in place. The
-// product is rounded before the subtraction, as `shift` was, so that no exponent is positive and
-// the largest score's is exactly 0.
-template <typename acc_t, typename operand_t>
-acc_t exponentiate(const acc_t* scores, acc_t factor, acc_t shift, int64_t n, operand_t* probs) {
-  using Vec = Vectorized<acc_t>;
-  const Vec factor_vec(factor), shift_vec(shift);
-  Vec sum0(0), sum1(0);
-  auto step = [&](int64_t j, Vec& sum) {
-    const Vec p = exp_nonpositive(Vec::loadu(scores + j) * factor_vec - shift_vec);
-    sum = sum + p;
-    store_operand(probs + j, p);
-  };
-  int64_t j = 0;
-  for (; j + 2 * Vec::size() <= n; j += 2 * Vec::size()) {
-    step(j, sum0);
-    step(j + Vec::size(), sum1);
-  }
-  for (; j < n; j += Vec::size()) step(j, sum0);
-  return sum_of(sum0 + sum1);
-}
-
-template <typename acc_t>
-void scale_row(acc_t* row, acc_t factor, int64_t n) {
-  for (int64_t d = 0; d < n; ++d) row[d] *= factor;
-}
-
 // One row of one block: replaces masked scores by probabilities, updates the running maximum and
 // sum.
 template <typename T>
@@ -112,22 +86,9 @@ void softmax_row(const RelAttentionArgs& args, Acc<T> factor, Block block, const
 template <typename T>
 void write_outputs(const RelAttentionArgs& args, int64_t b, int64_t h, const FwdTile<T>& tile,
                    int64_t ld_acc) {
-  constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
-  const int64_t begin = tile.rows.begin;
-  auto* lse = static_cast<Acc<T>*>(args.lse) + (b * args.H + h) * args.Tq + begin;
-  for (int64_t a = 0; a < tile.rows.count(); ++a) {
-    const bool dead = tile.sum[a] == 0;
-    const Acc<T> kept = static_cast<Acc<T>>(1 - args.dropout_p);
-    Acc<T>* acc = tile.acc + a * ld_acc;
-    if (dead) {
-      std::fill(acc, acc + args.Dv, Acc<T>(0));
-    } else {
-      scale_row(acc, 1 / (kept * tile.sum[a]), args.Dv);
-    }
-    convert_row(acc, args.out.head<T>(b, h) + (begin + a) * args.out.stride_t, args.Dv);
-    // In double: the error of the backward's probabilities is at least that of lse.
-    lse[a] = dead ? kNone : static_cast<Acc<T>>(tile.max[a] + std::log(double{tile.sum[a]}));
-  }
+  for (int64_t a = 0; a < tile.rows.count(); ++a)
+    write_query<T>(args, b, h, tile.rows.begin + a, tile.max[a], tile.sum[a],
+                   tile.acc + a * ld_acc);
 }
 
 // acc += probs · v, from the packed values or, if `values` is not null, from the caller's memory.

@@ -237,4 +237,23 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_bl
   return plan;
 }
 
+bool has_few_queries(const RelAttentionArgs& args) {
+  return args.Tq <= kFewQueries;
+}
+
+FewQueryPlan plan_few_queries(const RelAttentionArgs& args) {
+  constexpr int64_t kMostKeys = 256;
+  KeyRange all{args.Tk, 0};
+  for (int64_t b = 0; b < args.B; ++b) {
+    const KeyRange keys = args.keys_of_rows(b, 0, args.Tq);
+    if (keys.begin < keys.end) all = {std::min(all.begin, keys.begin), std::max(all.end, keys.end)};
+  }
+  FewQueryPlan plan;
+  plan.first_key = all.begin / 16 * 16;
+  const int64_t n = std::max<int64_t>(16, all.end - plan.first_key);
+  plan.n_blocks = ceil_div(n, kMostKeys);
+  plan.block_keys = round_up(ceil_div(n, plan.n_blocks), 16);
+  return plan;
+}
+
 }  // namespace txl

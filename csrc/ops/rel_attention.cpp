@@ -159,6 +159,37 @@ void run_chunks(const RelAttentionPlan& plan, int64_t threads, int64_t workspace
   });
 }
 
+// Few queries: each thread continues with the next items that are left, and the thread that
+// finishes a unit's last block merges the unit.
+void attend_few_queries(const Call& call, const FewQueryKernels& kernels) {
+  const RelAttentionArgs& args = call.args;
+  const FewQueryPlan plan = plan_few_queries(args);
+  const int64_t n_items = plan.n_items(args), n_units = args.n_units();
+  const int64_t threads = std::min(call.threads(), n_items);
+  // Adjacent items read the same rows of `r`.
+  const int64_t step = std::clamp<int64_t>(n_items / (8 * threads), 1, args.B);
+  const int64_t scratch = round_to_page(kernels.workspace(args, plan));
+  const int64_t size = kernels.result_size(args);
+  const Workspace workspace(1, threads * scratch + n_items * size);
+  char* const results = workspace.of(0) + threads * scratch;
+  std::vector<std::atomic<int64_t>> finished(static_cast<size_t>(n_units));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t end) {
+    for (; thread < end; ++thread) {
+      for (int64_t first = next.fetch_add(step); first < n_items; first = next.fetch_add(step)) {
+        for (int64_t item = first; item < std::min(first + step, n_items); ++item) {
+          const int64_t unit = plan.unit_of(args, item), block = plan.block_of(args, item);
+          char* const of_unit = results + unit * plan.n_blocks * size;
+          kernels.block(args, plan, unit, block, workspace.of(0) + thread * scratch,
+                        of_unit + block * size);
+          if (++finished[static_cast<size_t>(unit)] == plan.n_blocks)
+            kernels.merge(args, plan, unit, of_unit, size);
+        }
+      }
+    }
+  });
+}
+
 std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Tensor& r, at::TensorList optional,
                                              at::IntArrayRef rules, at::ArrayRef<double> numbers) {
@@ -168,7 +199,12 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, c
   const Tensor lse = empty_cpu({args.B, args.H, args.Tq}, acc_dtype(q));
   if (call.empty()) return {out, lse};
   args.out = view4(out), args.lse = lse.data_ptr();
-  const FwdKernels& kernels = rel_attention_fwd_kernels(scalar_of("rel_attention", "q", q));
+  const Scalar dtype = scalar_of("rel_attention", "q", q);
+  if (has_few_queries(args)) {
+    attend_few_queries(call, rel_attention_few_query_kernels(dtype));
+    return {out, lse};
+  }
+  const FwdKernels& kernels = rel_attention_fwd_kernels(dtype);
   const RelAttentionPlan plan =
       plan_rel_attention(args, kFwdKeyBlock, kernels.item_bytes(args), call.threads());
   run_chunks(plan, call.threads(), kernels.workspace(args, plan),

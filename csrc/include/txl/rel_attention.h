@@ -213,8 +213,48 @@ struct BwdKernels {
                  const RelAttentionPartials&, int64_t item);
 };
 
+// The most queries of a call that `rel_attention_decode.cpp` may compute.
+constexpr int64_t kFewQueries = 16;
+
+// The division of a call with few queries: blocks of adjacent keys, the same for all units. It
+// depends on sizes and ranges of keys, not on the number of threads.
+struct FewQueryPlan {
+  int64_t first_key = 0, block_keys = 0, n_blocks = 1;
+
+  // Items in the order of work: those that read the same rows of `r` are adjacent.
+  int64_t n_items(const RelAttentionArgs& args) const { return n_blocks * args.n_units(); }
+  int64_t block_of(const RelAttentionArgs& args, int64_t item) const {
+    return item / args.n_units();
+  }
+  int64_t unit_of(const RelAttentionArgs& args, int64_t item) const {
+    return item % args.n_units();
+  }
+  // The keys of a block that some query of batch row b attends to; empty if begin >= end.
+  KeyRange keys_of(const RelAttentionArgs& args, int64_t b, int64_t block) const {
+    const int64_t begin = first_key + block * block_keys;
+    return args.keys_of_rows(b, 0, args.Tq).within(begin, begin + block_keys);
+  }
+};
+
+// Whether the kernels for few queries are the faster ones.
+bool has_few_queries(const RelAttentionArgs& args);
+FewQueryPlan plan_few_queries(const RelAttentionArgs& args);
+
+// `block` computes a block's results for one unit: `result_size` bytes. `merge` combines those of a
+// unit's blocks, which are adjacent. `workspace` returns the bytes of scratch memory of one thread.
+// All memory is aligned to 64 bytes.
+struct FewQueryKernels {
+  int64_t (*workspace)(const RelAttentionArgs&, const FewQueryPlan&);
+  int64_t (*result_size)(const RelAttentionArgs&);
+  void (*block)(const RelAttentionArgs&, const FewQueryPlan&, int64_t unit, int64_t block,
+                char* workspace, char* result);
+  void (*merge)(const RelAttentionArgs&, const FewQueryPlan&, int64_t unit, char* results,
+                int64_t result_size);
+};
+
 // The best kernels that this processor and ATen's capability setting allow.
 const FwdKernels& rel_attention_fwd_kernels(Scalar dtype);
+const FewQueryKernels& rel_attention_few_query_kernels(Scalar dtype);
 const BwdKernels& rel_attention_bwd_kernels(Scalar dtype);
 
 }  // namespace txl
