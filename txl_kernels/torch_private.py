@@ -220,7 +220,8 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
     """
     found = [module]
     for each in found:  # the list grows
-        found += [child for child in each._modules.values() if child is not None]
+        if children := each._modules:
+            found += [child for child in children.values() if child is not None]
     return found
 
 
@@ -229,8 +230,12 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
 
     `module.parameters()` takes four times as long: 0.3 ms for 200 parameters.
     """
-    found = [p for each in modules_of(module) for p in each._parameters.values()]
-    return [parameter for parameter in found if parameter is not None]
+    return [
+        parameter
+        for each in modules_of(module)
+        for parameter in each._parameters.values()
+        if parameter is not None
+    ]
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:

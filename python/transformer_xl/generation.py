@@ -165,6 +165,7 @@ def draw(
     rows = torch.arange(B, device=device)  # of the texts that are not finished
     seen = None
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device)
+    none_ended = torch.zeros(B, dtype=torch.bool, device=device)
     if sampling.repetition_penalty != 1.0:
         seen = torch.zeros(B, reader.model.config.vocab_size, dtype=torch.bool, device=device)
         for row, text in zip(seen, texts, strict=True):
@@ -177,7 +178,7 @@ def draw(
         every = torch.full((B,), FINISHED, device=device).index_copy_(0, rows, tokens)
         every_score = scores.new_full((B,), math.nan).index_copy_(0, rows, scores)
         yield Drawn(every, every_score)
-        ended = torch.isin(tokens, stops)
+        ended = torch.isin(tokens, stops) if len(stops) else none_ended[: len(tokens)]
         if finished is not None:
             ended = ended | finished(every).to(device)[rows]
         if left == 1 or bool(ended.all()):

@@ -69,7 +69,11 @@ class ModelGuard:
 
     def _state(self) -> list[Any]:
         """Equal as long as every parameter is the same tensor and no operator changes it."""
-        return [_state(parameter) for parameter in parameters_of(self.model)]
+        parameters = parameters_of(self.model)
+        # Not all subclasses of tensors have an address.
+        addresses = [p.data_ptr() for p in parameters if type(p) in (Tensor, torch.nn.Parameter)]
+        versions = [changes(p) for p in parameters if not p.is_inference()]
+        return [*map(id, parameters), *addresses, *versions]
 
 
 def lengths(model: TransformerXL) -> dict[str, int]:
@@ -91,12 +95,3 @@ def _notice_steps(guard: weakref.ref[ModelGuard]) -> None:
 
     handle = register_optimizer_step_post_hook(hook)
     weakref.finalize(guard(), handle.remove)
-
-
-def _state(parameter: Tensor) -> tuple[int, int, int]:
-    has_address = type(parameter) in (Tensor, torch.nn.Parameter)  # not all subclasses have one
-    return (
-        id(parameter),
-        parameter.data_ptr() if has_address else 0,
-        0 if parameter.is_inference() else changes(parameter),
-    )

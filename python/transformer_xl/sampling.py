@@ -89,12 +89,19 @@ class Sampling:
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """float64 [B, V], from the result of `scores`; zero for tokens that are not kept."""
+        weights = self._weights(scores)
+        return weights / weights.sum(1, keepdim=True)
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        """The same times a number of each row; with large vocabularies softmax is slow."""
         scores = scores.double()
         if self.temperature == 0.0:
             best = scores.argmax(1, keepdim=True)
             return torch.zeros_like(scores).scatter_(1, best, 1.0)
         # Subtracting the maximum first keeps the quotient finite for every temperature.
-        scores = (scores - scores.amax(1, keepdim=True)) / self.temperature
+        scores = scores - scores.amax(1, keepdim=True)
+        if self.temperature != 1.0:
+            scores = scores / self.temperature
         if self.top_k is not None:
             k = min(self.top_k, scores.shape[1])
             least = scores.topk(k, dim=1).values[:, -1:]
@@ -105,7 +112,7 @@ class Sampling:
             probs = scores.softmax(1)
             dropped = probs < self.min_p * probs.amax(1, keepdim=True)
             scores = scores.masked_fill(dropped, -math.inf)
-        return scores.softmax(1)
+        return scores.exp()  # the largest score is 0
 
     def draw(self, log_probs: Tensor, uniform: Tensor, seen: Tensor | None = None) -> Tensor:
         """Draw one token for each row: int64 [B].
@@ -133,7 +140,7 @@ class Sampling:
         tokens = None
         if self.top_k is not None and self.top_k < scores.shape[1]:
             scores, tokens = _candidates(scores, self.top_k)
-        cumulated = self.probabilities(scores).cumsum(1)
+        cumulated = self._weights(scores).cumsum(1)
         # The first token whose sum exceeds the number; its own probability is therefore not 0.
         threshold = uniform[:, None].to(cumulated) * cumulated[:, -1:]
         found = torch.searchsorted(cumulated, threshold, right=True)
