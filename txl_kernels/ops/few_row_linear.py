@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+from typing import cast as cast_type
 
 import torch
 from torch import Tensor
@@ -59,14 +61,15 @@ def few_row_linear(
     if key in checked_calls:
         # As torch.library's own autograd kernels do, but without their Python.
         with AutoDispatchBelowAutograd():
-            return _operator(x, weight, bias, weight_scale)  # type: ignore[no-any-return]
+            out = NATIVE.few_row_linear_fwd.default(x, weight, bias, weight_scale)
+            return cast_type(Tensor, out)
     x, weight, bias = _checked_arguments(x, weight, bias, weight_scale)
     chosen = choose(
         OP,
         x,
         backend=backend,
         dtype=x.dtype,
-        Tq=x.shape[:-1].numel(),
+        Tq=math.prod(x.shape[:-1]),
         needs_grad=any_needs_grad(x, weight, bias, weight_scale),
     )
     with outside_autocast(x.device):
@@ -76,11 +79,8 @@ def few_row_linear(
             if len(checked_calls) >= _MOST_KEYS:
                 checked_calls.clear()
             checked_calls.add(key)
-        out: Tensor = operators(chosen).few_row_linear_fwd(x, weight, bias, weight_scale)
-        return out
-
-
-_operator = NATIVE.few_row_linear_fwd.default
+        out = operators(chosen).few_row_linear_fwd(x, weight, bias, weight_scale)
+        return cast_type(Tensor, out)
 
 
 def _key(
