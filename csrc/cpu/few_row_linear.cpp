@@ -172,17 +172,18 @@ template <int64_t N, typename T, typename W>
 void block(const FewRowLinearArgs& args, int64_t n, int64_t first, int64_t M,
            Vectorized<Acc<T>>* sums) {
   using A = Acc<T>;
-  const A* x = static_cast<const A*>(args.x) + first * args.K;
+  const A* x = static_cast<const A*>(args.x) + first * args.ld_x;
   const W* weight = static_cast<const W*>(args.weight) + n * args.ld_weight;
   const int64_t n_groups = (M + kGroup - 1) / kGroup;
   const int64_t block_bytes = std::max<int64_t>(1, C * args.ld_weight * sizeof(W));
   const int64_t ahead = (kPrefetchBytes / block_bytes + 1) * C * args.ld_weight;
   const int64_t chunk = n_groups == 1 ? args.K : kChunk;
   for (int64_t k = 0; k == 0 || k < args.K; k += chunk) {
-    const Piece<W> piece{weight + k, args.ld_weight, std::min(chunk, args.K - k), ahead};
+    Piece<W> piece{weight + k, args.ld_weight, std::min(chunk, args.K - k), ahead};
     for (int64_t g = 0; g < n_groups; ++g) {
       const int64_t m = g * M / n_groups, rows = (g + 1) * M / n_groups - m;
-      accumulate_rows<N>(rows, x + m * args.K + k, args.K, piece, k == 0, sums + m * C);
+      accumulate_rows<N>(rows, x + m * args.ld_x + k, args.ld_x, piece, k == 0, sums + m * C);
+      piece.ahead = 0;
     }
   }
   T* out = static_cast<T*>(args.out) + first * args.N + n;
