@@ -175,7 +175,7 @@ void block(const FewRowLinearArgs& args, int64_t n, int64_t first, int64_t M,
   const int64_t n_groups = (M + kGroup - 1) / kGroup;
   const int64_t block_bytes = std::max<int64_t>(1, C * args.ld_weight * sizeof(W));
   const int64_t ahead = (kPrefetchBytes / block_bytes + 1) * C * args.ld_weight;
-  const int64_t chunk = n_groups == 1 ? args.K : kChunk;
+  const int64_t chunk = n_groups == 1 ? std::max<int64_t>(1, args.K) : kChunk;
   for (int64_t k = 0; k == 0 || k < args.K; k += chunk) {
     Piece<W> piece{weight + k, args.ld_weight, std::min(chunk, args.K - k), ahead};
     for (int64_t g = 0; g < n_groups; ++g) {

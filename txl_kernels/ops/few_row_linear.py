@@ -42,7 +42,7 @@ def few_row_linear(
         x: [..., K]; float32, bfloat16, float16 or float64; any strides.
         weight: [N, K] in x's dtype, for float32 x also in bfloat16 or float16; or int8 with
             `weight_scale`. A weight whose columns are not adjacent in memory is copied.
-        bias: [N], float32 or x's dtype.
+        bias: [N], float32 or the dtype of x or of the weight.
         weight_scale: [N], float32 or x's dtype; for int8 only.
         backend: "auto", "reference" or "native"; a named one runs or raises.
 
@@ -126,7 +126,8 @@ def _checked_arguments(
     check_given(OP, {"weight": weight}, dtypes, x.device)
     check_shape(OP, "weight", weight, ("N", x.shape[-1]))
     per_output = {"bias": bias, "weight_scale": weight_scale}
-    check_given(OP, per_output, (x.dtype, torch.float32), x.device)
+    allowed = (x.dtype, torch.float32, *(dtype for dtype in dtypes if dtype.is_floating_point))
+    check_given(OP, per_output, allowed, x.device)
     for name, values in per_output.items():
         if values is not None:
             check_shape(OP, name, values, (weight.shape[0],))
