@@ -128,28 +128,26 @@ void accumulate_rows(int64_t M, const A* x, int64_t ld_x, const Piece<W>& w, boo
   }(std::make_index_sequence<kGroup>());
 }
 
-// The sums of the vectors' elements.
+// The sums of the elements of C vectors.
 template <typename A>
-void reduce(const Vectorized<A>* sums, int64_t n, A* out) {
+void reduce(const Vectorized<A>* sums, A* out) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<A, float>) {
-    if (n == 4) {
-      auto half = [&](int64_t c) {
+    static_assert(C == 4, "one vector holds the sums");
+    auto half = [&](int64_t c) {
 #if defined(CPU_CAPABILITY_AVX512)
-        return _mm256_add_ps(_mm512_castps512_ps256(sums[c]), _mm512_extractf32x8_ps(sums[c], 1));
+      return _mm256_add_ps(_mm512_castps512_ps256(sums[c]), _mm512_extractf32x8_ps(sums[c], 1));
 #else
-        return static_cast<__m256>(sums[c]);
+      return static_cast<__m256>(sums[c]);
 #endif
-      };
-      const __m256 pairs =
-          _mm256_hadd_ps(_mm256_hadd_ps(half(0), half(1)), _mm256_hadd_ps(half(2), half(3)));
-      _mm_storeu_ps(out,
-                    _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-      return;
-    }
+    };
+    const __m256 pairs =
+        _mm256_hadd_ps(_mm256_hadd_ps(half(0), half(1)), _mm256_hadd_ps(half(2), half(3)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    return;
   }
 #endif
-  for (int64_t c = 0; c < n; ++c) out[c] = sum_of(sums[c]);
+  for (int64_t c = 0; c < C; ++c) out[c] = sum_of(sums[c]);
 }
 
 template <typename A>
@@ -167,22 +165,23 @@ A element(const PerOutput& values, int64_t n) {
 }
 
 // The outputs of rows n … n + N - 1 of the weight for rows `first` … `first + M - 1` of x. `sums`
-// is scratch memory.
+// is scratch memory; with N < C, some of its elements are summed without use.
 template <int64_t N, typename T, typename W>
 void block(const FewRowLinearArgs& args, int64_t n, int64_t first, int64_t M,
            Vectorized<Acc<T>>* sums) {
   using A = Acc<T>;
-  const A* x = static_cast<const A*>(args.x) + first * args.K;
+  const A* x = static_cast<const A*>(args.x) + first * args.ld_x;
   const W* weight = static_cast<const W*>(args.weight) + n * args.ld_weight;
   const int64_t n_groups = (M + kGroup - 1) / kGroup;
   const int64_t block_bytes = std::max<int64_t>(1, C * args.ld_weight * sizeof(W));
   const int64_t ahead = (kPrefetchBytes / block_bytes + 1) * C * args.ld_weight;
-  const int64_t chunk = n_groups == 1 ? args.K : kChunk;
+  const int64_t chunk = n_groups == 1 ? std::max<int64_t>(1, args.K) : kChunk;
   for (int64_t k = 0; k == 0 || k < args.K; k += chunk) {
-    const Piece<W> piece{weight + k, args.ld_weight, std::min(chunk, args.K - k), ahead};
+    Piece<W> piece{weight + k, args.ld_weight, std::min(chunk, args.K - k), ahead};
     for (int64_t g = 0; g < n_groups; ++g) {
       const int64_t m = g * M / n_groups, rows = (g + 1) * M / n_groups - m;
-      accumulate_rows<N>(rows, x + m * args.K + k, args.K, piece, k == 0, sums + m * C);
+      accumulate_rows<N>(rows, x + m * args.ld_x + k, args.ld_x, piece, k == 0, sums + m * C);
+      piece.ahead = 0;
     }
   }
   T* out = static_cast<T*>(args.out) + first * args.N + n;
@@ -192,8 +191,8 @@ void block(const FewRowLinearArgs& args, int64_t n, int64_t first, int64_t M,
     bias[c] = args.bias.data != nullptr ? element<A>(args.bias, n + c) : A(0);
   }
   for (int64_t m = 0; m < M; ++m) {
-    A total[N];
-    reduce(sums + m * C, N, total);
+    A total[C];
+    reduce(sums + m * C, total);
     for (int64_t c = 0; c < N; ++c)
       out[m * args.N + c] = static_cast<T>(total[c] * scale[c] + bias[c]);
   }

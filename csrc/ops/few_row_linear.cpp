@@ -52,10 +52,17 @@ Tensor few_row_linear_fwd(const Tensor& x, const Tensor& weight, const std::opti
   FewRowLinearArgs args;
   args.N = weight.size(0), args.K = weight.size(1), args.M = out.numel() / args.N;
   Tensor rows = x.contiguous();
-  if (acc_dtype(x) != x.scalar_type()) {
-    const Tensor narrow = rows;
-    rows = at::empty(x.sizes(), x.options().dtype(acc_dtype(x)));
-    kernels.widen(narrow.const_data_ptr(), rows.data_ptr(), rows.numel());
+  args.ld_x = args.K;
+  if (args.M > 1 || acc_dtype(x) != x.scalar_type()) {
+    const Tensor given = rows;
+    args.ld_x = ((args.K + 15) / 16 | 1) * 16;  // rows that are pages apart would share cache sets
+    rows = at::empty({args.M, args.ld_x}, x.options().dtype(acc_dtype(x)));
+    const int64_t given_bytes = args.K * given.element_size();
+    const int64_t bytes = args.ld_x * rows.element_size();
+    for (int64_t m = 0; m < args.M; ++m) {
+      kernels.widen(static_cast<const char*>(given.const_data_ptr()) + m * given_bytes,
+                    static_cast<char*>(rows.data_ptr()) + m * bytes, args.K);
+    }
   }
   const Tensor table = weight.stride(1) == 1 ? weight : weight.contiguous();
   Tensor kept_bias, kept_scale;

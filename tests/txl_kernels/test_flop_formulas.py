@@ -99,6 +99,13 @@ def test_an_embedding_counts_its_projections(require_backend):
         assert counted == (cost, 2 * cost)
 
 
+def test_few_rows(require_backend):
+    require_backend("few_row_linear", "native")
+    x, weight = torch.randn(2, 3, d), torch.randn(5, d)
+    counted = flop(lambda: txl_kernels.few_row_linear(x, weight, backend="native"))
+    assert counted == (2 * 6 * 5 * d, 0)
+
+
 def test_copies_count_nothing(require_backend):
     require_backend("rel_shift", "native")
     assert flop(lambda: txl_kernels.rel_shift(leaf(3, 4), backend="native")) == (0, 0)

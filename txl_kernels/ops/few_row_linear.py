@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+from typing import cast as cast_type
 
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ def few_row_linear(
         x: [..., K]; float32, bfloat16, float16 or float64; any strides.
         weight: [N, K] in x's dtype, for float32 x also in bfloat16 or float16; or int8 with
             `weight_scale`. A weight whose columns are not adjacent in memory is copied.
-        bias: [N], float32 or x's dtype.
+        bias: [N], float32 or the dtype of x or of the weight.
         weight_scale: [N], float32 or x's dtype; for int8 only.
         backend: "auto", "reference" or "native"; a named one runs or raises.
 
@@ -59,14 +61,15 @@ def few_row_linear(
     if key in checked_calls:
         # As torch.library's own autograd kernels do, but without their Python.
         with AutoDispatchBelowAutograd():
-            return _operator(x, weight, bias, weight_scale)  # type: ignore[no-any-return]
+            out = NATIVE.few_row_linear_fwd.default(x, weight, bias, weight_scale)
+            return cast_type(Tensor, out)
     x, weight, bias = _checked_arguments(x, weight, bias, weight_scale)
     chosen = choose(
         OP,
         x,
         backend=backend,
         dtype=x.dtype,
-        Tq=x.shape[:-1].numel(),
+        Tq=math.prod(x.shape[:-1]),
         needs_grad=any_needs_grad(x, weight, bias, weight_scale),
     )
     with outside_autocast(x.device):
@@ -76,11 +79,8 @@ def few_row_linear(
             if len(checked_calls) >= _MOST_KEYS:
                 checked_calls.clear()
             checked_calls.add(key)
-        out: Tensor = operators(chosen).few_row_linear_fwd(x, weight, bias, weight_scale)
-        return out
-
-
-_operator = NATIVE.few_row_linear_fwd.default
+        out = operators(chosen).few_row_linear_fwd(x, weight, bias, weight_scale)
+        return cast_type(Tensor, out)
 
 
 def _key(
@@ -126,7 +126,8 @@ def _checked_arguments(
     check_given(OP, {"weight": weight}, dtypes, x.device)
     check_shape(OP, "weight", weight, ("N", x.shape[-1]))
     per_output = {"bias": bias, "weight_scale": weight_scale}
-    check_given(OP, per_output, (x.dtype, torch.float32), x.device)
+    allowed = (x.dtype, torch.float32, *(dtype for dtype in dtypes if dtype.is_floating_point))
+    check_given(OP, per_output, allowed, x.device)
     for name, values in per_output.items():
         if values is not None:
             check_shape(OP, name, values, (weight.shape[0],))

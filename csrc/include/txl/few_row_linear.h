@@ -20,7 +20,8 @@ struct PerOutput {
 // out[m, n] = scale[n] · Σ_k x[m, k] · weight[n, k] + bias[n], without scale and bias where absent.
 struct FewRowLinearArgs {
   int64_t M = 0, N = 0, K = 0;
-  const void* x = nullptr;       // [M, K] in the accumulation type, contiguous
+  const void* x = nullptr;       // [M, K] in the accumulation type, adjacent columns
+  int64_t ld_x = 0;              // elements from one row of x to the next
   const void* weight = nullptr;  // [N, K], adjacent columns
   int64_t ld_weight = 0;         // elements from one row of the weight to the next
   PerOutput bias, scale;
