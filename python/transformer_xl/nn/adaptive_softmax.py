@@ -147,13 +147,10 @@ class AdaptiveSoftmax(nn.Module):
         weights, biases, projections = self._layers_of_clusters(rows)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         projected = [rows if p is None else rows @ p.to(rows.dtype) for p in projections]
-        biases = [bias.to(rows.dtype) for bias in biases]
         shortlist, *tails = map(few_row_linear, projected, weights, biases)
         clusters = rows.new_empty(len(rows), 0)
         if self.cutoffs:
-            clusters = few_row_linear(
-                projected[0], self.cluster_weight, self.cluster_bias.to(rows.dtype)
-            )
+            clusters = few_row_linear(projected[0], self.cluster_weight, self.cluster_bias)
         head = torch.cat([shortlist, clusters], dim=1).log_softmax(1)
         if not tails:
             return head
