@@ -133,11 +133,14 @@ void score_keys(const RelAttentionArgs& args, int64_t b, int64_t hk, KeyRange ke
 template <typename T>
 void softmax_row(const RelAttentionArgs& args, int64_t b, int64_t h, int64_t i, Block block,
                  const DecodeWorkspace<T>& ws, Acc<T>* scores, Acc<T>* max, Acc<T>* sum) {
+  constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
   const Factors<Acc<T>> factors(args);
   if (args.softcap > 0) cap_row(factors.base, args.softcap, scores, block.padded);
   mask_row(args, b, h, i, block, scores);
+  // The query may attend to keys after the block.
+  std::fill(scores + block.n, scores + block.padded, kNone);
   *max = factors.score * row_max(scores, block.padded);
-  const Acc<T> shift = *max == -std::numeric_limits<Acc<T>>::infinity() ? 0 : *max;
+  const Acc<T> shift = *max == kNone ? 0 : *max;
   *sum = exponentiate(scores, factors.score, shift, block.padded, scores);
   if (args.dropout_p == 0) return;
   const Acc<T>* keep = block_keep(args, b, h, i, block, ws.keep);
