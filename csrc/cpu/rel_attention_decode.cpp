@@ -24,7 +24,7 @@ struct DecodeWorkspace {
   int64_t n_rows, ld_scores;
   RowVectors<Acc<T>> content, position;
   Operand<T>* operands;
-  Acc<T>*qu, *qv, *scores, *edge, *keep;
+  Acc<T>*qu, *qv, *scores, *edge;
   T* stage;
   ScoredRow<Acc<T>>* scored;
   OutputRow<Acc<T>>* outputs;
@@ -39,7 +39,6 @@ struct DecodeWorkspace {
     qv = arena.take<Acc<T>>(n_rows * position.length());
     scores = arena.take<Acc<T>>(n_rows * ld_scores) + kBefore;
     edge = arena.take<Acc<T>>(n_rows * kSums);
-    keep = arena.take<Acc<T>>(plan.block_keys + 32);
     stage = arena.take<T>(kValueRows * RowVectors<Acc<T>>::kSize);
     scored = arena.take<ScoredRow<Acc<T>>>(n_rows);
     outputs = arena.take<OutputRow<Acc<T>>>(n_rows);
@@ -132,18 +131,16 @@ void score_keys(const RelAttentionArgs& args, int64_t b, int64_t hk, KeyRange ke
 // Replaces the scores of one query by probabilities, and stores their maximum and sum.
 template <typename T>
 void softmax_row(const RelAttentionArgs& args, int64_t b, int64_t h, int64_t i, Block block,
-                 const DecodeWorkspace<T>& ws, Acc<T>* scores, Acc<T>* max, Acc<T>* sum) {
+                 Acc<T>* scores, Acc<T>* max, Acc<T>* sum) {
+  constexpr Acc<T> kNone = -std::numeric_limits<Acc<T>>::infinity();
   const Factors<Acc<T>> factors(args);
   if (args.softcap > 0) cap_row(factors.base, args.softcap, scores, block.padded);
   mask_row(args, b, h, i, block, scores);
+  // The query may attend to keys after the block.
+  std::fill(scores + block.n, scores + block.padded, kNone);
   *max = factors.score * row_max(scores, block.padded);
-  const Acc<T> shift = *max == -std::numeric_limits<Acc<T>>::infinity() ? 0 : *max;
+  const Acc<T> shift = *max == kNone ? 0 : *max;
   *sum = exponentiate(scores, factors.score, shift, block.padded, scores);
-  if (args.dropout_p == 0) return;
-  const Acc<T>* keep = block_keep(args, b, h, i, block, ws.keep);
-  for (int64_t c = 0; c < block.n; ++c) {
-    if (keep[c] == 0) scores[c] = 0;
-  }
 }
 
 template <typename T>
@@ -164,8 +161,8 @@ void decode_block(const RelAttentionArgs& args, const FewQueryPlan& plan, int64_
   const int64_t n = keys.end - keys.begin, length = RowVectors<Acc<T>>(args.Dv).length();
   for (int64_t row = 0; row < n_rows; ++row) {
     const int64_t h = hk * args.heads_per_key() + row / args.Tq;
-    softmax_row<T>(args, b, h, row % args.Tq, {keys.begin, n, round_up(n, 16)}, ws,
-                   ws.scores_of(row), result.max + row, result.sum + row);
+    softmax_row<T>(args, b, h, row % args.Tq, {keys.begin, n, round_up(n, 16)}, ws.scores_of(row),
+                   result.max + row, result.sum + row);
     ws.outputs[row] = {ws.scores_of(row), result.acc + row * length};
   }
   std::fill(result.acc, result.acc + n_rows * length, Acc<T>(0));

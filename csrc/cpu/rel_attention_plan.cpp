@@ -238,7 +238,7 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_bl
 }
 
 bool has_few_queries(const RelAttentionArgs& args) {
-  return args.Tq <= kFewQueries;
+  return args.Tq <= kFewQueries && args.dropout_p == 0;
 }
 
 FewQueryPlan plan_few_queries(const RelAttentionArgs& args) {
