@@ -14,7 +14,10 @@ _MARKERS = "osD^vPX*"
 
 
 def plot(path: Path, cases: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw ratios peer / ours with their quartiles, logarithmic, one row per case of the JSON."""
+    """Draw ratios peer / ours with their quartiles, logarithmic, one row per case of the JSON.
+
+    Ratios that are null, which files of results have for NaN and infinities, have no mark.
+    """
     beside = {case["case"]: case["peers"] | case["yardsticks"] for case in reversed(cases)}
     shown = [name for name, others in beside.items() if others]
     names = list(dict.fromkeys(name for case in reversed(shown) for name in beside[case]))
@@ -24,7 +27,7 @@ def plot(path: Path, cases: Sequence[dict[str, Any]], title: str) -> None:
         points = [
             (row, beside[case][name]["ratio"])
             for row, case in enumerate(shown)
-            if name in beside[case]
+            if name in beside[case] and None not in beside[case][name]["ratio"].values()
         ]
         medians = [ratio["median"] for _, ratio in points]
         low = [ratio["median"] - ratio["q1"] for _, ratio in points]

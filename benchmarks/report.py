@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import result_file
 from benchmarks.cases import OURS
 from benchmarks.measure import Comparison
 from benchmarks.step_profile import Share
@@ -105,10 +106,7 @@ def write_json(
         cases[figures.case] = record
     parts = [dataclasses.asdict(part) for part in profile] or earlier.get("training_step", [])
     document = {"machine": machine, "cases": list(cases.values()), "training_step": parts}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    result_file.write_json(path, document)
     return list(cases.values())
 
 

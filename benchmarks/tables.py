@@ -112,8 +112,8 @@ def dropins_table(run: Record, source: str) -> str:
         if not _is("dropin", case) or UNPATCHED not in case["peers"]:
             continue
         class_name = next(CLASSES[start] for start in CLASSES if shape.startswith(start))
-        peaks = [case["peak_mib"].get(name) for name in (OURS, UNPATCHED)]
-        memory = " / ".join(NOTHING if x is None else f"{x:.0f}" for x in peaks)
+        peaks = (case["peak_mib"].get(name) for name in (OURS, UNPATCHED))
+        memory = " / ".join(_number(x, ".0f") for x in peaks)
         cells = (class_name, f"`{shape}`", dtype, PASSES[direction], _ms(case))
         rows.append(f"| {' | '.join((*cells, _ratio(case, UNPATCHED), memory))} |")
     return "\n".join([DROPINS_HEAD, *rows, "", _caption(run, source)])
@@ -148,7 +148,7 @@ def docs_tables(run: Record, source: str) -> str:
         lambda case: (_ms(case), _rate(case), _share(case), _everyone(case), _memory(case)),
     )
     parts = [
-        f"| {part['part']} | {_figure(part['ms'])} | {part['share']:.1%} |"
+        f"| {part['part']} | {_figure(part['ms'])} | {_number(part['share'], '.1%')} |"
         for part in run["training_step"]
     ]
     date = re.search(r"\d{4}-\d{2}-\d{2}", source)
@@ -200,9 +200,10 @@ def _is(kind: str, case: Record) -> bool:
 
 
 def _ms(case: Record) -> str:
-    if case["seconds"] is None:
+    median = (case["seconds"] or {}).get("median")
+    if median is None:
         return NOTHING
-    return ("" if case["quiet"] else "~") + _figure(case["seconds"]["median"] * 1e3)
+    return ("" if case["quiet"] else "~") + _figure(median * 1e3)
 
 
 def _fastest(case: Record) -> str:
@@ -219,15 +220,15 @@ def _ratio(case: Record, name: str) -> str:
     found = (case["peers"] | case["yardsticks"]).get(name)
     if found is None:
         return NOTHING
-    return f"{'' if found['quiet'] else '~'}{found['ratio']['median']:.2f}"
+    return f"{'' if found['quiet'] else '~'}{_number(found['ratio']['median'], '.2f')}"
 
 
 def _everyone(case: Record) -> str:
     """Every contender with the quartiles of its ratio, or the memory that it would need."""
-    lines = [
-        f"{name} {_ratio(case, name)} [{one['ratio']['q1']:.2f}, {one['ratio']['q3']:.2f}]"
-        for name, one in (case["peers"] | case["yardsticks"]).items()
-    ]
+    lines = []
+    for name, one in (case["peers"] | case["yardsticks"]).items():
+        q1, q3 = (_number(one["ratio"][end], ".2f") for end in ("q1", "q3"))
+        lines.append(f"{name} {_ratio(case, name)} [{q1}, {q3}]")
     needed = case.get("needed_bytes", {})  # absent in older records
     lines += [f"{name} needs {n / 2**30:.0f} GiB" for name, n in needed.items()]
     return "<br>".join(lines) or NOTHING
@@ -244,19 +245,25 @@ def _rate(case: Record) -> str:
 
 
 def _share(case: Record) -> str:
-    return NOTHING if case["share_of_limit"] is None else f"{case['share_of_limit']:.0%}"
+    return _number(case["share_of_limit"], ".0%")
 
 
 def _memory(case: Record) -> str:
     if OURS not in case["peak_mib"]:
         return NOTHING
-    peers = [mib for name, mib in case["peak_mib"].items() if name in case["peers"]]
-    return f"{case['peak_mib'][OURS]:.0f}" + (f" / {min(peers):.0f}" if peers else "")
+    found = (case["peak_mib"].get(name) for name in case["peers"])
+    peers = [mib for mib in found if mib is not None]
+    return _number(case["peak_mib"][OURS], ".0f") + (f" / {min(peers):.0f}" if peers else "")
 
 
-def _figure(value: float) -> str:
+def _figure(value: float | None) -> str:
     """Three significant digits, or all before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return _number(value, ".3g" if value is not None and value < 100 else ".0f")
+
+
+def _number(value: float | None, form: str) -> str:
+    """The number in this form; files of results have null for NaN and infinities."""
+    return NOTHING if value is None else format(value, form)
 
 
 if __name__ == "__main__":

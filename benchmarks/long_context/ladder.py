@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
-from benchmarks import room
+from benchmarks import result_file, room
 from benchmarks.cases import WrongResultError
 from benchmarks.long_context.limits import (
     GIB,
@@ -139,7 +138,4 @@ def write_json(
         "differences": results.differences,
         "total_seconds": results.total_seconds,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    result_file.write_json(path, document)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import machine, registry
+from benchmarks import machine, registry, result_file
 from benchmarks.cases.layer import LayerShape
 from benchmarks.measure import SAMPLE_SECONDS, WANTED_ROUNDS, Probe, take_rounds
 from benchmarks.table9 import contenders
@@ -88,10 +87,7 @@ def write_json(
         "rows": [dataclasses.asdict(each) for each in rows],
         "notes": dict(notes),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    result_file.write_json(path, document)
     return document
 
 

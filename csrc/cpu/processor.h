@@ -2,7 +2,9 @@
 // this one differs by architecture; CMakeLists.txt lists the sets of vector instructions.
 #pragma once
 
+#if defined(__x86_64__)
 #include <ATen/cpu/Utils.h>
+#endif
 
 namespace txl {
 

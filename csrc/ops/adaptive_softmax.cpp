@@ -6,7 +6,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -448,7 +447,7 @@ std::tuple<Tensor, std::vector<Tensor>> adaptive_loss_fwd(const Tensor& hidden,
     }
     add_losses(cluster, nll);
   }
-  const Tensor loss = (nll.sum(at::kDouble) * share).to(nll.scalar_type());
+  const Tensor loss = nll.sum(at::kDouble).mul_(share).to(nll.scalar_type());
   return {loss, gradients.take()};
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers.hugging_face import VERSION
+from benchmarks.peers.hugging_face import TINY_INKLING, VERSION
 from txl_kernels import rel_attention_with_lse, with_sink
 
 pytest.importorskip("transformers", minversion=VERSION)
@@ -15,27 +15,7 @@ inkling = pytest.importorskip("transformers.models.inkling.modeling_inkling")
 inkling2 = pytest.importorskip("transformers.models.inkling2.modeling_inkling2")
 cache_utils = pytest.importorskip("transformers.cache_utils")
 
-T, WINDOW = 21, 6
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "layer_types": ["hybrid_sliding", "hybrid"],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "swa_num_attention_heads": 6,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 8,
-    "sliding_window_size": WINDOW,
-    "d_rel": 5,
-    "rel_extent": 9,
-    "log_scaling_n_floor": 4,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.3,
-}
+T = 21
 
 
 class StaticCache(cache_utils.StaticCache):
@@ -74,7 +54,7 @@ def attend(
         pos_scale=1.0,
         offset=R - 1 - (k.shape[2] - q.shape[2]),
         causal=True,
-        window=(WINDOW - 1, None) if module.is_sliding else None,
+        window=(TINY_INKLING["sliding_window_size"] - 1, None) if module.is_sliding else None,
         key_start=n_padded - first_key,
         q_start=q_start,
         backend=module.backend,
@@ -155,11 +135,11 @@ def build(name: str):
     torch.manual_seed(0)
     if module is inkling:
         options = {"mlp_layer_types": ["dense", "sparse"], "intermediate_size": 16}
-        model = inkling.InklingTextModel(inkling.InklingTextConfig(**SIZES, **options))
+        model = inkling.InklingTextModel(inkling.InklingTextConfig(**TINY_INKLING, **options))
         replaced = {inkling.InklingAttention: inkling_forward}
     else:
         clips = {"qk_l2_clip_threshold": 3.0, "rel_l2_clip_threshold": 1.0}
-        model = inkling2.Inkling2TextModel(inkling2.Inkling2TextConfig(**SIZES, **clips))
+        model = inkling2.Inkling2TextModel(inkling2.Inkling2TextConfig(**TINY_INKLING, **clips))
         classes = (inkling2.Inkling2SlidingAttention, inkling2.Inkling2FullAttention)
         replaced = dict.fromkeys(classes, inkling2_forward)
     model.config._attn_implementation = implementation
@@ -217,7 +197,9 @@ CASES = {
 def test_the_model_is_the_same_with_rel_attention(name, case, backend, monkeypatch):
     model, replaced = build(name)
     blocks, kind, is_padded = CASES[case]
-    tokens = torch.randint(0, 50, (3, T), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        0, TINY_INKLING["vocab_size"], (3, T), generator=torch.Generator().manual_seed(1)
+    )
     padding = torch.tensor([3, 0, 7] if is_padded else [0, 0, 0])
 
     def cache():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import plot, tables
 from benchmarks.machine import Limit
 from benchmarks.measure import Comparison, Quartiles
 from benchmarks.report import write_json
@@ -153,6 +153,29 @@ def test_dropins_have_a_table_of_their_own(tmp_path):
     docs = tables.docs_tables(run, "run.json")
     assert "hf-sdpa needs 48 GiB" in docs
     assert "15 GB/s | 75%" in docs
+
+
+def test_null_is_shown_as_a_missing_figure(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    without = Comparison(*[Quartiles(nan, nan, inf)] * 3, pairs=1, dropped=0, quiet=True)
+    figures = Figures(
+        "rel_attention/shape/float32/forward",
+        seconds=Quartiles(nan, nan, nan),
+        gflops=inf,
+        limit=Limit("sgemm", 180.0),
+        peers={"eager": without},
+        peak_mib={"ours": nan, "eager": nan},
+    )
+    path = tmp_path / "run.json"
+    cases = write_json(path, MACHINE, [figures], [Share("dropout", nan, nan)])
+    run = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+    docs = tables.docs_tables(run, "run.json")
+    assert "| `shape` | float32 | forward | – | – | – | eager – [–, –] | – |" in docs
+    assert "| dropout | – | – |" in docs
+    assert "| – | – (eager) | – | – |" in tables.readme_table(run, "run.json")
+    for drawn in (cases, run["cases"]):
+        plot.plot(tmp_path / "run.png", drawn, "a processor")
 
 
 def test_the_table_of_dropins_has_a_place():

@@ -96,8 +96,7 @@ def compile_sources() -> None:
     if spec is None or spec.origin is None:
         raise SystemExit("tools.arm: torch was not found; this command installs it: make venv")
     folder = ROOT / "build" / "cross-arm"
-    check = ["-DCMAKE_BUILD_TYPE=Check", "-DCMAKE_CXX_FLAGS_CHECK=-fsyntax-only"]
-    configure(folder, Path(spec.origin).parent, folder, *check)
+    configure(folder, Path(spec.origin).parent, folder, "-DTXL_PARSE_ONLY=ON")
     subprocess.run([tool("cmake"), "--build", str(folder), "--target", "txl_objects"], check=True)
 
 

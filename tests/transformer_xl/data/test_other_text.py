@@ -128,8 +128,10 @@ def test_a_tokenizer_that_drops_unknown_characters_refuses_them(tmp_path: Path) 
         closed.encode("low\nzéo zo\n")
     path = tmp_path / "text"
     path.write_text("low\nno xw\n")
+    [(ids, n_unknown)] = closed.lookup_stream(Piece(path))
+    assert (len(ids), n_unknown) == (4, 1)
     with pytest.raises(UnknownSymbolError, match=r"text: subword 'x' .* \(line 2; 1 unknown"):
-        list(closed.encode_stream(Piece(path)))
+        closed.check_unknown(Piece(path), n_unknown)
 
 
 def test_a_tokenizer_that_refuses_a_word_names_it_with_line_and_count() -> None:

@@ -61,18 +61,6 @@ class Vocabulary(ABC):
             raise self._refusal(split_lines(text), n_unknown)
         return ids
 
-    def encode_stream(self, piece: Piece) -> Iterator[TokenArray]:
-        """Token ids of a piece of a corpus, chunk by chunk, in memory that does not grow with it.
-
-        Raises ValueError with the file and the byte offset if text is expected and the bytes are
-        not UTF-8, and at its end UnknownSymbolError for unknown symbols without `<unk>`.
-        """
-        n_unknown = 0
-        for ids, n_more in self.lookup_stream(piece):
-            n_unknown += n_more
-            yield ids
-        self.check_unknown(piece, n_unknown)
-
     @abstractmethod
     def lookup(self, text: str) -> tuple[TokenArray, int]:
         """Token ids of a text, and how many of its symbols are unknown.
@@ -89,7 +77,11 @@ class Vocabulary(ABC):
         """
 
     def lookup_stream(self, piece: Piece) -> Iterator[tuple[TokenArray, int]]:
-        """As `lookup`, for a piece of a corpus, chunk by chunk."""
+        """As `lookup`, for a piece of a corpus of any size, chunk by chunk.
+
+        Raises ValueError with the file and the byte offset if text is expected and the bytes are
+        not UTF-8.
+        """
         return map(self.lookup, self._texts(piece))
 
     @abstractmethod

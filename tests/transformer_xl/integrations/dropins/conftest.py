@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers.hugging_face import TINY_INKLING
 from transformer_xl.integrations import unpatch
 
 # Without the libraries one file is collected, which is skipped with the command that installs them.
@@ -20,28 +21,7 @@ if importlib.util.find_spec("transformers") is None:
     files = Path(__file__).parent.rglob("test_*.py")
     collect_ignore = [str(path) for path in files if path.name != "test_parity.py"]
 
-WINDOW, N_VOCAB = 6, 50
-INKLING = {
-    "vocab_size": N_VOCAB,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "layer_types": ["hybrid_sliding", "hybrid"],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "swa_num_attention_heads": 6,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 8,
-    "sliding_window_size": WINDOW,
-    "d_rel": 5,
-    "rel_extent": 9,
-    "log_scaling_n_floor": 4,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
+N_VOCAB = TINY_INKLING["vocab_size"]
 PARAKEET = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -186,7 +166,7 @@ CASES = {
         "inkling",
         "InklingTextModel",
         "InklingTextConfig",
-        {**INKLING, **_DENSE},
+        {**TINY_INKLING, **_DENSE},
         "sdpa",
         3,
         _tokens,
@@ -195,7 +175,7 @@ CASES = {
         "inkling",
         "InklingTextModel",
         "InklingTextConfig",
-        {**INKLING, **_DENSE},
+        {**TINY_INKLING, **_DENSE},
         "eager",
         3,
         _tokens,
@@ -204,7 +184,7 @@ CASES = {
         "inkling2",
         "Inkling2TextModel",
         "Inkling2TextConfig",
-        {**INKLING, **_CLIPS},
+        {**TINY_INKLING, **_CLIPS},
         "eager",
         3,
         _tokens,
@@ -213,7 +193,7 @@ CASES = {
         "inkling2_loop",
         "Inkling2LoopTextModel",
         "Inkling2LoopTextConfig",
-        {**INKLING, **_CLIPS, **_LOOP, **_LAYERS},
+        {**TINY_INKLING, **_CLIPS, **_LOOP, **_LAYERS},
         "eager",
         5,
         _tokens,
