@@ -14,6 +14,7 @@ from benchmarks.cases import Case, dropins
 from benchmarks.cases.adaptive_embedding import EmbeddingCase
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.costs import cost_cases
+from benchmarks.cases.encoders import encoder_cases
 from benchmarks.cases.inkling import inkling_cases
 from benchmarks.cases.layer import LayerCase, LayerShape
 from benchmarks.cases.model import ModelCase, ModelShape
@@ -153,7 +154,7 @@ def timed_cases() -> list[Case]:
 def dropin_cases() -> list[Case]:
     """Patched classes of other libraries, which only some environments have."""
     kinds = {"global": INKLING_GLOBAL, "sliding": INKLING_SLIDING}
-    return [*parakeet_cases(), *inkling_cases(kinds)]
+    return [*parakeet_cases(), *inkling_cases(kinds), *encoder_cases()]
 
 
 def memory_cases() -> list[Case]:

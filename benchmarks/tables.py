@@ -35,7 +35,7 @@ DOCS_HEAD = """\
 DROPINS_HEAD = """\
 | class | shape | dtype | pass | patched, ms | unpatched ÷ patched | peak MiB, patched / unpatched |
 |---|---|---|---|---|---|---|"""
-UNPATCHED = "hf-sdpa"
+UNPATCHED = ("hf-sdpa", "unpatched")  # names of the peer
 # By the beginning of the shape's name.
 CLASSES = {
     "parakeet_core": "`ParakeetEncoderAttention` without projections",
@@ -43,6 +43,15 @@ CLASSES = {
     "parakeet_": "`ParakeetEncoder`",
     "inkling_layer": "`InklingAttention`",
     "inkling_": "`InklingAttention` without projections",
+    "nemo_full": "NeMo's `ConformerEncoder`, `rel_pos`",
+    "nemo_local": "NeMo's `ConformerEncoder`, `rel_pos_local_attn`",
+    "nemotron_": "`NemotronAsrStreamingEncoder`",
+    "espnet_": "ESPnet's `Encoder`, `rel_selfattn`",
+    "wav2vec2_conformer_": "`Wav2Vec2ConformerEncoder`",
+    "wav2vec2_bert_": "`Wav2Vec2BertEncoder`",
+    "seamless_m4t_v2": "`SeamlessM4Tv2ConformerEncoder`",
+    "seamless_m4t_": "`SeamlessM4TConformerEncoder`",
+    "xlnet_": "`XLNetModel`",
 }
 
 PARTS_HEAD = """\
@@ -100,13 +109,14 @@ def dropins_table(run: Record, source: str) -> str:
     rows = []
     for case in run["cases"]:
         _, shape, dtype, direction = case["case"].split("/")
-        if not _is_dropin(case) or UNPATCHED not in case["peers"]:
+        unpatched = next((name for name in UNPATCHED if name in case["peers"]), "")
+        if not _is_dropin(case) or not unpatched:
             continue
         class_name = next(CLASSES[start] for start in CLASSES if shape.startswith(start))
-        peaks = [case["peak_mib"].get(name) for name in (OURS, UNPATCHED)]
+        peaks = [case["peak_mib"].get(name) for name in (OURS, unpatched)]
         memory = " / ".join(NOTHING if x is None else f"{x:.0f}" for x in peaks)
         cells = (class_name, f"`{shape}`", dtype, PASSES[direction], _ms(case))
-        rows.append(f"| {' | '.join((*cells, _ratio(case, UNPATCHED), memory))} |")
+        rows.append(f"| {' | '.join((*cells, _ratio(case, unpatched), memory))} |")
     return "\n".join([DROPINS_HEAD, *rows, "", _caption(run, source)])
 
 

@@ -10,7 +10,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from txl_kernels.torch_private import changes, has_hooks, whole
+from txl_kernels.torch_private import FakeTensor, changes, has_hooks, open_transforms, whole
 
 # Larger tables are computed at each call: 16 MiB are 164 s of audio in a layer of 1,024 features.
 MAX_KEPT_BYTES = 2**24
@@ -76,8 +76,9 @@ def project(projection: Any, table: Tensor, n_head: int) -> Tensor:
 
 
 def is_recorded(x: Tensor) -> bool:
-    """Whether the call is compiled, or captured in a CUDA graph: values of x cannot be read now."""
-    if torch.compiler.is_compiling():
+    """Whether values of x cannot be read now: the call is compiled, captured in a CUDA graph, inside
+    a transform of torch.func, or x is a fake tensor."""
+    if torch.compiler.is_compiling() or open_transforms() or isinstance(x, FakeTensor):
         return True
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
