@@ -76,8 +76,11 @@ def project(projection: Any, table: Tensor, n_head: int) -> Tensor:
 
 
 def is_recorded(x: Tensor) -> bool:
-    """Whether values of x cannot be read now: the call is compiled, captured in a CUDA graph, inside
-    a transform of torch.func, or x is a fake tensor."""
+    """Whether values of x cannot be read now.
+
+    That is so in a compiled program, while a CUDA graph is captured, inside a transform of
+    torch.func, and for a fake tensor.
+    """
     if torch.compiler.is_compiling() or open_transforms() or isinstance(x, FakeTensor):
         return True
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
