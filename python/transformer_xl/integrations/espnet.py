@@ -117,7 +117,8 @@ def _ranges(mask: Tensor, marks_padding: bool) -> Tensor | None:
     version = changes(mask), marks_padding
     known = _known_ranges.get(mask)
     if known is None or known[0] != version:
-        known = _known_ranges[mask] = version, _new_ranges(mask, marks_padding)
+        with torch.inference_mode(False):  # a later call may need gradients
+            known = _known_ranges[mask] = version, _new_ranges(mask, marks_padding)
     ranges: Tensor | None = known[1]
     return ranges
 
