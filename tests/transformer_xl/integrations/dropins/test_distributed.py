@@ -32,4 +32,5 @@ def test_two_processes_train_every_class_as_one(models, wrapper):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == names
+    # ESPnet prints other lines when it is imported.
+    assert [line for line in done.stdout.splitlines() if line in names] == names
