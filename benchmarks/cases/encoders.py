@@ -52,14 +52,14 @@ def _unpatched(case: ModelCase) -> Tensor:
 
 
 def encoder_cases() -> list[DropInCase]:
-    """Shapes of published models, with one of their layers; Nemotron with two."""
+    """Shapes of published models, with one of their layers."""
     small = {"d_model": 512, "n_head": 8, "d_inner": 2048}
     large = {"d_model": 1024, "n_head": 16, "d_inner": 4096}
     base = {"d_model": 768, "n_head": 12, "d_inner": 3072}
     seconds = {  # by kind: the audio, and frames per second
         "nemo_full": (120, 12.5, small),
         "nemo_local": (300, 12.5, small),
-        "nemotron": (120, 12.5, {**large, "n_head": 8, "n_layer": 2}),
+        "nemotron": (60, 12.5, {**large, "n_head": 8}),
         "espnet": (60, 25.0, small),
         "wav2vec2_conformer": (30, 50.0, large),
         "wav2vec2_bert": (30, 50.0, large),
