@@ -1,6 +1,6 @@
 """Figures as Markdown: `python -m benchmarks.tables FILE.json …` updates the marked tables of
 docs/benchmarks.md, a section for each file; README.md's from the first; and the drop-ins' of
-docs/integrations.md from the first file that has them."""
+docs/integrations.md from the first file that has them and later ones of the same processor."""
 
 from __future__ import annotations
 
@@ -70,9 +70,8 @@ def main() -> None:
     runs = [(json.loads(path.read_text(encoding="utf-8")), path.name) for path in paths]
     renew(ROOT / "README.md", "speed", readme_table(*runs[0]))
     renew(ROOT / "docs" / "benchmarks.md", "bench", "\n\n".join(docs_tables(*run) for run in runs))
-    with_dropins = (run for run in runs if any(map(_is_dropin, run[0]["cases"])))
-    if first := next(with_dropins, None):
-        renew(ROOT / "docs" / "integrations.md", "speed", dropins_table(*first))
+    if dropins := dropins_tables(runs):
+        renew(ROOT / "docs" / "integrations.md", "speed", "\n\n".join(dropins))
 
 
 def renew(document: Path, mark: str, text: str) -> None:
@@ -104,10 +103,27 @@ def readme_table(run: Record, source: str) -> str:
     return "\n".join([README_HEAD, *rows, "", _caption(run, source)])
 
 
-def dropins_table(run: Record, source: str) -> str:
+def dropins_tables(runs: list[tuple[Record, str]]) -> list[str]:
+    """A table for each run of the processor that is the first one with drop-ins.
+
+    A case that several runs have is in the first table alone.
+    """
+    tables: list[str] = []
+    seen: set[str] = set()
+    processor = ""
+    for run, source in runs:
+        rows = dropins_rows([case for case in run["cases"] if case["case"] not in seen])
+        processor = processor or (run["machine"]["processor"] if rows else "")
+        if rows and run["machine"]["processor"] == processor:
+            seen |= {case["case"] for case in run["cases"]}
+            tables.append("\n".join([DROPINS_HEAD, *rows, "", _caption(run, source)]))
+    return tables
+
+
+def dropins_rows(cases: list[Record]) -> list[str]:
     """Patched classes compared with the unpatched ones; without cases that have no such peer."""
     rows = []
-    for case in run["cases"]:
+    for case in cases:
         _, shape, dtype, direction = case["case"].split("/")
         unpatched = next((name for name in UNPATCHED if name in case["peers"]), "")
         if not _is_dropin(case) or not unpatched:
@@ -117,7 +133,7 @@ def dropins_table(run: Record, source: str) -> str:
         memory = " / ".join(NOTHING if x is None else f"{x:.0f}" for x in peaks)
         cells = (class_name, f"`{shape}`", dtype, PASSES[direction], _ms(case))
         rows.append(f"| {' | '.join((*cells, _ratio(case, unpatched), memory))} |")
-    return "\n".join([DROPINS_HEAD, *rows, "", _caption(run, source)])
+    return rows
 
 
 def docs_tables(run: Record, source: str) -> str:

@@ -147,7 +147,7 @@ def test_dropins_have_a_table_of_their_own(tmp_path):
     write_json(path, MACHINE, [core, large, decode, nemo, own])
     run = json.loads(path.read_text(encoding="utf-8"))
 
-    table = tables.dropins_table(run, "run.json")
+    (table,) = tables.dropins_tables([(run, "run.json")])
     row = "`parakeet_core_5min` | float32 | forward | 400 | 4.25 | 35 / 1700 |"
     assert f"| `ParakeetEncoderAttention` without projections | {row}" in table
     row = "`nemo_local_300s` | float32 | forward | 400 | 4.25 | 50 / 90 |"
@@ -155,6 +155,15 @@ def test_dropins_have_a_table_of_their_own(tmp_path):
     assert "inkling" not in table, "no ratio, no row"
     assert "`shape`" not in table
     assert "parakeet" not in tables.readme_table(run, "run.json")
+    elsewhere = {**run, "machine": {**run["machine"], "processor": "another"}}
+    layer = {**run["cases"][0], "case": "dropin/espnet_60s/float32/forward"}
+    later = {**run, "cases": [*run["cases"], layer]}
+    runs = [(run, "run.json"), (elsewhere, "elsewhere.json"), (later, "later.json")]
+    first, second = tables.dropins_tables(runs)
+    assert first == table
+    assert "ESPnet" in second
+    assert "Parakeet" not in second
+    assert "later.json" in second
     docs = tables.docs_tables(run, "run.json")
     assert "hf-sdpa needs 48 GiB" in docs
     assert "15 GB/s | 75%" in docs
