@@ -98,7 +98,7 @@ audit: ## known vulnerabilities in the packages of the extras; fails if the serv
 
 test-dropins: $(DROPINS_VENV)/.installed ## compare patched models with the libraries' own classes; takes about 20 minutes
 	OMP_NUM_THREADS=1 $(DROPINS_VENV)/bin/python -m pytest -n logical tests/transformer_xl/integrations/dropins \
-	  tests/benchmarks/test_long_context.py
+	  tests/benchmarks/test_dropins.py tests/benchmarks/test_long_context.py
 
 # It sees the packages of $(VENV), and so the same torch and the same kernels.
 $(DROPINS_VENV)/.installed: $(VENV)/.installed-dev

@@ -15,6 +15,7 @@ from benchmarks.cases.adaptive_embedding import EmbeddingCase
 from benchmarks.cases.adaptive_softmax import SoftmaxCase
 from benchmarks.cases.costs import cost_cases
 from benchmarks.cases.decode import DecodeCase, DecodeShape, Weights
+from benchmarks.cases.encoders import encoder_cases
 from benchmarks.cases.few_row_linear import LinearCase
 from benchmarks.cases.inkling import inkling_cases
 from benchmarks.cases.layer import LayerCase, LayerShape
@@ -197,7 +198,7 @@ def timed_cases() -> list[Case]:
 def dropin_cases() -> list[Case]:
     """Patched classes of other libraries, which only some environments have."""
     kinds = {"global": INKLING_GLOBAL, "sliding": INKLING_SLIDING}
-    return [*parakeet_cases(), *inkling_cases(kinds)]
+    return [*parakeet_cases(), *inkling_cases(kinds), *encoder_cases()]
 
 
 def memory_cases() -> list[Case]:

@@ -1,6 +1,7 @@
 """Figures as Markdown: `python -m benchmarks.tables FILE.json …` updates the marked tables of
-docs/benchmarks.md, a section for each file; README.md's from the first; and those of decoding
-there, and of the drop-ins in docs/integrations.md, from the first file that has them."""
+docs/benchmarks.md, a section for each file; README.md's from the first; that of decoding there
+from the first file that has such cases; and the drop-ins' of docs/integrations.md from the first
+file that has them and later ones of the same processor."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ DOCS_HEAD = """\
 DROPINS_HEAD = """\
 | class | shape | dtype | pass | patched, ms | unpatched ÷ patched | peak MiB, patched / unpatched |
 |---|---|---|---|---|---|---|"""
-UNPATCHED = "hf-sdpa"
+UNPATCHED = ("hf-sdpa", "unpatched")  # names of the peer
 # By the beginning of the shape's name.
 CLASSES = {
     "parakeet_core": "`ParakeetEncoderAttention` without projections",
@@ -43,6 +44,15 @@ CLASSES = {
     "parakeet_": "`ParakeetEncoder`",
     "inkling_layer": "`InklingAttention`",
     "inkling_": "`InklingAttention` without projections",
+    "nemo_full": "NeMo's `ConformerEncoder`, `rel_pos`",
+    "nemo_local": "NeMo's `ConformerEncoder`, `rel_pos_local_attn`",
+    "nemotron_": "`NemotronAsrStreamingEncoder`",
+    "espnet_": "ESPnet's `Encoder`, `rel_selfattn`",
+    "wav2vec2_conformer_": "`Wav2Vec2ConformerEncoder`",
+    "wav2vec2_bert_": "`Wav2Vec2BertEncoder`",
+    "seamless_m4t_v2": "`SeamlessM4Tv2ConformerEncoder`",
+    "seamless_m4t_": "`SeamlessM4TConformerEncoder`",
+    "xlnet_": "`XLNetModel`",
 }
 
 DECODING_HEAD = (
@@ -66,13 +76,11 @@ def main() -> None:
     runs = [(json.loads(path.read_text(encoding="utf-8")), path.name) for path in paths]
     renew(ROOT / "README.md", "speed", readme_table(*runs[0]))
     renew(ROOT / "docs" / "benchmarks.md", "bench", "\n\n".join(docs_tables(*run) for run in runs))
-    for kind, document, mark, table in (
-        ("dropin", "integrations.md", "speed", dropins_table),
-        ("decode", "benchmarks.md", "decode", decoding_table),
-    ):
-        having = (run for run in runs if any(_is(kind, case) for case in run[0]["cases"]))
-        if first := next(having, None):
-            renew(ROOT / "docs" / document, mark, table(*first))
+    decodes = (run for run in runs if any(_is("decode", case) for case in run[0]["cases"]))
+    if decoding := next(decodes, None):
+        renew(ROOT / "docs" / "benchmarks.md", "decode", decoding_table(*decoding))
+    if dropins := dropins_tables(runs):
+        renew(ROOT / "docs" / "integrations.md", "speed", "\n\n".join(dropins))
 
 
 def renew(document: Path, mark: str, text: str) -> None:
@@ -104,19 +112,37 @@ def readme_table(run: Record, source: str) -> str:
     return "\n".join([README_HEAD, *rows, "", _caption(run, source)])
 
 
-def dropins_table(run: Record, source: str) -> str:
+def dropins_tables(runs: list[tuple[Record, str]]) -> list[str]:
+    """A table for each run of the processor that is the first one with drop-ins.
+
+    A case that several runs have is in the first table alone.
+    """
+    tables: list[str] = []
+    seen: set[str] = set()
+    processor = ""
+    for run, source in runs:
+        rows = dropins_rows([case for case in run["cases"] if case["case"] not in seen])
+        processor = processor or (run["machine"]["processor"] if rows else "")
+        if rows and run["machine"]["processor"] == processor:
+            seen |= {case["case"] for case in run["cases"]}
+            tables.append("\n".join([DROPINS_HEAD, *rows, "", _caption(run, source)]))
+    return tables
+
+
+def dropins_rows(cases: list[Record]) -> list[str]:
     """Patched classes compared with the unpatched ones; without cases that have no such peer."""
     rows = []
-    for case in run["cases"]:
+    for case in cases:
         _, shape, dtype, direction = case["case"].split("/")
-        if not _is("dropin", case) or UNPATCHED not in case["peers"]:
+        unpatched = next((name for name in UNPATCHED if name in case["peers"]), "")
+        if not _is("dropin", case) or not unpatched:
             continue
         class_name = next(CLASSES[start] for start in CLASSES if shape.startswith(start))
-        peaks = (case["peak_mib"].get(name) for name in (OURS, UNPATCHED))
+        peaks = (case["peak_mib"].get(name) for name in (OURS, unpatched))
         memory = " / ".join(_number(x, ".0f") for x in peaks)
         cells = (class_name, f"`{shape}`", dtype, PASSES[direction], _ms(case))
-        rows.append(f"| {' | '.join((*cells, _ratio(case, UNPATCHED), memory))} |")
-    return "\n".join([DROPINS_HEAD, *rows, "", _caption(run, source)])
+        rows.append(f"| {' | '.join((*cells, _ratio(case, unpatched), memory))} |")
+    return rows
 
 
 def decoding_table(run: Record, source: str) -> str:

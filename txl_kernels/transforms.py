@@ -7,7 +7,12 @@ import sys
 import torch
 from torch import Tensor
 
-from txl_kernels.torch_private import constant_in_traces, in_forward_mode, open_transforms
+from txl_kernels.torch_private import (
+    FakeTensor,
+    constant_in_traces,
+    in_forward_mode,
+    open_transforms,
+)
 
 
 # The compiler opens the transforms that it traces, and recompiles where others are open.
@@ -41,11 +46,17 @@ def is_exporting_onnx() -> bool:
 
 
 def is_recorded(x: Tensor) -> bool:
-    """Whether this call is compiled, or captured in a CUDA graph: values of `x` cannot be read, and
-    later runs repeat no decision of the host."""
+    """Whether this call is compiled, or captured in a CUDA graph: later runs repeat no decision of
+    the host."""
     if torch.compiler.is_compiling():
         return True
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_unreadable(x: Tensor) -> bool:
+    """Whether the host cannot read values of `x` now: the call is recorded or inside a transform of
+    `torch.func`, or `x` is a fake tensor."""
+    return is_recorded(x) or bool(open_transforms()) or isinstance(x, FakeTensor)
 
 
 def is_jit_tracing() -> bool:

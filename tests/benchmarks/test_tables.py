@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import plot, tables
+from benchmarks import plot, registry, tables
 from benchmarks.machine import Limit
 from benchmarks.measure import Comparison, Quartiles
 from benchmarks.report import write_json
@@ -139,17 +139,31 @@ def test_dropins_have_a_table_of_their_own(tmp_path):
     large.needed_bytes["hf-sdpa"] = 48 * 2**30
     decode = Figures("dropin/inkling_decode_4096/float32/forward", seconds=core.seconds)
     decode.gigabytes_per_second, decode.limit = 15.0, Limit("read", 20.0)
+    nemo = Figures("dropin/nemo_local_300s/float32/forward", seconds=core.seconds)
+    nemo.peers = {"unpatched": ratio}
+    nemo.peak_mib = {"ours": 50.0, "unpatched": 90.0}
     own = Figures("rel_attention/shape/float32/forward", peers={"hf-sdpa": ratio})
     path = tmp_path / "run.json"
-    write_json(path, MACHINE, [core, large, decode, own])
+    write_json(path, MACHINE, [core, large, decode, nemo, own])
     run = json.loads(path.read_text(encoding="utf-8"))
 
-    table = tables.dropins_table(run, "run.json")
+    (table,) = tables.dropins_tables([(run, "run.json")])
     row = "`parakeet_core_5min` | float32 | forward | 400 | 4.25 | 35 / 1700 |"
     assert f"| `ParakeetEncoderAttention` without projections | {row}" in table
+    row = "`nemo_local_300s` | float32 | forward | 400 | 4.25 | 50 / 90 |"
+    assert f"| NeMo's `ConformerEncoder`, `rel_pos_local_attn` | {row}" in table
     assert "inkling" not in table, "no ratio, no row"
     assert "`shape`" not in table
     assert "parakeet" not in tables.readme_table(run, "run.json")
+    elsewhere = {**run, "machine": {**run["machine"], "processor": "another"}}
+    layer = {**run["cases"][0], "case": "dropin/espnet_60s/float32/forward"}
+    later = {**run, "cases": [*run["cases"], layer]}
+    runs = [(run, "run.json"), (elsewhere, "elsewhere.json"), (later, "later.json")]
+    first, second = tables.dropins_tables(runs)
+    assert first == table
+    assert "ESPnet" in second
+    assert "Parakeet" not in second
+    assert "later.json" in second
     docs = tables.docs_tables(run, "run.json")
     assert "hf-sdpa needs 48 GiB" in docs
     assert "15 GB/s | 75%" in docs
@@ -176,6 +190,12 @@ def test_null_is_shown_as_a_missing_figure(tmp_path):
     assert "| – | – (eager) | – | – |" in tables.readme_table(run, "run.json")
     for drawn in (cases, run["cases"]):
         plot.plot(tmp_path / "run.png", drawn, "a processor")
+
+
+def test_every_drop_in_has_a_class_in_the_table():
+    for case in registry.dropin_cases():
+        shape = case.name.split("/")[1]
+        assert any(shape.startswith(start) for start in tables.CLASSES), shape
 
 
 def test_the_table_of_dropins_has_a_place():

@@ -134,8 +134,11 @@ def left_alone(family: str, path: str, versions: Versions, why: str) -> Adapter:
     return Adapter(family, path, versions, lambda own: own, lambda *_, **__: why, left_alone=why)
 
 
-# The calls of each module that ran the original code, by the adapter's path and the reason.
-fallbacks: WeakKeyDictionary[nn.Module, Counter[tuple[str, str]]] = WeakKeyDictionary()
+# The calls of each module that ran the original code, by the adapter's path and the reason; the
+# calls that are part of compiled programs by the module's class.
+fallbacks: WeakKeyDictionary[nn.Module | type[nn.Module], Counter[tuple[str, str]]] = (
+    WeakKeyDictionary()
+)
 # Every module that was patched by its class, copies and unpickled ones included.
 patched_modules: WeakSet[nn.Module] = WeakSet()
 # The own method of the classes that are patched for all their instances.
@@ -171,7 +174,7 @@ def patched_forward(
     return forward
 
 
-def counted(module: nn.Module, adapter: Adapter) -> Counter[str]:
+def counted(module: nn.Module | type[nn.Module], adapter: Adapter) -> Counter[str]:
     """The calls of a module that ran the original code instead of this adapter, by reason."""
     calls = fallbacks.get(module, Counter())
     return Counter({why: n for (path, why), n in calls.items() if path == adapter.path})

@@ -23,7 +23,7 @@ from transformer_xl.integrations.hugging_face import ranges_of_padding
 from transformer_xl.integrations.position_tables import project
 from txl_kernels import rel_attention
 from txl_kernels.torch_private import changes, forward_hooks
-from txl_kernels.transforms import is_recorded
+from txl_kernels.transforms import is_unreadable
 
 _LEGACY = "its relative shift wraps around (rel_pos_type legacy), which the kernels do not compute"
 
@@ -97,7 +97,7 @@ def which_keys(mask: Tensor | None, n_rows: int, *, marks_padding: bool = False)
     if mask is None:
         return {}
     ranges = None
-    if (mask.dim() == 2 or mask.shape[1] == 1) and not is_recorded(mask):
+    if (mask.dim() == 2 or mask.shape[1] == 1) and not is_unreadable(mask):
         ranges = _ranges(mask, marks_padding)
     if ranges is not None:
         start, end = ranges.expand(2, n_rows)
@@ -118,7 +118,8 @@ def _ranges(mask: Tensor, marks_padding: bool) -> Tensor | None:
     version = changes(mask), marks_padding
     known = _known_ranges.get(mask)
     if known is None or known[0] != version:
-        known = _known_ranges[mask] = version, _new_ranges(mask, marks_padding)
+        with torch.inference_mode(False):  # a later call may need gradients
+            known = _known_ranges[mask] = version, _new_ranges(mask, marks_padding)
     ranges: Tensor | None = known[1]
     return ranges
 

@@ -17,6 +17,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from txl_kernels.transforms import is_unreadable
+
 # Tokens of room in a new buffer: a quarter of its tokens within these limits.
 LEAST_ROOM, MOST_ROOM = 16, 256
 
@@ -94,7 +96,7 @@ def _growing_layer(cache: Any, k: Tensor, v: Tensor, layer_idx: int) -> Any:
 
     With gradients, the backward pass needs the tensors of earlier steps unchanged.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_unreadable(k):
         return None
     library: Any = sys.modules["transformers.cache_utils"]
     if type(cache).update is not library.Cache.update or cache.offloading:

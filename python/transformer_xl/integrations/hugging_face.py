@@ -6,7 +6,9 @@ model is a copy of its own with other helpers, which return the range of keys of
 
     None                                causal or open, by the layer itself
     int64 [2, B] or [2, B, Tq]          key_start and key_lens, counted over all tokens of the text
-    bool [B, 1, Tq, Tk]                 True = attend; made where padding is not one range of keys
+    bool [B, 1, Tq, Tk]                 True = attend; made where padding is not one range of keys,
+                                        and where its values cannot be read: while compiling or
+                                        capturing a CUDA graph
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from transformer_xl.integrations.adapter import Forward, adapter_of
+from txl_kernels.transforms import is_unreadable
 
 VERSIONS = ((5, 24), (5, 24))
 # The values of attn_implementation whose result the kernels reproduce.
@@ -68,9 +71,10 @@ def unserved_model(attentions: list[Any], module: Any, *args: Any, **options: An
 
 
 def as_bool(mask: Any) -> Any:
-    """A mask [B, 1, Tq, Tk] of 0 and the lowest number as bool; every other mask as it is."""
+    """A mask [B, 1, Tq, Tk] of 0 and the lowest number as bool; every other mask as it is, and all
+    masks while their values cannot be read."""
     is_numbers = isinstance(mask, Tensor) and mask.dim() == 4 and mask.is_floating_point()
-    if not is_numbers or torch.compiler.is_compiling():
+    if not is_numbers or is_unreadable(mask):
         return mask
     attends = mask == 0
     return attends if bool((attends | (mask == torch.finfo(mask.dtype).min)).all()) else mask
@@ -154,8 +158,8 @@ def causal_ranges(create: Callable[..., Any]) -> Callable[..., Any]:
             if cache is not None or position_ids is None:
                 return None
             found = ranges_of_documents(position_ids, B)
-            return found if torch.compiler.is_compiling() or bool(found[0].any()) else None
-        is_padding = attention_mask.dim() == 2 and not torch.compiler.is_compiling()
+            return found if is_unreadable(found) or bool(found[0].any()) else None
+        is_padding = attention_mask.dim() == 2 and not is_unreadable(inputs_embeds)
         if is_padding and (cache is not None or attention_mask.shape[1] == T):
             attention_mask = attention_mask.to(inputs_embeds.device)
             # transformers adds False at the end of a mask that is too short for cache and input.
@@ -183,7 +187,7 @@ def bidirectional_ranges(create: Callable[..., Any]) -> Callable[..., Any]:
         if attention_mask is None:
             return None
         T = inputs_embeds.shape[1]
-        if attention_mask.shape == (len(inputs_embeds), T) and not torch.compiler.is_compiling():
+        if attention_mask.shape == (len(inputs_embeds), T) and not is_unreadable(inputs_embeds):
             if bool(attention_mask.all()):
                 return None
             found = ranges_of_padding(attention_mask)

@@ -75,7 +75,7 @@ def attention(
         if isinstance(counted_from, Tensor) and _is_counter(cache, module.layer_idx, counted_from):
             distance_error = T
 
-    if not module.is_sliding and module.config.log_scaling_n_floor is not None:
+    if not module.is_sliding and _has_tau(module.config, counted_from, T):
         tau = _tau(module.config, torch.arange(T, device=q.device) + counted_from)
         q, rel = ((x.float() * tau).to(x.dtype) for x in (q, rel))
 
@@ -101,6 +101,17 @@ def attention(
 
 def _is_counter(cache: Any, layer_idx: int, counted_from: Tensor) -> bool:
     return getattr(cache.layers[layer_idx], "cumulative_length", None) is counted_from
+
+
+def _has_tau(config: Any, counted_from: int | Tensor, T: int) -> bool:
+    """False where tau is 1 for T queries, so that products with it would change nothing.
+
+    A compiled program is for any length, so it always computes tau.
+    """
+    n_floor = config.log_scaling_n_floor
+    if n_floor is None or isinstance(counted_from, Tensor) or torch.compiler.is_compiling():
+        return n_floor is not None
+    return bool(counted_from + T > n_floor)
 
 
 def _tau(config: Any, positions: Tensor) -> Tensor:

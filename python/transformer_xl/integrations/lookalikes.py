@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from transformer_xl.integrations import adapter as adapters
 from transformer_xl.integrations.adapter import Adapter, Forward
+from txl_kernels.torch_private import constant_in_traces
 
 # The largest relative difference between a class found by its parameters and its adapter, float32.
 _TOLERANCE = 1e-4
@@ -105,22 +108,57 @@ def _alike(adapter: Adapter) -> str:
 def refuse_of_class(
     adapter: Adapter, known: type[nn.Module], own: Forward
 ) -> Callable[[Any], str | None]:
-    """The adapter's `refuse`, and for modules of derived classes the comparison, made once.
+    """The adapter's `refuse`, and for modules of derived classes also a check of what they inherit.
 
-    A derived class inherits the forward and may have other functions that it calls.
+    A derived class inherits the forward and may have other functions that it calls. Where the
+    adapter has an example, each module is compared once.
     """
     reasons: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
     def refuse(module: Any) -> str | None:
-        if adapter.lookalike is None or _is_as_written(type(module), known):
+        found = type(module)
+        if _is_as_written(found, known):
             return adapter.refuse(module)
+        if adapter.lookalike is None:
+            return replaced(found, known, adapter.method) or adapter.refuse(module)
         if torch.compiler.is_compiling():
-            return "its class is a derived one, which is not compared while compiling"
-        if module not in reasons:
-            reasons[module] = compare(module, [adapter], own).reason
-        return reasons[module]
+            return _not_compared(found, adapter.path)
+        if module in reasons:
+            return reasons[module]
+        comparison = compare(module, [adapter], own)
+        if math.isfinite(comparison.difference):  # else no results were compared
+            reasons[module] = comparison.reason
+        return comparison.reason
 
     return refuse
+
+
+# The compiler calls the next two functions once for each class, outside of the traced program.
+
+
+@constant_in_traces
+def replaced(found: type, known: type, method: str) -> str | None:
+    """Why a derived class is left alone: it replaces a function that `known.method` calls."""
+    names = [method]
+    for name in names:  # functions that these call are added
+        function = inspect.unwrap(inspect.getattr_static(known, name))
+        for called in function.__code__.co_names:
+            inherited = inspect.getattr_static(known, called, None)
+            is_own = isinstance(inherited, FunctionType) and not hasattr(nn.Module, called)
+            if not is_own or called in names:
+                continue
+            if inspect.getattr_static(found, called) is not inherited:
+                return f"its class has another {called} than {known.__qualname__}"
+            names.append(called)
+    return None
+
+
+@constant_in_traces
+def _not_compared(found: type[nn.Module], path: str) -> str:
+    """The reason while compiling, which is counted once for each compiled call in a program."""
+    why = f"{found.__qualname__} is a derived class, which is not compared while compiling"
+    adapters.fallbacks.setdefault(found, Counter())[path, why] += 1
+    return why
 
 
 def _is_as_written(found: type[nn.Module], known: type[nn.Module]) -> bool:

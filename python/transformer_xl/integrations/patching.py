@@ -184,7 +184,8 @@ def _refusal(module: nn.Module, adapter: Adapter) -> str | None:
             return f"its class has another {adapter.method} than {known.__qualname__}"
         # A derived class may have other functions that its forward calls.
         if type(module) is known or adapter.lookalike is None:
-            return adapter.left_alone or adapter.refuse(module)
+            replaced = lookalikes.replaced(type(module), known, adapter.method)
+            return adapter.left_alone or replaced or adapter.refuse(module)
     return lookalikes.compare(module, [adapter], own).reason
 
 
@@ -212,12 +213,12 @@ def _check_order(function: str, model: nn.Module) -> None:
 
 
 def _entry(name: str, module: nn.Module, adapter: Adapter, reason: str | None) -> Entry:
-    counted = dict(adapters.counted(module, adapter))
+    counted = adapters.counted(module, adapter) + adapters.counted(type(module), adapter)
     is_patched = reason is None and adapters.adapter_of(module, adapter.method) is not None
     if not is_patched and reason is None:
         reason = "not patched"
     class_name = type(module).__name__
-    return Entry(name, class_name, adapter.family, is_patched, reason or "", counted)
+    return Entry(name, class_name, adapter.family, is_patched, reason or "", dict(counted))
 
 
 def _class_entry(adapter: Adapter) -> Entry:

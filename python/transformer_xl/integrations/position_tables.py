@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from txl_kernels.torch_private import changes, has_hooks, whole
-from txl_kernels.transforms import is_recorded
+from txl_kernels.transforms import is_unreadable
 
 # Larger tables are computed at each call: 16 MiB are 164 s of audio in a layer of 1,024 features.
 MAX_KEPT_BYTES = 2**24
@@ -42,7 +42,7 @@ def kept(
         key: the numbers and types on which the result depends.
         sources: the tensors on which it depends, compared by identity, version and address.
     """
-    if is_recorded(sources[0]) or not _may_keep(module, sources):
+    if is_unreadable(sources[0]) or not _may_keep(module, sources):
         return make()
     versions = tuple((changes(x), x.data_ptr(), x.dtype, x.device) for x in sources)
     device = sources[0].device.type

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformer_xl.integrations.adapter import adapter_of
 from transformer_xl.integrations.hugging_face import ranges_of_padding
 from transformer_xl.integrations.position_tables import kept
-from txl_kernels.transforms import is_recorded
+from txl_kernels.transforms import is_unreadable
 
 MODULE = "transformers.models.xlnet.modeling_xlnet"
 
@@ -152,7 +152,7 @@ def masks(
     if excluded is None:
         return None, None
     attends = nn.functional.pad(excluded <= 0, (n_memory, 0), value=True)  # [B, 1 or T, Tk]
-    if perm_mask is None and not is_recorded(attends):
+    if perm_mask is None and not is_unreadable(attends):
         if bool(attends.all()):
             return None, None
         ranges = ranges_of_padding(attends[:, 0])
@@ -211,6 +211,6 @@ def unserved(
     has_mask = any(mask is not None for mask in (attention_mask, input_mask, perm_mask))
     if module.attn_type == "uni" and has_mask:
         return "attn_type is 'uni' and a mask is given"
-    if token_type_ids is not None and is_recorded(token_type_ids):
+    if token_type_ids is not None and is_unreadable(token_type_ids):
         return "the segments cannot be counted while compiling or capturing a CUDA graph"
     return None

@@ -248,6 +248,39 @@ def test_nothing_is_kept_in_a_cuda_graph_nor_for_another_stream(monkeypatch):
         assert position_tables.project(layer, table, 2) is not first
 
 
+def test_no_mask_is_read_while_a_cuda_graph_is_captured(monkeypatch):
+    """Masks of all pairs are made instead, by the library."""
+    x, padding, numbers = torch.randn(B, T, H), torch.ones(B, T), torch.zeros(B, 1, T, T)
+    ids = torch.arange(T).expand(B, -1)
+    config = types.SimpleNamespace()
+    causal = hugging_face.causal_ranges(lambda **options: "causal")
+    bidirectional = hugging_face.bidirectional_ranges(lambda **options: "bidirectional")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    assert causal(config, x, padding) is None
+    assert causal(config, x, None, None, ids) is None
+    assert bidirectional(config, x, padding) is None
+    assert hugging_face.as_bool(numbers).dtype == torch.bool
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "__bool__", None)
+    assert causal(config, x, padding) == "causal"
+    assert causal(config, x, None, None, ids).shape == (2, B, T)
+    assert bidirectional(config, x, padding) == "bidirectional"
+    assert "numbers" in hugging_face.unserved(Module({}, config=config), numbers, {})
+    assert hugging_face.as_bool(numbers) is numbers
+
+
+@pytest.mark.parametrize(("counted_from", "n_floor"), [(3, 7), (3, 8), (torch.tensor(3), 8)])
+def test_tau_is_left_out_where_it_is_one(counted_from, n_floor):
+    config = types.SimpleNamespace(log_scaling_n_floor=n_floor, log_scaling_alpha=0.1)
+    tau = inkling._tau(config, torch.arange(5) + counted_from)
+    assert bool((tau == 1).all()) == (n_floor == 8)
+    is_computed = isinstance(counted_from, Tensor) or n_floor == 7
+    assert inkling._has_tau(config, counted_from, 5) == is_computed
+    config.log_scaling_n_floor = None
+    assert not inkling._has_tau(config, counted_from, 5)
+
+
 def test_the_position_table_of_inkling_is_kept_until_its_parameter_changes():
     owner = nn.Module()
     owner.proj = nn.Parameter(torch.randn(3, 5))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transformer_xl.integrations import patch, unpatch
+from transformer_xl.integrations import espnet, families, patch, report, unpatch
+from transformer_xl.integrations.adapter import Adapter, Lookalike, always
 
 H, D = 2, 4
 
@@ -132,3 +133,77 @@ def test_a_comparison_depends_on_no_global_state(kind):
         found = patch(module)
         assert torch.get_default_dtype() == (torch.float16 if kind == "dtype" else torch.float32)
     assert found.patched, str(found)
+
+
+@pytest.fixture
+def make_family(monkeypatch) -> Callable[[Lookalike | None], str]:
+    """A function that makes a family of the class above, with or without an example."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
+    monkeypatch.setattr(Adapter, "load", lambda self: Attention)
+    path = f"{Attention.__module__}.Attention"
+
+    def make(lookalike: Lookalike | None) -> str:
+        build = always(espnet.attention)
+        adapter = Adapter("test", path, ((1,), (1,)), build, espnet._unserved, lookalike=lookalike)
+        monkeypatch.setitem(families.FAMILIES, "test", (adapter,))
+        return "test"
+
+    yield make
+    unpatch("test")
+
+
+def call(module: nn.Module) -> Tensor:
+    torch.manual_seed(0)
+    x, table = torch.randn(2, 7, H * D), torch.randn(1, 13, H * D)
+    with torch.no_grad():
+        return module(x, x, x, table, None)
+
+
+class WithOtherHelper(Attention):
+    def forward_qkv(self, *x: Tensor) -> list[Tensor]:
+        return [2 * y for y in super().forward_qkv(*x)]
+
+
+class WithOtherMethods(Attention):
+    """Its forward calls none of them."""
+
+    def reset(self) -> None:
+        pass
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("by_name", [True, False], ids=["family", "model"])
+def test_without_an_example_a_derived_class_with_another_helper_is_left_alone(make_family, by_name):
+    family, reason = make_family(None), "its class has another forward_qkv than Attention"
+    module, same = WithOtherHelper(), WithOtherMethods()
+    expected, expected_same = call(module), call(same)
+    for target in (family,) if by_name else (module, same):
+        patch(target)
+    assert torch.equal(call(module), expected)
+    assert not torch.equal(call(same), expected_same)  # rounding: the kernels were used
+    torch.testing.assert_close(call(same), expected_same)
+    if by_name:
+        assert torch.equal(call(torch.compile(module, backend="eager", fullgraph=True)), expected)
+        torch.compile(same, backend="eager", fullgraph=True)(*[torch.ones(1, 1, H * D)] * 4, None)
+        assert report(family).entries[0].fallbacks == {reason: 1}
+    assert {entry.reason for entry in (*report(module).entries, *report(same).entries)} == {
+        "",
+        reason,
+    }
+
+
+def test_a_compiled_module_of_a_derived_class_runs_its_own_code_and_is_reported(make_family):
+    family = make_family(Lookalike(espnet.PARAMETERS, espnet.example))
+    module = type("Copy", (Attention,), {})()
+    expected = call(module)
+    patch(family)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(call(compiled), expected)
+    fallbacks = {"Copy is a derived class, which is not compared while compiling": 1}
+    assert report(family).entries[0].fallbacks == fallbacks
+    assert report(module).entries[0].fallbacks == fallbacks
+    assert not torch.equal(call(module), expected)  # rounding: the kernels were used
+    unpatch(family)
+    assert report(family).fallbacks == 0

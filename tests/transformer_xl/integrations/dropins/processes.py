@@ -3,15 +3,19 @@
     python -m torch.distributed.run --nproc-per-node=2 processes.py ddp|fsdp|fsdp2 CASE…
 
 Each process has one row of the batch. The losses and, after three steps, the parameters must be
-those of one process that has both rows and the original code. Prints each case that is equal.
+those of one process that has both rows and the original code. Prints each case that is equal. A
+case is one of conftest.py; "nemo-" and one of nemo/encoders.py; or "espnet".
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,19 +27,50 @@ from torch.nn.parallel import DistributedDataParallel
 
 from transformer_xl.integrations import patch, report, unpatch
 
-spec = importlib.util.spec_from_file_location("models", Path(__file__).with_name("conftest.py"))
-assert spec is not None
-assert spec.loader is not None
-models = importlib.util.module_from_spec(spec)
-sys.modules["models"] = models
-spec.loader.exec_module(models)
+
+def load(name: str, path: str) -> ModuleType:
+    """A file of this folder as the module `name`."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def train(model: nn.Module, kwargs: dict[str, object]) -> Tensor:
+class Work(NamedTuple):
+    """A model, a call of it that returns hidden states, and two rows of inputs for the call."""
+
+    build: Callable[[], nn.Module]
+    run: Callable[[nn.Module, dict[str, Any]], Tensor]
+    inputs: dict[str, Any]
+    n_patched: int
+
+
+def work(name: str) -> Work:
+    if name.startswith("nemo-"):
+        encoders = load("encoders", "nemo/encoders.py")
+        case, inputs = name.removeprefix("nemo-"), encoders.features([13, 13])
+        return Work(lambda: encoders.build(case), lambda model, x: model(**x)[0], inputs, 3)
+    if name == "espnet":
+        classes = load("classes", "espnet/conftest.py").Classes
+        encoders = load("espnet_encoders", "espnet/test_encoders.py")
+        x = torch.randn(2, 13, 24, generator=torch.Generator().manual_seed(1))
+        inputs = {"xs": x, "masks": None}
+        return Work(
+            lambda: encoders.prepare(classes, name), lambda model, x: model(**x)[0], inputs, 2
+        )
+    models = load("models", "conftest.py")
+    inputs, _ = models.CASES[name].inputs([13, 13])
+    del inputs["attention_mask"]
+    return Work(lambda: models.build(name), models.run, inputs, models.CASES[name].n_patched)
+
+
+def train(model: nn.Module, run: Callable[..., Tensor], inputs: dict[str, Any]) -> Tensor:
     """The losses of three steps."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-2), []
     for _ in range(3):
-        out = models.run(model, kwargs)
+        out = run(model, inputs)
         loss = (out * torch.linspace(-1, 1, out[0].numel()).view_as(out[0])).mean()
         loss.backward()
         optimizer.step()
@@ -50,8 +85,9 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
     if wrapper == "fsdp":
         cpu = torch.device("cpu")
         return FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True)
-    for layer in model.layer if hasattr(model, "layer") else model.layers:  # XLNet has layer
-        fully_shard(layer)
+    for names in ("layers", "layer", "encoders"):  # XLNet has layer, ESPnet has encoders
+        for layer in getattr(model, names, ()):
+            fully_shard(layer)
     return fully_shard(model)
 
 
@@ -66,19 +102,18 @@ def check_parameters(model: nn.Module, single: nn.Module) -> None:
 
 def compare(name: str, wrapper: str) -> None:
     rank = dist.get_rank()
-    single, own = models.build(name), models.build(name)
+    build, run, inputs, n_patched = work(name)
+    single, own = build(), build()
     patch(own)
-    kwargs, _ = models.CASES[name].inputs([13, 13])
-    del kwargs["attention_mask"]
-    rows = {k: x[rank : rank + 1] if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+    rows = {k: x[rank : rank + 1] if isinstance(x, Tensor) else x for k, x in inputs.items()}
     model = wrap(own, wrapper)
-    losses = train(model, rows)
+    losses = train(model, run, rows)
     dist.all_reduce(losses)
-    torch.testing.assert_close(losses / 2, train(single, kwargs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses / 2, train(single, run, inputs), rtol=1e-4, atol=1e-5)
     is_fsdp = isinstance(model, FullyShardedDataParallel)
     with FullyShardedDataParallel.summon_full_params(model) if is_fsdp else nullcontext():
         check_parameters(own, single)
-    assert len(report(own).patched) == models.CASES[name].n_patched
+    assert len(report(own).patched) == n_patched
     assert report(own).fallbacks == 0
     for function in (patch, unpatch):
         with pytest.raises(ValueError, match="expected a model before"):

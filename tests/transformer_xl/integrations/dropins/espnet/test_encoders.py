@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transformer_xl.integrations import patch, report
+from transformer_xl.integrations import patch, report, unpatch
 
 SIZES = {"linear_units": 32, "num_blocks": 2, "dropout_rate": 0.0, "positional_dropout_rate": 0.0}
 LENGTHS = torch.tensor([29, 17])
@@ -146,6 +146,24 @@ def test_ranges_of_a_mask_are_computed_once_for_all_layers(theirs, monkeypatch):
     expected = model(torch.randn(2, 29, 24), mask.clone())[0].shape
     assert model(torch.randn(2, 29, 24), mask)[0].shape == expected
     assert len(calls) == 3  # the mask has changed, and its copy is another one
+
+
+def test_int8_weights_of_torchao(theirs):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, x = prepare(theirs, "espnet"), torch.randn(2, 29, 24)
+    patch(model)
+
+    def is_projection(module: nn.Module, path: str) -> bool:
+        return isinstance(module, nn.Linear) and "attn" in path
+
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=is_projection)
+    with torch.no_grad():
+        actual, again = (model(x, MASK)[0] for _ in range(2))
+        assert report(model).fallbacks == 0
+        unpatch(model)
+        expected = model(x, MASK)[0]
+    assert torch.equal(actual, again)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_conformer_with_ctc_learns_equally(theirs):

@@ -1,6 +1,6 @@
 """Prints the table of docs/integrations.md for NeMo's encoders.
 
-    python tests/transformer_xl/integrations/dropins/nemo/errors.py
+    PYTHONPATH=. python tests/transformer_xl/integrations/dropins/nemo/errors.py
 
 An error is |patched - original| / |original|, both float32: of all frames of the output, and the
 largest one of all parameters' gradients (those of almost 0 relative to the largest).
