@@ -19,6 +19,7 @@ from transformer_xl.integrations import (
     wav2vec2_bert,
     wav2vec2_conformer,
 )
+from txl_kernels.torch_private import FakeTensorMode
 
 B, T, H, D = 2, 11, 4, 8
 VALID = torch.arange(T) < torch.tensor([[T], [7]])
@@ -268,6 +269,18 @@ def test_no_mask_is_read_while_a_cuda_graph_is_captured(monkeypatch):
     assert bidirectional(config, x, padding) == "bidirectional"
     assert "numbers" in hugging_face.unserved(Module({}, config=config), numbers, {})
     assert hugging_face.as_bool(numbers) is numbers
+
+
+def test_values_of_fake_and_of_batched_tensors_are_not_read():
+    layer, tables = nn.Linear(4, 4), torch.randn(3, 1, 7, 4)
+    expected = [position_tables.project(layer, table, 2) for table in tables]
+    with torch.no_grad():
+        batched = torch.vmap(lambda table: position_tables.project(layer, table, 2))(tables)
+    torch.testing.assert_close(batched, torch.stack(expected))
+    causal = hugging_face.causal_ranges(lambda **options: "causal")
+    with FakeTensorMode():
+        x, padding = torch.empty(B, T, H), torch.ones(B, T)
+        assert causal(types.SimpleNamespace(), x, padding) == "causal"
 
 
 @pytest.mark.parametrize(("counted_from", "n_floor"), [(3, 7), (3, 8), (torch.tensor(3), 8)])
