@@ -1,4 +1,4 @@
-"""Linear layers of a decoding step: kernels that read each weight once multiply few rows."""
+"""Linear layers of a decoding step: `few_row_linear`, which reads each weight once."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from txl_kernels.torch_private import is_changed
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`; by `txl_kernels.few_row_linear` if that computes the same.
 
-    It does so for an `nn.Linear` without hooks, in eager mode on the CPU, without gradients and for
-    at most 16 rows of `x`. The weight may be torchao's, in int8 with one scale per row.
+    That is the case for an `nn.Linear` without hooks, in eager mode on the CPU, without gradients,
+    for at most 16 rows of `x`, in the dtype of the weight. The weight may be torchao's, in int8
+    with one scale per row.
 
-    A function and no subclass of `nn.Linear`: tools such as `quantize_dynamic` look for that class.
+    This is a function instead of a subclass of `nn.Linear`, because tools such as
+    `quantize_dynamic` search for exactly that class.
     """
     if is_few_rows(x) and is_linear(layer):
         weight, bias = layer.weight, layer.bias
-        if type(weight) is nn.Parameter:
-            if weight.dtype == x.dtype and weight.device == x.device:
+        if weight.dtype == x.dtype and weight.device == x.device:  # also of a quantised weight
+            if type(weight) is nn.Parameter:
                 return few_row_linear(x, weight, bias)
-        elif (rows := int8_rows(weight)) is not None:
-            return few_row_linear(x, rows[0], bias, weight_scale=rows[1])
+            if (rows := int8_rows(weight)) is not None:
+                return few_row_linear(x, rows[0], bias, weight_scale=rows[1])
     out: Tensor = layer(x)
     return out
 
