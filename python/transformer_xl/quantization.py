@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
+from transformer_xl.messages import require
 from transformer_xl.model import TransformerXL
 from transformer_xl.nn.layer_weights import is_quantised
 
@@ -19,14 +20,17 @@ def convert_weights(model: TransformerXL, weights: Weights) -> None:
 
     Args:
         model: the model; afterwards it cannot be trained further.
-        weights: "bfloat16": all weights, and so activations, keys and values; or "int8": the same
-            and then `quantize_layers`.
+        weights: "bfloat16": all weights, and so activations, keys and values; "int8": the same,
+            then `quantize_layers`.
 
     Raises:
-        ValueError: the errors of `quantize_layers`; the model then stays as it was.
+        ValueError: another value of `weights`, or the errors of `quantize_layers`. The model is
+            then unchanged.
     """
+    kinds = get_args(Weights)
+    require("weights", weights, weights in kinds, " or ".join(kinds))
     if weights == "int8":
-        _torchao()
+        _check_quantisable(model)
     model.bfloat16()
     if weights == "int8":
         quantize_layers(model)
@@ -35,17 +39,14 @@ def convert_weights(model: TransformerXL, weights: Weights) -> None:
 def quantize_layers(model: TransformerXL) -> None:
     """Round the linear layers of the decoder layers to int8, in place.
 
-    Each row of a weight has one factor, the largest magnitude of the row / 127 or so: weight ≈
-    int8 · factor. Activations keep the dtype of the model. The embedding and the softmax keep their
+    Each row of a weight has one scale, about 1/127 of the largest magnitude in the row: weight ≈
+    int8 · scale. Activations keep the dtype of the model. The embedding and the softmax keep their
     weights, since their kernels read them directly.
 
     Raises:
-        ValueError: the package torchao, whose tensors these are, is not installed; or the layers
-            are quantised already.
+        ValueError: the layers are already quantised, or the package torchao is not installed.
     """
-    if (kind := quantized_kind(model)) is not None:
-        raise ValueError(f"model: expected layers that are not quantised, got weights of {kind}")
-    torchao = _torchao()
+    torchao = _check_quantisable(model)
     # The option that changes settings of inductor for the whole process stays off.
     torchao.quantize_(model.layers, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
 
@@ -57,8 +58,10 @@ def quantized_kind(model: TransformerXL) -> str | None:
     return next(kinds, None)
 
 
-def _torchao() -> Any:
-    """The functions of torchao, an optional package."""
+def _check_quantisable(model: TransformerXL) -> Any:
+    """The functions of torchao, an optional package. Raises the errors of `quantize_layers`."""
+    if (kind := quantized_kind(model)) is not None:
+        raise ValueError(f"model: expected layers that are not quantised, got weights of {kind}")
     try:
         return importlib.import_module("torchao.quantization")
     except ImportError:

@@ -68,8 +68,17 @@ def test_int8_rounds_the_linear_layers_of_the_decoder_alone() -> None:
         dense = weight.dequantize() if is_product else weight
         step = before[name].abs().amax(-1, keepdim=True) / 127 if is_product else 0.0
         assert ((dense - before[name]).abs() <= 0.51 * torch.as_tensor(step)).all(), name
-    with pytest.raises(ValueError, match="layers that are not quantised, got weights of Int8"):
-        quantize_layers(model)
+    for convert in (quantize_layers, lambda model: convert_weights(model, "int8")):
+        with pytest.raises(ValueError, match="layers that are not quantised, got weights of Int8"):
+            convert(model)
+    assert model.table().dtype == torch.float32, "the model stays as it was"
+
+
+def test_other_weights_are_refused() -> None:
+    model = built()
+    with pytest.raises(ValueError, match="weights: expected bfloat16 or int8, got float16"):
+        convert_weights(model, "float16")  # type: ignore[arg-type]
+    assert model.table().dtype == torch.float32
 
 
 def test_without_torchao_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
