@@ -156,27 +156,28 @@ class KeyValueWindow:
     def make_room(self, n_tokens: int, *, segment_len: int = 1) -> KeyValueWindow:
         """Prepare the buffers for calls that are compiled or captured in a CUDA graph.
 
-        The next `n_tokens` tokens of each row then need no decision of the host: such a call reads
-        and writes the same tensors at each run, and changes no number of the host. Before they
-        read further tokens, this must be called again. Any other call makes room for its own
-        tokens.
+        Until they have read `n_tokens` tokens of each row, such calls use the same tensors and need
+        no Python code between two runs. Call this method again before they read further tokens,
+        since they do not check that there is room. Other calls make room for their own tokens.
 
-        A CUDA graph must be captured again where its tensors have been replaced: after more than
-        slack tokens at a time, a call of more than `segment_len` tokens, or `select` of another
-        number of rows.
+        Some calls replace these tensors, and a CUDA graph must then be captured again: a
+        `make_room` or another call for which the buffers are too small (more tokens than the slack,
+        together with those of the last `make_room`), one with longer segments than all before, and
+        `select` of another number of rows.
 
         Args:
-            n_tokens: 1 or more, the tokens that all these calls together read.
-            segment_len: the most tokens of one call.
+            n_tokens: the tokens that all these calls together read in each row, 1 or more.
+            segment_len: the largest number of tokens in one call, 1 or more.
 
         Returns:
             The window itself.
 
         Raises:
-            ValueError: a number below 1, or weights of the model that have changed.
+            ValueError: a number below 1, or a model whose weights or lengths have changed.
         """
         require("n_tokens", n_tokens, n_tokens >= 1, "1 or more")
         require("segment_len", segment_len, segment_len >= 1, "1 or more")
+        self._guard.check_lengths()
         self._guard.check_weights()
         with torch.no_grad():
             self._buffered.reserve(n_tokens)
@@ -227,8 +228,8 @@ class KeyValueWindow:
         if not self._has_room():
             if is_recorded(x) and not torch.compiler.is_compiling():
                 raise ValueError(
-                    "memory: expected make_room(n_tokens) before a CUDA graph is captured, for the "
-                    "tokens that it will read"
+                    "memory: expected a call of make_room(n_tokens) before the capture of a CUDA "
+                    "graph, for the tokens that the graph will read"
                 )
             self._buffered.make_room(T)
         positions = self._projected_positions(T)
@@ -242,7 +243,7 @@ class KeyValueWindow:
         return self
 
     def _has_room(self) -> bool:
-        """Whether `make_room` has prepared this call, which is recorded."""
+        """Whether this call is recorded, and `make_room` has prepared the buffers for it."""
         return self._buffered.is_reserved and is_recorded(self._buffered.position)
 
     def _projected_positions(self, n_queries: int) -> RelativePositions:

@@ -93,7 +93,10 @@ class Sampling:
         return weights / weights.sum(1, keepdim=True)
 
     def _weights(self, scores: Tensor) -> Tensor:
-        """The same times a number of each row; with large vocabularies softmax is slow."""
+        """`probabilities` times a positive factor of each row; the largest weight is 1.
+
+        `draw` needs no more: with a large vocabulary the division by the sum is slow.
+        """
         scores = scores.double()
         if self.temperature == 0.0:
             best = scores.argmax(1, keepdim=True)

@@ -114,6 +114,18 @@ def test_a_changed_model_raises(change: Callable[[TransformerXL], Any], message:
             model(tokens(model, 2, 3), window)
 
 
+def test_a_changed_model_gets_no_room() -> None:
+    model = built()
+    window = KeyValueWindow.empty(model, 2)
+    model.set_lengths(clamp_len=3)
+    with pytest.raises(ValueError, match="created with clamp_len -1, the model now has 3"):
+        window.make_room(5)
+    model.set_lengths(clamp_len=-1)
+    change_a_weight(model)
+    with pytest.raises(ValueError, match="weights of the model have changed"):
+        window.make_room(5)
+
+
 def test_steps_of_another_model_change_nothing() -> None:
     pair = Pair(built())
     take_a_step(built(), fused=True)
