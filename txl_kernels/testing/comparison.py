@@ -122,7 +122,8 @@ def reference(op: str, arguments: Sequence[Any], dtype: torch.dtype | None = Non
     if op == "rel_shift":
         return shift.rel_shift(*arguments)
     if op == "few_row_linear":
-        return linear.few_row_linear(*arguments, compute_dtype=dtype)
+        x, weight, bias, scale = arguments
+        return linear.few_row_linear(x, weight, bias, scale, compute_dtype=dtype)
     if op == "adaptive_embedding":
         tokens, tables, projections, scale, _sparse = arguments
         given = [x if is_present(x) else None for x in projections]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def is_plain(layer: nn.Module) -> bool:
     return is_linear(layer) and not is_quantised(layer.weight)
 
 
-def is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """As `is_plain`, but the weight may be quantised."""
     return _runs(layer, nn.Linear) and not is_parametrized(layer) and not has_hooks(layer)
 
