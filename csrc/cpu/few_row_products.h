@@ -13,6 +13,21 @@ constexpr int kSums = 8;
 // Rows of values that all queries read before the next ones are read.
 constexpr int64_t kValueRows = 32;
 
+// Rows are prefetched so many rows before they are used: the hardware's prefetcher stops at the end
+// of each page, and does not follow rows that are pages apart.
+#ifndef TXL_AHEAD
+#define TXL_AHEAD 16
+#endif
+constexpr int64_t kAhead = TXL_AHEAD;
+
+// Prefetches `n` adjacent elements. An address outside of the tensor has no effect.
+template <typename T>
+void prefetch(const T* row, int64_t stride, int64_t n) {
+  const auto first = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(stride) * sizeof(T);
+  for (uintptr_t x = 0; x < static_cast<uintptr_t>(n) * sizeof(T); x += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(first + x));
+}
+
 template <typename T>
 Vectorized<Acc<T>> load_row(const T* src) {
   if constexpr (std::is_same_v<T, Acc<T>>) {
@@ -35,12 +50,8 @@ struct RowVectors {
   bool is_short() const { return whole == 0; }
   int64_t n() const { return whole + (rest > 0); }
   int64_t length() const { return n() * kSize; }
-  // Calls f(v, first column) for each vector of a row.
-  template <typename F>
-  void for_each(F&& f) const {
-    for (int64_t v = 0; v < whole; ++v) f(v, v * kSize);
-    if (rest > 0) f(whole, is_short() ? 0 : D - kSize);
-  }
+  // The first column of the last vector.
+  int64_t last() const { return is_short() ? 0 : D - kSize; }
   // From D adjacent elements to vectors, in place: elements that the last vector shares with the
   // one before it are zeros in the last one.
   void to_vectors(acc_t* row) const {
@@ -93,9 +104,10 @@ void score_group(const ScoredRow<Acc<T>>* rows, const T* const* keys, RowVectors
                  int64_t column, bool accumulate) {
   using Vec = Vectorized<Acc<T>>;
   constexpr int N = kSums / M;
-  Vec sums[kSums];
-  for (Vec& sum : sums) sum = Vec(0);
-  vectors.for_each([&](int64_t v, int64_t x) __attribute__((always_inline)) {
+  const Vec zero(0);
+  Vec sums[kSums] = {zero, zero, zero, zero, zero, zero, zero, zero};
+  const int64_t n_vectors = vectors.n(), last = vectors.last();
+  for (int64_t v = 0, x = 0; v < n_vectors; ++v, x = std::min(x + Vec::size(), last)) {
     Vec key[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) key[n] = load_row(keys[n] + x);
@@ -105,7 +117,7 @@ void score_group(const ScoredRow<Acc<T>>* rows, const T* const* keys, RowVectors
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sums[m * N + n] = at::vec::fmadd(q, key[n], sums[m * N + n]);
     }
-  });
+  }
   Acc<T> totals[kSums];
   add_up(sums, totals);
   for (int m = 0; m < M; ++m) {
@@ -144,6 +156,7 @@ void score_rows(const ScoredRow<Acc<T>>* rows, int64_t n_rows, const Rows& sourc
     const T* keys[kSums];
     for (int64_t y = 0; y < kSums; ++y) {
       const int64_t row = std::min(y, n - 1);
+      prefetch(run.first, (row + kAhead) * run.stride, D);
       keys[y] = row < run.n ? run.first + row * run.stride : source.from(x + row).first;
       if (vectors.is_short()) {
         std::fill(std::copy(keys[y], keys[y] + D, stage + y * vectors.kSize),
@@ -173,6 +186,7 @@ void add_columns(const OutputRow<Acc<T>>* rows, int64_t first, const T* values, 
   for (int s = 0; s < M * C; ++s)
     sums[s] = Vec::loadu(rows[s / C].sums + (v + s % C) * Vec::size());
   for (int64_t j = 0; j < n; ++j) {
+    prefetch(values + x, (j + kAhead) * stride, C * Vec::size());
     Vec value[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) value[c] = load_row(values + j * stride + x + c * Vec::size());
@@ -196,8 +210,7 @@ void add_row_products(const OutputRow<Acc<T>>* rows, int64_t first, const T* val
   if constexpr (C > 1) {
     add_row_products<M, C / 2, T>(rows, first, values, stride, n, vectors, v);
   } else if (vectors.rest > 0) {
-    const int64_t x = vectors.is_short() ? 0 : vectors.D - vectors.kSize;
-    add_columns<M, 1, T>(rows, first, values, stride, n, v, x);
+    add_columns<M, 1, T>(rows, first, values, stride, n, v, vectors.last());
   }
 }
 
