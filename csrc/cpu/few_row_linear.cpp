@@ -68,7 +68,8 @@ template <typename W>
 struct Piece {
   const W* first;
   int64_t ld, n;
-  int64_t ahead;  // elements from each element to the one to prefetch; 0: none
+  int64_t ahead;       // elements from each element to the one to prefetch
+  int64_t begin, end;  // the rows of which elements are prefetched
 };
 
 // sums[m, c] += vectors of x[m, k] · weight[c, k], or = if `fresh`, for M rows of x and N of the
@@ -103,9 +104,8 @@ void accumulate(const A* x, int64_t ld_x, const Piece<W>& w, bool fresh, Vectori
   int64_t k = 0;
   constexpr int64_t kPerLine = std::max<int64_t>(kLine / sizeof(W), kLanes<A>);
   for (; k + kPerLine <= w.n; k += kPerLine) {
-    if (w.ahead != 0) {
-      for (int64_t c = 0; c < N; ++c) __builtin_prefetch(w.first + c * w.ld + k + w.ahead, 0, 2);
-    }
+    for (int64_t c = w.begin; c < w.end; ++c)
+      __builtin_prefetch(w.first + c * w.ld + k + w.ahead, 0, 2);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kPerLine; i += kLanes<A>) whole_step(k + i);
   }
@@ -177,11 +177,13 @@ void block(const FewRowLinearArgs& args, int64_t n, int64_t first, int64_t M,
   const int64_t ahead = (kPrefetchBytes / block_bytes + 1) * C * args.ld_weight;
   const int64_t chunk = n_groups == 1 ? std::max<int64_t>(1, args.K) : kChunk;
   for (int64_t k = 0; k == 0 || k < args.K; k += chunk) {
-    Piece<W> piece{weight + k, args.ld_weight, std::min(chunk, args.K - k), ahead};
     for (int64_t g = 0; g < n_groups; ++g) {
-      const int64_t m = g * M / n_groups, rows = (g + 1) * M / n_groups - m;
-      accumulate_rows<N>(rows, x + m * args.ld_x + k, args.ld_x, piece, k == 0, sums + m * C);
-      piece.ahead = 0;
+      auto share = [&](int64_t n) { return std::pair(g * n / n_groups, (g + 1) * n / n_groups); };
+      const auto [m, end] = share(M);
+      const auto [prefetch_begin, prefetch_end] = share(N);
+      const Piece<W> piece{weight + k, args.ld_weight, std::min(chunk, args.K - k),
+                           ahead,      prefetch_begin, prefetch_end};
+      accumulate_rows<N>(end - m, x + m * args.ld_x + k, args.ld_x, piece, k == 0, sums + m * C);
     }
   }
   T* out = static_cast<T*>(args.out) + first * args.N + n;

@@ -25,7 +25,6 @@ struct DecodeWorkspace {
   RowVectors<Acc<T>> content, position;
   Operand<T>* operands;
   Acc<T>*qu, *qv, *scores, *edge;
-  T* stage;
   ScoredRow<Acc<T>>* scored;
   OutputRow<Acc<T>>* outputs;
 
@@ -39,7 +38,6 @@ struct DecodeWorkspace {
     qv = arena.take<Acc<T>>(n_rows * position.length());
     scores = arena.take<Acc<T>>(n_rows * ld_scores) + kBefore;
     edge = arena.take<Acc<T>>(n_rows * kSums);
-    stage = arena.take<T>(kValueRows * RowVectors<Acc<T>>::kSize);
     scored = arena.take<ScoredRow<Acc<T>>>(n_rows);
     outputs = arena.take<OutputRow<Acc<T>>>(n_rows);
   }
@@ -92,8 +90,7 @@ void position_scores(const RelAttentionArgs& args, int64_t b, const TableRows<T>
   auto product = [&](int64_t m_begin, int64_t m_end, auto&& scores) {
     for (int64_t row = first; row < first + n; ++row)
       ws.scored[row] = {ws.qv + row * ws.position.length(), scores(row)};
-    score_rows<T>(ws.scored + first, n, table, m_begin, m_end, args.Dp, /*accumulate=*/false,
-                  ws.stage);
+    score_rows<T>(ws.scored + first, n, table, m_begin, m_end, args.Dp, /*accumulate=*/false);
   };
   if (begin < end)
     product(begin, end, [&](int64_t row) { return ws.scores_of(row) + key_of(row, begin); });
@@ -125,7 +122,7 @@ void score_keys(const RelAttentionArgs& args, int64_t b, int64_t hk, KeyRange ke
   for (int64_t row = 0; row < ws.n_rows; ++row)
     ws.scored[row] = {ws.qu + row * ws.content.length(), ws.scores_of(row)};
   score_rows<T>(ws.scored, ws.n_rows, KeyRows<T>(args, &KeyRun::k, b, hk), keys.begin, keys.end,
-                args.D, /*accumulate=*/true, ws.stage);
+                args.D, /*accumulate=*/true);
 }
 
 // Replaces the scores of one query by probabilities, and stores their maximum and sum.
@@ -167,7 +164,7 @@ void decode_block(const RelAttentionArgs& args, const FewQueryPlan& plan, int64_
   }
   std::fill(result.acc, result.acc + n_rows * length, Acc<T>(0));
   add_products<T>(ws.outputs, n_rows, KeyRows<T>(args, &KeyRun::v, b, hk), keys.begin, keys.end,
-                  args.Dv, ws.stage);
+                  args.Dv);
 }
 
 // Merges the results of a unit's blocks, `size` bytes each, and writes its outputs.

@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor> rel_attention_fwd(const Tensor& q, const Tensor& k, c
   // The backward recomputes the scores by the products of the other kernel: rounding errors that
   // its scores share with lse cancel in its probabilities.
   const bool needs_grad = q.requires_grad() || k.requires_grad() || v.requires_grad();
-  if (!needs_grad && has_few_queries(args)) {
+  if (!needs_grad && has_few_queries(args, dtype)) {
     attend_few_queries(call, rel_attention_few_query_kernels(dtype));
     return {out, lse};
   }

@@ -215,6 +215,8 @@ struct BwdKernels {
 
 // The most queries of a call that `rel_attention_decode.cpp` may compute.
 constexpr int64_t kFewQueries = 16;
+// The least head size that it reads: the longest vector of an accumulation type.
+constexpr int64_t kShortestRow = 16;
 
 // The division of a call with few queries: blocks of adjacent keys, the same for all units. It
 // depends on sizes and ranges of keys, not on the number of threads.
@@ -237,7 +239,7 @@ struct FewQueryPlan {
 };
 
 // Whether the kernels for few queries are the faster ones.
-bool has_few_queries(const RelAttentionArgs& args);
+bool has_few_queries(const RelAttentionArgs& args, Scalar dtype);
 FewQueryPlan plan_few_queries(const RelAttentionArgs& args);
 
 // `block` computes a block's results for one unit: `result_size` bytes. `merge` combines those of a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.weak import WeakIdKeyDictionary
 
-from txl_kernels.torch_private import forward_hooks, forward_pre_hooks, has_hooks
+from txl_kernels.torch_private import changes, forward_hooks, forward_pre_hooks, has_hooks
 
 # The hooks with which `torch.nn.utils` computes a weight before each call of a layer.
 _WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
@@ -23,12 +24,12 @@ def is_plain(layer: nn.Module) -> bool:
     False for wrappers (LoRA), quantised layers, parametrisations and layers with a hook, global
     hooks of `torch.nn.modules.module` included.
     """
-    return is_linear(layer) and not is_quantised(layer.weight)
-
-
-def is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """As `is_plain`, but the weight may be quantised."""
-    return _runs(layer, nn.Linear) and not is_parametrized(layer) and not has_hooks(layer)
+    return (
+        _runs(layer, nn.Linear)
+        and not is_parametrized(layer)
+        and not is_quantised(layer.weight)
+        and not has_hooks(layer)
+    )
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -46,9 +47,24 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     if values.ndim != 2 or scale.shape != (len(values), 1):
         return None
-    if zero_point is not None and zero_point.any():
+    if zero_point is not None and not _is_zero(zero_point):
         return None
     return values, scale[:, 0]
+
+
+_zeros: Any = WeakIdKeyDictionary()  # zero points of 0, and how often each has changed
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    """Whether all elements are 0. A tensor that has not changed since is not read again."""
+    if tensor.is_inference():  # its changes are not counted
+        return not tensor.any()
+    if _zeros.get(tensor) == changes(tensor):
+        return True
+    if tensor.any():
+        return False
+    _zeros[tensor] = changes(tensor)
+    return True
 
 
 def weight_and_bias(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from transformer_xl.nn.layer_weights import int8_rows, is_linear
+from transformer_xl.nn.layer_weights import int8_rows
 from txl_kernels import few_row_linear
 from txl_kernels.backends import FEW_ROWS
-from txl_kernels.torch_private import is_changed
+from txl_kernels.torch_private import has_hooks, is_changed
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -21,15 +21,21 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     This is a function instead of a subclass of `nn.Linear`, because tools such as
     `quantize_dynamic` search for exactly that class.
     """
-    if is_few_rows(x) and is_linear(layer):
+    # A parametrised layer has a class of its own.
+    if type(layer) is nn.Linear and is_few_rows(x) and _is_unchanged(layer):
         weight, bias = layer.weight, layer.bias
-        if weight.dtype == x.dtype and weight.device == x.device:  # also of a quantised weight
+        if weight.dtype == x.dtype and weight.is_cpu:  # also of a quantised weight
             if type(weight) is nn.Parameter:
                 return few_row_linear(x, weight, bias)
             if (rows := int8_rows(weight)) is not None:
                 return few_row_linear(x, rows[0], bias, weight_scale=rows[1])
     out: Tensor = layer(x)
     return out
+
+
+def _is_unchanged(layer: nn.Module) -> bool:
+    """Whether a call of the layer runs the forward of its class alone."""
+    return "forward" not in vars(layer) and not has_hooks(layer)
 
 
 def is_few_rows(x: Tensor) -> bool:
