@@ -133,18 +133,20 @@ def refuse_of_class(
     return refuse
 
 
-# The compiler calls the next two functions once for each class, outside of the traced program.
+# The compiler runs the next two functions while it traces and keeps their results as constants.
 
 
 @constant_in_traces
 def replaced(found: type, known: type, method: str) -> str | None:
-    """Why a derived class is left alone: it replaces a function that `known.method` calls."""
+    """Why a derived class is left alone: it replaces a function that `known.method` calls, itself
+    or through others; None if it does not."""
+    functions = (FunctionType, staticmethod, classmethod)
     names = [method]
-    for name in names:  # functions that these call are added
+    for name in names:  # the functions that each of them calls are added
         function = inspect.unwrap(inspect.getattr_static(known, name))
         for called in function.__code__.co_names:
             inherited = inspect.getattr_static(known, called, None)
-            is_own = isinstance(inherited, FunctionType) and not hasattr(nn.Module, called)
+            is_own = isinstance(inherited, functions) and not hasattr(nn.Module, called)
             if not is_own or called in names:
                 continue
             if inspect.getattr_static(found, called) is not inherited:
@@ -155,7 +157,7 @@ def replaced(found: type, known: type, method: str) -> str | None:
 
 @constant_in_traces
 def _not_compared(found: type[nn.Module], path: str) -> str:
-    """The reason while compiling, which is counted once for each compiled call in a program."""
+    """The reason while compiling. It is counted once for each call that the compiler traces."""
     why = f"{found.__qualname__} is a derived class, which is not compared while compiling"
     adapters.fallbacks.setdefault(found, Counter())[path, why] += 1
     return why

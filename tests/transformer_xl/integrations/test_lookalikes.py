@@ -32,16 +32,20 @@ class Attention(nn.Module):
         layers = (self.linear_q, self.linear_k, self.linear_v)
         return [heads(layer(y)) for layer, y in zip(layers, x, strict=True)]
 
+    @staticmethod
+    def rel_shift(positions: Tensor) -> Tensor:
+        T = positions.shape[2]
+        row = torch.arange(T) - torch.arange(T)[:, None] + T - 1
+        return positions.gather(3, row.expand(*positions.shape[:2], T, T))
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Tensor | None
     ) -> Tensor:
         if self.is_broken:
             raise RuntimeError("not loaded yet")
         q, k, v = self.forward_qkv(query, key, value)
-        T = q.shape[2]
-        row = torch.arange(T) - torch.arange(T)[:, None] + T - 1
         positions = (q + self.pos_bias_v[:, None]) @ heads(self.linear_pos(pos_emb)).mT
-        positions = positions.gather(3, row.expand(*positions.shape[:2], T, T))
+        positions = self.rel_shift(positions)
         scores = ((q + self.pos_bias_u[:, None]) @ k.mT + self.sign * positions) * D**-0.5
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None], -1e9)
@@ -164,6 +168,12 @@ class WithOtherHelper(Attention):
         return [2 * y for y in super().forward_qkv(*x)]
 
 
+class WithOtherStaticHelper(Attention):
+    @staticmethod
+    def rel_shift(positions: Tensor) -> Tensor:
+        return 2 * Attention.rel_shift(positions)
+
+
 class WithOtherMethods(Attention):
     """Its forward calls none of them."""
 
@@ -174,10 +184,15 @@ class WithOtherMethods(Attention):
         return super().train(mode)
 
 
+@pytest.mark.parametrize(
+    ("kind", "helper"), [(WithOtherHelper, "forward_qkv"), (WithOtherStaticHelper, "rel_shift")]
+)
 @pytest.mark.parametrize("by_name", [True, False], ids=["family", "model"])
-def test_without_an_example_a_derived_class_with_another_helper_is_left_alone(make_family, by_name):
-    family, reason = make_family(None), "its class has another forward_qkv than Attention"
-    module, same = WithOtherHelper(), WithOtherMethods()
+def test_without_an_example_a_derived_class_with_another_helper_is_left_alone(
+    make_family, by_name, kind, helper
+):
+    family, reason = make_family(None), f"its class has another {helper} than Attention"
+    module, same = kind(), WithOtherMethods()
     expected, expected_same = call(module), call(same)
     for target in (family,) if by_name else (module, same):
         patch(target)
