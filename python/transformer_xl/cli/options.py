@@ -29,7 +29,7 @@ Precision = Annotated[
 Weights = Annotated[
     WeightsDtype | None,
     typer.Option(
-        help="Round weights and activations to bfloat16; int8: linear layers' weights to int8.",
+        help="bfloat16: weights and activations; int8: also the linear layers' weights, in int8.",
         show_default=False,
     ),
 ]
