@@ -16,7 +16,7 @@ _MARKERS = "osD^vPX*"
 def plot(path: Path, cases: Sequence[dict[str, Any]], title: str) -> None:
     """Draw ratios peer / ours with their quartiles, logarithmic, one row per case of the JSON.
 
-    Ratios that are null, which files of results have for NaN and infinities, have no mark.
+    Ratios that are null (NaN or infinite before they were written to the file) have no mark.
     """
     beside = {case["case"]: case["peers"] | case["yardsticks"] for case in reversed(cases)}
     shown = [name for name, others in beside.items() if others]

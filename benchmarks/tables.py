@@ -1,7 +1,9 @@
-"""Figures as Markdown: `python -m benchmarks.tables FILE.json …` updates the marked tables of
-docs/benchmarks.md, a section for each file; README.md's from the first; that of decoding there
-from the first file that has such cases; and the drop-ins' of docs/integrations.md from the first
-file that has them and later ones of the same processor."""
+"""Figures as Markdown: `python -m benchmarks.tables FILE.json …` updates the marked tables.
+
+README.md has a table of the first file. docs/benchmarks.md has a section for each file, and a table
+of decoding from the first file with such cases. docs/integrations.md has tables of the drop-ins
+from the first file with such cases and from later files of the same processor.
+"""
 
 from __future__ import annotations
 
@@ -113,9 +115,9 @@ def readme_table(run: Record, source: str) -> str:
 
 
 def dropins_tables(runs: list[tuple[Record, str]]) -> list[str]:
-    """A table for each run of the processor that is the first one with drop-ins.
+    """A table for each run with drop-ins on the processor of the first such run.
 
-    A case that several runs have is in the first table alone.
+    A case that is in several runs appears only in the first table.
     """
     tables: list[str] = []
     seen: set[str] = set()
@@ -130,7 +132,7 @@ def dropins_tables(runs: list[tuple[Record, str]]) -> list[str]:
 
 
 def dropins_rows(cases: list[Record]) -> list[str]:
-    """Patched classes compared with the unpatched ones; without cases that have no such peer."""
+    """Patched classes compared with unpatched ones, for the cases that have such a peer."""
     rows = []
     for case in cases:
         _, shape, dtype, direction = case["case"].split("/")
@@ -146,10 +148,10 @@ def dropins_rows(cases: list[Record]) -> list[str]:
 
 
 def decoding_table(run: Record, source: str) -> str:
-    """Decoding steps, with the time that reading their bytes at the bandwidth takes."""
+    """Decoding steps, and the shortest time in which the memory's bandwidth lets them read."""
     rows = []
     for case in run["cases"]:
-        if not _is("decode", case) or case["seconds"] is None:
+        if not _is("decode", case) or case["gigabytes_per_second"] is None:
             continue
         _, shape, weights, _ = case["case"].split("/")
         n_bytes = case["gigabytes_per_second"] * case["seconds"]["median"]  # in GB

@@ -1,4 +1,4 @@
-"""One layer of each patched class that has no other case, as a model around it runs it."""
+"""Encoders with one layer, for each patched class that has no other case."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from benchmarks.cases import OURS
 from benchmarks.cases.dropins import DropInCase, patched_if, without_gradients
 from benchmarks.peers import speech_encoders
-from benchmarks.peers.speech_encoders import ModelShape
+from benchmarks.peers.speech_encoders import EncoderShape
 
 UNPATCHED = "unpatched"
 GATE = 1e-5  # relative error by Frobenius norm
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelCase(DropInCase):
-    """A model without gradients, patched and as its library has it."""
+class EncoderCase(DropInCase):
+    """A call without gradients, of the patched encoder and of the unpatched one."""
 
-    shape: ModelShape
+    shape: EncoderShape
     peers = (UNPATCHED,)
     in_process = (OURS, UNPATCHED)
 
@@ -39,20 +39,20 @@ class ModelCase(DropInCase):
         return 4 * self.shape.n_weight + hidden + scores
 
     def check_result(self, name: str) -> None:
-        """Both contenders: they are compared with each other."""
+        """Compares both contenders with each other, whatever the name is."""
         self.compare(name, self.run(OURS)(), _unpatched(self).double(), GATE)
 
-    def tiny(self) -> ModelCase:
+    def tiny(self) -> EncoderCase:
         return dataclasses.replace(self, shape=self.shape.tiny())
 
 
 @functools.lru_cache(maxsize=1)
-def _unpatched(case: ModelCase) -> Tensor:
+def _unpatched(case: EncoderCase) -> Tensor:
     return case.run(UNPATCHED)()
 
 
 def encoder_cases() -> list[DropInCase]:
-    """Shapes of published models, with one of their layers."""
+    """The sizes of published models, with one of their layers."""
     small = {"d_model": 512, "n_head": 8, "d_inner": 2048}
     large = {"d_model": 1024, "n_head": 16, "d_inner": 4096}
     base = {"d_model": 768, "n_head": 12, "d_inner": 3072}
@@ -67,8 +67,10 @@ def encoder_cases() -> list[DropInCase]:
         "seamless_m4t_v2": (30, 50.0, large),
     }
     shapes = [
-        ModelShape(name=f"{kind}_{n}s", kind=kind, n_frame=round(n * rate), **sizes)
+        EncoderShape(name=f"{kind}_{n}s", kind=kind, n_frame=round(n * rate), **sizes)
         for kind, (n, rate, sizes) in seconds.items()
     ]
-    xlnet = ModelShape(name="xlnet_base_512", kind="xlnet", n_frame=512, B=4, n_memory=384, **base)
-    return [ModelCase(shape) for shape in (*shapes, xlnet)]
+    xlnet = EncoderShape(
+        name="xlnet_base_512", kind="xlnet", n_frame=512, B=4, n_memory=384, **base
+    )
+    return [EncoderCase(shape) for shape in (*shapes, xlnet)]

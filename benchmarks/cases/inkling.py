@@ -107,15 +107,15 @@ class DecodeCase(DropInCase):
 
     Attributes:
         shape: Tq is 1, and Tm the number of keys before.
-        grows: the cache is transformers' DynamicCache, which gets one more token at every run;
-            otherwise the cache is given.
+        grows: the cache is transformers' DynamicCache, to which every run adds a token; otherwise
+            its keys and values are given and stay the same.
     """
 
     shape: AttentionShape
     grows: bool
 
     N_SETS = 8  # of keys and values in turn, so that they do not stay in the processor's caches
-    N_STEPS = 64  # tokens that a cache gets before it is shortened to Tm again
+    N_STEPS = 64  # timed tokens of a cache before it is shortened to Tm keys again
 
     @property
     def name(self) -> str:
@@ -136,7 +136,7 @@ class DecodeCase(DropInCase):
     def contender(self, name: str) -> Iterator[Timed]:
         """Yields a stopwatch of single tokens.
 
-        It leaves out the first one after `shorten`, at which a patched class copies the cache to
+        The first token after each `shorten` is not timed: a patched class then copies the cache to
         buffers with room for further tokens.
         """
         room.require(self.n_bytes(name))

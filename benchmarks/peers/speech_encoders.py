@@ -1,7 +1,7 @@
-"""Encoders and text models of other libraries with random weights, unpatched, and their inputs.
+"""Unpatched encoders of other libraries for speech and text, with random weights and inputs.
 
-The encoders get frames, not audio, so that their subsampling convolutions are left out; Nemotron's
-encoder includes them.
+Their inputs are frames after the subsampling convolutions, except that Nemotron's encoder includes
+its convolutions.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _POSITION_STD = 0.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """A model and its input, without padding.
+class EncoderShape:
+    """An encoder and its input, without padding.
 
     Attributes:
         kind: a key of `MODELS`.
@@ -62,12 +62,12 @@ class ModelShape:
         per_pair = 8 * self.n_head + self.d_model // self.n_head
         return 4 * self.B * self.n_frame * n_key * per_pair
 
-    def tiny(self) -> ModelShape:
+    def tiny(self) -> EncoderShape:
         sizes = {"d_model": 32, "n_head": 2, "d_inner": 64, "n_frame": 16}
         return dataclasses.replace(self, **sizes, n_memory=min(self.n_memory, 8))
 
 
-def model(shape: ModelShape) -> nn.Module:
+def model(shape: EncoderShape) -> nn.Module:
     """A float32 model in eval mode; all calls with one shape return equal weights.
 
     Raises:
@@ -82,7 +82,7 @@ def model(shape: ModelShape) -> nn.Module:
     return made.eval().requires_grad_(False)
 
 
-def run(model: Any, shape: ModelShape) -> Callable[[], Tensor]:
+def run(model: Any, shape: EncoderShape) -> Callable[[], Tensor]:
     """A call with normal random frames, or random tokens, that returns the hidden states."""
     torch.manual_seed(1)
     B, T = shape.B, shape.n_frame
@@ -108,8 +108,8 @@ def _hidden(output: Any) -> Tensor:
     return hidden
 
 
-def _nemo(**options: Any) -> Callable[[ModelShape], nn.Module]:
-    def make(shape: ModelShape) -> nn.Module:
+def _nemo(**options: Any) -> Callable[[EncoderShape], nn.Module]:
+    def make(shape: EncoderShape) -> nn.Module:
         encoder: nn.Module = nemo.load().ConformerEncoder(
             feat_in=N_FEATURE,
             n_layers=shape.n_layer,
@@ -125,7 +125,7 @@ def _nemo(**options: Any) -> Callable[[ModelShape], nn.Module]:
     return make
 
 
-def _espnet(shape: ModelShape) -> nn.Module:
+def _espnet(shape: EncoderShape) -> nn.Module:
     if importlib.util.find_spec("espnet") is None:
         raise PeerUnavailableError("this environment has no espnet: make bench-dropins-env")
     from espnet.nets.pytorch_backend.conformer.encoder import Encoder
@@ -147,10 +147,10 @@ def _espnet(shape: ModelShape) -> nn.Module:
 
 def _transformers(
     package: str, model: str, config: str, names: tuple[str, str, str, str], **options: Any
-) -> Callable[[ModelShape], nn.Module]:
+) -> Callable[[EncoderShape], nn.Module]:
     """The configuration has `names` for d_model, n_head, d_inner and n_layer."""
 
-    def make(shape: ModelShape) -> nn.Module:
+    def make(shape: EncoderShape) -> nn.Module:
         module = modeling(package)
         sizes = (shape.d_model, shape.n_head, shape.d_inner, shape.n_layer)
         configuration = getattr(module, config)(**dict(zip(names, sizes, strict=True)), **options)
@@ -169,7 +169,7 @@ _SPEECH_NAMES = (
     "speech_encoder_intermediate_size",
     "speech_encoder_layers",
 )
-MODELS: dict[str, Callable[[ModelShape], nn.Module]] = {
+MODELS: dict[str, Callable[[EncoderShape], nn.Module]] = {
     "nemo_full": _nemo(),
     "nemo_local": _nemo(self_attention_model="rel_pos_local_attn", att_context_size=[128, 128]),
     "nemotron": _transformers(
