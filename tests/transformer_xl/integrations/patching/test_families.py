@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from parakeet_like import Attention, D, Model, check_equal, outcome, sharded
 from torch import Tensor, nn
 
 from transformer_xl.integrations import families, parakeet, patch, report, unpatch
 from transformer_xl.integrations.adapter import Adapter, adapter_of, always
+
+from .parakeet_like import Attention, D, Model, check_equal, outcome, sharded
 
 LOAD = Adapter.load
 LOOKALIKE = parakeet.Lookalike(parakeet.PARAMETERS, parakeet.example)

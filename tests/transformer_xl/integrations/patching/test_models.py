@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from parakeet_like import Attention, D, Model, Unshifted, check_equal, outcome, sharded
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from transformer_xl.integrations import patch, patched, report, unpatch
+
+from .parakeet_like import Attention, D, Model, Unshifted, check_equal, outcome, sharded
 
 
 def test_a_class_found_by_its_parameters_gives_equal_results(model, x):
