@@ -20,8 +20,8 @@ from transformer_xl.training.precision import Autocast, autocast
 class LoadedModel:
     """A trained model on its device, with its vocabulary and configuration.
 
-    `weights`: to what its weights were converted; None: they are as in the checkpoint.
-    `cache_dtype`: of cached keys and values; None: that of the computation.
+    `weights`: the kind of weights to which it was converted; None: those of the checkpoint.
+    `cache_dtype`: the dtype of cached keys and values; None: that of the computation.
     """
 
     model: TransformerXL
@@ -59,7 +59,7 @@ class LoadedModel:
         return Reader(self.model, batch_size, cache_dtype=self.cache_dtype)
 
     def autocast(self, given: Autocast | None, trained: Autocast) -> torch.autocast:
-        """The context of a forward pass: `given`, else as in training, or off if converted."""
+        """Autocast as `given`; if None, off for converted weights and else as in training."""
         return autocast(given or ("off" if self.weights else trained), self.device)
 
 

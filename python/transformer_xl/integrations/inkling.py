@@ -106,7 +106,7 @@ def _is_counter(cache: Any, layer_idx: int, counted_from: Tensor) -> bool:
 def _has_tau(config: Any, counted_from: int | Tensor, T: int) -> bool:
     """False where tau is 1 for T queries, so that products with it would change nothing.
 
-    A compiled program is for any length, so it always computes tau.
+    A compiled program may run for any length, so it always computes tau.
     """
     n_floor = config.log_scaling_n_floor
     if n_floor is None or isinstance(counted_from, Tensor) or torch.compiler.is_compiling():

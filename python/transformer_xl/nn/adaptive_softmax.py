@@ -143,7 +143,7 @@ class AdaptiveSoftmax(nn.Module):
         return log_prob.view(*hidden.shape[:-1], self.ends[-1])
 
     def _few_row_log_prob(self, rows: Tensor) -> Tensor:
-        """`adaptive_log_prob`, in which every weight is read once, in place."""
+        """The result of `adaptive_log_prob`; `few_row_linear` reads each weight once, in place."""
         weights, biases, projections = self._layers_of_clusters(rows)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         projected = [rows if p is None else rows @ p.to(rows.dtype) for p in projections]

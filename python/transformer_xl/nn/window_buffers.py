@@ -135,9 +135,9 @@ class WindowBuffers:
         self.end = keep + self._n_reserved
 
     def reserve(self, n_tokens: int) -> None:
-        """Make room for `n_tokens` and count them in `end` now, since `advance` will not.
+        """Make room for `n_tokens` of recorded calls, and add them to `end`, as `advance` does not.
 
-        They replace those of an earlier call.
+        They replace the tokens of an earlier call.
         """
         self._n_reserved = 0
         self.make_room(n_tokens)
@@ -170,7 +170,10 @@ class WindowBuffers:
     def advance(
         self, n_tokens: int, document_start: Tensor | None, *, is_counted: bool = False
     ) -> None:
-        """Add the tokens that were written at the rows of `place`; `is_counted`: `end` has them."""
+        """Add the tokens that were written at the rows of `place`.
+
+        `is_counted`: `end` already includes them.
+        """
         if document_start is not None:
             t = torch.arange(n_tokens, device=self.start.device)
             start = self.start[:, None]
