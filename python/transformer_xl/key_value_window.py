@@ -173,13 +173,13 @@ class KeyValueWindow:
             The window itself.
 
         Raises:
-            ValueError: a number below 1, or a model whose weights or lengths have changed.
+            ValueError: a number below 1, a model in training mode, or one whose weights or lengths
+                have changed.
         """
         require("n_tokens", n_tokens, n_tokens >= 1, "1 or more")
         require("segment_len", segment_len, segment_len >= 1, "1 or more")
-        self._guard.check_lengths()
-        self._guard.check_weights()
         with torch.no_grad():
+            self._guard.check(self._guard.model)
             self._buffered.reserve(n_tokens)
             self._projected_positions(segment_len)
         return self

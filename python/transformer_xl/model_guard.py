@@ -43,18 +43,13 @@ class ModelGuard:
             )
         if model.training:
             raise ValueError("memory: with a KeyValueWindow the model must be in eval() mode")
-        self.check_lengths()
-        self.check_weights()
-
-    def check_lengths(self) -> None:
-        """Raises ValueError if `mem_len`, `clamp_len` or `same_length` has changed."""
-        current = lengths(self.model).values()
-        for (name, before), now in zip(self.lengths.items(), current, strict=True):
+        for (name, before), now in zip(self.lengths.items(), lengths(model).values(), strict=True):
             if now != before:
                 raise ValueError(
                     f"memory: the window was created with {name} {before}, the model now has "
                     f"{now}; create another window after set_lengths"
                 )
+        self.check_weights()
 
     def check_weights(self) -> None:
         """Raises ValueError if a weight has changed or was replaced."""

@@ -121,7 +121,9 @@ def test_a_changed_model_gets_no_room() -> None:
     with pytest.raises(ValueError, match="created with clamp_len -1, the model now has 3"):
         window.make_room(5)
     model.set_lengths(clamp_len=-1)
-    change_a_weight(model)
+    with pytest.raises(ValueError, match=r"must be in eval\(\) mode"):
+        KeyValueWindow.empty(model.train(), 2).make_room(5)
+    change_a_weight(model.eval())
     with pytest.raises(ValueError, match="weights of the model have changed"):
         window.make_room(5)
 
