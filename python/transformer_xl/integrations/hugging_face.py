@@ -7,8 +7,8 @@ model is a copy of its own with other helpers, which return the range of keys of
     None                                causal or open, by the layer itself
     int64 [2, B] or [2, B, Tq]          key_start and key_lens, counted over all tokens of the text
     bool [B, 1, Tq, Tk]                 True = attend; made where padding is not one range of keys,
-                                        and where its values cannot be read: while compiling or
-                                        capturing a CUDA graph
+                                        and where the values of the given mask cannot be read
+                                        (`is_unreadable`)
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`; by `txl_kernels.few_row_linear` if that computes the same.
 
     That is the case for an `nn.Linear` without hooks, in eager mode on the CPU, without gradients,
-    for at most 16 rows of `x`, in the dtype of the weight. The weight may be torchao's, in int8
-    with one scale per row.
+    for at most 16 rows of `x`. The weight has the dtype of `x`, or it is torchao's, in int8 with
+    one scale per row.
 
     This is a function instead of a subclass of `nn.Linear`, because tools such as
     `quantize_dynamic` search for exactly that class.
@@ -24,11 +24,11 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     # A parametrised layer has a class of its own.
     if type(layer) is nn.Linear and is_few_rows(x) and _is_unchanged(layer):
         weight, bias = layer.weight, layer.bias
-        if weight.dtype == x.dtype and weight.is_cpu:  # also of a quantised weight
-            if type(weight) is nn.Parameter:
+        if type(weight) is nn.Parameter:
+            if weight.dtype == x.dtype and weight.is_cpu:
                 return few_row_linear(x, weight, bias)
-            if (rows := int8_rows(weight)) is not None:
-                return few_row_linear(x, rows[0], bias, weight_scale=rows[1])
+        elif (bias is None or bias.dtype == x.dtype) and (rows := int8_rows(weight)) is not None:
+            return few_row_linear(x, rows[0], bias, weight_scale=rows[1])
     out: Tensor = layer(x)
     return out
 

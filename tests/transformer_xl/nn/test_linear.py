@@ -135,7 +135,7 @@ def test_int8_rows_of_torchao_are_not_dequantised(calls: list[Tensor], dtype: to
         out = linear(plain, x)
         assert [weight.dtype for weight in calls] == [torch.int8]
         torch.testing.assert_close(out, expected.to(dtype), rtol=1e-2, atol=1e-2)
-        other = x.half()  # torchao accepts another dtype than that of the layer
+        other = x.half()  # another dtype than that of the bias, which torchao accepts
         assert torch.equal(linear(plain, other), plain(other))
     assert len(calls) == 1
 
