@@ -82,7 +82,7 @@ __all__ = [
     "is_changed",
     "is_compiled_in_place",
     "is_legacy_batched",
-    "is_recorded",
+    "is_traced_or_fake",
     "legacy_batched",
     "legacy_level",
     "legacy_unbatched",
@@ -111,7 +111,7 @@ def constant_in_traces(function: _Function) -> _Function:
     return function
 
 
-def is_recorded(tensors: Sequence[Tensor]) -> bool:
+def is_traced_or_fake(tensors: Sequence[Tensor]) -> bool:
     """Whether `make_fx` records operators, or a mode of fake tensors computes shapes alone."""
     return get_proxy_mode() is not None or detect_fake_mode(tensors) is not None
 
@@ -216,10 +216,10 @@ def whole(tensor: Tensor) -> Tensor:
 def modules_of(module: nn.Module) -> list[nn.Module]:
     """A module and its submodules; one that has several names is repeated.
 
-    `module.modules()` takes several times as long, since it makes names.
+    `module.modules()` takes several times as long, since it also builds the name of each submodule.
     """
     found = [module]
-    for each in found:  # the list grows
+    for each in found:  # the loop also visits the modules that it appends
         if children := each._modules:
             found += [child for child in children.values() if child is not None]
     return found

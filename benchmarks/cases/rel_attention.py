@@ -35,9 +35,9 @@ COMPILED_PEERS = (COMPILED, FLEX)  # their compilation takes many seconds
 CONTENT_FLOP: dict[Pass, int] = {"forward": 4, "backward": 10, "forward+backward": 14}
 POSITION_FLOP: dict[Pass, int] = {"forward": 2, "backward": 6, "forward+backward": 8}
 
-# Calls with at most so many queries take the time of reading keys, values and positions. On a CPU
-# they use several sets of inputs in turn, so that these do not stay in the processor's caches.
-FEW_QUERIES, N_SETS = 16, 8
+# Forward passes on a CPU with at most FEW_QUERIES queries take the time of reading keys, values and
+# positions. They use FEW_QUERY_SETS sets of inputs in turn, so that none is in the caches.
+FEW_QUERIES, FEW_QUERY_SETS = 16, 8
 CHECKED_QUERIES = 256  # on a GPU: the last ones of the first head
 # The largest allowed relative error against float64, by Frobenius norm.
 GATE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -94,7 +94,7 @@ class AttentionCase:
 
     @property
     def bytes_read(self) -> int | None:
-        """Keys, values and rows of r once."""
+        """Keys, values and rows of r, each read once."""
         if not self._is_limited_by_reading:
             return None
         shape = self.shape
@@ -131,7 +131,7 @@ class AttentionCase:
     def contender(self, name: str) -> Iterator[Timed]:
         n_sets = 1 if self.device == "cpu" else INPUT_SETS
         if self._is_limited_by_reading:
-            n_sets = N_SETS
+            n_sets = FEW_QUERY_SETS
         bound = [self._bound(name, seed) for seed in range(n_sets)]
         yield timer([self._run(*each) for each in bound], torch.device(self.device))
 

@@ -1,10 +1,11 @@
 // The product of few rows of x with a weight that is read once, in place, row by row.
 //
-// A call computes the outputs of a range of weight rows, `kWeightRows` at a time. Their elements
-// are multiplied with those of up to `kGroup` rows of x while in registers; the accumulators are
-// vectors along K, summed at the end. More rows of x are processed in groups, a chunk of K after
-// the other, so that the weight is in the first-level cache for all groups but the first. The order
-// of a row's additions does not depend on the other rows or on the number of threads.
+// A call computes the outputs of a range of weight rows, `kWeightRows` at a time. Each vector of
+// the weight is multiplied with up to `kGroup` rows of x while it is in a register; the
+// accumulators are vectors along K, whose elements are added at the end. More rows of x are
+// processed in groups: all groups use a chunk of K before the next chunk, so that the weight is in
+// the first-level cache for all groups but the first. The order of a row's additions does not
+// depend on the other rows or on the number of threads.
 #include "txl/few_row_linear.h"
 
 #include <algorithm>
@@ -17,7 +18,7 @@ namespace txl::TXL_ISA {
 namespace {
 
 constexpr int64_t C = kWeightRows;
-constexpr int64_t kRowBlock = 16;  // rows of x between two reads of the weight
+constexpr int64_t kRowBlock = 16;  // rows of x that one pass over the weight multiplies
 constexpr int64_t kChunk = 512;    // elements of K that all groups process before the next ones
 // The registers hold C · kGroup accumulators, kGroup vectors of x and one of the weight.
 #if defined(CPU_CAPABILITY_AVX512)
@@ -55,7 +56,7 @@ Vectorized<A> widened(const W* src) {
   }
 }
 
-// The first `n` elements of such a vector, and zeros.
+// The same with only the first `n` weights, and zeros after them.
 template <typename A, typename W>
 Vectorized<A> widened(const W* src, int64_t n) {
   W x[kLanes<A>] = {};
@@ -63,17 +64,17 @@ Vectorized<A> widened(const W* src, int64_t n) {
   return widened<A>(x);
 }
 
-// Elements [0, n) of `rows` rows of the weight, from a column on.
+// Elements [0, n) of adjacent rows of the weight, from a column on.
 template <typename W>
 struct Piece {
   const W* first;
   int64_t ld, n;
   int64_t ahead;       // elements from each element to the one to prefetch
-  int64_t begin, end;  // the rows of which elements are prefetched
+  int64_t begin, end;  // rows whose elements are prefetched
 };
 
-// sums[m, c] += vectors of x[m, k] · weight[c, k], or = if `fresh`, for M rows of x and N of the
-// weight.
+// sums[m, c] += x[m, k] · weight[c, k], vector by vector, or = if `fresh`, for M rows of x and N
+// rows of the weight.
 template <int64_t M, int64_t N, typename A, typename W>
 void accumulate(const A* x, int64_t ld_x, const Piece<W>& w, bool fresh, Vectorized<A>* sums) {
   using Vec = Vectorized<A>;
@@ -128,7 +129,7 @@ void accumulate_rows(int64_t M, const A* x, int64_t ld_x, const Piece<W>& w, boo
   }(std::make_index_sequence<kGroup>());
 }
 
-// The sums of the elements of C vectors.
+// out[c]: the sum of the elements of sums[c], for C vectors.
 template <typename A>
 void reduce(const Vectorized<A>* sums, A* out) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
@@ -165,7 +166,7 @@ A element(const PerOutput& values, int64_t n) {
 }
 
 // The outputs of rows n … n + N - 1 of the weight for rows `first` … `first + M - 1` of x. `sums`
-// is scratch memory; with N < C, some of its elements are summed without use.
+// is scratch memory; with N < C, some of its elements are summed and not used.
 template <int64_t N, typename T, typename W>
 void block(const FewRowLinearArgs& args, int64_t n, int64_t first, int64_t M,
            Vectorized<Acc<T>>* sums) {

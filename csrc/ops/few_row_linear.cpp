@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "arguments.h"
@@ -26,7 +27,7 @@ LinearWeight kind_of(const Tensor& x, const Tensor& weight) {
   return dtype == at::kHalf ? LinearWeight::f16 : LinearWeight::bf16;
 }
 
-// A bias or scale as the kernels read it; `kept` owns a copy if one is needed.
+// A bias or scale as the kernels read it; `kept` owns the memory, a copy if strides require one.
 PerOutput per_output(const char* name, const std::optional<Tensor>& values, int64_t N,
                      Tensor& kept) {
   if (!values.has_value()) return {};

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks import machine, peak_memory, plot, registry, report, step_profile
 from benchmarks.cases import OURS, PeerUnavailableError, WrongResultError
+from benchmarks.cases.few_row_linear import LinearCase
 from benchmarks.cases.model import ModelCase
 from benchmarks.cases.rel_attention import COMPILED, EAGER, SDPA_BIAS, SDPA_PLAIN, AttentionCase
 from benchmarks.inputs import AttentionShape
@@ -18,7 +19,7 @@ from benchmarks.measure import Probe
 from benchmarks.step_profile import Share
 from benchmarks.suite import Effort, Figures, take
 
-SHAPE = AttentionShape(name="tiny", B=1, H=2, Tq=16, Tm=8, D=8, causal=True)
+SHAPE = AttentionShape(name="tiny", B=1, H=2, Tq=24, Tm=8, D=8, causal=True)
 QUICK = Effort(pairs=2, sample_seconds=0.0, memory=False)
 MACHINE = {
     "processor": "a processor",
@@ -69,6 +70,19 @@ def test_a_case_is_taken_and_reported(uncompiled, tmp_path):
     assert record["training_step"][0]["share"] == 0.8
     plot.plot(tmp_path / "run.png", cases, "a processor")
     assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+def test_a_case_that_reads_much_is_compared_with_the_bandwidth(uncompiled, monkeypatch):
+    monkeypatch.setattr(machine, "read_limit", lambda: machine.Limit("read", 30.0))
+    decoded = AttentionCase(dataclasses.replace(SHAPE, Tq=1), torch.float32, "forward")
+    linear = LinearCase(2, 8, 16, torch.float32, weight_bytes=2**10)
+    assert (decoded.bytes_read, linear.bytes_read) == (4 * 3 * 2 * 9 * 8, 2**10)
+    for case in (decoded, linear):
+        figures = take(case, Probe(size=64), QUICK)
+        assert figures.gflops is None
+        rate = case.bytes_read / figures.seconds.median / 1e9
+        assert figures.gigabytes_per_second == pytest.approx(rate)
+        assert figures.share_of_limit == pytest.approx(rate / 30)
 
 
 def test_a_run_of_some_cases_renews_those_and_keeps_the_others(tmp_path):

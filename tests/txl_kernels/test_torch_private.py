@@ -157,20 +157,20 @@ def fake_tensors_have_shapes_alone() -> None:
     with private.FakeTensorMode():
         x = torch.ones(10**6, 10**6)
         assert private.is_changed()
-        assert private.is_recorded([])
+        assert private.is_traced_or_fake([])
     assert isinstance(x, private.FakeTensor)
     assert (x @ x).shape == (10**6, 10**6)
-    assert private.is_recorded([x])
+    assert private.is_traced_or_fake([x])
     assert not private.is_changed()
-    assert not private.is_recorded([torch.ones(1)])
+    assert not private.is_traced_or_fake([torch.ones(1)])
 
 
 @checks("get_proxy_mode")
 def make_fx_is_seen() -> None:
     seen = []
-    make_fx(lambda x: seen.append(private.is_recorded([])) or x + 1)(torch.ones(2))
+    make_fx(lambda x: seen.append(private.is_traced_or_fake([])) or x + 1)(torch.ones(2))
     assert seen == [True]
-    assert not private.is_recorded([])
+    assert not private.is_traced_or_fake([])
 
 
 @checks("tree_leaves", "tree_map", "tree_map_only")
@@ -228,6 +228,7 @@ def parameters_are_found() -> None:
     model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ParameterList([torch.ones(2)]), nn.ReLU())
     model.register_module("absent", None)
     model.append(model[0])
+    assert {*private.modules_of(model)} == {*model.modules()}
     found = private.parameters_of(model)
     assert {id(p) for p in found} == {id(p) for p in model.parameters()}
     assert len(found) == 3

@@ -71,7 +71,9 @@ _SERVES: dict[tuple[str, ...], Serves] = {
     ("native", "adaptive_loss"): Serves(_FLOAT),
     ("native", "adaptive_nll"): Serves(_FLOAT),
     ("native", "adaptive_embedding"): Serves(_FLOAT),
-    ("native", "few_row_linear"): Serves(_FLOAT, Tq=FEW_ROWS, gradients=False),
+    ("native", "few_row_linear"): Serves(
+        _FLOAT, Tq=FEW_ROWS, gradients=False, lacks=("sparse tensors",)
+    ),
     ("triton", "rel_attention"): Serves(
         _FLOAT_TO_16_BIT, head_size=MAX_HEAD_SIZE, lacks=_DENSE_ARGUMENTS
     ),
@@ -124,8 +126,8 @@ def resolve(
         D, Dv, Dp: head sizes of keys, of values and of positions (None: D); for `rel_attention`
             only.
         needs_grad: whether a backward pass will follow.
-        uses: the arguments of this call that not every backend supports: "bias",
-            "dead_rows='uniform'", "dropout_p".
+        uses: what this call uses and not every backend supports: "bias", "dead_rows='uniform'",
+            "dropout_p"; for `few_row_linear` "sparse tensors".
 
     Returns:
         The backend and the reason: with "auto", why the answer is the reference; with a named

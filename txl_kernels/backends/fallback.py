@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.backends import native
-from txl_kernels.torch_private import is_recorded
+from txl_kernels.torch_private import is_traced_or_fake
 from txl_kernels.transforms import is_jit_tracing
 
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -69,4 +69,4 @@ def _is_traced(tensors: Sequence[Tensor]) -> bool:
         return True
     if any(tensor.is_meta for tensor in tensors):
         return True
-    return is_recorded(tensors)
+    return is_traced_or_fake(tensors)

@@ -20,7 +20,7 @@ from txl_kernels.torch_private import AutoDispatchBelowAutograd, is_changed
 OP = "few_row_linear"
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _MOST_KEYS = 1024
-checked_calls: set[tuple[Any, ...]] = set()  # keys of calls that the native kernels ran
+checked_calls: set[tuple[Any, ...]] = set()  # keys of calls that native runs
 
 
 def few_row_linear(
@@ -35,16 +35,16 @@ def few_row_linear(
 
         out[..., n] = weight_scale[n] · Σ_k x[..., k] · weight[n, k] + bias[n]
 
-    The native kernels run on the CPU, without gradients and for at most 16 rows; "auto" gives all
-    other calls to the reference, which is `F.linear`.
+    The native kernels run on the CPU, without gradients and for at most 16 rows; with "auto", all
+    other calls run on the reference, which is `F.linear`.
 
     Args:
         x: [..., K]; float32, bfloat16, float16 or float64; any strides.
         weight: [N, K] in x's dtype, for float32 x also in bfloat16 or float16; or int8 with
             `weight_scale`. A weight whose columns are not adjacent in memory is copied.
         bias: [N], float32 or the dtype of x or of the weight.
-        weight_scale: [N], float32 or x's dtype; for int8 only.
-        backend: "auto", "reference" or "native"; a named one runs or raises.
+        weight_scale: [N], float32 or x's dtype; an int8 weight requires it, others exclude it.
+        backend: "auto", "reference" or "native"; a named backend runs the call or raises.
 
     Returns:
         [..., N] in x's dtype.
@@ -55,22 +55,24 @@ def few_row_linear(
 
     Precision: native sums in float32 (float64 for float64) and rounds once. The result of a row
     depends neither on the other rows nor on the number of threads. The reference computes in x's
-    dtype, with int8 weights in float32.
+    dtype; for int8 weights in float32 (float64 for float64).
     """
     key = _key(x, weight, bias, weight_scale, backend)
     if key in checked_calls:
-        # As torch.library's own autograd kernels do, but without their Python.
+        # Skips the operator's autograd kernel, which is Python.
         with AutoDispatchBelowAutograd():
             out = NATIVE.few_row_linear_fwd.default(x, weight, bias, weight_scale)
             return cast_type(Tensor, out)
     x, weight, bias = _checked_arguments(x, weight, bias, weight_scale)
+    tensors = (x, weight, bias, weight_scale)
     chosen = choose(
         OP,
         x,
         backend=backend,
         dtype=x.dtype,
         Tq=math.prod(x.shape[:-1]),
-        needs_grad=any_needs_grad(x, weight, bias, weight_scale),
+        needs_grad=any_needs_grad(*tensors),
+        uses=() if all(map(_is_strided, tensors)) else ("sparse tensors",),
     )
     with outside_autocast(x.device):
         if chosen == "reference":
@@ -83,13 +85,17 @@ def few_row_linear(
         return cast_type(Tensor, out)
 
 
+def _is_strided(tensor: Tensor | None) -> bool:
+    return tensor is None or tensor.layout == torch.strided
+
+
 def _key(
     x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None, backend: str
 ) -> tuple[Any, ...] | None:
     """Equal for calls that need the same checks and run on the same backend.
 
-    None for traced, transformed or autocast calls, calls outside the CPU and those that may need a
-    gradient: these are checked every time.
+    None for traced, transformed or autocast calls, calls outside the CPU, those with sparse tensors
+    and those that may need a gradient: these are checked every time.
     """
     if torch.compiler.is_compiling() or is_changed():
         return None
@@ -99,7 +105,7 @@ def _key(
         if tensor is None:
             parts.append(None)
             continue
-        is_plain = type(tensor) in _TENSORS and tensor.is_cpu
+        is_plain = type(tensor) in _TENSORS and tensor.is_cpu and _is_strided(tensor)
         if not is_plain or (may_need_grad and tensor.requires_grad):
             return None
         parts += (tensor.shape, tensor.dtype)

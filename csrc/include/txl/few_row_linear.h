@@ -1,4 +1,4 @@
-// few_row_linear on the CPU: x · weightᵀ for few rows of x, limited by the reading of the weight.
+// few_row_linear on the CPU: x · weightᵀ for few rows of x, in the time of reading the weight once.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace txl {
 
-// The dtype of a weight: that of x, or another one.
+// The dtype of a weight: x's dtype or one of the others.
 enum class LinearWeight { same, int8, f16, bf16 };
 constexpr int kLinearWeights = 4;
 
@@ -28,11 +28,11 @@ struct FewRowLinearArgs {
   void* out = nullptr;  // [M, N] in the dtype of x before it was widened, contiguous
 };
 
-// Rows of the weight that are read side by side: the unit in which threads divide N.
+// Rows of the weight that are read together: the unit in which threads divide N.
 constexpr int64_t kWeightRows = 4;
 
-// One dtype's kernels: `widen` converts `n` elements of x to the accumulation type; `run` computes
-// the outputs of rows [begin, end) of the weight, null where the dtypes are not supported.
+// One dtype's kernels: `widen` converts `n` elements of x to the accumulation type. `run`, by the
+// weight's dtype, computes the outputs of rows [begin, end) of the weight; null if not supported.
 struct FewRowLinearKernels {
   void (*widen)(const void* x, void* wide, int64_t n);
   void (*run[kLinearWeights])(const FewRowLinearArgs&, int64_t begin, int64_t end);

@@ -71,11 +71,11 @@ def exact(x, weight, bias, scale):
 
 def check(out, x, weight, bias, scale):
     eager = reference.few_row_linear(x, weight, bias, scale, compute_dtype=x.dtype)
-    due = exact(x, weight, bias, scale)
-    # One output, the sum of few products, may cancel to 0.
+    expected = exact(x, weight, bias, scale)
+    # The products of an output may cancel to 0.
     absolute = [t if t is None else t.double().abs() for t in (x, weight, bias, scale)]
     magnitude = float(exact(*absolute).max())
-    check_budget("out", out, due, eager, dtype=x.dtype, magnitude=magnitude)
+    check_budget("out", out, expected, eager, dtype=x.dtype, magnitude=magnitude)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: f"{pair[0]}-{pair[1]}")
@@ -177,6 +177,29 @@ def test_more_than_16_rows_run_on_the_reference(native):
     native(x[:16], weight, bias)
 
 
+def test_sparse_weights_run_on_the_reference(native):
+    x, weight, _, _ = problem(3, 8, 12)
+    expected = native(x, weight)  # an equal call with a dense weight
+    sparse = weight.to_sparse_csr()
+    torch.testing.assert_close(few_row_linear(x, sparse), expected)
+    with pytest.raises(BackendUnavailableError, match="native does not support sparse tensors"):
+        native(x, sparse)
+
+
+def test_a_repeated_call_is_checked_where_its_result_may_differ(native):
+    x, weight, bias, _ = problem(3, 8, 12)
+    first = few_row_linear(x, weight, bias)
+    assert torch.equal(few_row_linear(x, weight, bias), first)
+    assert few_row_linear(x, weight, bias.requires_grad_()).requires_grad
+    bias.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert few_row_linear(x, weight, bias).dtype == torch.bfloat16
+    _, tangent = torch.func.jvp(lambda x: few_row_linear(x, weight, bias), (x,), (x,))
+    torch.testing.assert_close(tangent, first - bias)
+    with pytest.raises(ValueError, match=r"bias must have shape \[8\], got \[7\]"):
+        few_row_linear(x, weight, bias[:7])
+
+
 def test_gradients_come_from_the_reference(native):
     x, weight, bias, _ = problem(3, 8, 12)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
@@ -195,7 +218,7 @@ def test_gradients_come_from_the_reference(native):
 
 def test_opcheck(native):
     operator = torch.ops.txl_native.few_row_linear_fwd.default
-    for dtypes in (DTYPES[0], DTYPES[7]):
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.int8)):
         torch.library.opcheck(operator, problem(3, 5, 6, dtypes))
 
 
@@ -225,7 +248,7 @@ def test_autocast_is_that_of_a_linear_layer(linear):
         out = linear(x, weight, bias)
         assert out.dtype == torch.bfloat16
         torch.testing.assert_close(out, F.linear(x, weight, bias))
-        x, weight, bias, scale = problem(3, 8, 12, DTYPES[6])
+        x, weight, bias, scale = problem(3, 8, 12, (torch.float32, torch.int8))
         assert linear(x, weight, bias, weight_scale=scale).dtype == torch.bfloat16
 
 

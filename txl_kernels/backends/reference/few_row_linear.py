@@ -1,4 +1,4 @@
-"""A linear layer in plain PyTorch: `F.linear`, with a scale per output where the weight is int8."""
+"""A linear layer in plain PyTorch: `F.linear`; int8 weights have a scale per output."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def few_row_linear(
 ) -> Tensor:
     """weight_scale · (x · weightᵀ) + bias: [..., N] in x's dtype.
 
-    All arithmetic is in `compute_dtype`, by default x's dtype, or float32 where there is a scale
-    (float64 for float64).
+    All arithmetic is in `compute_dtype`, by default x's dtype; with a scale float32 (float64 for
+    float64).
     """
     dtype = compute_dtype or (x.dtype if weight_scale is None else work_dtype(x.dtype))
     wide, weight = x.to(dtype), weight.to(dtype)
