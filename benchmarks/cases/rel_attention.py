@@ -37,7 +37,7 @@ POSITION_FLOP: dict[Pass, int] = {"forward": 2, "backward": 6, "forward+backward
 
 # Calls with at most so many queries take the time of reading keys, values and positions. On a CPU
 # they use several sets of inputs in turn, so that these do not stay in the processor's caches.
-FEW_QUERIES, N_SETS = 16, 8
+FEW_QUERIES, N_SETS = 8, 8
 CHECKED_QUERIES = 256  # on a GPU: the last ones of the first head
 # The largest allowed relative error against float64, by Frobenius norm.
 GATE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
