@@ -37,7 +37,7 @@ POSITION_FLOP: dict[Pass, int] = {"forward": 2, "backward": 6, "forward+backward
 
 # Forward passes on a CPU with at most FEW_QUERIES queries take the time of reading keys, values and
 # positions. They use FEW_QUERY_SETS sets of inputs in turn, so that none is in the caches.
-FEW_QUERIES, FEW_QUERY_SETS = 16, 8
+FEW_QUERIES, FEW_QUERY_SETS = 8, 8
 CHECKED_QUERIES = 256  # on a GPU: the last ones of the first head
 # The largest allowed relative error against float64, by Frobenius norm.
 GATE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
