@@ -128,7 +128,7 @@ void score_group(const ScoredRow<Acc<T>>* rows, const T* const* keys, RowVectors
   }
 }
 
-// Scores of `n_rows` queries and the keys of a group, of which the first `n` are wanted. Up to
+// Scores of `n_rows` queries and the keys of a group, of which the first `n` are requested. Up to
 // kSums - 1 scores after them are overwritten.
 template <typename T>
 void score_queries(const ScoredRow<Acc<T>>* rows, int64_t n_rows, const T* const* keys, int64_t n,

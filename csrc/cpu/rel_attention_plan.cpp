@@ -237,7 +237,7 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_bl
   return plan;
 }
 
-// Few rows of queries leave the packed products waiting for memory; many compute faster packed.
+// With few rows of queries the packed products wait for memory; with many, packing pays.
 // Seconds of the packed kernel / of the one for few queries, one thread of an AMD EPYC (family 25
 // model 1, AVX2), 8 key heads of 64, 1,600 keys (8 heads of 128, 3,800 keys: within 0.2 of these):
 //     queries                   1     2     4     8    12    16
@@ -246,7 +246,8 @@ RelAttentionPlan plan_rel_attention(const RelAttentionArgs& args, int64_t key_bl
 //     bfloat16                2.4     -   1.9   1.5     -   0.8
 //     float16                 5.3     -   2.5   1.6     -   1.2
 //     float64                 2.0     -   1.2   0.9     -   0.5
-// With 16 keys both take about the same time. Dropout belongs to training.
+// With 16 keys both take about the same time. Calls with dropout are training steps and stay
+// packed.
 bool has_few_queries(const RelAttentionArgs& args, Scalar dtype) {
   int64_t most = kFewQueries / 2;
   if (dtype == Scalar::f32 && args.heads_per_key() == 1) most = kFewQueries;

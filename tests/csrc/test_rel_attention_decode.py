@@ -18,6 +18,7 @@ CAUSAL = {"causal": True}
 # Blocks have at most a few hundred keys, so that each of these calls merges several.
 LONG_CASES = (
     RelAttentionCase("one_query", Tq=1, Tm=1100, D=64, options=CAUSAL),
+    RelAttentionCase("most_queries", Tq=16, Tm=500, D=32, options=CAUSAL),  # in float32
     RelAttentionCase("two_tensors", Tq=6, Tm=701, Ts=300, D=41, transposed=True),
     RelAttentionCase("odd_heads", Tq=3, Tm=600, D=17, Dv=70, Dp=31, options=CAUSAL),
     RelAttentionCase("ranges", H=4, Hk=2, Tq=7, Tm=600, D=24, **unordered_ranges(2, 7, 607)),
@@ -37,7 +38,7 @@ LONG_CASES = (
     ),
     RelAttentionCase(
         "clamp",
-        Tq=16,
+        Tq=8,
         Tm=800,
         D=20,
         Dp=33,
@@ -55,7 +56,12 @@ LONG_CASES = (
         options={"offset": -330, "window": (400, None)},
     ),
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def attend(**call):
