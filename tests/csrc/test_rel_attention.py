@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
 def test_every_instruction_set_is_within_the_error_budget(capability, require_instruction_set):
     require_instruction_set(capability)
     # All other tests run the best set for this processor; ATen's setting selects the others.
-    parity = "tests/txl_kernels/ops/test_rel_attention.py"
+    ops = "tests/txl_kernels/ops"
+    parity = [f"{ops}/test_rel_attention.py", f"{ops}/test_rel_attention_decode.py"]
     command = [
         sys.executable,
         "-m",
@@ -34,8 +35,8 @@ def test_every_instruction_set_is_within_the_error_budget(capability, require_in
         "-p",
         "no:cacheprovider",
         "-k",
-        "native",
-        parity,
+        "native or error_budget and cpu",
+        *parity,
     ]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
